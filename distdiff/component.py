@@ -1,0 +1,86 @@
+"""From a ``kind`` in a config to a class: the file name is the registry.
+
+``kind: counts`` of a ``Process`` is the one subclass of ``Process`` defined in ``distdiff/process/counts.py``;
+``kind: mypackage.mymodule:MyProcess`` works from outside the tree. Adding a process, a denoiser or a baseline is
+adding one file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known word, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
+
+
+def kinds(base: type) -> list[str]:
+    """Names of the components of ``base``: the modules of the package that defines it."""
+    package = importlib.import_module(base.__module__)
+    names = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return sorted(n for n in names if _subclass_in(base, f"{base.__module__}.{n}") is not None)
+
+
+def _subclass_in(base: type, module_name: str) -> type | None:
+    module = importlib.import_module(module_name)
+    found = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, base) and c.__module__ == module_name and not inspect.isabstract(c)
+    ]
+    if len(found) > 1:
+        raise TypeError(f"{module_name} defines {len(found)} components of {base.__name__}; keep one a file")
+    return found[0] if found else None
+
+
+def resolve(base: type[T], kind: str) -> type[T]:
+    """The class that ``kind`` names.
+
+    Raises
+    ------
+    ValueError
+        No such kind (the nearest one is named), or a class that is no ``base``.
+    """
+    if ":" in kind:
+        module_name, _, class_name = kind.partition(":")
+        cls = getattr(importlib.import_module(module_name), class_name, None)
+        if not (inspect.isclass(cls) and issubclass(cls, base)):
+            raise ValueError(f"{kind!r} is not a subclass of {base.__module__}.{base.__name__}")
+        return cls
+    package = importlib.import_module(base.__module__)
+    cls = None
+    if kind in {m.name for m in pkgutil.iter_modules(package.__path__)}:
+        cls = _subclass_in(base, f"{base.__module__}.{kind}")
+    if cls is None:
+        raise ValueError(f"unknown {base.__name__.lower()} kind {kind!r}{nearest(kind, kinds(base))}")
+    return cls
+
+
+def build(base: type[T], options: Mapping[str, Any], *args: Any) -> T:
+    """Build the component that ``options["kind"]`` names from the other options.
+
+    Raises
+    ------
+    ValueError
+        Missing or unknown ``kind``, or an option that its constructor does not take (the nearest one is named).
+    """
+    options = dict(options)
+    name = base.__name__.lower()
+    if "kind" not in options:
+        raise ValueError(f"{name}: 'kind' is missing; known: {', '.join(kinds(base))}")
+    cls = resolve(base, options.pop("kind"))
+    allowed = list(inspect.signature(cls).parameters)[len(args) :]
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{name} {cls.__name__}: unknown option {option!r}{nearest(option, allowed)}")
+    return cls(*args, **options)

@@ -1,0 +1,44 @@
+"""Imputers: everything that fills hidden entries, diffusion models and baselines alike, behind one small contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distdiff.types import Bool, Cells, Float, Tensor
+
+if TYPE_CHECKING:
+    from distdiff.data.store import CountStore
+
+
+@dataclass(frozen=True)
+class Imputed:
+    """The answer for one batch. Observed entries hold the observed counts, unchanged.
+
+    Attributes
+    ----------
+    mean
+        ``float32 [b g]`` expected molecules.
+    draws
+        ``float32 [k b g]`` whole-number draws from the predictive law, or ``None`` for a point estimate.
+    """
+
+    mean: Float[Tensor, "b g"]
+    draws: Float[Tensor, "k b g"] | None = None
+
+
+class Imputer(ABC):
+    """Fills hidden entries of cells.
+
+    ``impute`` may look at ``cells.counts`` only where ``observed`` is true; a test feeds garbage elsewhere.
+    """
+
+    def fit(self, store: CountStore, rows: np.ndarray) -> None:  # noqa: B027 (many imputers need no fit)
+        """Learn from the training cells ``rows`` (``int64``) of ``store``. Default: nothing to learn."""
+
+    @abstractmethod
+    def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
+        """Fill the entries where ``observed`` is false; with ``draws=0`` only the mean is asked for."""

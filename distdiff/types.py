@@ -1,0 +1,89 @@
+"""The nouns that travel between rooms: a batch of cells, what conditions it, what a model is built for.
+
+Shape legend used everywhere: ``b`` cells, ``g`` genes, ``k`` numbers per gene (outputs) or draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["Bool", "Cells", "Condition", "DataSpec", "Float", "Int", "Tensor"]
+
+UNKNOWN = -1
+"""Label code of a cell whose label is missing, never seen in training, or withheld."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a denoiser must know about the data it is built for.
+
+    Attributes
+    ----------
+    genes
+        Gene names in column order; the identity of every column.
+    labels
+        Covariate name -> its values in code order (code ``i`` is value ``i``).
+    gene_mean
+        ``float32 [g]``, mean molecules per training cell.
+    """
+
+    genes: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]]
+    gene_mean: np.ndarray
+
+    @property
+    def n_genes(self) -> int:
+        return len(self.genes)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where not given."""
+
+    labels: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
+
+    def drop(self, where: Bool[Tensor, " b"]) -> Condition:
+        """Withhold every label of the cells in ``where`` (label dropout, CD 3.4)."""
+        return Condition({k: v.masked_fill(where, UNKNOWN) for k, v in self.labels.items()})
+
+    def to(self, device: torch.device | str) -> Condition:
+        return Condition({k: v.to(device, non_blocking=True) for k, v in self.labels.items()})
+
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
+        return Condition({k: v[rows] for k, v in self.labels.items()})
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A batch of cells.
+
+    Attributes
+    ----------
+    counts
+        ``float32 [b g]`` molecules (whole numbers).
+    labels
+        The batch's covariates.
+    rows
+        ``int64 [b]`` row numbers in the store: the identity of each cell.
+    """
+
+    counts: Float[Tensor, "b g"]
+    labels: Condition
+    rows: Int[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    def to(self, device: torch.device | str) -> Cells:
+        return Cells(
+            self.counts.to(device, non_blocking=True), self.labels.to(device), self.rows.to(device, non_blocking=True)
+        )
+
+    def __getitem__(self, rows: slice | Tensor) -> Cells:
+        return Cells(self.counts[rows], self.labels[rows], self.rows[rows])
