@@ -1,0 +1,90 @@
+"""What every denoiser shares: evidence against expectation, the conditioning vector, the adaptive norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from distdiff.types import UNKNOWN, Condition, DataSpec, Float, Tensor
+
+
+class Expectation(nn.Module):
+    """The cheapest honest answer, gene mean x depth of the evidence, computed from the thinned cell alone.
+
+    ``depth = (sum x + c) / (sum p mu + c)`` compares what was seen with what the genes seen would hold in the average
+    cell; ``c`` molecules of prior keep a nearly empty cell near depth 1. A denoiser that answers relative to
+    ``log(mu depth)`` starts training at this baseline's quality and learns only the excess.
+    """
+
+    mean: Tensor
+
+    def __init__(self, spec: DataSpec, prior: float = 10.0):
+        super().__init__()
+        mean = torch.as_tensor(spec.gene_mean, dtype=torch.float32)
+        self.register_buffer("mean", mean.clamp_min(1e-4))
+        self.prior = prior
+
+    def forward(
+        self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
+    ) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b g"]]:
+        """Return log depth ``[b 1]`` and the surprise ``log(1 + x) - log(1 + p mu depth)`` ``[b g]``.
+
+        A gene that is not seen (``p = 0``, hence ``x = 0``) has no surprise: its input is exactly 0.
+        """
+        seen = p * self.mean
+        depth = (torch.expm1(x).sum(1, keepdim=True) + self.prior) / (seen.sum(1, keepdim=True) + self.prior)
+        return depth.log(), x - torch.log1p(seen * depth)
+
+    def log_rate(self, log_depth: Float[Tensor, "b 1"]) -> Float[Tensor, "b g"]:
+        """``log(mu depth)``."""
+        return self.mean.log() + log_depth
+
+
+class Conditioning(nn.Module):
+    """Covariates, depth and the level of thinning -> one vector per cell ``[b d]``."""
+
+    freqs: Tensor
+
+    def __init__(self, spec: DataSpec, width: int, n_freqs: int = 8):
+        super().__init__()
+        self.tables = nn.ModuleDict({k: nn.Embedding(len(v), width) for k, v in spec.labels.items()})
+        for table in self.tables.values():
+            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
+        self.register_buffer("freqs", math.pi * 2.0 ** torch.arange(n_freqs, dtype=torch.float32) / 4)
+        self.project = nn.Sequential(nn.Linear(2 * n_freqs + 3, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, log_depth: Float[Tensor, "b 1"], p: Float[Tensor, "b g"], cond: Condition) -> Tensor:
+        """Sinusoids of the mean p, the shares of genes seen whole and not at all, log depth; plus label embeddings.
+
+        A label code of -1 (unknown, withheld) adds nothing.
+        """
+        level = p.mean(1, keepdim=True)
+        whole, none = (p == 1).float().mean(1, keepdim=True), (p == 0).float().mean(1, keepdim=True)
+        angle = level * self.freqs
+        out = self.project(torch.cat((angle.sin(), angle.cos(), log_depth, whole, none), 1))
+        for name, table in self.tables.items():
+            if name in cond.labels:
+                code = cond.labels[name]
+                known = (code != UNKNOWN).unsqueeze(1)
+                out = out + table(code.clamp_min(0)) * known  # type: ignore[operator]
+        return out
+
+
+class AdaptiveNorm(nn.Module):
+    """Layer norm whose scale, shift and gate come from the conditioning vector, zero at start (adaLN-Zero)."""
+
+    def __init__(self, width: int, cond_width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 3 * width))
+        nn.init.zeros_(self.modulate[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.modulate[1].bias)  # type: ignore[arg-type]
+
+    def forward(self, h: Tensor, c: Float[Tensor, "b d"]) -> tuple[Tensor, Tensor]:
+        """Normalised ``h`` and the gate of its branch (``1 + gate`` multiplies what the branch adds)."""
+        scale, shift, gate = self.modulate(c).chunk(3, -1)
+        if h.dim() == 3:
+            scale, shift, gate = scale.unsqueeze(1), shift.unsqueeze(1), gate.unsqueeze(1)
+        return self.norm(h) * (1 + scale) + shift, 1 + gate

@@ -1,0 +1,60 @@
+"""Residual MLP over the whole gene vector: the default up to some 5,000 genes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distdiff.denoise import Denoiser
+from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation
+from distdiff.types import Condition, DataSpec, Float, Tensor
+
+
+class MLP(Denoiser):
+    """Gene vector -> ``width`` -> residual blocks with adaptive norm -> answers for all genes.
+
+    Parameters
+    ----------
+    spec, outputs
+        Genes, label vocabularies, gene means; numbers per gene.
+    width, depth
+        Width of the trunk and number of residual blocks.
+    """
+
+    def __init__(self, spec: DataSpec, outputs: int, *, width: int = 256, depth: int = 3):
+        super().__init__()
+        self.outputs = outputs
+        self.expectation = Expectation(spec)
+        self.condition = Conditioning(spec, width)
+        self.evidence = nn.Linear(spec.n_genes, width)
+        self.survival = nn.Linear(spec.n_genes, width, bias=False)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = AdaptiveNorm(width, width)
+        self.answer = nn.Linear(width, spec.n_genes * outputs)
+        nn.init.normal_(self.survival.weight, std=spec.n_genes**-0.5 / 3)
+        nn.init.zeros_(self.answer.weight)
+        nn.init.zeros_(self.answer.bias)
+
+    def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
+        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        log_depth, surprise = self.expectation(x, p)
+        c = self.condition(log_depth, p, cond)
+        h = self.evidence(surprise) + self.survival(p - 0.5)
+        for block in self.blocks:
+            h = block(h, c)
+        h, _ = self.norm(h, c)
+        raw = self.answer(h).float().unflatten(1, (-1, self.outputs))
+        offset = self.expectation.log_rate(log_depth).unsqueeze(-1)
+        return torch.cat((raw[..., :1] + offset, raw[..., 1:]), -1)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = AdaptiveNorm(width, width)
+        self.branch = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        nn.init.zeros_(self.branch[2].weight)  # type: ignore[arg-type]
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        y, gate = self.norm(h, c)
+        return h + gate * self.branch(y)
