@@ -1,3 +1,45 @@
 """distdiff: diffusion models on single-cell counts."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["CountStore", "Model", "evaluate", "impute_file", "load", "sample", "shard", "train"]
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distdiff.batch import impute_file
+    from distdiff.data.shard import shard
+    from distdiff.data.store import CountStore
+    from distdiff.evaluate import evaluate
+    from distdiff.experiment import train
+    from distdiff.model import Model
+    from distdiff.sampling import sample
+
+_HOME = {
+    "CountStore": "distdiff.data.store",
+    "Model": "distdiff.model",
+    "evaluate": "distdiff.evaluate",
+    "impute_file": "distdiff.batch",
+    "sample": "distdiff.sampling",
+    "shard": "distdiff.data.shard",
+    "train": "distdiff.experiment",
+}
+
+
+def load(model: str | Path) -> Model:
+    """Load a model from a folder or from the MLflow registry (``models:/NAME@champion``)."""
+    from distdiff import tracking
+    from distdiff.model import Model
+
+    return Model.load(tracking.fetch(str(model)))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'distdiff' has no attribute {name!r}")

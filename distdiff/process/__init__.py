@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
-from distdiff.process.schedule import Schedule
 from distdiff.types import Float, Tensor
 
 
@@ -17,7 +17,8 @@ class Process(ABC):
     ``eta`` is the network's answer in natural parameters, ``[b g k]``, in which guidance is linear.
     """
 
-    schedule: Schedule
+    schedule: Any
+    """A :class:`~distdiff.process.schedule.Schedule`; constructors also take its name."""
 
     @property
     @abstractmethod
@@ -51,9 +52,7 @@ class Process(ABC):
         """Weighted loss of every entry, never reduced; exactly 0 where ``p == 1``."""
 
     @abstractmethod
-    def mean(
-        self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
-    ) -> Float[Tensor, "b g"]:
+    def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
         """Posterior mean ``E[x_0 | x_p]``."""
 
     @abstractmethod

@@ -8,7 +8,7 @@ size of a negative binomial around it (MATHS 3.5). All functions are exact entry
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,8 +27,8 @@ class Counts(Process):
 
     Parameters
     ----------
-    schedule_name
-        ``cosine`` or ``fisher``.
+    schedule
+        ``cosine``, ``fisher`` or a :class:`~distdiff.process.schedule.Schedule`.
     weight
         ``paper``: ``w = -p'`` (MATHS 3.2); ``nll``: ``w = -p' / (1 - p)`` (MATHS 3.3 with t uniform), the bound on
         ``-log p(x_0)``; ``none``: 1.
@@ -40,7 +40,7 @@ class Counts(Process):
         ``nearest`` (which collapses small rates to 0; kept for comparison).
     """
 
-    schedule_name: str = "cosine"
+    schedule: Any = "cosine"
     weight: Literal["paper", "nll", "none"] = "paper"
     head: Literal["mean", "nb"] = "nb"
     rounding: Literal["random", "nearest"] = "random"
@@ -50,12 +50,8 @@ class Counts(Process):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"process counts: {name}={value!r}{nearest(value, allowed)}")
-        schedule(self.schedule_name)
-
-    @property
-    def schedule(self) -> Schedule:  # type: ignore[override]
-        """The survival schedule p(t)."""
-        return schedule(self.schedule_name)
+        if not isinstance(self.schedule, Schedule):
+            object.__setattr__(self, "schedule", schedule(self.schedule))
 
     @property
     def outputs(self) -> int:

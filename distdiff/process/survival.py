@@ -39,9 +39,7 @@ class Survival:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"survival target_share must satisfy 0 <= low <= high <= 1, got {self.target_share}")
 
-    def draw(
-        self, schedule: Schedule, cells: int, genes: int, *, rng: torch.Generator
-    ) -> Float[Tensor, "b g"]:
+    def draw(self, schedule: Schedule, cells: int, genes: int, *, rng: torch.Generator) -> Float[Tensor, "b g"]:
         """Draw p for a batch: ``float32 [cells, genes]`` on the generator's device."""
         device = rng.device
         total = self.hidden + self.two_level + self.uniform

@@ -1,0 +1,1 @@
+"""Training: one loop for one process or many, exact under resume."""

@@ -1,0 +1,166 @@
+"""The command line: shard, train, impute, evaluate, quickstart."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="distdiff", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Diffusion models on single-cell counts: impute, denoise, deepen, complete and generate cells.",
+)  # fmt: skip
+
+Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+@app.command()
+def shard(
+    inputs: Annotated[list[Path], typer.Argument(help="h5ad files or AnnData zarr folders.")],
+    out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
+    genes: Annotated[str, typer.Option(help="all, hvg:2000, or a file with one gene a line.")] = "all",
+    labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
+    split: Annotated[str, typer.Option(help="Shares of training, validation, test cells.")] = "0.8,0.1,0.1",
+    split_by: Annotated[str | None, typer.Option(help="obs column whose groups stay together (donor).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Dask processes (0: none, work in this process).")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://...")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Build a sharded zarr store from count matrices."""
+    from distdiff.data.shard import shard as build
+
+    try:
+        shares = tuple(float(part) for part in split.split(","))
+    except ValueError:
+        raise ValueError(f"--split {split!r} must be three numbers such as 0.8,0.1,0.1") from None
+    manifest = build(
+        inputs, out, layer=layer, genes=genes, labels=_words(labels), split=shares, split_by=split_by,
+        workers=workers, scheduler=scheduler, seed=seed, overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(
+        f"{out}: {manifest.n_cells} cells x {len(manifest.genes)} genes, fingerprint {manifest.fingerprint[:12]}"
+    )
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.lr=1e-4")] = None,
+) -> None:
+    """Train a model (the same function as ``accelerate launch launch/train.py``)."""
+    from distdiff import config as configs
+    from distdiff import experiment
+
+    resolved = configs.load(config, overrides or [])
+    outcome = experiment.train(resolved)
+    if outcome.report is not None:
+        typer.echo(outcome.report.to_text())
+    if outcome.run_id or not resolved.tracking.enabled:
+        typer.echo(f"model: {outcome.model}" + (f"; registered: {outcome.registered}" if outcome.registered else ""))
+
+
+@app.command()
+def impute(
+    model: Annotated[str, typer.Option(help="models:/NAME@champion, or a model folder.")],
+    data: Annotated[Path, typer.Option(help="h5ad, AnnData zarr, or a distdiff store.")],
+    out: Annotated[Path, typer.Option(help="Output, .h5ad or .zarr.")],
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file.")] = None,
+    sites: Annotated[str | None, typer.Option(help="'dropout': zeros that scIDPMs' Algorithm 1 suspects.")] = None,
+    groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
+    draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
+    mean_only: Annotated[bool, typer.Option("--mean-only", help="Only the posterior mean (one call).")] = False,
+    steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Cells of a network call.")] = 256,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Do not condition on obs columns.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Impute a file; observed counts come back unchanged."""
+    import distdiff
+    from distdiff.batch import impute_file
+
+    filled = impute_file(
+        distdiff.load(model), data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
+        mean_only=mean_only, steps=steps, seed=seed, batch_size=batch_size, use_labels=not no_labels,
+        overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(
+        f"{out}: {filled.targets:,} targets in {filled.cells} cells x {filled.genes} genes, "
+        f"{filled.molecules_added:,.0f} molecules expected there, {filled.seconds:.1f} s"
+    )
+    notes = {
+        "cells without evidence left as they were": filled.cells_without_evidence,
+        "genes unknown to the model left as they were": filled.genes_unknown_to_model,
+        "genes of the model absent from the input": filled.genes_absent_from_input,
+        "targets in unknown genes not filled": filled.targets_of_unknown_genes,
+    }
+    for text, number in notes.items():
+        if number:
+            typer.echo(f"  {number} {text}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="models:/NAME@champion, or a model folder.")],
+    data: Annotated[Path, typer.Option(help="The distdiff store; its test cells are scored.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
+    rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
+    protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
+    draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
+    cells: Annotated[int, typer.Option(help="Most test cells to score.")] = 2000,
+    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
+    repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+) -> None:
+    """Hide entries of test cells, let the model and the baselines fill them, print the table."""
+    import distdiff
+    from distdiff import experiment
+    from distdiff.config import Evaluation
+
+    settings = Evaluation(
+        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
+    )  # fmt: skip
+    report = experiment.evaluate_model(distdiff.load(model), distdiff.CountStore.open(data), settings, seed=seed)
+    typer.echo(report.to_text())
+    if out is not None:
+        report.write(out)
+        typer.echo(f"written to {out}")
+
+
+@app.command()
+def quickstart(
+    data: Annotated[Path | None, typer.Option(help="Your own h5ad with raw counts.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("distdiff-quickstart"),
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    cell_type: Annotated[str | None, typer.Option(help="obs column with cell types.")] = None,
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Stop once the store is built.")] = False,
+) -> None:
+    """Do the whole job on real counts in minutes: shard, train, impute, evaluate, log."""
+    from distdiff import quickstart as quick
+
+    quick.run(data, out, layer=layer, cell_type=cell_type, prepare_only=prepare_only)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. A user's mistake is one sentence and exit code 2; DISTDIFF_DEBUG=1 shows the traceback."""
+    try:
+        app(arguments)
+    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+        if os.environ.get("DISTDIFF_DEBUG"):
+            raise
+        typer.echo(f"distdiff: error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("distdiff: interrupted; nothing half-written was left", err=True)
+        sys.exit(130)

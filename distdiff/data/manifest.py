@@ -1,0 +1,214 @@
+"""What a store says about itself: genes, labels, splits, shards and one fingerprint of the content.
+
+The manifest is the last file of a build, so a folder without one is not a store. The fingerprint depends on what is
+stored (genes, labels, split, counts), not on how (codec, dtype, number of workers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from distdiff.component import nearest
+
+FORMAT = 1
+"""Version of the layout that this code writes, and the newest one it reads."""
+
+FILE = "manifest.json"
+BLOCK = 256
+"""Cells per block: the unit that is compressed, checked and read."""
+
+SPLITS = ("train", "val", "test")
+"""Split names in code order."""
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One input file: base name, its cells, how many were kept and how many held no count of the chosen genes."""
+
+    path: str
+    n_cells: int
+    kept: int
+    empty: int
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: store rows ``start <= row < stop``, stored counts, hash of its decoded content."""
+
+    index: int
+    start: int
+    stop: int
+    nnz: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """How the cells were split: shares asked for, column of whole groups (or None), seed, cells got."""
+
+    shares: tuple[float, float, float]
+    by: str | None
+    seed: int
+    n_cells: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a store but its arrays.
+
+    Attributes
+    ----------
+    format
+        Layout version.
+    n_cells, genes
+        Shape of the counts; genes in column order.
+    labels
+        Covariate -> its values in code order (sorted, over all files).
+    block, cap, blocks_per_shard
+        Cells a block, entries a block has room for, blocks a shard.
+    dtype, index_dtype
+        Stored dtype of the counts and of the gene indices.
+    split, sources, shards
+        See the classes of those names.
+    chosen_by
+        The ``genes`` choice of the build: ``all``, ``hvg:N`` or a file's base name.
+    layer
+        The layer read, None for X.
+    never_counted
+        Genes of the files left out because no kept cell has a count of them.
+    not_shared
+        Number of genes left out because some file lacks them.
+    fingerprint
+        sha256 of the content, see `fingerprint`.
+    """
+
+    format: int
+    n_cells: int
+    genes: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]]
+    block: int
+    cap: int
+    blocks_per_shard: int
+    dtype: str
+    index_dtype: str
+    split: SplitInfo
+    sources: tuple[SourceInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    chosen_by: str
+    layer: str | None
+    never_counted: tuple[str, ...]
+    not_shared: int
+    fingerprint: str
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_cells // self.block)
+
+    def to_json(self) -> str:
+        """The manifest as JSON text, one key a line."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = FILE) -> Manifest:
+        """Parse JSON text.
+
+        Parameters
+        ----------
+        text
+            What `to_json` returned.
+        where
+            File named in error messages.
+
+        Raises
+        ------
+        ValueError
+            Not JSON, a newer format, or missing or unknown keys (named).
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{where} is not JSON ({e}); rebuild the store: distdiff shard --overwrite") from e
+        version = raw.get("format") if isinstance(raw, dict) else None
+        if not isinstance(version, int):
+            raise ValueError(f"{where} has no format version; it is not the manifest of a distdiff store")
+        if version > FORMAT:
+            raise ValueError(
+                f"{where} has format {version}, this distdiff reads up to {FORMAT}: upgrade distdiff, "
+                "or rebuild the store with this version"
+            )
+        top = _checked(raw, cls, where)
+        top["genes"] = tuple(raw["genes"])
+        top["labels"] = {k: tuple(v) for k, v in raw["labels"].items()}
+        top["never_counted"] = tuple(raw["never_counted"])
+        top["sources"] = tuple(SourceInfo(**_checked(s, SourceInfo, f"{where}: sources")) for s in raw["sources"])
+        top["shards"] = tuple(ShardInfo(**_checked(s, ShardInfo, f"{where}: shards")) for s in raw["shards"])
+        split = _checked(raw["split"], SplitInfo, f"{where}: split")
+        top["split"] = SplitInfo(**split | {k: tuple(split[k]) for k in ("shares", "n_cells")})
+        return cls(**top)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of the store in ``folder``.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        ValueError
+            It cannot be used, see `from_json`.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a distdiff store, or a build that did not finish (no {FILE}): run distdiff shard"
+            )
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _checked(raw: Any, cls: type, where: str) -> dict[str, Any]:
+    """The mapping ``raw`` if its keys are the fields of ``cls``."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: expected the keys {', '.join(sorted(fields))}, found {type(raw).__name__}")
+    if missing := sorted(fields - raw.keys()):
+        raise ValueError(f"{where} lacks {', '.join(missing)}; rebuild the store: distdiff shard --overwrite")
+    if unknown := sorted(raw.keys() - fields):
+        raise ValueError(f"{where} has an unknown key {unknown[0]!r}{nearest(unknown[0], fields)}")
+    return dict(raw)
+
+
+def digest(counts: sparse.csr_matrix) -> str:
+    """sha256 of canonical CSR content: row lengths, gene indices and counts as little-endian uint32.
+
+    Parameters
+    ----------
+    counts
+        ``[n, g]``, sorted indices, no duplicates, no stored zeros; any integer dtype.
+    """
+    content = hashlib.sha256()
+    for part in (np.diff(counts.indptr), counts.indices, counts.data):
+        content.update(np.ascontiguousarray(part, "<u4").data)
+    return content.hexdigest()
+
+
+def combine(counts_sha: str, codes: Sequence[np.ndarray]) -> str:
+    """sha256 of one shard: its counts' `digest` and its cells' codes (labels in key order, then split)."""
+    content = hashlib.sha256(counts_sha.encode())
+    for code in codes:
+        content.update(np.ascontiguousarray(code, "<i4").data)
+    return content.hexdigest()
+
+
+def fingerprint(genes: Sequence[str], labels: Mapping[str, Sequence[str]], shards: Sequence[ShardInfo]) -> str:
+    """sha256 over genes, label values and shard hashes: equal for equal content, whatever codec or workers."""
+    content = [list(genes), {k: list(labels[k]) for k in sorted(labels)}, [(s.start, s.stop, s.sha256) for s in shards]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

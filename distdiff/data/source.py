@@ -1,0 +1,335 @@
+"""One input file of counts, read by row slices and never whole: h5ad, AnnData zarr, or an AnnData in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from distdiff.component import nearest
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+MAX_COUNT = 2**32 - 1
+"""Largest count a store holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Cells of one file, in file order.
+
+    Build one with `Source.open` or `Source.from_anndata`. It holds an open file handle: send its path to another
+    process, not the object.
+
+    Attributes
+    ----------
+    where
+        Path and layer, for messages.
+    genes
+        Gene names in column order.
+    n_cells
+        Number of rows.
+    note
+        Why the matrix sits in memory whole, or empty.
+    """
+
+    where: str
+    genes: tuple[str, ...]
+    n_cells: int
+    note: str
+    _matrix: Any = field(repr=False)
+    _obs: Any = field(repr=False)
+    _file: Any = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, layer: str | None = None) -> Source:
+        """Open an h5ad file or an AnnData zarr folder.
+
+        Parameters
+        ----------
+        path
+            File or folder.
+        layer
+            Name in ``layers``; None is ``X``; ``"raw"`` is ``raw.X`` unless a layer has that name.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            Not AnnData, truncated, layer missing, or duplicate gene names.
+        """
+        path = Path(path)
+        root = _open_zarr(path) if path.is_dir() else _open_h5(path)
+        if not ("obs" in root and "var" in root):
+            hint = "; it is a distdiff store already" if (path / "manifest.json").exists() else ""
+            raise ValueError(f"{path} is no AnnData: it has no obs or no var{hint}; give an h5ad file or a zarr folder")
+        holder, var = _layer(root, layer, str(path))
+        where = str(path) if layer is None else f"{path} (layer {layer!r})"
+        try:
+            matrix, note = _rows_of(holder, where)
+            genes = _frame_index(root[var])
+        except (OSError, KeyError, RuntimeError) as e:
+            raise ValueError(f"{where} cannot be read ({e}): the file is truncated or damaged; copy it again") from e
+        obs = root["obs"] if hasattr(root["obs"], "keys") else _read_elem(root["obs"])  # a table: h5ad before 0.7
+        return cls._checked(where, genes, matrix, note, obs, root)
+
+    @classmethod
+    def from_anndata(cls, adata: AnnData, layer: str | None = None) -> Source:
+        """The same over an AnnData in memory (``layer`` as in `open`).
+
+        Raises
+        ------
+        ValueError
+            Layer missing or duplicate gene names.
+        """
+        where = "AnnData" if layer is None else f"AnnData (layer {layer!r})"
+        if layer is None:
+            x, genes = adata.X, adata.var_names
+        elif layer in adata.layers:
+            x, genes = adata.layers[layer], adata.var_names
+        elif layer == "raw" and adata.raw is not None:
+            x, genes = adata.raw.X, adata.raw.var_names
+        else:
+            raise ValueError(f"AnnData has no layer {layer!r}{nearest(layer, adata.layers)}")
+        if x is None:
+            raise ValueError("AnnData has no X; choose a raw-count layer with layer=")
+        note = ""
+        if sparse.issparse(x) and x.format != "csr":
+            x, note = x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
+        return cls._checked(where, np.asarray(genes, dtype=str), x, note, adata.obs)
+
+    @classmethod
+    def _checked(cls, where: str, genes: np.ndarray, matrix: Any, note: str, obs: Any, file: Any = None) -> Source:
+        if matrix.shape[1] != len(genes):
+            raise ValueError(f"{where}: {matrix.shape[1]} columns but {len(genes)} genes in var; the file is damaged")
+        if (twice := _first_duplicate(genes)) is not None:
+            raise ValueError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
+        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file)
+
+    @cached_property
+    def obs_names(self) -> np.ndarray:
+        """Cell names, ``str [n_cells]``.
+
+        Raises
+        ------
+        ValueError
+            Two cells share a name, or there are not as many names as rows.
+        """
+        names = _frame_index(self._obs)
+        if len(names) != self.n_cells:
+            raise ValueError(f"{self.where}: {self.n_cells} rows but {len(names)} cells in obs; the file is damaged")
+        if (twice := _first_duplicate(names)) is not None:
+            raise ValueError(f"{self.where}: cell {twice!r} occurs more than once; run adata.obs_names_make_unique()")
+        return names
+
+    def obs(self, key: str) -> np.ndarray:
+        """One column of obs as text.
+
+        Returns
+        -------
+        object [n_cells]
+            ``str``, or None where the value is missing.
+
+        Raises
+        ------
+        ValueError
+            No such column; the nearest one is named.
+        """
+        import pandas as pd
+
+        if isinstance(self._obs, pd.DataFrame):
+            column = self._obs.get(key)
+            known = list(self._obs.columns)
+        else:
+            known = [str(k) for k in self._obs.attrs["column-order"]]
+            column = _read_elem(self._obs[key]) if key in known else None
+        if column is None:
+            raise ValueError(f"{self.where}: obs has no column {key!r}{nearest(key, map(str, known))}")
+        series = pd.Series(column)
+        text = series.astype(str).to_numpy(dtype=object)
+        text[series.isna().to_numpy()] = None
+        return text
+
+    @cached_property
+    def bytes_per_cell(self) -> float:
+        """Mean bytes that one cell takes in memory while it is read: how many to read at once."""
+        item = np.dtype(self._matrix.dtype).itemsize
+        if isinstance(self._matrix, np.ndarray) or not hasattr(self._matrix, "nnz"):
+            return float(item * len(self.genes))
+        return self._matrix.nnz / max(self.n_cells, 1) * (item + 8) + 8
+
+    def read(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Rows ``start <= row < stop`` as CSR ``[stop - start, g]`` in the dtype of the file, values unchecked.
+
+        Raises
+        ------
+        ValueError
+            Rows out of range, or the file cannot be read there.
+        """
+        if not 0 <= start <= stop <= self.n_cells:
+            raise ValueError(f"{self.where}: rows {start} to {stop} asked, it has {self.n_cells}")
+        try:
+            rows = self._matrix[start:stop]
+        except (OSError, RuntimeError) as e:
+            raise ValueError(
+                f"{self.where}: rows {start} to {stop} cannot be read ({e}): truncated or damaged; copy the file again"
+            ) from e
+        rows = sparse.csr_matrix(rows if sparse.issparse(rows) else np.asarray(rows))
+        if rows.shape[0] != stop - start or (
+            rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < len(self.genes)
+        ):
+            raise ValueError(f"{self.where}: rows {start} to {stop} do not fit obs and var; the file is damaged")
+        return rows
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if hasattr(self._file, "close"):
+            self._file.close()
+
+
+def first_bad(counts: sparse.csr_matrix) -> tuple[int, int, float] | None:
+    """Row, column and value of the first entry that is no count, or None: one vectorised pass."""
+    data = counts.data
+    if data.dtype.kind in "bu" and data.dtype.itemsize <= 4:
+        return None
+    bad = data < 0
+    if data.dtype.kind == "f":
+        bad |= ~np.isfinite(data) | (data != np.floor(data))
+    if data.dtype.itemsize > 2:
+        bad |= data > MAX_COUNT
+    at = int(np.argmax(bad)) if bad.size else 0
+    if not bad.size or not bad[at]:
+        return None
+    row = int(np.searchsorted(counts.indptr, at, side="right")) - 1
+    return row, int(counts.indices[at]), float(data[at])
+
+
+def check_counts(counts: sparse.csr_matrix, genes: Sequence[str], cell_names: Sequence[str], where: str) -> None:
+    """Refuse whatever is not a count.
+
+    Parameters
+    ----------
+    counts
+        ``[n, g]``, any dtype.
+    genes, cell_names
+        Names of its columns ``[g]`` and rows ``[n]``.
+    where
+        File and layer, for the message.
+
+    Raises
+    ------
+    ValueError
+        A negative, fractional or non-finite entry, or one above 2^32 - 1; cell, gene and value are named.
+    """
+    if (bad := first_bad(counts)) is None:
+        return
+    row, column, value = bad
+    if not np.isfinite(value):
+        what = "is not finite; whole counts are needed: repair the file or choose a raw-count layer with --layer"
+    elif value < 0:
+        what = "is negative: was this scaled? choose a raw-count layer with --layer"
+    elif value > MAX_COUNT:
+        what = f"is above the largest count a store holds, {MAX_COUNT}"
+    else:
+        what = "is not a whole number: was this log-normalised? choose a raw-count layer with --layer"
+    raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
+
+
+class _CsrRows:
+    """Row slices of a CSR group on disk (h5py or zarr): ``matrix[start:stop]``."""
+
+    def __init__(self, group: Any, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self._data, self._indices, self._indptr = group["data"], group["indices"], group["indptr"]
+        self.dtype, self.nnz = self._data.dtype, int(self._data.shape[0])
+
+    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
+        indptr = np.asarray(self._indptr[rows.start : rows.stop + 1]).astype(np.int64)
+        first, last = int(indptr[0]), int(indptr[-1])
+        data, indices = np.asarray(self._data[first:last]), np.asarray(self._indices[first:last])
+        if len(data) != last - first or (np.diff(indptr) < 0).any():
+            raise OSError(f"{last - first} entries promised, {len(data)} found")
+        return sparse.csr_matrix((data, indices, indptr - first), shape=(rows.stop - rows.start, self.shape[1]))
+
+
+def _open_h5(path: Path) -> Any:
+    import h5py
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give an h5ad file or an AnnData zarr folder")
+    try:
+        return h5py.File(path, "r")
+    except OSError as e:
+        raise ValueError(f"{path} cannot be opened as h5ad ({e}): truncated, or not an h5ad file") from e
+
+
+def _open_zarr(path: Path) -> Any:
+    import zarr
+
+    try:
+        return zarr.open_group(str(path), mode="r", use_consolidated=False)
+    except (FileNotFoundError, ValueError, KeyError) as e:
+        raise ValueError(f"{path} cannot be opened as a zarr folder ({e}); give an h5ad file or a zarr folder") from e
+
+
+def _layer(root: Any, layer: str | None, path: str) -> tuple[Any, str]:
+    """The element that holds the matrix, and where its genes are."""
+    layers = list(root["layers"]) if "layers" in root else []
+    if layer is None:
+        if "X" not in root or _encoding(root["X"]) == "null":
+            raise ValueError(f"{path} has no X; choose one of its layers with --layer: {', '.join(layers) or 'none'}")
+        return root["X"], "var"
+    if layer in layers:
+        return root["layers"][layer], "var"
+    has_raw = "raw" in root and "X" in root["raw"]
+    if layer == "raw" and has_raw:
+        return root["raw"]["X"], "raw/var"
+    raise ValueError(f"{path} has no layer {layer!r}{nearest(layer, [*layers, *(['raw'] if has_raw else [])])}")
+
+
+def _encoding(element: Any) -> str:
+    return str(element.attrs.get("encoding-type", ""))
+
+
+def _rows_of(element: Any, where: str) -> tuple[Any, str]:
+    """Something whose ``[start:stop]`` gives rows, and a note if it had to be loaded whole."""
+    from anndata.io import sparse_dataset
+
+    if not (_encoding(element).endswith("_matrix") or "h5sparse_format" in element.attrs):
+        if len(getattr(element, "shape", ())) != 2:
+            raise ValueError(f"{where}: encoding {_encoding(element)!r} is neither a sparse nor a dense matrix")
+        return element, ""
+    backed = sparse_dataset(element)
+    if backed.format == "csr":
+        return _CsrRows(element, backed.shape), ""
+    whole = sparse.csr_matrix(backed.to_memory())
+    return whole, f"{where}: stored gene by gene (CSC), so it is read whole into memory by every worker"
+
+
+def _read_elem(element: Any) -> Any:
+    from anndata.io import read_elem
+
+    return read_elem(element)
+
+
+def _frame_index(frame: Any) -> np.ndarray:
+    """Row names of an obs or var: a DataFrame, or its group on disk."""
+    if not hasattr(frame, "keys"):
+        frame = _read_elem(frame)
+    if hasattr(frame, "index"):
+        return np.asarray(frame.index, dtype=str)
+    return np.asarray(_read_elem(frame[frame.attrs["_index"]]), dtype=str)
+
+
+def _first_duplicate(names: np.ndarray) -> str | None:
+    import pandas as pd
+
+    twice = pd.Index(names).duplicated()
+    return str(names[int(np.argmax(twice))]) if twice.any() else None

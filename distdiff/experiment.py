@@ -1,0 +1,178 @@
+"""One experiment from a config: train, keep the best model, evaluate, log, register."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from distdiff import tracking
+from distdiff.component import nearest
+from distdiff.config import Config, Evaluation
+from distdiff.data.store import CountStore
+from distdiff.denoise import Denoiser
+from distdiff.model import Model
+from distdiff.train.loop import Progress
+from distdiff.train.loop import train as fit
+
+if TYPE_CHECKING:
+    from distdiff.evaluate import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What :func:`train` leaves: the best model's folder, its record, the table, the MLflow run and registry line."""
+
+    model: Path
+    progress: Progress
+    report: Report | None = None
+    run_id: str | None = None
+    registered: str = ""
+
+
+def train(config: Config) -> Outcome:
+    """Run an experiment in this process, or as one rank of many under ``accelerate launch``.
+
+    Raises
+    ------
+    ValueError
+        A store or config that does not fit.
+    RuntimeError
+        The launcher was asked for several processes but only one runs.
+    """
+    began = time.perf_counter()
+    store = CountStore.open(config.data.store)
+    fingerprint = store.manifest.fingerprint
+    for label in config.data.labels:
+        if label not in store.manifest.labels:
+            raise ValueError(
+                f"data.labels: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
+                f"shard with --labels {label}"
+            )
+    accelerator = Accelerator(
+        mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu()
+    )
+    check_world(accelerator)
+    main = accelerator.is_main_process
+    model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
+    model.info = {
+        "name": config.tracking.model, "data": fingerprint, "store": Path(config.data.store).name,
+        "config": config.as_dict(), "config_digest": config.digest(),
+    }  # fmt: skip
+    best = Path(config.train.out) / "model"
+    accelerator.print(
+        f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
+        f"{sum(p.numel() for p in model.denoiser.parameters()):,} weights, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, precision {accelerator.mixed_precision}, config {config.digest()}"
+    )
+    with tracking.run(
+        experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
+        tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
+        enabled=main and config.tracking.enabled,
+    ) as run:  # fmt: skip
+
+        def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:
+            Model(model.process, denoiser, model.spec, model.options, {**model.info, "validation": numbers}).save(best)
+
+        progress = fit(
+            store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
+            identity={"config": config.identity(), "data": fingerprint}, labels=config.data.labels,
+            save_best=save_best, on_log=lambda seen, numbers: run.metrics(numbers, seen),
+        )  # fmt: skip
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        if not main:
+            return Outcome(best, progress)
+        _after_training(progress, Path(config.train.out), run)
+        report = None
+        if config.evaluate.enabled:
+            report = evaluate_model(Model.load(best), store, config.evaluate, seed=config.train.seed)
+            report.write(Path(config.train.out) / "evaluation")
+            run.artifact(Path(config.train.out) / "evaluation")
+            run.metrics(report.metrics())
+        run.artifact(best, "model")
+        run.metrics({"val/best": progress.best, "seconds": time.perf_counter() - began}, progress.step)
+        registered = run.register(config.tracking.model, "model", score=progress.best, data=fingerprint)
+    return Outcome(best, progress, report, run.run_id, registered)
+
+
+def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0) -> Report:
+    """Score a model and the baselines on the store's test cells with the same masks (see ``distdiff.evaluate``)."""
+    from distdiff.evaluate import Contestant, default_contestants, evaluate
+
+    if tuple(store.genes) != tuple(model.spec.genes):
+        raise ValueError(
+            f"the store has {len(store.genes)} genes, the model {model.spec.n_genes}: evaluate on the store that it was "
+            "trained on, or shard with --genes FILE listing the model's genes"
+        )
+    if settings.draws < 2:
+        raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
+    mine = [Contestant("distdiff", model.imputer(), ("mean", "1 draw", "draws"))]
+    if settings.repaint_steps:
+        repaint = model.imputer("repaint", steps=settings.repaint_steps)
+        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
+    rows = store.rows("test")
+    if not len(rows):
+        raise ValueError("the store has no test cells: rebuild with another --split")
+    return evaluate(
+        store, rows[:: max(1, -(-len(rows) // settings.cells))], default_contestants(settings.cell_type, extra=mine),
+        rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed, labels=tuple(model.spec.labels),
+    )  # fmt: skip
+
+
+def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
+    from distdiff.plots import training_curve
+
+    if progress.history:
+        path = out / "training.png"
+        training_curve(progress.history, path)
+        run.artifact(path)
+
+
+def _precision(asked: str) -> str:
+    if asked == "fp32":
+        return "no"
+    if asked == "bf16" or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        return "bf16"
+    return "no"
+
+
+def _cpu() -> bool:
+    return not torch.cuda.is_available() and "WORLD_SIZE" not in os.environ
+
+
+def check_world(accelerator: Accelerator) -> None:
+    """Stop when the launcher was asked for more processes than accelerate sees.
+
+    ``accelerate launch --cpu --num_processes 2`` runs one process without a word (its multi-CPU launcher wants MPI).
+    """
+    asked = max(int(os.environ.get("WORLD_SIZE", "1")), _asked_of_launcher())
+    if asked != accelerator.num_processes:
+        raise RuntimeError(
+            f"{asked} processes were asked for, {accelerator.num_processes} is running: on CPU use 'accelerate launch "
+            "--config_file launch/accelerate/cpu2.yaml', or ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
+            f"{asked}"
+        )
+
+
+def _asked_of_launcher() -> int:
+    import psutil
+
+    words: Sequence[str] = ()
+    if (parent := psutil.Process().parent()) is not None:
+        try:
+            words = parent.cmdline()
+        except psutil.Error:
+            return 1
+    if not any("accelerate" in Path(w).name for w in words) or "launch" not in words:
+        return 1
+    for flag, value in zip(words, words[1:], strict=False):
+        if flag in ("--num_processes", "--num-processes"):
+            return int(value)
+    return 1

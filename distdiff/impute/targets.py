@@ -1,0 +1,88 @@
+"""Which entries of a data set are to be imputed, row block by row block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import scipy.sparse as sp
+
+from distdiff.data.masks import dropout_sites, expressed
+
+Hidden = Callable[[int, int, sp.csr_matrix], np.ndarray]
+"""``(start, stop, counts of these rows [n g])`` -> ``bool [n g]``, true where an entry is to be imputed."""
+
+
+class Rows(Protocol):
+    """Anything that gives counts by row range: a Source, or a store behind the same face."""
+
+    n_cells: int
+    genes: tuple[str, ...]
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix: ...  # noqa: D102
+
+    def obs(self, key: str) -> np.ndarray: ...  # noqa: D102
+
+
+def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
+    """Targets are the true (non-zero) entries of ``mask`` ``[cells, genes]``; what stands there is not looked at."""
+    rows = sp.csr_matrix(mask) if sp.issparse(mask) else mask
+
+    def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
+        part = rows[start:stop]
+        return (part.toarray() if sp.issparse(part) else np.asarray(part)) != 0
+
+    return hidden
+
+
+def nothing(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
+    """No measured entry is a target: only genes absent from the input are (a panel)."""
+    return np.zeros(counts.shape, dtype=bool)
+
+
+def by_dropout(rows: Rows, groups: np.ndarray, *, block: int = 4096) -> Hidden:
+    """Dropout sites (scIDPMs' Algorithm 1, MATHS 8.5): zeros of genes that some cell of the same group expresses.
+
+    Parameters
+    ----------
+    groups
+        ``int [cells]`` group codes; -1 belongs to no group and has no sites.
+    """
+    some = np.zeros((int(groups.max(initial=-1)) + 1, len(rows.genes)), dtype=bool)
+    for start in range(0, rows.n_cells, block):
+        part = groups[start : start + block]
+        some |= expressed(rows.read(start, start + len(part)), part, n_groups=len(some))
+
+    def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
+        return dropout_sites(counts, groups[start:stop], some)
+
+    return hidden
+
+
+def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
+    """Cluster cells as scanpy users would (log1p CP10k, PCA, neighbours, Leiden); ``int64 [cells]`` codes.
+
+    Reads the whole input as one sparse matrix: for an atlas give an obs column instead.
+    """
+    import anndata as ad
+    import scanpy as sc
+
+    data = ad.AnnData(rows.read(0, rows.n_cells).astype(np.float32))
+    sc.pp.normalize_total(data, target_sum=1e4)
+    sc.pp.log1p(data)
+    if data.n_vars > genes:
+        mean = np.asarray(data.X.mean(0)).ravel()
+        var = np.asarray(data.X.multiply(data.X).mean(0)).ravel() - mean**2
+        data = data[:, np.sort(np.argsort(-var / (mean + 1e-9))[:genes])].copy()
+    sc.pp.pca(data, n_comps=min(50, min(data.shape) - 1), random_state=seed)
+    sc.pp.neighbors(data, random_state=seed)
+    sc.tl.leiden(data, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    return data.obs["leiden"].cat.codes.to_numpy().astype(np.int64)
+
+
+def codes(values: np.ndarray) -> np.ndarray:
+    """Codes of group names, -1 where the name is missing: ``int64``."""
+    import pandas as pd
+
+    return pd.Categorical(pd.Series(values, dtype=object)).codes.astype(np.int64)

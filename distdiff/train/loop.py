@@ -1,0 +1,284 @@
+"""The training loop. Everything random is a function of (seed, step, place in the global batch)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from distdiff.data.loader import loader
+from distdiff.data.masks import mcar
+from distdiff.data.plan import Plan
+from distdiff.data.store import CountStore
+from distdiff.denoise import Denoiser
+from distdiff.process import Process
+from distdiff.process.survival import Survival
+from distdiff.rng import generator, numpy_generator
+from distdiff.sampling import predictor
+from distdiff.train import checkpoint
+from distdiff.train.ema import Ema
+from distdiff.train.optim import Optim
+from distdiff.types import Cells, Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run does, in cells.
+
+    Parameters
+    ----------
+    out
+        Folder of the run: checkpoints, the best model.
+    cells
+        Training cells to see in all (with repeats).
+    batch
+        Cells of a step over all processes.
+    grain
+        Cells that share a noise generator; it divides each process's share of the batch, so that any number of
+        processes sees the same noise.
+    eval_cells, checkpoint_cells
+        Validate, and save, each time this many cells have been seen.
+    patience
+        Validations without a better score after which training stops.
+    label_dropout
+        Share of cells trained without their labels (guidance needs some; CD 3.4).
+    precision
+        ``auto``: bf16 where the device is a GPU that has it, else float32.
+    resume
+        ``auto`` continues the newest checkpoint in ``out``; ``never``; or a checkpoint's path.
+    """
+
+    out: str = "runs/distdiff"
+    cells: int = 50_000
+    batch: int = 128
+    grain: int = 32
+    eval_cells: int = 5_000
+    checkpoint_cells: int = 20_000
+    patience: int = 5
+    label_dropout: float = 0.2
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    resume: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("cells", "batch", "grain", "eval_cells", "checkpoint_cells", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"train.label_dropout must lie in [0, 1], got {self.label_dropout}")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return math.ceil(self.cells / self.batch)
+
+
+@dataclass
+class Progress:
+    """What a resumed run must know besides weights."""
+
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    bad: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    store: CountStore,
+    process: Process,
+    denoiser: Denoiser,
+    survival: Survival,
+    optim: Optim,
+    settings: Training,
+    accelerator: Accelerator,
+    *,
+    identity: dict[str, Any],
+    labels: tuple[str, ...] = (),
+    save_best: Callable[[Denoiser, dict[str, float]], None],
+    on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
+    on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
+) -> Progress:
+    """Train until ``settings.cells`` or until validation stops improving.
+
+    Parameters
+    ----------
+    identity
+        What must be equal for a checkpoint to be continued (config, data fingerprint).
+    save_best
+        Called on the main process with the averaged weights whenever validation improves.
+    on_log, on_step
+        ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
+
+    Raises
+    ------
+    ValueError
+        A batch that the processes cannot share out, no training or validation cell, a checkpoint of another run.
+    FloatingPointError
+        A loss that is not finite (step and rows named).
+    """
+    share = _share(settings, accelerator.num_processes)
+    index, held_out = store.rows("train"), store.rows("val")
+    if not len(index) or not len(held_out):
+        raise ValueError(f"{len(index)} training and {len(held_out)} validation cells: rebuild with another --split")
+    optimizer = optim.build(denoiser)
+    ema = Ema(denoiser.to(accelerator.device), optim.ema)
+    network, optimizer = accelerator.prepare(denoiser, optimizer)
+    bare = accelerator.unwrap_model(network)
+    folder, progress = Path(settings.out) / "checkpoints", Progress()
+    accelerator.wait_for_everyone()
+    if (found := checkpoint.find(settings.resume, folder)) is not None:
+        state = checkpoint.load(found, bare, ema.model, optimizer.optimizer, identity)
+        progress = Progress(**state["progress"])
+        accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
+
+    plan = Plan(n_cells=len(index), batch=settings.batch, seed=settings.seed)
+    batches = loader(
+        store, plan, index, start=progress.step, stop=settings.steps, rank=accelerator.process_index,
+        world=accelerator.num_processes, labels=labels,
+    )  # fmt: skip
+    bar = tqdm(
+        total=settings.steps * settings.batch, initial=progress.step * settings.batch, unit=" cells", unit_scale=True,
+        desc="train", disable=not accelerator.is_main_process, mininterval=1.0,
+    )  # fmt: skip
+    window, since, validated = [], time.perf_counter(), progress.step
+    saved_at = progress.step * settings.batch
+    try:
+        for step, cells in batches:
+            if progress.bad >= settings.patience:
+                break
+            cells = cells.to(accelerator.device)
+            for group in optimizer.param_groups:
+                group["lr"] = optim.rate(step * settings.batch, settings.steps * settings.batch)
+            first = step * settings.batch + accelerator.process_index * share
+            loss = _loss(process, network, survival, cells, settings, first)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(network.parameters(), optim.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(bare, step)
+            window.append((loss.detach(), norm, cells.rows))
+            on_step(step, loss.detach())
+            progress.step = step + 1
+            bar.update(settings.batch)
+
+            seen, done = progress.step * settings.batch, progress.step == settings.steps
+            if done or seen // settings.eval_cells > validated * settings.batch // settings.eval_cells:
+                numbers = _drain(window, accelerator, step)
+                elapsed, since = time.perf_counter() - since, time.perf_counter()
+                numbers["cells_per_second"] = (progress.step - validated) * settings.batch / elapsed
+                numbers |= validate(store, held_out, process, ema.model, accelerator, labels, settings)
+                validated, since = progress.step, time.perf_counter()
+                _judge(progress, numbers, seen)
+                if accelerator.is_main_process:
+                    on_log(seen, numbers)
+                    if progress.bad == 0:
+                        save_best(ema.model, numbers)
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers['val/deviance']:.4f}")
+            if done or progress.bad >= settings.patience or seen - saved_at >= settings.checkpoint_cells:
+                saved_at = seen
+                if accelerator.is_main_process:
+                    state = {**identity, "progress": vars(progress)}
+                    checkpoint.save(folder, progress.step, bare, ema.model, optimizer.optimizer, state)
+                accelerator.wait_for_everyone()
+    finally:
+        batches.close()
+        bar.close()
+    return progress
+
+
+def _share(settings: Training, world: int) -> int:
+    if settings.batch % world or (settings.batch // world) % settings.grain:
+        raise ValueError(
+            f"train.batch={settings.batch} cannot be shared by {world} processes in groups of train.grain="
+            f"{settings.grain} cells; use a multiple of {world * settings.grain}, or a smaller grain"
+        )
+    return settings.batch // world
+
+
+def _loss(
+    process: Process, network: torch.nn.Module, survival: Survival, cells: Cells, settings: Training, first: int
+) -> Tensor:
+    """Mean over cells of the mean over thinned genes; noise drawn group by group of ``grain`` cells."""
+    x_0, genes, device = cells.counts, cells.counts.shape[1], cells.counts.device
+    ps, xs, drops = [], [], []
+    for start in range(0, len(cells), settings.grain):
+        rng = generator(settings.seed, "noise", first + start, device=device)
+        part = x_0[start : start + settings.grain]
+        p = survival.draw(process.schedule, len(part), genes, rng=rng)
+        xs.append(process.forward(part, 1.0, p, rng=rng))
+        drops.append(torch.rand(len(part), generator=rng, device=device) < settings.label_dropout)
+        ps.append(p)
+    p, x, cond = torch.cat(ps), torch.cat(xs), cells.labels.drop(torch.cat(drops))
+    eta = process.natural(network(process.encode(x, p), p, cond), x, p)
+    entries = process.loss(eta, x_0, x, p)
+    return (entries.sum(1) / (p < 1).sum(1).clamp_min(1)).mean()
+
+
+def _drain(window: list[tuple[Tensor, Tensor, Tensor]], accelerator: Accelerator, step: int) -> dict[str, float]:
+    """Mean loss and gradient norm since the last log: the one place where the device is waited for."""
+    losses = accelerator.reduce(torch.stack([w[0] for w in window]), "mean")
+    finite = losses.isfinite()
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise FloatingPointError(
+            f"the loss is {losses[bad]:g} at step {step + 1 - len(window) + bad}, rows "
+            f"{window[bad][2][:8].tolist()}...; go back to the last checkpoint with a smaller optim.lr"
+        )
+    numbers = {"loss": float(losses.mean()), "grad_norm": float(torch.stack([w[1] for w in window]).mean())}
+    window.clear()
+    return numbers
+
+
+@torch.no_grad()
+def validate(
+    store: CountStore,
+    rows: np.ndarray,
+    process: Process,
+    denoiser: Denoiser,
+    accelerator: Accelerator,
+    labels: tuple[str, ...],
+    settings: Training,
+    *,
+    block: int = 256,
+    limit: int = 8192,
+) -> dict[str, float]:
+    """Score held-out cells with half of their entries hidden outright (one call, no labels withheld).
+
+    ``val/deviance``: mean Poisson deviance of a hidden entry; ``val/loss``: the training loss of hidden entries. The
+    masks depend on the seed and the rows alone; blocks of rows go round the processes; sums are reduced, then divided.
+    """
+    rows = rows[:: max(1, -(-len(rows) // limit))]
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for number, start in enumerate(range(0, len(rows), block)):
+        if number % accelerator.num_processes != accelerator.process_index:
+            continue
+        cells = store.cells(rows[start : start + block], labels)
+        hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(settings.seed, "validate", start))
+        cells, p = cells.to(accelerator.device), torch.from_numpy(~hidden).float().to(accelerator.device)
+        x = cells.counts * p
+        eta = predictor(process, denoiser, cells.labels)(x, p)
+        target = p == 0
+        mean = process.mean(eta, x, p)[target].clamp_min(1e-6).double()
+        truth = cells.counts[target].double()
+        deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
+        sums += torch.stack((deviance.sum(), process.loss(eta, cells.counts, x, p).double().sum(), target.sum()))
+    deviance, loss, n = accelerator.reduce(sums, "sum").tolist()
+    return {"val/deviance": deviance / n, "val/loss": loss / n}
+
+
+def _judge(progress: Progress, numbers: dict[str, float], seen: int) -> None:
+    score = numbers["val/deviance"]
+    progress.history.append({"cells": seen, **numbers})
+    if score < progress.best:
+        progress.best, progress.best_step, progress.bad = score, progress.step, 0
+    else:
+        progress.bad += 1

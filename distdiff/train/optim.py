@@ -1,0 +1,53 @@
+"""AdamW with warm-up and cosine decay, measured in cells seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimiser settings.
+
+    Parameters
+    ----------
+    lr, weight_decay, betas
+        AdamW's. Weight decay acts on matrices only, not on biases, gains and embeddings.
+    warmup_cells
+        Cells over which the learning rate rises linearly; then it falls as a cosine to 0 at the end of training.
+    clip
+        Largest norm of the gradient.
+    ema
+        Decay of the weight average, ``min(ema, (1 + n) / (10 + n))`` after step n.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_cells: int = 10_000
+    clip: float = 1.0
+    ema: float = 0.995
+
+    def rate(self, seen: int, total: int) -> float:
+        """Learning rate after ``seen`` of ``total`` cells."""
+        warm = min(1.0, (seen + 1) / max(1, self.warmup_cells))
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / max(1, total))))
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """AdamW over two groups: matrices of linear layers, and the rest."""
+        decayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for parameter in model.parameters():
+            groups[id(parameter) not in decayed].append(parameter)
+        return torch.optim.AdamW(
+            [
+                {"params": groups[0], "weight_decay": self.weight_decay},
+                {"params": groups[1], "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+            betas=self.betas,
+        )

@@ -1,0 +1,251 @@
+"""MATHS 2-4 for the count process: exact moments and chi-squared at fixed seeds, closed-form answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from distdiff.process.counts import Counts, nb_draw, nb_nll, random_round
+from distdiff.process.schedule import levels, schedule, sigma_max
+from distdiff.rng import generator
+from tests import laws
+
+unit = st.floats(0.02, 0.98)
+X0 = torch.tensor([[0.0, 1.0, 3.0, 40.0]])
+
+
+@given(p=unit)
+def test_marginal_is_binomial(p):  # MATHS 2.2
+    x = Counts().forward(torch.full((20_000, 1), 6.0), 1.0, p, rng=generator(0, "marginal", str(p)))
+    seen = np.bincount(x.numpy().astype(int).ravel(), minlength=7)
+    want = stats.binom.pmf(np.arange(7), 6, p) * len(x)
+    keep = want > 5
+    rest = np.append(seen[keep], seen[~keep].sum()), np.append(want[keep], want[~keep].sum())
+    usable = rest[1] > 1e-9
+    assert stats.chisquare(rest[0][usable], rest[1][usable] * rest[0].sum() / rest[1].sum()).pvalue > 1e-4
+
+
+@given(p_s=unit, share=unit)
+def test_thinning_composes(p_s, share):  # MATHS 2.3
+    p_t = p_s * share
+    laws.forward_composes(Counts(), X0, p_s, p_t, (X0 * p_t)[0], (X0 * p_t * (1 - p_t))[0])
+
+
+@given(p_s=unit, share=unit)
+def test_bridge_keeps_the_marginal(p_s, share):  # MATHS 2.4
+    process, p_t, rng = Counts(), p_s * share, generator(0, "bridge", str(p_s), str(share))
+    x_0 = X0.expand(laws.N, -1)
+    x_t = process.forward(x_0, 1.0, p_t, rng=rng)
+    laws.moments_close(process.bridge(x_t, x_0, p_t, p_s, rng=rng), (X0 * p_s)[0], (X0 * p_s * (1 - p_s))[0])
+
+
+@pytest.mark.parametrize("weight", ["paper", "nll", "none"])
+@given(p=st.floats(0.05, 0.95), mean=st.floats(0.2, 8))
+def test_loss_is_least_at_the_posterior_mean(weight, p, mean):  # MATHS 3.1-3.3: a Bregman divergence, any weight
+    process = Counts(head="mean", weight=weight)
+    x_0 = torch.poisson(torch.full((4000, 1), mean), generator=generator(0, "loss", str(p), str(mean)))
+    x = process.forward(x_0, 1.0, p, rng=generator(1, "loss", str(p)))
+    best = ((x_0 - x).mean() / (1 - p)).clamp_min(1e-3)
+
+    def value(rate):
+        return process.loss(torch.full((4000, 1, 1), float(rate.log())), x_0, x, p).double().mean()
+
+    assert value(best) < value(best * 1.05)
+    assert value(best) < value(best * 0.95)
+    gap = value(best * 2) - value(best)
+    f, d = best * 2 * (1 - p), (x_0 - x).mean()
+    exact = process.weights(torch.tensor(p)) * (f - d - d * np.log(2))
+    assert float(gap) == pytest.approx(float(exact), rel=1e-3, abs=1e-6)
+
+
+@given(t=unit)
+def test_weights_are_the_ones_of_the_paper(t):  # MATHS 3.2, 3.3
+    time = torch.tensor(t, dtype=torch.float64)
+    p = schedule("cosine").p(time)
+    want = torch.pi / 2 * torch.sin(torch.pi * time)
+    assert torch.allclose(Counts(weight="paper").weights(p), want, rtol=1e-6)
+    assert torch.allclose(Counts(weight="nll").weights(p), torch.pi / torch.tan(torch.pi * time / 2), rtol=0.02)
+    assert Counts(weight="none").weights(p) == 1
+
+
+def test_nll_integral_does_not_depend_on_the_schedule():  # MATHS 3.3
+    """``int w_nll(t) l(p(t)) dt`` with the exact answer for Poisson data: a known number, for both schedules."""
+    totals = []
+    for name in ("cosine", "fisher"):
+        process = Counts(schedule=name, weight="nll", head="mean")
+        t = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+        p = process.schedule.p(t)
+        totals.append(float((process.schedule.speed(p) * (1 - p)).mean()))  # l(p) = (1 - p)^2: smooth at both ends
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)
+    assert totals[0] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_divergence_is_half_the_poisson_deviance():
+    process = Counts(head="mean")
+    d, f = torch.tensor([[0.0, 2.0, 5.0]]), torch.tensor([[0.7, 2.0, 1.5]])
+    eta = (f / 0.5).log().unsqueeze(-1)
+    got = process.divergence(eta, d + 1, torch.ones_like(d), 0.5)
+    want = f - d + torch.xlogy(d, d / f)
+    assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_nb_likelihood_is_scipys():  # MATHS 3.5
+    d = torch.tensor([0.0, 1.0, 7.0, 0.0])
+    mean, log_size = torch.tensor([0.5, 2.0, 3.0, 0.0]), torch.tensor([0.0, 1.0, -1.0, 0.3])
+    size = log_size.exp().double().numpy()
+    want = -stats.nbinom.logpmf(d.numpy(), size, size / (size + mean.double().numpy()))
+    assert np.allclose(nb_nll(d, mean, log_size).numpy(), want, atol=1e-5)
+
+
+def test_dispersion_does_not_pull_the_mean():  # MATHS 3.5: the likelihood sees the mean held fixed
+    x_0, x = torch.tensor([[9.0, 0.0]]), torch.zeros(1, 2)
+    grads = []
+    for head in ("mean", "nb"):
+        process = Counts(head=head)
+        raw = torch.full((1, 2, process.outputs), 0.3, requires_grad=True)
+        process.loss(process.natural(raw, x, 0.0), x_0, x, 0.0).sum().backward()
+        grads.append(raw.grad[..., 0])
+    assert torch.equal(*grads)
+
+
+@given(p_t=unit, gap=unit, share=st.floats(0, 1))
+def test_step_keeps_the_marginal_for_every_allowed_attrition(p_t, gap, share):  # MATHS 4.2, 4.3
+    p_s = p_t + gap * (1 - p_t)
+    sigma = share * float(sigma_max(torch.tensor(p_t), torch.tensor(p_s)))
+    beta = (p_s - (1 - sigma) * p_t) / (1 - p_t)
+    assert -1e-6 <= beta <= 1 + 1e-6
+    assert (1 - sigma) * p_t + (1 - p_t) * beta == pytest.approx(p_s, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_step_given_the_truth_has_the_binomial_law(share):  # MATHS 4.2 with xhat_0 = x_0
+    process, p_t, p_s, rng = Counts(head="mean"), 0.3, 0.6, generator(0, "step", str(share))
+    x_0 = X0.expand(laws.N, -1)
+    x_t = process.forward(x_0, 1.0, p_t, rng=rng)
+    eta = ((x_0 - x_t) / (1 - p_t)).clamp_min(1e-30).log().clamp_min(-60).unsqueeze(-1)
+    sigma = share * float(sigma_max(torch.tensor(p_t), torch.tensor(p_s)))
+    x_s = process.reverse(x_t, eta, p_t, p_s, sigma=sigma, rng=rng)
+    laws.moments_close(x_s, (X0 * p_s)[0], (X0 * p_s * (1 - p_s))[0])
+
+
+@given(f=st.floats(0, 30))
+def test_random_rounding_keeps_the_mean(f):  # MATHS 4.5
+    x = random_round(torch.full((laws.N,), f), rng=generator(0, "round", str(f)))
+    low = np.floor(f)
+    assert set(x.unique().tolist()) <= {low, low + 1}
+    assert float(x.double().mean()) == pytest.approx(f, abs=5 * 0.5 / laws.N**0.5)
+
+
+def test_rounding_to_nearest_collapses_small_rates():  # MATHS 4.5, why random rounding
+    eta = torch.full((100, 5, 1), 0.4).log()
+    x = Counts(head="mean", rounding="nearest").reverse(torch.zeros(100, 5), eta, 0.0, 1.0, rng=generator(0))
+    assert x.sum() == 0
+
+
+@given(mean=st.floats(0.1, 20), log_size=st.floats(-1, 3))
+def test_nb_draws_have_the_nb_moments(mean, log_size):  # MATHS 4.8
+    rng = generator(0, "nb", str(mean), str(log_size))
+    x = nb_draw(torch.full((laws.N, 1), mean), torch.full((laws.N, 1), log_size), rng=rng)
+    laws.moments_close(x, mean, mean + mean**2 / np.exp(log_size), sigmas=6)
+
+
+def test_nb_is_closed_under_thinning():  # MATHS 4.8
+    rng, process = generator(0, "closed"), Counts()
+    whole = nb_draw(torch.full((laws.N, 1), 6.0), torch.full((laws.N, 1), 0.5), rng=rng)
+    thinned, r = process.forward(whole, 1.0, 0.3, rng=rng), 0.3
+    laws.moments_close(thinned, r * 6, r * 6 + (r * 6) ** 2 / np.exp(0.5), sigmas=6)
+
+
+def _gamma_poisson(mean, size, head):
+    """Closed form for ``x_0 ~ NB(mean, size)``: rate | x_p ~ Gamma(size + x, size / mean + p); d given it Poisson."""
+
+    def predict(x, p):
+        rate = (size + x) / (size / mean + p)
+        log_size = torch.log(size + x)
+        return torch.stack((rate.log(), log_size), -1) if head == "nb" else rate.log().unsqueeze(-1)
+
+    return predict
+
+
+MEAN, SIZE = torch.tensor([2.0, 0.3, 9.0]), torch.tensor([0.7, 2.0, 5.0])
+VAR = (MEAN + MEAN**2 / SIZE).double()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_nb_leap_with_the_exact_answer_samples_the_law_at_any_step_count(steps):  # MATHS 4.8
+    grid = levels(schedule("cosine"), steps)
+    x = laws.exact_answer_samples_the_law(
+        Counts(), _gamma_poisson(MEAN, SIZE, "nb"), 3, grid, MEAN.double(), VAR, tolerance=0.08
+    )
+    zeros = (x == 0).double().mean(0)
+    want = torch.from_numpy(stats.nbinom.pmf(0, SIZE.numpy(), (SIZE / (SIZE + MEAN)).numpy()))
+    assert torch.allclose(zeros, want, atol=0.015)
+
+
+@pytest.mark.parametrize("name", ["cosine", "fisher"])
+def test_random_rounding_with_the_exact_answer_needs_many_steps(name):  # MATHS 4.7: right in the limit, short of it not
+    grid = levels(schedule(name), 150)
+    process = Counts(head="mean", schedule=name)
+    laws.exact_answer_samples_the_law(
+        process, _gamma_poisson(MEAN, SIZE, "mean"), 3, grid, MEAN.double(), VAR, tolerance=0.15
+    )
+    from distdiff.sampling import sample
+
+    few = sample(
+        process, _gamma_poisson(MEAN, SIZE, "mean"), torch.zeros(laws.N, 3),
+        list(levels(schedule(name), 5)), rng=generator(0, "few"),
+    )  # fmt: skip
+    assert few.var(0)[0] < 0.75 * VAR[0]
+
+
+def test_per_gene_survival():  # MATHS 5: evidence at 1 never moves, targets walk, in one call
+    process = Counts()
+    x = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    eta = torch.zeros(2, 2, 2)
+    p = torch.tensor([[1.0, 0.0]]).expand(2, 2)
+    assert torch.allclose(process.mean(eta, x, p), torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
+    out = process.reverse(x, eta, p, 1.0, rng=generator(0))
+    assert torch.equal(out[:, 0], x[:, 0])
+    laws.entries_with_p_one_never_move(process, eta, x)
+    laws.entries_with_p_one_never_move(Counts(head="mean"), eta[..., :1], x)
+
+
+def test_rate_is_finite_at_both_ends():  # MATHS 3.4
+    process = Counts(head="mean")
+    eta = torch.zeros(1, 2, 1)
+    for p in (0.0, 1.0):
+        assert process.loss(eta, torch.ones(1, 2), torch.ones(1, 2), p).isfinite().all()
+
+
+def test_paint_then_mean_is_a_martingale():  # MATHS 4.11: x_t + f keeps its mean along the walk
+    process, predict = Counts(), _gamma_poisson(MEAN, SIZE, "nb")
+    x, grid = torch.zeros(laws.N, 3), levels(schedule("cosine"), 4)
+    rng = generator(0, "martingale")
+    for p_t, p_s in zip(grid[:-1], grid[1:], strict=True):
+        x = process.reverse(x, predict(x, p_t), p_t, p_s, rng=rng)
+        forecast = process.mean(predict(x, p_s), x, p_s).double().mean(0) if p_s < 1 else x.double().mean(0)
+        assert torch.allclose(forecast, MEAN.double(), rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Counts(weight="papr"), "did you mean 'paper'"),
+        (lambda: Counts(head="zinb"), "did you mean 'nb'"),
+        (lambda: Counts(schedule="cosinus"), "did you mean 'cosine'"),
+        (lambda: Counts().forward(torch.ones(1, 1), 0.5, 0.6, rng=generator(0)), "0 <= p_t <= p_s <= 1"),
+        (
+            lambda: Counts(head="mean").reverse(
+                torch.ones(1, 1), torch.zeros(1, 1, 1), 0.5, 0.9, sigma=0.3, rng=generator(0)
+            ),
+            r"sigma=0.3 is outside \[0, 0.2\]",
+        ),
+    ],
+)
+def test_bad_values_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
