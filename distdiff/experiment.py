@@ -20,6 +20,7 @@ from distdiff.denoise import Denoiser
 from distdiff.model import Model
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
+import itertools
 
 if TYPE_CHECKING:
     from distdiff.evaluate import Report
@@ -172,7 +173,7 @@ def _asked_of_launcher() -> int:
             return 1
     if not any("accelerate" in Path(w).name for w in words) or "launch" not in words:
         return 1
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in itertools.pairwise(words):
         if flag in ("--num_processes", "--num-processes"):
             return int(value)
     return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,9 +77,9 @@ def sample(
     on_step
         Called with ``(x, p_s)`` after each step; what it returns goes on (RePaint overwrites evidence here).
     """
-    for p_t, p_s in zip(grid[:-1], grid[1:], strict=True):
+    for p_t, p_s in itertools.pairwise(grid):
         eta = predict(x, p_t)
-        s = attrition(sigma[0], sigma[1], p_t, p_s) if sigma[0] != "none" else 0.0  # type: ignore[arg-type]
+        s = attrition(sigma[0], sigma[1], p_t, p_s) if sigma[0] != "none" else 0.0
         x = process.reverse(x, eta, p_t, p_s, sigma=s, rng=rng)
         if on_step is not None:
             x = on_step(x, p_s)

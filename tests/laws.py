@@ -13,11 +13,12 @@ N = 40_000
 def moments_close(x, mean, var, *, sigmas=5.0):
     """Sample mean and variance within ``sigmas`` standard errors of the truth (normal approximation, N large)."""
     x, n = x.double(), x.shape[0]
-    error = (var / n) ** 0.5
-    assert abs(x.mean(0) - mean).max() < sigmas * error + 1e-9, (x.mean(0), mean)
+    mean, var = torch.as_tensor(mean, dtype=x.dtype), torch.as_tensor(var, dtype=x.dtype)
+    assert ((x.mean(0) - mean).abs() < sigmas * (var / n).sqrt() + 1e-9).all(), (x.mean(0), mean)
     fourth = ((x - x.mean(0)) ** 4).mean(0)
     spread = ((fourth - x.var(0) ** 2).clamp_min(0) / n).sqrt()
-    assert ((x.var(0) - var).abs() < sigmas * spread + 1e-9).all(), (x.var(0), var)
+    slack = 50 * var / n  # a fair coin's variance has no first-order error
+    assert ((x.var(0) - var).abs() < sigmas * spread + slack + 1e-9).all(), (x.var(0), var)
 
 
 def forward_composes(process, x_0, p_s, p_t, mean, var):

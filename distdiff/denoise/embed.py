@@ -49,8 +49,9 @@ class Conditioning(nn.Module):
 
     def __init__(self, spec: DataSpec, width: int, n_freqs: int = 8):
         super().__init__()
-        self.tables = nn.ModuleDict({k: nn.Embedding(len(v), width) for k, v in spec.labels.items()})
-        for table in self.tables.values():
+        self.names = tuple(spec.labels)
+        self.tables = nn.ModuleList(nn.Embedding(len(spec.labels[name]), width) for name in self.names)
+        for table in self.tables:
             nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
         self.register_buffer("freqs", math.pi * 2.0 ** torch.arange(n_freqs, dtype=torch.float32) / 4)
         self.project = nn.Sequential(nn.Linear(2 * n_freqs + 3, width), nn.SiLU(), nn.Linear(width, width))
@@ -64,11 +65,10 @@ class Conditioning(nn.Module):
         whole, none = (p == 1).float().mean(1, keepdim=True), (p == 0).float().mean(1, keepdim=True)
         angle = level * self.freqs
         out = self.project(torch.cat((angle.sin(), angle.cos(), log_depth, whole, none), 1))
-        for name, table in self.tables.items():
+        for name, table in zip(self.names, self.tables, strict=True):
             if name in cond.labels:
                 code = cond.labels[name]
-                known = (code != UNKNOWN).unsqueeze(1)
-                out = out + table(code.clamp_min(0)) * known  # type: ignore[operator]
+                out = out + table(code.clamp_min(0)) * (code != UNKNOWN).unsqueeze(1)
         return out
 
 

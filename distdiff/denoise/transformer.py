@@ -36,7 +36,7 @@ class Transformer(Denoiser):
         self.value = nn.Linear(4, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = AdaptiveNorm(width, width)
-        self.answer = nn.Linear(width, outputs)
+        self.answer = nn.Linear(width, outputs, bias=False)
         self.bias = nn.Parameter(torch.zeros(spec.n_genes, outputs))
         nn.init.zeros_(self.answer.weight)
 

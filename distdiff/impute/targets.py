@@ -20,9 +20,9 @@ class Rows(Protocol):
     n_cells: int
     genes: tuple[str, ...]
 
-    def read(self, start: int, stop: int) -> sp.csr_matrix: ...  # noqa: D102
+    def read(self, start: int, stop: int) -> sp.csr_matrix: ...
 
-    def obs(self, key: str) -> np.ndarray: ...  # noqa: D102
+    def obs(self, key: str) -> np.ndarray: ...
 
 
 def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:

@@ -8,7 +8,7 @@ size of a negative binomial around it (MATHS 3.5). All functions are exact entry
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -41,9 +41,9 @@ class Counts(Process):
     """
 
     schedule: Any = "cosine"
-    weight: Literal["paper", "nll", "none"] = "paper"
-    head: Literal["mean", "nb"] = "nb"
-    rounding: Literal["random", "nearest"] = "random"
+    weight: str = "paper"
+    head: str = "nb"
+    rounding: str = "random"
 
     def __post_init__(self) -> None:
         for name, allowed in (("weight", WEIGHTS), ("head", HEADS), ("rounding", ROUNDINGS)):
@@ -194,7 +194,7 @@ WEIGHTS, HEADS, ROUNDINGS = ("paper", "nll", "none"), ("mean", "nb"), ("random",
 
 def thin(n: Tensor, p: Tensor, *, rng: torch.Generator) -> Tensor:
     """``Binomial(n, p)``, entry by entry; ``n`` whole numbers in floating point."""
-    return torch.binomial(n, p.expand_as(n).contiguous(), generator=rng)
+    return torch.binomial(n.contiguous(), p.expand_as(n).contiguous(), generator=rng)
 
 
 def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:

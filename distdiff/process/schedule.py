@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -98,7 +97,7 @@ def sigma_max(p_t: Tensor, p_s: Tensor) -> Tensor:
     return ((1 - p_s) / p_t.clamp_min(1e-38)).clamp(0, 1)
 
 
-def attrition(kind: Literal["none", "max", "cap", "rescale"], eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
+def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
     """Attrition sigma of a step under a rule (MATHS 4.4): 0, sigma_max, min(eta, sigma_max) or eta sigma_max.
 
     Raises

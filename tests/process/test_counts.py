@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -225,7 +227,7 @@ def test_paint_then_mean_is_a_martingale():  # MATHS 4.11: x_t + f keeps its mea
     process, predict = Counts(), _gamma_poisson(MEAN, SIZE, "nb")
     x, grid = torch.zeros(laws.N, 3), levels(schedule("cosine"), 4)
     rng = generator(0, "martingale")
-    for p_t, p_s in zip(grid[:-1], grid[1:], strict=True):
+    for p_t, p_s in itertools.pairwise(grid):
         x = process.reverse(x, predict(x, p_t), p_t, p_s, rng=rng)
         forecast = process.mean(predict(x, p_s), x, p_s).double().mean(0) if p_s < 1 else x.double().mean(0)
         assert torch.allclose(forecast, MEAN.double(), rtol=0.03)

@@ -32,8 +32,12 @@ def test_two_levels_share_one_target_level_a_cell():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"hidden": -1}, "must be >= 0"), ({"target_share": (0.9, 0.1)}, "low <= high"), ({"hidden": 0, "two_level": 0, "uniform": 0}, "not all 0")],
-)  # fmt: skip
+    [
+        ({"hidden": -1}, "must be >= 0"),
+        ({"target_share": (0.9, 0.1)}, "low <= high"),
+        ({"hidden": 0, "two_level": 0, "uniform": 0}, "not all 0"),
+    ],
+)
 def test_bad_mixtures_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Survival(**options)
