@@ -164,3 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         typer.echo("distdiff: interrupted; nothing half-written was left", err=True)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

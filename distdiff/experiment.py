@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from distdiff.denoise import Denoiser
 from distdiff.model import Model
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
-import itertools
 
 if TYPE_CHECKING:
     from distdiff.evaluate import Report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def settings(store: Path, out: Path, cell_type: str | None, name: str) -> dict[s
 
 def _guess(source: Source) -> str | None:
     for name in CELL_TYPES:
-        if name in source.obs_keys:
+        with contextlib.suppress(ValueError):
+            source.obs(name)
             return name
     return None
 

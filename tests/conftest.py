@@ -3,10 +3,10 @@ from __future__ import annotations
 import os
 
 import pytest
-
-import tests.typecheck  # noqa: F401 (named in the hook below)
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401 (named in the hook below)
 
 # shapes and types are checked while the tests run, and only then
 install_import_hook(["distdiff.process", "distdiff.sampling", "distdiff.denoise"], "tests.typecheck.check")
@@ -21,3 +21,32 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def counts():
+    """A made data set with structure: 200 cells x 30 genes, two cell types, gamma-Poisson, one empty cell."""
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    import scipy.sparse as sp
+
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, 200)
+    profile = rng.gamma(0.6, 2.0, (2, 30))
+    depth = rng.lognormal(0, 0.4, 200)
+    x = rng.poisson(rng.gamma(2.0, profile[kind] * depth[:, None] / 2.0)).astype(np.float32)
+    x[7] = 0
+    obs = pd.DataFrame({"cell_type": np.array(["B", "T"])[kind]}, index=[f"cell{i}" for i in range(200)])
+    return ad.AnnData(sp.csr_matrix(x), obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(30)]))
+
+
+@pytest.fixture(scope="session")
+def atlas(counts, tmp_path_factory):
+    """The store of :func:`counts`."""
+    from distdiff.data.shard import shard
+
+    folder = tmp_path_factory.mktemp("atlas")
+    counts.write_h5ad(folder / "counts.h5ad")
+    shard([folder / "counts.h5ad"], folder / "atlas.zarr", labels=("cell_type",), workers=0, progress=False)
+    return folder / "atlas.zarr"

@@ -1,0 +1,153 @@
+"""Baselines: the peers and controls that every table of distdiff's own models contains, one a file.
+
+A baseline answers with a *rate*: the expected molecules of the hidden entries, from the observed entries alone. This
+file does the rest, the same way for all: hidden counts are erased before the baseline sees them, observed counts are
+copied back unchanged, and draws are Poisson around the rate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distdiff.impute import Imputed, Imputer
+from distdiff.rng import numpy_generator
+from distdiff.types import Bool, Cells, Tensor
+
+if TYPE_CHECKING:
+    from distdiff.data.store import CountStore
+
+__all__ = ["Baseline", "chunks", "depth"]
+
+FloatArray = NDArray[np.floating]
+BoolArray = NDArray[np.bool_]
+
+CHUNK = 4096
+"""Training cells that are dense in memory at once."""
+
+
+class Baseline(Imputer, ABC):
+    """An imputer that knows a rate for every entry.
+
+    Attributes
+    ----------
+    label
+        What a table calls it.
+    peeks
+        It profits from something made from the hidden entries (cell-type labels, or the truth itself).
+    sees_hidden
+        `distdiff.evaluate` hands it the true counts: only ``perfect``.
+    control
+        A yardstick, not a competitor.
+    gene_mean
+        ``float64 [g]`` molecules of the average training cell, set by `fit`.
+    """
+
+    label: str = ""
+    peeks: bool = False
+    sees_hidden: bool = False
+    control: bool = False
+    gene_mean: FloatArray
+
+    def fit(self, store: CountStore, rows: np.ndarray) -> None:
+        """Learn the gene means, then whatever `learn` learns, from the training cells ``rows``.
+
+        Raises
+        ------
+        ValueError
+            No training cells.
+        """
+        if len(rows) == 0:
+            raise ValueError(f"{type(self).__name__}.fit: no training cells were given, wanted at least one")
+        total = np.zeros(len(store.genes))
+        for _, counts in chunks(store, rows):
+            total += counts.sum(axis=0, dtype=np.float64)
+        self.gene_mean = total / len(rows)
+        self.learn(store, np.asarray(rows))
+
+    def learn(self, store: CountStore, rows: np.ndarray) -> None:  # noqa: B027 (gene means are enough for some)
+        """Learn more than the gene means. Default: nothing."""
+
+    @abstractmethod
+    def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
+        """Expected molecules of every entry.
+
+        Parameters
+        ----------
+        counts
+            ``float32 [b g]``, zero where hidden.
+        observed
+            ``bool [b g]``.
+        cells
+            The batch, its counts erased where hidden; for its labels.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``float [b g]``, not negative; read where hidden only.
+        """
+
+    def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
+        """Fill hidden entries with the rate, and with Poisson draws around it.
+
+        Raises
+        ------
+        ValueError
+            `fit` was not called, or the batch has another number of genes.
+        """
+        if not hasattr(self, "gene_mean"):
+            raise ValueError(f"{type(self).__name__}.impute: call fit(store, rows) first")
+        if tuple(cells.counts.shape) != tuple(observed.shape) or cells.counts.shape[1] != len(self.gene_mean):
+            raise ValueError(
+                f"{type(self).__name__}.impute: counts {tuple(cells.counts.shape)} and observed "
+                f"{tuple(observed.shape)} must both be [cells, {len(self.gene_mean)}], the genes of the fit"
+            )
+        erased = torch.where(observed, cells.counts, torch.zeros((), dtype=cells.counts.dtype))
+        seen = observed.numpy()
+        rate = self.rate(erased.numpy(), seen, Cells(erased, cells.labels, cells.rows))
+        rate = np.maximum(rate, 0.0, dtype=np.float64)
+        mean = torch.where(observed, cells.counts, torch.from_numpy(rate.astype(np.float32)))
+        if draws == 0 or len(cells) == 0:
+            return Imputed(mean, mean.new_zeros((draws, *mean.shape)) if draws else None)
+        rng = numpy_generator(seed, "draw", int(cells.rows[0]))
+        answer = cells.counts.expand(draws, -1, -1).clone()
+        hidden = ~seen
+        for k in range(draws):
+            answer[k][~observed] = torch.from_numpy(rng.poisson(rate[hidden]).astype(np.float32))
+        return Imputed(mean, answer)
+
+
+def chunks(store: CountStore, rows: np.ndarray, size: int = CHUNK) -> Iterator[tuple[slice, FloatArray]]:
+    """Read cells a few thousand at a time: pairs of the slice of ``rows`` and dense ``float32 [<=size g]`` counts."""
+    for start in range(0, len(rows), size):
+        part = slice(start, min(start + size, len(rows)))
+        yield part, store.read(rows[part]).toarray().astype(np.float32)
+
+
+def depth(counts: FloatArray, observed: BoolArray, profile: FloatArray) -> FloatArray:
+    """Depth of the evidence, ``sum_obs x / sum_obs profile``: ``float64 [b 1]``, dimensionless.
+
+    Half a molecule stands for no molecule at all, and a cell without evidence (or where the profile expects nothing)
+    has depth 1.
+
+    Parameters
+    ----------
+    counts
+        ``float [b g]``, zero where hidden.
+    observed
+        ``bool [b g]``.
+    profile
+        ``float [g]`` or ``[b g]`` expected molecules at depth 1.
+    """
+    seen = counts.sum(axis=1, dtype=np.float64)
+    if profile.ndim == 1:
+        expected = observed.astype(np.float32) @ profile.astype(np.float32)
+    else:
+        expected = np.sum(profile, axis=1, where=observed, dtype=np.float64)
+    some = expected > 0
+    return np.where(some, np.maximum(seen, 0.5) / np.where(some, expected, 1.0), 1.0)[:, None]

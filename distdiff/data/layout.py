@@ -20,6 +20,7 @@ one task writes one shard, whole.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def encode(counts: sparse.csr_matrix, layout: Layout) -> dict[str, np.ndarray]:
         raise ValueError(f"a block holds {widest} counts, the store was laid out for {layout.cap}; a source changed")
     data = np.zeros((k, layout.cap), layout.dtype)
     indices = np.zeros((k, layout.cap), layout.index_dtype)
-    for b, (lo, hi) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for b, (lo, hi) in enumerate(itertools.pairwise(starts)):
         data[b, : hi - lo] = counts.data[lo:hi]
         indices[b, : hi - lo] = counts.indices[lo:hi]
     at = np.minimum(np.arange(k)[:, None] * layout.block + np.arange(layout.block + 1), counts.shape[0])

@@ -1,0 +1,29 @@
+"""One number for every hidden entry: the control that a protocol which never hides zeros is kind to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
+
+
+class Constant(Baseline):
+    """Answer ``value`` molecules everywhere.
+
+    Raises
+    ------
+    ValueError
+        ``value`` is negative.
+    """
+
+    control = True
+
+    def __init__(self, value: float = 1.0) -> None:
+        if not value >= 0:
+            raise ValueError(f"constant: value={value} must be 0 or more molecules")
+        self.value = value
+        self.label = f"constant {value:g}"
+
+    def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
+        """``value`` everywhere."""
+        return np.full_like(counts, self.value)

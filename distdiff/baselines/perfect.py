@@ -1,0 +1,24 @@
+"""The truth as an answer: the upper control of every table."""
+
+from __future__ import annotations
+
+from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
+from distdiff.impute import Imputed
+from distdiff.types import Bool, Tensor
+
+
+class Perfect(Baseline):
+    """Answer with the hidden counts themselves; it must be handed the truth (``sees_hidden``)."""
+
+    label = "perfect"
+    peeks = True
+    sees_hidden = True
+    control = True
+
+    def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
+        """The counts as given."""
+        return counts
+
+    def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
+        """Return the counts of ``cells``, hidden entries included; every draw is the truth."""
+        return Imputed(cells.counts, cells.counts.expand(draws, -1, -1) if draws else None)

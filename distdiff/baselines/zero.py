@@ -1,0 +1,18 @@
+"""No imputation: every hidden entry is zero. The lower control of every table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
+
+
+class Zero(Baseline):
+    """Answer zero. Its Poisson deviance depends on the floor of the score: no molecules can never be expected."""
+
+    label = "none (zero)"
+    control = True
+
+    def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
+        """Zero everywhere."""
+        return np.zeros_like(counts)

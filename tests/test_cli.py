@@ -1,0 +1,99 @@
+"""The command line as a user meets it, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import anndata as ad
+import numpy as np
+import pytest
+
+
+def distdiff(*words, cwd, **more):
+    command = [sys.executable, "-m", "distdiff.cli", *map(str, words)]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **more)
+
+
+def test_import_is_light():
+    code = "import sys, distdiff; print([m for m in ('mlflow', 'scanpy', 'dask', 'deepspeed', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = (
+        "import sys, distdiff, distdiff.model, distdiff.data.store;"
+        "print([m for m in ('mlflow', 'scanpy', 'dask', 'deepspeed', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_whole_job_command_by_command(counts, tmp_path):
+    counts.write_h5ad(tmp_path / "a.h5ad")
+    done = distdiff("shard", "a.h5ad", "--out", "atlas.zarr", "--labels", "cell_type", "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "199 cells x 30 genes" in done.stdout
+    assert "dashboard" in done.stdout.lower()
+    (tmp_path / "c.yaml").write_text(
+        "data: {store: atlas.zarr}\ndenoiser: {kind: mlp, width: 16, depth: 1}\n"
+        "train: {out: run, cells: 640, batch: 32, eval_cells: 320}\n"
+        "evaluate: {cell_type: cell_type, repaint_steps: 3}\ntracking: {model: small}\n"
+    )
+    done = distdiff("train", "--config", "c.yaml", "train.cells=320", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "registered: small version 1, now 'champion'" in done.stdout
+    assert "RePaint" in done.stdout
+    champion = ("--model", "models:/small@champion")
+    done = distdiff("evaluate", *champion, "--data", "atlas.zarr", "--repaint-steps", 0, "--out", "table", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "table" / "table.json").read_text())
+    assert (tmp_path / "table" / "calibration.png").exists()
+    done = distdiff(
+        "impute", *champion, "--data", "a.h5ad", "--out", "b.h5ad", "--sites", "dropout", "--groups", "cell_type",
+        "--draws", 2, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 cells without evidence" in done.stdout
+    out = ad.read_h5ad(tmp_path / "b.h5ad")
+    observed = counts.X.toarray() > 0
+    assert (np.asarray(out.layers["imputed"])[observed] == counts.X.toarray()[observed]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["shard", "nowhere.h5ad", "--out", "x.zarr"], "nowhere.h5ad does not exist"),
+        (["shard", "a.h5ad", "--out", "x.zarr", "--split", "a,b"], "must be three numbers"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["train", "--config", "bad.yaml"], "unknown key 'dat'; did you mean 'data'"),
+        (["impute", "--model", "nowhere", "--data", "a.h5ad", "--out", "b.h5ad"], "no model folder at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(counts, tmp_path, words, message):
+    counts.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "bad.yaml").write_text("dat: {store: x}")
+    done = distdiff(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("distdiff: error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_interrupted_then_run_twice(tmp_path):
+    command = [sys.executable, "-m", "distdiff.cli", "quickstart"]
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(12)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    hidden = [p for p in (tmp_path / "distdiff-quickstart").rglob(".*tmp*")]
+    assert hidden == []
+    done = distdiff("quickstart", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "distdiff mean is first in Poisson deviance" in done.stdout
+    for name in ("umap.png", "imputed.h5ad", "run/evaluation/calibration.png", "run/evaluation/table.md"):
+        assert (tmp_path / "distdiff-quickstart" / name).stat().st_size > 1000
+    again = distdiff("quickstart", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr

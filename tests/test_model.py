@@ -1,0 +1,276 @@
+"""Model.impute on AnnData and impute_file on files: observed counts bit-equal, targets right, bad input named."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+import distdiff
+from distdiff import files
+from distdiff.batch import impute_file
+from distdiff.data.masks import mcar
+from distdiff.data.store import CountStore
+from distdiff.model import Model
+
+OPTIONS = ({"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1})
+
+
+@pytest.fixture(scope="module")
+def model(atlas):
+    return Model.new(CountStore.open(atlas).spec(("cell_type",)), *OPTIONS)
+
+
+@pytest.fixture
+def mask(counts):
+    return mcar(counts.shape, 0.5, np.random.default_rng(0))
+
+
+def dense(matrix):
+    return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
+
+
+def digest(adata):
+    x = sp.csr_matrix(adata.X)
+    return hashlib.sha256(x.data.tobytes() + x.indices.tobytes()).hexdigest(), list(adata.layers), list(adata.uns)
+
+
+def test_observed_counts_come_back_and_the_input_is_untouched(model, counts, mask):
+    before = digest(counts)
+    out = model.impute(counts, mask=mask, draws=3)
+    assert digest(counts) == before
+    assert set(out.layers) == {"imputed_mean", "imputed", "imputed_draw2", "imputed_draw3"}
+    x = dense(counts.X)
+    empty = np.where(mask, 0, x).sum(1) == 0
+    assert empty[7]
+    assert (dense(out.X) == x).all()
+    for name, values in out.layers.items():
+        assert (values[~mask] == x[~mask]).all()
+        assert (values[empty] == x[empty]).all()
+        if name != "imputed_mean":
+            assert (values == values.round()).all()
+    assert not (out.layers["imputed"] == out.layers["imputed_draw2"]).all()
+    done = out.uns["distdiff"]
+    assert done["targets"] == mask[~empty].sum()
+    assert done["cells_without_evidence"] == empty.sum()
+    assert done["molecules_added"] == pytest.approx(out.layers["imputed_mean"][~empty][mask[~empty]].sum(), rel=1e-4)
+
+
+def test_what_stands_at_a_target_is_not_looked_at(model, counts, mask):
+    want = model.impute(counts, mask=mask).layers["imputed_mean"]
+    poisoned = counts.copy()
+    x = dense(counts.X).copy()
+    x[mask] = -77.5
+    poisoned.X = x
+    got = model.impute(poisoned, mask=sp.csr_matrix(mask)).layers["imputed_mean"]
+    keep = np.where(mask, 0, dense(counts.X)).sum(1) > 0
+    assert (got[keep] == want[keep]).all()
+
+
+def test_same_seed_same_draws_whatever_runs_before(model, counts, mask):
+    a, b = (model.impute(counts, mask=mask, seed=3).layers["imputed"] for _ in range(2))
+    c = model.impute(counts, mask=mask, seed=4).layers["imputed"]
+    assert (a == b).all()
+    assert not (a == c).all()
+
+
+def test_dropout_sites_follow_algorithm_1(model, counts):  # MATHS 8.5
+    out = model.impute(counts, sites="dropout", groups="cell_type", mean_only=True)
+    x = dense(counts.X)
+    for kind in ("B", "T"):
+        cells = (counts.obs["cell_type"] == kind).to_numpy()
+        changed = out.layers["imputed_mean"][cells] != x[cells]
+        expressed = x[cells].sum(0) > 0
+        sites = (x[cells] == 0) & expressed
+        sites[x[cells].sum(1) == 0] = False
+        assert (changed == sites).all()
+
+
+def test_leiden_groups(model, counts):
+    some = (
+        counts[counts.X.sum(1).A1 > 0]
+        if hasattr(counts.X.sum(1), "A1")
+        else counts[np.asarray(counts.X.sum(1)).ravel() > 0]
+    )
+    out = model.impute(some, sites="dropout", groups="leiden", mean_only=True)
+    assert out.uns["distdiff"]["targets"] > 0
+
+
+def test_a_panel_gains_the_genes_it_lacks(model, counts):
+    panel = counts[:, 5:].copy()
+    panel.var["note"] = "x"
+    out = model.impute(panel, draws=2)
+    assert list(out.var_names) == [*panel.var_names, *counts.var_names[:5]]
+    assert out.var["distdiff_added"].sum() == 5
+    assert (dense(out[:, panel.var_names].X) == dense(panel.X)).all()
+    assert (out[:, panel.var_names].layers["imputed"] == dense(panel.X)).all()
+    added = out.layers["imputed_mean"][:, -5:]
+    kept = np.asarray(panel.X.sum(1)).ravel() > 0
+    assert (added[kept] > 0).all()
+    assert (added[~kept] == 0).all()
+
+
+def test_genes_in_another_order_and_unknown_genes(model, counts, mask):
+    want = model.impute(counts, mask=mask).layers["imputed_mean"]
+    order = np.random.default_rng(1).permutation(counts.n_vars)
+    got = model.impute(counts[:, order].copy(), mask=mask[:, order]).layers["imputed_mean"]
+    assert np.allclose(got, want[:, order], rtol=1e-5)
+    more = ad.concat(
+        [counts, ad.AnnData(sp.csr_matrix(np.ones((200, 1), np.float32)), obs=counts.obs[[]], var={"n": [0]})], axis=1
+    )
+    more.var_names = [*counts.var_names, "newgene"]
+    more.obs = counts.obs
+    all_hidden = np.c_[mask, np.ones((200, 1), bool)]
+    out = model.impute(more, mask=all_hidden)
+    assert (out.layers["imputed_mean"][:, -1] == 1).all()
+    assert out.uns["distdiff"]["genes_unknown_to_model"] == 1
+    assert out.uns["distdiff"]["targets_of_unknown_genes"] == 200
+    assert np.allclose(out.layers["imputed_mean"][:, :-1], want, rtol=1e-5)
+
+
+def test_labels_condition_the_answer(model, counts, mask):
+    model = Model.new(model.spec, *OPTIONS)
+    for weight in model.denoiser.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    with_labels = model.impute(counts, mask=mask, mean_only=True).layers["imputed_mean"]
+    without = model.impute(counts, mask=mask, mean_only=True, use_labels=False).layers["imputed_mean"]
+    assert not np.allclose(with_labels, without)
+    bare = counts.copy()
+    del bare.obs["cell_type"]
+    assert np.allclose(model.impute(bare, mask=mask, mean_only=True).layers["imputed_mean"], without)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (None, {"draws": 0, "mask": "m"}, "draws must be at least 1, got 0; .*--mean-only"),
+        (None, {}, "nothing to impute: the input has all of the model's genes"),
+        (None, {"mask": "maks"}, "mask='maks' is no layer.*did you mean 'mask'"),
+        (None, {"mask": np.ones((3, 3))}, r"the mask has shape \(3, 3\), the input \(200, 30\)"),
+        (None, {"mask": "mask", "sites": "dropout"}, "either a mask or sites"),
+        (None, {"sites": "dropout"}, "needs groups"),
+        (None, {"sites": "dropuot", "groups": "cell_type"}, "did you mean 'dropout'"),
+        (None, {"sites": "dropout", "groups": "celltype"}, "did you mean 'cell_type'"),
+        (None, {"mask": "mask", "method": "repant"}, "did you mean 'repaint'"),
+        (lambda a: a.obs.__setitem__("cell_type", "Bb"), {"mask": "mask"}, "'Bb', which the model never saw.*--no-labels"),
+        (lambda a: setattr(a, "var_names", [f"E{i}" for i in range(30)]), {"mask": "mask"}, "none of the input's 30 genes"),
+        (lambda a: a.__setattr__("X", a.X * 0.5), {"mask": "mask"}, "gene.*log-normalised"),
+        (lambda a: a.__setattr__("X", a.X * -1), {"mask": "mask"}, "cell 'cell.*-1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(model, counts, mask, change, options, words):
+    adata = counts.copy()
+    adata.layers["mask"] = mask
+    if change:
+        change(adata)
+    options = {**options, "mask": "mask"} if options.get("mask") == "m" else options
+    with pytest.raises(ValueError, match=words):
+        model.impute(adata, **options)
+
+
+def test_saved_and_loaded_models_answer_alike(model, counts, mask, tmp_path):
+    model.save(tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["model.json", "weights.safetensors"]
+    again = distdiff.load(tmp_path / "model")
+    assert again.spec.genes == model.spec.genes
+    assert again.info["weights_sha256"] == model.info["weights_sha256"]
+    a, b = (m.impute(counts, mask=mask).layers["imputed"] for m in (model, again))
+    assert (a == b).all()
+
+
+def test_damaged_models_are_named(model, tmp_path):
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="no model folder at"):
+        distdiff.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is no distdiff model"):
+        Model.load(tmp_path)
+    with pytest.raises(ValueError, match="use distdiff.load for models:/"):
+        Model.load("models:/x@champion")
+    card = (tmp_path / "model" / "model.json").read_text()
+    (tmp_path / "model" / "model.json").write_text(card.replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="model format 99"):
+        Model.load(tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="is damaged"):
+        Model.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("given", "out"), [("h5ad", "h5ad"), ("zarr", "zarr"), ("h5ad", "zarr"), ("zarr", "h5ad")])
+def test_files_hold_what_the_input_held_plus_layers(model, counts, mask, tmp_path, given, out):
+    counts = counts.copy()
+    counts.uns["note"], counts.obsm["pca"] = "kept", np.arange(400.0).reshape(200, 2)
+    source, target = tmp_path / f"in.{given}", tmp_path / f"out.{out}"
+    if given == "h5ad":
+        counts.write_h5ad(source)
+    else:
+        with ad.settings.override(zarr_write_format=3):
+            counts.write_zarr(source)
+    sp.save_npz(tmp_path / "mask.npz", sp.csr_matrix(mask))
+    filled = impute_file(model, source, target, mask=str(tmp_path / "mask.npz"), draws=2, progress=False)
+    written = ad.read_h5ad(target) if out == "h5ad" else ad.read_zarr(target)
+    want = model.impute(counts, mask=mask, draws=2)
+    assert (dense(written.X) == dense(counts.X)).all()
+    assert written.uns["note"] == "kept"
+    assert (written.obsm["pca"] == counts.obsm["pca"]).all()
+    for name in ("imputed_mean", "imputed", "imputed_draw2"):
+        assert (written.layers[name] == want.layers[name]).all()
+    assert written.uns["distdiff"]["targets"] == filled.targets
+    assert written.uns["distdiff"]["input"] == source.name
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        impute_file(model, source, target, mask=str(tmp_path / "mask.npz"))
+    impute_file(model, source, target, mask=str(tmp_path / "mask.npz"), overwrite=True, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"in.{given}", "mask.npz", f"out.{out}"])
+
+
+def test_a_store_and_a_panel_as_files(model, counts, atlas, tmp_path):
+    impute_file(model, atlas, tmp_path / "out.h5ad", sites="dropout", groups="cell_type", progress=False)
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    kept = counts[written.obs_names]
+    assert len(written) == 199  # the empty cell never entered the store
+    assert (dense(written.X) == dense(kept.X)).all()
+    counts[:, 5:].write_h5ad(tmp_path / "panel.h5ad")
+    impute_file(model, tmp_path / "panel.h5ad", tmp_path / "panel.zarr", progress=False)
+    panel = ad.read_zarr(tmp_path / "panel.zarr")
+    assert panel.shape == (200, 30)
+    assert (panel.layers["imputed_mean"][:, -5:].sum(1) > 0).sum() == 199
+
+
+def test_a_full_disk_leaves_nothing_behind(model, counts, tmp_path, monkeypatch):
+    counts.write_h5ad(tmp_path / "in.h5ad")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("distdiff.model.Job.run", full)
+    with pytest.raises(OSError, match="the disk is full: .*out.h5ad could not be written"):
+        impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.h5ad", sites="dropout", groups="cell_type")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+def test_outputs_that_cannot_be(model, counts, tmp_path):
+    counts.write_h5ad(tmp_path / "in.h5ad")
+    with pytest.raises(ValueError, match=r"must end in .h5ad or .zarr"):
+        impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.csv")
+    with pytest.raises(ValueError, match="is the input itself"):
+        impute_file(model, tmp_path / "in.h5ad", tmp_path / "in.h5ad", overwrite=True)
+    (tmp_path / "broken.h5ad").write_bytes((tmp_path / "in.h5ad").read_bytes()[:3000])
+    with pytest.raises(ValueError, match="truncated"):
+        impute_file(model, tmp_path / "broken.h5ad", tmp_path / "out.h5ad")
+
+
+def test_whole_keeps_the_old_until_the_new_is_there(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.whole(target, overwrite=True) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with files.whole(target, overwrite=True) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"

@@ -1,0 +1,215 @@
+"""The loop: exact resume, the same losses on one process and two, loud stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distdiff.data.store import CountStore
+from safetensors.torch import load_file
+
+from distdiff import config, experiment
+from distdiff.train import loop
+
+SETTINGS = {
+    "denoiser": {"kind": "mlp", "width": 16, "depth": 1},
+    "optim": {"warmup_cells": 100},
+    "train": {"cells": 1280, "batch": 32, "grain": 8, "eval_cells": 320, "checkpoint_cells": 640, "patience": 100},
+    "evaluate": {"enabled": False},
+    "tracking": {"enabled": False},
+}
+
+
+def make(store: Path, out: Path, **train) -> config.Config:
+    tree = json.loads(json.dumps(SETTINGS))
+    tree["train"] |= {"out": str(out), **train}
+    return config.parse({"data": {"store": str(store), "labels": ["cell_type"]}, **tree})
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    path = max((out / "checkpoints").glob("step-*"))
+    return {
+        f"{n}:{k}": v for n in ("weights", "ema", "optimizer") for k, v in load_file(path / f"{n}.safetensors").items()
+    }
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def test_twenty_and_twenty_steps_are_forty_bit_for_bit(atlas, tmp_path, monkeypatch):
+    experiment.train(make(atlas, tmp_path / "whole"))
+    real = loop.train
+
+    def stops(*args, **kwargs):
+        def on_step(step, loss):
+            if step == 20:
+                raise KeyboardInterrupt
+
+        return real(*args, **kwargs, on_step=on_step)
+
+    monkeypatch.setattr(experiment, "fit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.train(make(atlas, tmp_path / "parts"))
+    assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000000020"]
+    monkeypatch.setattr(experiment, "fit", real)
+    outcome = experiment.train(make(atlas, tmp_path / "parts"))
+    assert outcome.progress.step == 40
+    assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+@pytest.mark.distributed
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(atlas, tmp_path):
+    def start(out):
+        path = tmp_path / f"{out}.json"
+        path.write_text(json.dumps(make(atlas, tmp_path / out, checkpoint_cells=64).as_dict()))  # JSON is YAML
+        command = [sys.executable, "-m", "distdiff.cli", "train", "--config", str(path)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    assert whole.wait(120) == 0, whole.stderr.read()
+    killed = start("parts")
+    folder = tmp_path / "parts" / "checkpoints"
+    deadline = time.time() + 60
+    while not list(folder.glob("step-*")) and time.time() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(10) == -signal.SIGKILL
+    again = start("parts")
+    assert again.wait(120) == 0, again.stderr.read()
+    assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_every_step_is_logged_and_the_best_model_kept(atlas, tmp_path):
+    outcome = experiment.train(make(atlas, tmp_path / "run"))
+    history = outcome.progress.history
+    assert [h["cells"] for h in history] == [320, 640, 960, 1280]
+    assert history[-1]["val/deviance"] < history[0]["val/deviance"]
+    assert outcome.progress.best == min(h["val/deviance"] for h in history)
+    assert (outcome.model / "weights.safetensors").exists()
+    assert (tmp_path / "run" / "training.png").stat().st_size > 1000
+
+
+def test_early_stop(atlas, tmp_path, monkeypatch):
+    scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})
+    outcome = experiment.train(make(atlas, tmp_path / "run", patience=2))
+    assert outcome.progress.step == 40
+    scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    outcome = experiment.train(make(atlas, tmp_path / "short", patience=2, eval_cells=160))
+    assert (outcome.progress.step, outcome.progress.best_step, outcome.progress.best) == (20, 10, 2.0)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(atlas, tmp_path, monkeypatch):
+    real = loop._loss
+
+    def bad(*args):
+        loss = real(*args)
+        return loss * float("nan") if args[-1] >= 5 * 32 else loss
+
+    monkeypatch.setattr(loop, "_loss", bad)
+    with pytest.raises(FloatingPointError, match=r"nan at step 5, rows \[\d+, .*last checkpoint"):
+        experiment.train(make(atlas, tmp_path / "run"))
+
+
+def test_a_changed_store_or_config_is_not_continued(atlas, tmp_path):
+    experiment.train(make(atlas, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"another config: train.seed was 0, is 1"):
+        experiment.train(make(atlas, tmp_path / "run", seed=1))
+    with pytest.raises(ValueError, match="has no label 'celltype'; did you mean 'cell_type'"):
+        experiment.train(config.parse({"data": {"store": str(atlas), "labels": ["celltype"]}}))
+    with pytest.raises(ValueError, match="cannot be shared by 1 processes in groups of train.grain=7"):
+        experiment.train(make(atlas, tmp_path / "other", grain=7))
+
+
+def test_validation_shards_by_blocks_and_adds_up(atlas, tmp_path):
+    """The sums of two ranks are the sums of one, uneven last block included."""
+    from accelerate import Accelerator
+
+    from distdiff.model import Model
+
+    store = CountStore.open(atlas)
+    model = Model.new(store.spec(()), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+
+    class Rank:
+        device = torch.device("cpu")
+
+        def __init__(self, index, world):
+            self.process_index, self.num_processes, self.sums = index, world, None
+
+        def reduce(self, tensor, _):
+            self.sums = tensor
+            return tensor
+
+    def sums(index, world):
+        rank = Rank(index, world)
+        rows = store.rows("all")[:37]
+        loop.validate(store, rows, model.process, model.denoiser, rank, (), loop.Training(), block=10)
+        return rank.sums
+
+    assert torch.allclose(sums(0, 1), sums(0, 2) + sums(1, 2))
+    assert Accelerator().num_processes == 1
+
+
+WORKER = """
+import sys, json, torch
+from distdiff import config, experiment
+from distdiff.train import loop
+real, losses = loop.train, []
+def fit(*args, **kwargs):
+    return real(*args, **kwargs, on_step=lambda step, loss: losses.append(float(loss)))
+experiment.fit = fit
+torch.set_num_threads(1)
+out = experiment.train(config.load(sys.argv[1], sys.argv[3:]))
+import os
+json.dump([losses, out.progress.history], open(f"{sys.argv[2]}.{os.environ.get('RANK', 0)}", "w"))
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_losses_of_one(atlas, tmp_path):
+    """fp32, gloo: the mean over ranks of each step's loss equals the loss of one process to 1e-4 relative."""
+    script, settings = tmp_path / "worker.py", tmp_path / "config.json"
+    script.write_text(WORKER)
+    settings.write_text(json.dumps(make(atlas, tmp_path / "run").as_dict()))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    launchers = {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "launch/accelerate/cpu2.yaml")],
+    }  # fmt: skip
+    found = {}
+    for world, launcher in launchers.items():
+        out = tmp_path / f"losses{world}"
+        command = [*launcher, str(script), str(settings), str(out), f"train.out={tmp_path / str(world)}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{world} process(es) on cpu" in done.stdout
+        found[world] = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
+    one, two = np.array(found[1][0][0]), np.array([f[0] for f in found[2]])
+    assert two.shape == (2, 40)
+    assert not np.allclose(two[0], two[1])
+    np.testing.assert_allclose(two.mean(0), one, rtol=1e-4)
+    for a, b in zip(found[1][0][1], found[2][0][1], strict=True):
+        assert a["val/deviance"] == pytest.approx(b["val/deviance"], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_a_launcher_that_silently_runs_one_process_is_caught(atlas, tmp_path):
+    settings = tmp_path / "config.json"
+    settings.write_text(json.dumps(make(atlas, tmp_path / "run").as_dict()))
+    launch = Path(__file__).parents[2] / "launch" / "train.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(launch)]
+    done = subprocess.run([*command, "--config", str(settings)], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "2 processes were asked for, 1 is running" in done.stderr
+    assert not (tmp_path / "run").exists()
