@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def impute_file(
         if not is_store and data.suffix == out.suffix and not job.added:
             (shutil.copytree if data.is_dir() else shutil.copyfile)(data, temporary)
         else:
-            _write(extend(_whole(rows, data, is_store), job.added), temporary)
+            write(extend(_whole(rows, data, is_store), job.added), temporary)
         with _opened(temporary) as group:
             layers = {
                 name: _layer(group, name, (rows.n_cells, len(rows.genes) + len(job.added))) for name in job.layers
@@ -118,14 +119,26 @@ def _whole(rows: Any, data: Path, is_store: bool) -> Any:
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=list(rows.genes)))
 
 
-def _write(adata: Any, path: Path) -> None:
+def write(adata: Any, path: Path) -> None:
+    """Write an AnnData by its suffix: ``.h5ad``, or zarr v3 whatever the version's default is."""
     import anndata as ad
 
     if path.suffix == ".h5ad":
         adata.write_h5ad(path)
-    else:
-        with ad.settings.override(zarr_write_format=3):
-            adata.write_zarr(path)
+        return
+    options: dict[str, Any] = {"zarr_write_format": 3}
+    if hasattr(ad.settings, "auto_shard_zarr_v3"):
+        options["auto_shard_zarr_v3"] = False
+    with ad.settings.override(**options), _no_word_on_consolidation():
+        adata.write_zarr(path)
+
+
+@contextlib.contextmanager
+def _no_word_on_consolidation() -> Iterator[None]:
+    """AnnData consolidates metadata, of which zarr warns that v3 does not specify it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        yield
 
 
 @contextlib.contextmanager
@@ -139,8 +152,8 @@ def _opened(path: Path) -> Iterator[Any]:
         import zarr
 
         yield zarr.open_group(path, mode="r+", use_consolidated=False)
-        with contextlib.suppress(FileNotFoundError):
-            (path / ".zmetadata").unlink()  # of the input: it does not know the new layers
+        with _no_word_on_consolidation():
+            zarr.consolidate_metadata(str(path))  # what the input had does not know the new layers
 
 
 def _layer(group: Any, name: str, shape: tuple[int, int]) -> Any:

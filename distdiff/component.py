@@ -66,8 +66,13 @@ def resolve(base: type[T], kind: str) -> type[T]:
     return cls
 
 
-def build(base: type[T], options: Mapping[str, Any], *args: Any) -> T:
-    """Build the component that ``options["kind"]`` names from the other options.
+def check(base: type[T], options: Mapping[str, Any], *, given: int = 0) -> tuple[type[T], dict[str, Any]]:
+    """The class that ``options["kind"]`` names and its other options, whose names are checked.
+
+    Parameters
+    ----------
+    given
+        Leading constructor arguments that are not options.
 
     Raises
     ------
@@ -79,8 +84,14 @@ def build(base: type[T], options: Mapping[str, Any], *args: Any) -> T:
     if "kind" not in options:
         raise ValueError(f"{name}: 'kind' is missing; known: {', '.join(kinds(base))}")
     cls = resolve(base, options.pop("kind"))
-    allowed = list(inspect.signature(cls).parameters)[len(args) :]
+    allowed = list(inspect.signature(cls).parameters)[given:]
     for option in options:
         if option not in allowed:
             raise ValueError(f"{name} {cls.__name__}: unknown option {option!r}{nearest(option, allowed)}")
+    return cls, options
+
+
+def build(base: type[T], options: Mapping[str, Any], *args: Any) -> T:
+    """Build the component that ``options`` describe, after :func:`check`; ``args`` come before the options."""
+    cls, options = check(base, options, given=len(args))
     return cls(*args, **options)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from distdiff.component import build, nearest
+from distdiff.component import build, check, nearest
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
@@ -122,8 +122,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     """Validate a nested mapping into a :class:`Config`, the components' options included."""
     _check_keys(Config, raw, where)
+    raw = dict(raw)
+    for section, kind in (("process", "counts"), ("denoiser", "mlp")):
+        if isinstance(raw.get(section), Mapping):
+            raw[section] = {"kind": kind, **raw[section]}
     try:
-        config = TypeAdapter(Config).validate_python(dict(raw))
+        config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -135,21 +139,8 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
             raise ValueError(f"{where}: {place} is missing") from None
         raise ValueError(f"{where}: {place}={value!r}: {message}") from None
     build(Process, config.process)
-    _check_denoiser(config.denoiser)
+    check(Denoiser, config.denoiser, given=2)
     return config
-
-
-def _check_denoiser(options: Mapping[str, Any]) -> None:
-    import inspect
-
-    from distdiff.component import resolve
-
-    if "kind" not in options:
-        build(Denoiser, options)
-    allowed = list(inspect.signature(resolve(Denoiser, options["kind"])).parameters)[2:]
-    for option in options:
-        if option != "kind" and option not in allowed:
-            raise ValueError(f"denoiser {options['kind']}: unknown option {option!r}{nearest(option, allowed)}")
 
 
 def _check_keys(cls: type, raw: Mapping[str, Any], where: str) -> None:

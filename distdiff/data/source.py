@@ -325,7 +325,7 @@ def _frame_index(frame: Any) -> np.ndarray:
         frame = _read_elem(frame)
     if hasattr(frame, "index"):
         return np.asarray(frame.index, dtype=str)
-    return np.asarray(_read_elem(frame[frame.attrs["_index"]]), dtype=str)
+    return np.asarray(_read_elem(frame[frame.attrs["_index"]]), dtype=object).astype(str)
 
 
 def _first_duplicate(names: np.ndarray) -> str | None:
