@@ -1,11 +1,11 @@
-"""From a plan and a store to batches of cells, read ahead in one background thread."""
+"""Batches of a plan out of a store, read ahead by one thread; the whole state is the step."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,66 +23,61 @@ def loader(
     stop: int | None = None,
     rank: int = 0,
     world: int = 1,
-    labels: tuple[str, ...] = (),
+    labels: Sequence[str] | None = None,
     ahead: int = 2,
 ) -> Iterator[tuple[int, Cells]]:
-    """Yield ``(step, cells)`` of one process for ``start <= step < stop``; the whole state is the step.
+    """One rank's batches from step ``start`` on.
+
+    Resuming is calling it again with another ``start``; closing the iterator stops the thread.
 
     Parameters
     ----------
+    store, plan
+        Where the cells are, and when each is read.
     index
-        ``int64 [plan.n_cells]``, store row of each position of the plan (the training split).
-    stop
-        One past the last step; ``None``: endless.
+        ``int64 [plan.n_cells]``, store row of each position of the plan, for example ``store.rows("train")``.
+    start, stop
+        First step and one past the last (None is no end).
+    rank, world
+        Which slice of each global batch.
     labels
-        Covariates to read.
+        Covariates wanted; None is all.
     ahead
-        Batches held ready.
+        Batches read before they are asked for.
+
+    Yields
+    ------
+    (int, Cells)
+        The step, and ``plan.batch / world`` cells on the CPU.
 
     Raises
     ------
     ValueError
-        ``index`` and plan do not fit, or the batch cannot be shared; and whatever reading raises.
+        Plan and index differ in size, the batch does not divide by ``world``, or whatever reading raises.
     """
-    if len(index) != plan.n_cells:
-        raise ValueError(f"the plan orders {plan.n_cells} cells, the index has {len(index)}")
+    index = np.asarray(index)
+    if plan.n_cells != len(index):
+        raise ValueError(f"the plan orders {plan.n_cells} cells, the index has {len(index)}; build the plan from it")
+    if ahead < 1:
+        raise ValueError(f"ahead={ahead}: at least 1 batch must be read ahead")
     plan.rank_rows(start, rank, world)
-    return _stream(store, plan, index, start, stop, rank, world, labels, ahead)
+    steps = itertools.count(start) if stop is None else range(start, stop)
 
+    def read(step: int) -> Cells:
+        return store.cells(index[plan.rank_rows(step, rank, world)], labels)
 
-def _stream(
-    store: CountStore, plan: Plan, index: np.ndarray, start: int, stop: int | None, rank: int, world: int,
-    labels: tuple[str, ...], ahead: int,
-) -> Iterator[tuple[int, Cells]]:  # fmt: skip
-    ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-    closed = threading.Event()
-
-    def put(item: Any) -> None:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def read() -> None:
-        step = start
+    def batches() -> Iterator[tuple[int, Cells]]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="distdiff-loader")
+        pending: deque[tuple[int, Future[Cells]]] = deque()
         try:
-            while not closed.is_set() and (stop is None or step < stop):
-                rows = index[plan.rank_rows(step, rank, world)]
-                put((step, store.cells(rows, labels)))
-                step += 1
-            put(None)
-        except BaseException as error:  # the consumer raises it
-            put(error)
+            for step in steps:
+                pending.append((step, thread.submit(read, step)))
+                if len(pending) > ahead:
+                    done, batch = pending.popleft()
+                    yield done, batch.result()
+            for done, batch in pending:
+                yield done, batch.result()
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
 
-    thread = threading.Thread(target=read, name="distdiff-loader", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join()
+    return batches()

@@ -1,72 +1,140 @@
-"""Which entries are hidden or suspected: random masks, dropout sites, masks from files."""
+"""Which entries are targets: hidden at random, likely dropouts, or whatever a file says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sp
+from scipy import sparse
 
 
-def mcar(shape: tuple[int, int], rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Hide each entry with probability ``rate``, zeros included: ``bool``, true = hidden.
+def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Hide each entry with probability ``rate``, whatever it holds (missing completely at random; MATHS 8.6).
+
+    Returns
+    -------
+    bool [*shape]
+        True where hidden.
 
     Raises
     ------
     ValueError
-        ``rate`` outside (0, 1).
+        A rate outside 0 to 1.
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"the share of entries to hide must lie in (0, 1), got {rate}")
-    return rng.random(shape, dtype=np.float32) < rate
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate {rate}: a share between 0 and 1 is wanted")
+    return rng.random(shape) < rate
 
 
-def expressed(counts: sp.csr_matrix, groups: np.ndarray, *, n_groups: int | None = None) -> np.ndarray:
-    """Whether some cell of a group has a count of a gene: ``bool [n_groups, g]``; OR it over blocks of rows.
+def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | None = None) -> np.ndarray:
+    """Which genes some cell of each group expresses (first half of ID Algorithm 1; MATHS 8.5).
+
+    For a matrix read in pieces, give ``n_groups`` and join the pieces' answers with ``|``.
 
     Parameters
     ----------
     counts
-        ``[n, g]``.
+        ``[n, g]`` molecules.
     groups
-        ``int [n]`` codes; -1 belongs to no group.
-    """
-    n_groups = int(groups.max(initial=-1)) + 1 if n_groups is None else n_groups
-    member = np.flatnonzero(groups >= 0)
-    indicator = sp.csr_matrix((np.ones(len(member)), (groups[member], member)), shape=(n_groups, counts.shape[0]))
-    return (indicator @ (counts != 0)).toarray() > 0
+        ``int [n]``, group code of each cell; -1 is no group.
+    n_groups
+        Number of groups; None is the largest code + 1.
 
-
-def dropout_sites(counts: sp.csr_matrix, groups: np.ndarray, expressed: np.ndarray) -> np.ndarray:
-    """Zeros of genes that some cell of the same group expresses (scIDPMs' Algorithm 1, MATHS 8.5): ``bool [n, g]``.
-
-    Cells without a group (-1) have no sites.
-    """
-    sites = np.zeros(counts.shape, dtype=bool)
-    member = groups >= 0
-    sites[member] = expressed[groups[member]]
-    rows, columns = counts.nonzero()
-    sites[rows, columns] = False
-    return sites
-
-
-def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sp.csr_matrix:
-    """Read a mask ``[cells, genes]`` from ``.npz`` (``scipy.sparse.save_npz``) or ``.npy``; nothing is unpickled.
+    Returns
+    -------
+    bool [n_groups, g]
 
     Raises
     ------
     ValueError
-        No such file, another kind of file, or another shape.
+        Other than one code a cell, or a code that is no group.
+    """
+    groups = np.asarray(groups)
+    n_groups = int(groups.max(initial=-1)) + 1 if n_groups is None else n_groups
+    _check_groups(counts.shape[0], groups, n_groups)
+    cells = np.flatnonzero(groups >= 0)
+    member = sparse.csr_matrix(
+        (np.ones(len(cells), np.int64), (groups[cells], cells)), shape=(n_groups, counts.shape[0])
+    )
+    return (member @ (counts > 0).astype(np.int64)).toarray() > 0
+
+
+def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, expressed: np.ndarray) -> np.ndarray:
+    """Zeros of genes that some cell of the same group expresses (ID Algorithm 1; MATHS 8.5).
+
+    Parameters
+    ----------
+    counts
+        ``[n, g]`` molecules, CSR or dense.
+    groups
+        ``int [n]``, group code of each cell; a cell of group -1 has no sites.
+    expressed
+        ``bool [n_groups, g]`` from `expressed`, over all cells of the groups.
+
+    Returns
+    -------
+    bool [n, g]
+        True at a dropout site.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, or a code that is no group.
+    """
+    groups = np.asarray(groups)
+    if expressed.ndim != 2 or expressed.shape[1] != counts.shape[1]:
+        raise ValueError(f"expressed has shape {expressed.shape}, counts {counts.shape}: the genes must be the same")
+    _check_groups(counts.shape[0], groups, len(expressed))
+    positive = (counts > 0).toarray() if sparse.issparse(counts) else np.asarray(counts) > 0
+    sites = np.zeros(counts.shape, bool)
+    grouped = groups >= 0
+    sites[grouped] = expressed[groups[grouped]] & ~positive[grouped]
+    return sites
+
+
+def load_mask(path: str | Path, shape: tuple[int, int]) -> sparse.csr_matrix:
+    """Read a mask, True where hidden.
+
+    Parameters
+    ----------
+    path
+        ``.npz`` of ``scipy.sparse.save_npz`` or ``.npy`` of a boolean array.
+    shape
+        Cells and genes that it must have.
+
+    Returns
+    -------
+    csr_matrix bool [n, g]
+        ``mask[a:b].toarray()`` is the mask of some rows.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Another kind of file, another shape, or values other than true and false.
     """
     path = Path(path)
+    if path.suffix not in (".npz", ".npy"):
+        raise ValueError(f"mask {path}: .npz (scipy.sparse.save_npz) or .npy (boolean) is wanted")
+    if not path.is_file():
+        raise FileNotFoundError(f"mask {path} does not exist")
     try:
-        mask = sp.load_npz(path).tocsr() if path.suffix == ".npz" else np.load(path, allow_pickle=False, mmap_mode="r")
-    except FileNotFoundError:
-        raise ValueError(f"mask file {path} does not exist") from None
-    except Exception as error:
-        raise ValueError(
-            f"mask file {path} is neither a scipy.sparse .npz nor a boolean .npy of shape {shape}: {error}"
-        ) from error
-    if mask.shape != shape:
-        raise ValueError(f"mask file {path} has shape {mask.shape}, the data {shape} (cells, genes)")
+        raw = sparse.load_npz(path) if path.suffix == ".npz" else np.load(path, allow_pickle=False)
+    except (ValueError, OSError, KeyError, EOFError) as e:
+        raise ValueError(f"mask {path} cannot be read ({e}); save it with scipy.sparse.save_npz or numpy.save") from e
+    if raw.shape != tuple(shape):
+        raise ValueError(f"mask {path} has shape {raw.shape}, the data have {tuple(shape)} (cells, genes)")
+    values = raw.data if sparse.issparse(raw) else raw
+    if raw.dtype != bool and not np.isin(values, (0, 1)).all():
+        raise ValueError(f"mask {path} holds {raw.dtype} values other than 0 and 1; True marks a hidden entry")
+    mask = sparse.csr_matrix(raw).astype(bool)
+    mask.eliminate_zeros()
     return mask
+
+
+def _check_groups(n: int, groups: np.ndarray, n_groups: int) -> None:
+    if groups.shape != (n,):
+        raise ValueError(f"groups have shape {groups.shape} for {n} cells; one code a cell is wanted")
+    if len(groups) and not -1 <= groups.min() <= groups.max() < n_groups:
+        raise ValueError(f"group codes {groups.min()} to {groups.max()} for {n_groups} groups (-1 is no group)")

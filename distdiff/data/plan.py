@@ -1,9 +1,14 @@
-"""Which cell is read when: arithmetic on (seed, step), no I/O, no state."""
+"""Which training cell is read when: a pure function of (seed, step), with no file, queue or rank in it.
+
+An epoch reads every cell once: blocks of neighbouring cells are permuted, cut into windows of a few blocks, and the
+cells of each window are permuted. Epochs follow each other without a gap, so a batch may straddle two windows or two
+epochs. Resuming, and any number of ranks, need only the step.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -12,22 +17,23 @@ from distdiff.rng import numpy_generator
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of training cells, for the whole world of processes.
+    """The reading order of a training set.
 
-    The order is an endless chain of epochs; in each epoch every cell occurs exactly once. Blocks of ``block``
-    neighbouring cells are permuted, cut into windows of ``window`` blocks, and the cells of a window are permuted: a
-    reader needs one window in memory. A batch may straddle two windows or two epochs, so no cell is ever left out.
-
-    Parameters
+    Attributes
     ----------
     n_cells
-        Number of training cells.
+        Training cells.
     batch
-        Cells of a step over all processes.
+        Cells a step takes in the whole world, over all ranks.
     block, window
-        Cells a block, blocks a window.
+        Cells a block and blocks a window: ``block * window`` cells are shuffled together.
     seed
-        Seed of the order.
+        Another seed is another order.
+
+    Raises
+    ------
+    ValueError
+        A size below 1.
     """
 
     n_cells: int
@@ -39,69 +45,97 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("n_cells", "batch", "block", "window"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Plan: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"Plan {name}={getattr(self, name)}: at least 1 is wanted")
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which every cell occurs once."""
+        """Steps in which every cell is read once on average."""
         return self.n_cells / self.batch
 
     def epoch(self, step: int) -> int:
-        """Epoch of the first cell of ``step``."""
-        return step * self.batch // self.n_cells
+        """Epoch of the first cell of a step."""
+        return self._start(step) // self.n_cells
 
     def rows(self, step: int) -> np.ndarray:
-        """Cells of a step, all processes together: ``int64 [batch]`` positions in ``0 .. n_cells - 1``."""
-        return self._slice(step * self.batch, (step + 1) * self.batch)
+        """The cells of a step.
 
-    def rank_rows(self, step: int, rank: int, world: int) -> np.ndarray:
-        """Cells of one process: ``int64 [batch / world]``, a contiguous part of :meth:`rows`.
+        Which cells these are is random; within the step they are ascending, so that neighbours in the store go to the
+        same rank and each rank decodes few blocks.
+
+        Returns
+        -------
+        int64 [batch]
+            Positions ``0 .. n_cells - 1`` in the training set.
 
         Raises
         ------
         ValueError
-            ``world`` does not divide the batch, or there is no such rank.
+            A negative step.
         """
-        if self.batch % world:
-            divisors = [w for w in range(1, self.batch + 1) if self.batch % w == 0]
-            close = sorted(divisors, key=lambda w: abs(w - world))[:2]
-            raise ValueError(f"{world} processes cannot share a batch of {self.batch}; nearest that can: {close}")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not among 0 .. {world - 1}")
-        share = self.batch // world
-        first = step * self.batch + rank * share
-        return self._slice(first, first + share)
-
-    def _slice(self, start: int, stop: int) -> np.ndarray:
-        """Places ``start <= i < stop`` of the endless order."""
-        parts = []
-        while start < stop:
-            epoch, place = divmod(start, self.n_cells)
-            number = int(np.searchsorted(_window_starts(self, epoch), place, side="right")) - 1
-            first = int(_window_starts(self, epoch)[number])
-            window = _window(self, epoch, number)
-            part = window[place - first : place - first + stop - start]
+        at, parts, wanted = self._start(step), [], self.batch
+        while wanted:
+            epoch, offset = divmod(at, self.n_cells)
+            start, cells = self._window_at(epoch, offset)
+            part = cells[offset - start : offset - start + wanted]
             parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
+            at, wanted = at + len(part), wanted - len(part)
+        return np.sort(np.concatenate(parts))
+
+    def rank_rows(self, step: int, rank: int, world: int) -> np.ndarray:
+        """The contiguous slice of `rows` that one rank reads, ``int64 [batch / world]``.
+
+        Raises
+        ------
+        ValueError
+            The batch cannot be dealt evenly (the nearest numbers of ranks that divide it are named), or no such rank.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}: 0 to {world - 1} is wanted")
+        if self.batch % world:
+            fits = [w for w in range(1, self.batch + 1) if self.batch % w == 0]
+            near = [max(w for w in fits if w < world), *[w for w in fits if w > world][:1]]
+            raise ValueError(
+                f"batch {self.batch} is no multiple of {world} ranks; use {' or '.join(map(str, near))} ranks, "
+                f"or a batch of {-(-self.batch // world) * world}"
+            )
+        share = self.batch // world
+        return self.rows(step)[rank * share : (rank + 1) * share]
+
+    def _start(self, step: int) -> int:
+        if step < 0:
+            raise ValueError(f"step {step}: 0 or more is wanted")
+        return step * self.batch
+
+    def _window_at(self, epoch: int, offset: int) -> tuple[int, np.ndarray]:
+        """Where in its epoch the window that covers ``offset`` starts, and its cells in reading order."""
+        size = self.block * self.window
+        missing = -self.n_cells % self.block  # cells that the last block, wherever it is permuted to, lacks
+        short = _short_block_window(self, epoch)
+        number = offset // size
+        if offset >= (number + 1) * size - (missing if short <= number else 0):
+            number += 1
+        return number * size - (missing if short < number else 0), _window(self, epoch, number)
 
 
-@lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)
 def _blocks(plan: Plan, epoch: int) -> np.ndarray:
-    n_blocks = -(-plan.n_cells // plan.block)
-    return numpy_generator(plan.seed, "blocks", epoch).permutation(n_blocks)
+    """Order of the blocks in an epoch, ``int64 [n_blocks]``."""
+    return numpy_generator(plan.seed, "blocks", epoch).permutation(-(-plan.n_cells // plan.block))
 
 
-@lru_cache(maxsize=4)
-def _window_starts(plan: Plan, epoch: int) -> np.ndarray:
-    """Place in the epoch at which each window begins (only the block that holds the tail is short)."""
-    size = np.full(len(_blocks(plan, epoch)), plan.block, dtype=np.int64)
-    size[_blocks(plan, epoch) == len(size) - 1] = plan.n_cells - (len(size) - 1) * plan.block
-    return np.concatenate(([0], np.cumsum(size)))[: -1 : plan.window]
+@functools.lru_cache(maxsize=4)
+def _short_block_window(plan: Plan, epoch: int) -> int:
+    """Number of the window that holds the last block, the one that may be short."""
+    order = _blocks(plan, epoch)
+    return int(np.argmax(order == len(order) - 1)) // plan.window
 
 
-@lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)
 def _window(plan: Plan, epoch: int, number: int) -> np.ndarray:
+    """Cells of one window in reading order, ``int64 [<= block * window]``."""
     blocks = _blocks(plan, epoch)[number * plan.window : (number + 1) * plan.window]
-    rows = (blocks[:, None] * plan.block + np.arange(plan.block)).ravel()
-    return numpy_generator(plan.seed, "window", epoch, number).permutation(rows[rows < plan.n_cells])
+    cells = (blocks[:, None] * plan.block + np.arange(plan.block)).ravel()
+    cells = cells[cells < plan.n_cells]
+    shuffled = numpy_generator(plan.seed, "window", epoch, number).permutation(cells)
+    shuffled.flags.writeable = False
+    return shuffled
