@@ -136,14 +136,14 @@ class Report:
             ahead = mine.values[metric] < rival.values[metric]
             sure = low > 0 if ahead else high < 0
             out.append(
-                f"{mine.name} is {'first' if ahead else 'NOT first'} in {names[metric]}: {mine.values[metric]:.4g} against "
-                f"{rival.values[metric]:.4g} of {rival.name} (95 % of resamples: difference {low:.3g} to {high:.3g}"
+                f"{mine.name} is {'first' if ahead else 'NOT first'} in {names[metric]}: {mine.values[metric]:.4g} "
+                f"against {rival.values[metric]:.4g} of {rival.name} (95 % of resamples: difference {low:.3g} to {high:.3g}"
                 f"{'' if sure else '; not a safe order'})"
             )
         return out
 
     def to_text(self) -> str:
-        """Aligned text; ``*`` marks the best of a column, digits in brackets are the standard error of the last ones."""
+        """Aligned text; ``*`` marks the best of a column, brackets hold the standard error in units of the last digits."""
         return self._render(_text_block)
 
     def to_markdown(self) -> str:
@@ -417,8 +417,8 @@ def number(value: float, error: float = math.nan) -> str:
 def _describe(s: dict[str, Any]) -> str:
     return (
         f"{s['cells']} held-out cells x {s['genes']} genes of {s['store'] or 'a store'} ({s['data']}), protocol "
-        f"{s['protocol']}, {s['rate']:.0%} hidden: {s['targets']:,} entries scored, {s['zeros_among_targets']:.0%} of them "
-        f"zero; seed {s['seed']}. MMD, sliced W2 and correlations on log1p counts of completed cells."
+        f"{s['protocol']}, {s['rate']:.0%} hidden: {s['targets']:,} entries scored, {s['zeros_among_targets']:.0%} of "
+        f"them zero; seed {s['seed']}. MMD, sliced W2 and correlations on log1p counts of completed cells."
     )
 
 

@@ -109,8 +109,8 @@ def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, see
 
     if tuple(store.genes) != tuple(model.spec.genes):
         raise ValueError(
-            f"the store has {len(store.genes)} genes, the model {model.spec.n_genes}: evaluate on the store that it was "
-            "trained on, or shard with --genes FILE listing the model's genes"
+            f"the store has {len(store.genes)} genes, the model {model.spec.n_genes}: evaluate on the store that it "
+            "was trained on, or shard with --genes FILE listing the model's genes"
         )
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
@@ -123,7 +123,8 @@ def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, see
         raise ValueError("the store has no test cells: rebuild with another --split")
     return evaluate(
         store, rows[:: max(1, -(-len(rows) // settings.cells))], default_contestants(settings.cell_type, extra=mine),
-        rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed, labels=tuple(model.spec.labels),
+        rate=settings.rate, protocol=settings.protocol, groups=settings.cell_type, draws=settings.draws, seed=seed,
+        labels=tuple(model.spec.labels),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Scores of imputed counts: plain functions of numpy arrays, ready for a bootstrap over cells.
 
-Shapes: ``b`` cells, ``g`` genes, ``k`` draws, ``R`` bootstrap replicates. ``targets`` (``bool [b g]``) marks the entries
-that are scored. There are two families.
+Shapes: ``b`` cells, ``g`` genes, ``k`` draws, ``R`` bootstrap replicates. ``targets`` (``bool [b g]``) marks the
+entries that are scored. There are two families.
 
 * *Per cell*: a function returns one number a cell (``float64 [b]``). `poisson_deviance`, `crps`, `squared_error`,
   `absolute_error`, `error` and `log1p_squared_error` return **sums over the cell's targets**, so the score of any
@@ -227,8 +227,8 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     """Unbiased squared maximum mean discrepancy of completed cells: ``float64 [R]`` (it can be slightly negative).
 
     With ``h_ij = k(x_i,x_j) + k(y_i,y_j) - k(x_i,y_j) - k(x_j,y_i)`` (Gretton et al. 2012, eq. 3),
-    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are left out everywhere, so
-    the estimate stays unbiased though ``y_i`` shares its observed entries with ``x_i``, and the copies of a cell in a
+    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are left out everywhere,
+    so the estimate stays unbiased though ``y_i`` shares its observed entries with ``x_i``, and the copies of a cell in a
     bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
     the median squared distance between cells of the truth. CountsDiff's paper reports the log of such a five-scale
     estimate on raw counts; its code uses one bandwidth and divides by m^2.
@@ -336,8 +336,8 @@ def _correlation(a: FloatArray, w: NDArray[np.integer]) -> tuple[FloatArray, Boo
 def pit(truth: FloatArray, targets: BoolArray, draws: FloatArray, rng: np.random.Generator) -> FloatArray:
     """Randomised probability integral transform of each target among its draws: ``float64 [n]`` in [0, 1].
 
-    ``u = (#{X_i < y} + V (1 + #{X_i = y})) / (k + 1)`` with ``V`` uniform: exactly uniform, for any number of draws ``k``
-    and any ties, if truth and draws come from one law. Targets come in row-major order.
+    ``u = (#{X_i < y} + V (1 + #{X_i = y})) / (k + 1)`` with ``V`` uniform: exactly uniform, for any number of draws
+    ``k`` and any ties, if truth and draws come from one law. Targets come in row-major order.
     """
     x, y = draws[:, targets], truth[targets]
     below, ties = (x < y).sum(axis=0), (x == y).sum(axis=0)

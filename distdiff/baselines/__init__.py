@@ -70,7 +70,7 @@ class Baseline(Imputer, ABC):
         self.gene_mean = total / len(rows)
         self.learn(store, np.asarray(rows))
 
-    def learn(self, store: CountStore, rows: np.ndarray) -> None:  # noqa: B027 (gene means are enough for some)
+    def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Learn more than the gene means. Default: nothing."""
 
     @abstractmethod

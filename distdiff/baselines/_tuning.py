@@ -1,4 +1,4 @@
-"""How a baseline picks its options: on a held-out fifth of the training cells, by Poisson deviance of hidden entries."""
+"""How a baseline picks its options: on a held-out fifth of training cells, by Poisson deviance of hidden entries."""
 
 from __future__ import annotations
 

@@ -1,72 +1,119 @@
-"""Pool of the nearest training cells on the observed genes; its draws are Poisson around the pool."""
+"""Pool of the nearest training cells, found on the observed genes alone.
+
+A Poisson draw around this pool is the anchor for draws: it needs no training and is hard to beat.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
-from distdiff.baselines._log import FLOORS, normalise
-from distdiff.baselines._tuning import dense, deviance, hold_out, random_mask, sample
+from distdiff.baselines import CHUNK, Baseline, BoolArray, Cells, FloatArray, _tuning, depth
 
 if TYPE_CHECKING:
     from distdiff.data.store import CountStore
 
-NEIGHBOURS = (10, 20, 50)
-
 
 class Knn(Baseline):
-    """Mean rate of the ``k`` nearest training cells times the depth of the evidence.
+    """Answer ``s (sum of k neighbours + prior gene_mean) / (k + prior)``, ``s`` the depth of the evidence.
 
-    Distance is Euclidean in ``log1p(counts / depth)`` over the genes that the cell has observed, by matrix products.
-    ``k`` and the floor (a share of gene mean x depth) are picked on a held-out fifth of the training cells with half of
-    their entries hidden.
+    Distances are Euclidean over the cell's observed genes, between ``log1p(scale x / s)`` of the cell (``s`` from its
+    observed genes) and of each training cell (``s`` from all its genes). ``prior`` counts as so many average cells in
+    the pool and keeps means above zero. Where several values of ``k`` or ``prior`` are given, the pair of least
+    Poisson deviance is taken, on a held-out fifth of at most 5,000 training cells with entries hidden at ``hide``.
 
     Parameters
     ----------
-    at_most
-        Training cells kept (a random sample of more).
+    k, prior
+        Neighbours and average cells in the pool: a number, or the values to choose from.
+    scale
+        Molecules of ``x`` at which the logarithm takes over are ``1 / scale``, in a cell of average depth.
+    hide
+        Share of entries hidden while choosing.
+    seed
+        Of the choice.
+
+    Raises
+    ------
+    ValueError
+        ``k`` below 1 or ``prior`` below 0.
     """
 
     label = "kNN pool"
 
-    def __init__(self, at_most: int = 20_000, seed: int = 0) -> None:
-        self.at_most, self.seed = at_most, seed
+    def __init__(
+        self,
+        k: int | Sequence[int] = 20,
+        prior: float | Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
+        *,
+        scale: float = 1.0,
+        hide: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        self.k = (k,) if isinstance(k, int) else tuple(k)
+        self.prior = (float(prior),) if isinstance(prior, (int, float)) else tuple(prior)
+        if min(self.k, default=0) < 1 or min(self.prior, default=-1.0) < 0:
+            raise ValueError(f"knn: k={k} must be 1 or more and prior={prior} 0 or more")
+        self.scale, self.hide, self.seed = scale, hide, seed
+        self.chosen: dict[str, float] = {}
 
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
-        """Keep the training cells, pick k and floor."""
-        counts = dense(store, sample(rows, self.at_most, self.seed))
-        kept, held = hold_out(len(counts))
-        self._remember(counts[kept])
-        test = counts[held][:1000]
-        observed = random_mask(test.shape, 0.5, self.seed, "knn")
-        scores = {}
-        for k in NEIGHBOURS:
-            pool, d = self._pool(test * observed, observed, k)
-            for floor in FLOORS:
-                rate = np.maximum(pool, floor * self.gene_mean) * d
-                scores[k, floor] = deviance(test, observed, rate)
-        self.k, self.floor = min(scores, key=lambda o: scores[o])
-        self._remember(counts)
+        """Choose ``k`` and ``prior``, then keep all training cells (sparse)."""
+        k, prior = self.k[0], self.prior[0]
+        if len(self.k) * len(self.prior) > 1 and len(rows) > 1:
+            some = _tuning.sample(rows, 5_000, self.seed)
+            kept, held = _tuning.hold_out(len(some))
+            self.train = store.read(np.sort(some[kept]))
+            k, prior = self._choose(_tuning.dense(store, some[held]))
+        self.train = store.read(rows)
+        self.chosen = {"k": k, "prior": prior}
 
-    def _remember(self, counts: FloatArray) -> None:
-        every = np.ones(counts.shape, dtype=bool)
-        self.log, d = normalise(counts, every, self.gene_mean)
-        self.rates = (counts / d).astype(np.float32)
-        self.squares = self.log**2
+    def _choose(self, held: FloatArray) -> tuple[int, float]:
+        observed = _tuning.random_mask(held.shape, self.hide, self.seed, "knn")
+        counts = np.where(observed, held, 0.0).astype(np.float32)
+        near = self.neighbours(counts, observed, max(self.k))
+        score = {
+            (k, prior): _tuning.deviance(held, observed, self.pool(counts, observed, near[:, :k], prior))
+            for k in self.k
+            for prior in self.prior
+        }
+        return min(score, key=lambda pair: (np.nan_to_num(score[pair], nan=np.inf), pair))
 
-    def _pool(self, counts: FloatArray, observed: BoolArray, k: int) -> tuple[FloatArray, FloatArray]:
-        z, d = normalise(counts, observed, self.gene_mean)
-        k = min(k, len(self.log))
-        far = self.squares @ observed.T.astype(np.float32) - 2 * (self.log @ z.T)
-        near = np.argpartition(far, k - 1, axis=0)[:k].T
-        pool = np.zeros(counts.shape, dtype=np.float64)
-        for column in near.T:  # k small gathers, never [b k g] at once
-            pool += self.rates[column]
-        return pool / k, d
+    def neighbours(self, counts: FloatArray, observed: BoolArray, k: int) -> np.ndarray:
+        """The ``k`` nearest training cells of each cell, nearest first: ``int64 [b min(k, n)]``.
+
+        Up to a constant of the cell the masked squared distance is ``m . t^2 - 2 (m y) . t``: two matrix products with
+        4,096 training cells at a time.
+        """
+        m = observed.astype(np.float32)
+        y = np.log1p(self.scale * counts / depth(counts, observed, self.gene_mean)).astype(np.float32) * m
+        k = min(k, self.train.shape[0])
+        best = np.empty((len(counts), 0), dtype=np.float32)
+        at = np.empty((len(counts), 0), dtype=np.int64)
+        for start in range(0, self.train.shape[0], CHUNK):
+            t = self.train[start : start + CHUNK].toarray().astype(np.float32)
+            t = np.log1p(self.scale * t / depth(t, np.ones_like(t, dtype=bool), self.gene_mean)).astype(np.float32)
+            distance = m @ (t * t).T - 2.0 * (y @ t.T)
+            best = np.concatenate([best, distance], axis=1)
+            here = np.broadcast_to(np.arange(start, start + len(t)), distance.shape)
+            at = np.concatenate([at, here], axis=1)
+            if best.shape[1] > k:
+                keep = np.argpartition(best, k - 1, axis=1)[:, :k]
+                best, at = np.take_along_axis(best, keep, axis=1), np.take_along_axis(at, keep, axis=1)
+        return np.take_along_axis(at, np.argsort(best, axis=1, kind="stable"), axis=1)
+
+    def pool(self, counts: FloatArray, observed: BoolArray, near: np.ndarray, prior: float) -> FloatArray:
+        """Expected molecules from the counts of the neighbours ``near`` (``int64 [b k]``): ``float64 [b g]``."""
+        from scipy.sparse import csr_array
+
+        b, k = near.shape
+        pick = csr_array((np.ones(b * k), near.ravel(), np.arange(b + 1) * k), shape=(b, self.train.shape[0]))
+        pool = ((pick @ self.train).toarray() + prior * self.gene_mean) / (k + prior)
+        return depth(counts, observed, pool) * pool
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """Pool of the ``k`` nearest, scaled to the depth of the evidence."""
-        pool, d = self._pool(counts, observed, self.k)
-        return np.maximum(pool, self.floor * self.gene_mean) * d
+        """The pool of the nearest cells, scaled to the depth of the evidence."""
+        near = self.neighbours(counts, observed, int(self.chosen["k"]))
+        return self.pool(counts, observed, near, self.chosen["prior"])

@@ -1,70 +1,72 @@
-"""PCA regression: principal components of the training cells, scores of a cell from its observed genes alone."""
+"""PCA regression: fit the principal components to the observed genes, read the hidden ones off."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
-from distdiff.baselines._log import Back, normalise
-from distdiff.baselines._tuning import dense, hold_out, sample
-
-if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
-
-COMPONENTS = (10, 20, 40)
-NOISE = (0.3, 1.0)
+from distdiff.baselines import BoolArray, FloatArray
+from distdiff.baselines._loglinear import LogLinear
 
 
-class Pca(Baseline):
-    """Posterior-mean scores of probabilistic PCA given the observed genes, then all genes from the scores.
+class Pca(LogLinear):
+    """Ridge regression of each cell's observed genes on the training loadings ``V`` (``[g d]``).
 
-    scikit-learn's PCA of ``log1p(counts / depth)``; for a cell with evidence O the scores solve
-    ``(L_O' L_O + n^2 S^-1) c = L_O' (z - mean)_O`` with loadings L, component variances S and noise variance n^2. The
-    number of components and n^2 (as a multiple of PCA's own estimate) are picked on a held-out fifth of the training
-    cells by Poisson deviance of hidden entries.
+    ``z = argmin_z sum_obs (y - mu - V z)^2 / noise + sum_j z_j^2 / lambda_j``, the posterior mean of probabilistic PCA
+    (Tipping & Bishop 1999) with the spectrum's ``lambda`` and noise; the prediction is ``mu + V z``. See `LogLinear`
+    for the scale, the way back to molecules and how ``components`` and ``ridge`` are chosen.
+
+    Parameters
+    ----------
+    components
+        Numbers of components to choose from (those above what the data allow are lowered).
+    ridge
+        Multiples of the noise variance to choose from.
+    scale, hide, max_cells, seed
+        As in `LogLinear`.
     """
 
     label = "PCA regression"
 
-    def __init__(self, at_most: int = 20_000, seed: int = 0) -> None:
-        self.at_most, self.seed = at_most, seed
+    def __init__(
+        self,
+        components: Sequence[int] = (5, 10, 20, 40),
+        ridge: Sequence[float] = (1.0,),
+        *,
+        scale: Sequence[float] = (1.0,),
+        hide: float = 0.5,
+        max_cells: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tuple(scale), hide, max_cells, seed)
+        self.components, self.ridge = tuple(components), tuple(ridge)
 
-    def learn(self, store: CountStore, rows: np.ndarray) -> None:
-        """Fit PCA, pick its options, fit the way back to molecules."""
+    def choices(self) -> list[dict[str, Any]]:
+        """Components x ridge."""
+        return [{"components": d, "ridge": r} for d in self.components for r in self.ridge]
+
+    def solve(self, y: FloatArray, rates: FloatArray, option: dict[str, Any]) -> None:
+        """``sklearn.decomposition.PCA`` of ``y`` (randomised solver, fixed state)."""
         from sklearn.decomposition import PCA
 
-        counts = dense(store, sample(rows, self.at_most, self.seed))
-        kept, held = hold_out(len(counts))
-        z, _ = normalise(counts, np.ones(counts.shape, bool), self.gene_mean)
-        most = min(max(COMPONENTS), len(z[kept]) - 1, z.shape[1] - 1)
-        if most < 1:
-            self.back = Back(lambda z, observed: np.zeros(z.shape), self.gene_mean, counts[held], self.seed)
+        d = max(1, min(option["components"], min(y.shape) - 1))
+        self.centre = y.mean(axis=0)
+        if len(y) < 2 or not np.any(y != y[0]):
+            self.loadings, self.precision = np.zeros((y.shape[1], 1), np.float32), np.ones(1, np.float32)
             return
-        fitted = PCA(most, random_state=0).fit(z[kept])
-        tried = []
-        for n in {min(n, most) for n in COMPONENTS}:
-            loadings, variance = fitted.components_[:n].T.astype(np.float64), fitted.explained_variance_[:n]
-            rest = max(float(((z[kept] - fitted.mean_) ** 2).sum() / len(z[kept]) - variance.sum()), 1e-6)
-            for scale in NOISE:
-                solve = _Scores(loadings, fitted.mean_, scale * rest / z.shape[1] / np.maximum(variance, 1e-9))
-                tried.append(Back(solve, self.gene_mean, counts[held][:2000], self.seed))
-        self.back = min(tried, key=lambda b: b.score)
+        fit = PCA(d, svd_solver="randomized", random_state=0).fit(y)
+        noise = max(float(y.var(axis=0, dtype=np.float64).sum() - fit.explained_variance_.sum()), 0.0) / y.shape[1]
+        self.loadings = fit.components_.T.astype(np.float32)
+        spectrum = np.maximum(fit.explained_variance_, 1e-12)
+        self.precision = (option["ridge"] * max(noise, 1e-6 * spectrum[0]) / spectrum).astype(np.float32)
 
-    def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """Molecules of every entry."""
-        return self.back(counts, observed)
-
-
-class _Scores:
-    def __init__(self, loadings: FloatArray, mean: FloatArray, ridge: FloatArray) -> None:
-        self.loadings, self.mean, self.ridge = loadings, mean, ridge
-        n = loadings.shape[1]
-        self.products = (loadings[:, :, None] * loadings[:, None, :]).reshape(-1, n * n)
-
-    def __call__(self, z: FloatArray, observed: BoolArray) -> FloatArray:
-        n = self.loadings.shape[1]
-        gram = (observed @ self.products).reshape(-1, n, n) + np.diag(self.ridge)
-        right = np.where(observed, z - self.mean, 0.0) @ self.loadings
-        return self.mean + np.linalg.solve(gram, right[:, :, None])[:, :, 0] @ self.loadings.T
+    def predict(self, y: FloatArray, observed: BoolArray, option: dict[str, Any]) -> FloatArray:
+        """Solve ``(V_o' V_o + diag(noise / lambda)) z = V_o' (y - mu)`` for all cells at once."""
+        v, d = self.loadings, self.loadings.shape[1]
+        m = observed.astype(np.float32)
+        pairs = (v[:, :, None] * v[:, None, :]).reshape(len(v), d * d)
+        gram = (m @ pairs).reshape(-1, d, d) + np.diag(self.precision)
+        z = np.linalg.solve(gram.astype(np.float64), (((y - self.centre) * m) @ v)[:, :, None])[:, :, 0]
+        return np.expm1(np.minimum(self.centre + z @ v.T, 30.0)) / option["scale"]
