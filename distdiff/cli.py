@@ -36,11 +36,11 @@ def shard(
     from distdiff.data.shard import shard as build
 
     try:
-        shares = tuple(float(part) for part in split.split(","))
+        first, second, third = (float(part) for part in split.split(","))
     except ValueError:
         raise ValueError(f"--split {split!r} must be three numbers such as 0.8,0.1,0.1") from None
     manifest = build(
-        inputs, out, layer=layer, genes=genes, labels=_words(labels), split=shares, split_by=split_by,
+        inputs, out, layer=layer, genes=genes, labels=_words(labels), split=(first, second, third), split_by=split_by,
         workers=workers, scheduler=scheduler, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(

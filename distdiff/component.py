@@ -66,7 +66,7 @@ def resolve(base: type[T], kind: str) -> type[T]:
     return cls
 
 
-def check(base: type[T], options: Mapping[str, Any], *, given: int = 0) -> tuple[type[T], dict[str, Any]]:
+def check(base: Any, options: Mapping[str, Any], *, given: int = 0) -> tuple[type, dict[str, Any]]:
     """The class that ``options["kind"]`` names and its other options, whose names are checked.
 
     Parameters
@@ -91,7 +91,7 @@ def check(base: type[T], options: Mapping[str, Any], *, given: int = 0) -> tuple
     return cls, options
 
 
-def build(base: type[T], options: Mapping[str, Any], *args: Any) -> T:
+def build(base: Any, options: Mapping[str, Any], *args: Any) -> Any:
     """Build the component that ``options`` describe, after :func:`check`; ``args`` come before the options."""
     cls, options = check(base, options, given=len(args))
     return cls(*args, **options)

@@ -136,14 +136,15 @@ class Report:
             ahead = mine.values[metric] < rival.values[metric]
             sure = low > 0 if ahead else high < 0
             out.append(
-                f"{mine.name} is {'first' if ahead else 'NOT first'} in {names[metric]}: {mine.values[metric]:.4g} "
-                f"against {rival.values[metric]:.4g} of {rival.name} (95 % of resamples: difference {low:.3g} to {high:.3g}"
+                f"{mine.name} is {'first' if ahead else 'NOT first'} in {names[metric]}: "
+                f"{mine.values[metric]:.4g} against {rival.values[metric]:.4g} of {rival.name} (95 % of resamples: "
+                f"difference {low:.3g} to {high:.3g}"
                 f"{'' if sure else '; not a safe order'})"
             )
         return out
 
     def to_text(self) -> str:
-        """Aligned text; ``*`` marks the best of a column, brackets hold the standard error in units of the last digits."""
+        """Aligned text; ``*`` marks the best of a column, brackets hold the standard error of the last digits."""
         return self._render(_text_block)
 
     def to_markdown(self) -> str:
@@ -204,7 +205,7 @@ def default_contestants(cell_type: str | None, *, extra: Sequence[Contestant] = 
     if cell_type is not None:
         rows += [({"kind": "type_mean", "key": cell_type, "depth": d}, ("mean",)) for d in (True, False)]
     rows += [({"kind": "zero"}, ("mean",)), ({"kind": "constant"}, ("mean",)), ({"kind": "perfect"}, ("mean",))]
-    made = [(build(Baseline, options), answers) for options, answers in rows]  # type: ignore[type-abstract]
+    made = [(build(Baseline, options), answers) for options, answers in rows]
     return [*extra, *(Contestant(baseline.label, baseline, answers) for baseline, answers in made)]
 
 

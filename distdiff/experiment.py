@@ -172,7 +172,7 @@ def _asked_of_launcher() -> int:
             words = parent.cmdline()
         except psutil.Error:
             return 1
-    if not any("accelerate" in Path(w).name for w in words) or "launch" not in words:
+    if not {Path(word).name for word in words[:4]} & {"accelerate", "accelerate-launch", "accelerate.commands.launch"}:
         return 1
     for flag, value in itertools.pairwise(words):
         if flag in ("--num_processes", "--num-processes"):

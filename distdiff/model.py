@@ -73,10 +73,10 @@ class Model:
     @classmethod
     def new(cls, spec: DataSpec, process: Mapping[str, Any], denoiser: Mapping[str, Any], *, seed: int = 0) -> Model:
         """Build an untrained model; its weights depend on ``seed`` alone, no global random state is changed."""
-        law = build(Process, process)  # type: ignore[type-abstract]
+        law = build(Process, process)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = build(Denoiser, denoiser, spec, law.outputs)  # type: ignore[type-abstract]
+            network = build(Denoiser, denoiser, spec, law.outputs)
         return cls(law, network, spec, {"process": dict(process), "denoiser": dict(denoiser)})
 
     # -- files ---------------------------------------------------------------------------------------------------
@@ -328,7 +328,8 @@ class Job:
             given = counts.toarray().astype(np.float32)
             check_counts(
                 sp.csr_matrix(np.where(hidden, 0, given)), self.rows.genes,
-                names[start:stop] if names is not None else np.arange(start, stop).astype(str), "the input",
+                [str(n) for n in names[start:stop]] if names is not None else [str(n) for n in range(start, stop)],
+                "the input",
             )  # fmt: skip
             x = np.zeros((stop - start, self.model.spec.n_genes), dtype=np.float32)
             observed = np.zeros(x.shape, dtype=bool)

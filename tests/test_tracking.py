@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -30,10 +31,9 @@ def here(migrated, tmp_path, monkeypatch):
 
 def register(score, data="abc"):
     with tracking.run(experiment="e", name="n", params={"a": {"b": 1}}, tags={"data_fingerprint": data}) as run:
-        (folder := os.path.join(os.getcwd(), "model"),)
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "model.json"), "w") as f:
-            f.write(str(score))
+        folder = Path("model")
+        folder.mkdir(exist_ok=True)
+        (folder / "model.json").write_text(str(score))
         run.metrics({"loss": 1.5, "bad": float("nan")}, step=64)
         run.artifact(folder, "model")
         return run, run.register("pbmc", "model", score=score, data=data)

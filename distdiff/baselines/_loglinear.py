@@ -12,25 +12,25 @@ from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, _tuning, 
 if TYPE_CHECKING:
     from distdiff.data.store import CountStore
 
-FLOORS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""Shares of ``s gene_mean`` below which a rate may not fall; the best is chosen (never exactly zero: 1e-4 at least)."""
+FLOORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""Shares of ``s gene_mean`` below which a rate may not fall; the best is chosen."""
 
 
 class LogLinear(Baseline, ABC):
-    """``rate = s max(c_g max(link(prediction), 0), floor gene_mean_g)``, ``s`` the depth of the evidence.
+    """``rate = s max(c_g r_g, floor gene_mean_g)`` with ``r = expm1(prediction) / scale`` and ``s`` the depth of the evidence.
 
-    Inputs are ``y = log1p(scale x / s)`` with ``s`` from the observed genes. On the way back, ``c_g`` is the smearing
-    factor of gene ``g`` (Duan 1983), total hidden molecules over total predicted ones, drawn towards the factor of all
+    Predictions are of ``y = log1p(scale x / s)``, ``s`` from the observed genes; ``r`` is kept between zero and the
+    largest ``x / s`` of the gene in training (an exponential extrapolates badly). ``c_g`` is the smearing factor of gene ``g`` (Duan 1983), total hidden molecules over total predicted ones, drawn towards the factor of all
     genes by 10 molecules: it repairs the bias of ``expm1`` of a mean.
 
-    The options (`choices`, the scale among them) and ``floor`` are those of least Poisson deviance on a held-out fifth
-    of the training cells, under one random mask, with ``c`` from three other masks of the same fifth; then the model is
-    solved again on all cells with the ``c`` and ``floor`` of the winner.
+    Options and ``floor`` are those of least Poisson deviance on a held-out fifth of the training cells under one random
+    mask, with ``c`` from three other masks of the same fifth: first `choices` at the first scale, then the other scales
+    with the best choice. The model is then solved again on all cells, with the ``c`` and ``floor`` of the winner.
 
     Parameters
     ----------
     scale
-        Values of the scale of the logarithm to choose from.
+        Values of the scale of the logarithm to choose from, the likeliest first.
     hide
         Share of entries hidden in those masks.
     max_cells
@@ -50,56 +50,58 @@ class LogLinear(Baseline, ABC):
         """Every combination of options to try, besides the scale."""
 
     @abstractmethod
-    def solve(self, y: FloatArray, rates: FloatArray, option: dict[str, Any]) -> None:
-        """Fit to training cells: ``y`` and ``rates = x / s``, both ``float32 [n g]``, without masks."""
+    def solve(self, y: FloatArray, option: dict[str, Any]) -> None:
+        """Fit to training cells without masks, ``y`` of them ``float32 [n g]``."""
 
     @abstractmethod
-    def predict(self, y: FloatArray, observed: BoolArray, option: dict[str, Any]) -> FloatArray:
-        """Rates at depth 1 (before smearing) of masked cells ``y`` (``float32 [b g]``, 0 where hidden)."""
+    def predict(self, y: FloatArray, observed: BoolArray) -> FloatArray:
+        """Predict every ``y`` of masked cells (``float32 [b g]``, 0 where hidden)."""
 
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Choose the options, the smearing factors and the floor, then solve on all cells."""
         counts = _tuning.dense(store, _tuning.sample(rows, self.max_cells, self.seed))
         kept, held = _tuning.hold_out(len(counts))
-        best = np.inf
-        for scale in self.scales:
-            for option in self.choices():
-                option = {"scale": scale, **option}
-                self.solve(*self._unmasked(counts[kept], scale), option)
-                smear, floor, score = self._judge(counts[held], option)
-                if not self.chosen or score < best:
-                    best, self.smear, self.chosen = score, smear, {**option, "floor": floor}
-        self.solve(*self._unmasked(counts, self.chosen["scale"]), self.chosen)
+        trials = [{"scale": self.scales[0], **option} for option in self.choices()]
+        tried = [self._try(counts[kept], counts[held], option) for option in trials]
+        best = min(tried, key=lambda trial: trial[0])
+        tried = [self._try(counts[kept], counts[held], {**best[1], "scale": scale}) for scale in self.scales[1:]]
+        _, self.chosen, self.smear = min([best, *tried], key=lambda trial: trial[0])
+        self._solve(counts, self.chosen)
 
-    def _unmasked(self, counts: FloatArray, scale: float) -> tuple[FloatArray, FloatArray]:
+    def _solve(self, counts: FloatArray, option: dict[str, Any]) -> None:
         rates = (counts / depth(counts, np.ones(counts.shape, dtype=bool), self.gene_mean)).astype(np.float32)
-        return np.log1p(np.float32(scale) * rates), rates
+        self.cap = rates.max(axis=0)
+        self.solve(np.log1p(np.float32(option["scale"]) * rates), option)
 
-    def _linear(self, counts: FloatArray, observed: BoolArray, option: dict[str, Any]) -> tuple[FloatArray, FloatArray]:
+    def _linear(self, counts: FloatArray, observed: BoolArray, scale: float) -> tuple[FloatArray, FloatArray]:
         s = depth(counts, observed, self.gene_mean)
-        y = np.log1p(option["scale"] * counts / s).astype(np.float32)
-        return s, np.maximum(self.predict(y, observed, option), 0.0)
+        y = np.log1p(scale * counts / s).astype(np.float32)
+        rate = np.expm1(np.clip(self.predict(y, observed), 0.0, np.log1p(scale * self.cap))) / scale
+        return s, rate
 
-    def _judge(self, held: FloatArray, option: dict[str, Any]) -> tuple[FloatArray, float, float]:
-        """Smearing factors ``[g]``, best floor and its deviance on held-out cells."""
+    def _try(
+        self, kept: FloatArray, held: FloatArray, option: dict[str, Any]
+    ) -> tuple[float, dict[str, Any], FloatArray]:
+        """Deviance on held-out cells, the option with its best floor, and its smearing factors ``[g]``."""
+        self._solve(kept, option)
         true, told = np.zeros(held.shape[1]), np.zeros(held.shape[1])
         for mask in range(3):
             observed = _tuning.random_mask(held.shape, self.hide, self.seed, "smear", mask)
-            s, rate = self._linear(np.where(observed, held, 0.0), observed, option)
+            s, rate = self._linear(np.where(observed, held, 0.0), observed, option["scale"])
             true += np.sum(held, axis=0, where=~observed, dtype=np.float64)
             told += np.sum(s * rate, axis=0, where=~observed, dtype=np.float64)
         overall = true.sum() / told.sum() if told.sum() > 0 else 1.0
         smear = (true + 10.0 * overall) / (told + 10.0)
         observed = _tuning.random_mask(held.shape, self.hide, self.seed, "judge")
-        s, rate = self._linear(np.where(observed, held, 0.0), observed, option)
+        s, rate = self._linear(np.where(observed, held, 0.0), observed, option["scale"])
         scores = [_tuning.deviance(held, observed, self._floored(s, smear * rate, floor)) for floor in FLOORS]
         at = int(np.argmin(np.nan_to_num(scores, nan=np.inf)))
-        return smear, FLOORS[at], float(np.nan_to_num(scores[at], nan=np.inf))
+        return float(np.nan_to_num(scores[at], nan=np.inf)), {**option, "floor": FLOORS[at]}, smear
 
     def _floored(self, s: FloatArray, rate: FloatArray, floor: float) -> FloatArray:
-        return s * np.maximum(rate, max(floor, 1e-4) * self.gene_mean)
+        return s * np.maximum(rate, floor * self.gene_mean)
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
         """The linear prediction, taken back to molecules."""
-        s, rate = self._linear(counts, observed, self.chosen)
+        s, rate = self._linear(counts, observed, self.chosen["scale"])
         return self._floored(s, self.smear * rate, self.chosen["floor"])

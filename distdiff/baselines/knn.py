@@ -21,15 +21,15 @@ class Knn(Baseline):
 
     Distances are Euclidean over the cell's observed genes, between ``log1p(scale x / s)`` of the cell (``s`` from its
     observed genes) and of each training cell (``s`` from all its genes). ``prior`` counts as so many average cells in
-    the pool and keeps means above zero. Where several values of ``k`` or ``prior`` are given, the pair of least
-    Poisson deviance is taken, on a held-out fifth of at most 5,000 training cells with entries hidden at ``hide``.
+    the pool and keeps means above zero. Where several values are given, those of least Poisson deviance are taken, on a
+    held-out fifth of at most 5,000 training cells with entries hidden at ``hide``.
 
     Parameters
     ----------
     k, prior
         Neighbours and average cells in the pool: a number, or the values to choose from.
     scale
-        Molecules of ``x`` at which the logarithm takes over are ``1 / scale``, in a cell of average depth.
+        The logarithm takes over at ``1 / scale`` molecules in a cell of average depth: a number, or several.
     hide
         Share of entries hidden while choosing.
     seed
@@ -46,55 +46,57 @@ class Knn(Baseline):
     def __init__(
         self,
         k: int | Sequence[int] = 20,
-        prior: float | Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
+        prior: float | Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0),
         *,
-        scale: float = 1.0,
+        scale: float | Sequence[float] = (0.03, 0.1, 0.3, 1.0),
         hide: float = 0.5,
         seed: int = 0,
     ) -> None:
         self.k = (k,) if isinstance(k, int) else tuple(k)
-        self.prior = (float(prior),) if isinstance(prior, (int, float)) else tuple(prior)
-        if min(self.k, default=0) < 1 or min(self.prior, default=-1.0) < 0:
-            raise ValueError(f"knn: k={k} must be 1 or more and prior={prior} 0 or more")
-        self.scale, self.hide, self.seed = scale, hide, seed
+        self.prior = (float(prior),) if isinstance(prior, int | float) else tuple(prior)
+        self.scale = (float(scale),) if isinstance(scale, int | float) else tuple(scale)
+        if min(self.k, default=0) < 1 or min(self.prior, default=-1.0) < 0 or min(self.scale, default=0.0) <= 0:
+            raise ValueError(f"knn: k={k} must be 1 or more, prior={prior} 0 or more and scale={scale} above 0")
+        self.hide, self.seed = hide, seed
         self.chosen: dict[str, float] = {}
 
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
-        """Choose ``k`` and ``prior``, then keep all training cells (sparse)."""
-        k, prior = self.k[0], self.prior[0]
-        if len(self.k) * len(self.prior) > 1 and len(rows) > 1:
+        """Choose the options, then keep all training cells (sparse)."""
+        self.chosen = {"k": self.k[0], "prior": self.prior[0], "scale": self.scale[0]}
+        if len(self.k) * len(self.prior) * len(self.scale) > 1 and len(rows) > 1:
             some = _tuning.sample(rows, 5_000, self.seed)
             kept, held = _tuning.hold_out(len(some))
             self.train = store.read(np.sort(some[kept]))
-            k, prior = self._choose(_tuning.dense(store, some[held]))
+            self.chosen = self._choose(_tuning.dense(store, some[held]))
         self.train = store.read(rows)
-        self.chosen = {"k": k, "prior": prior}
 
-    def _choose(self, held: FloatArray) -> tuple[int, float]:
+    def _choose(self, held: FloatArray) -> dict[str, float]:
         observed = _tuning.random_mask(held.shape, self.hide, self.seed, "knn")
         counts = np.where(observed, held, 0.0).astype(np.float32)
-        near = self.neighbours(counts, observed, max(self.k))
-        score = {
-            (k, prior): _tuning.deviance(held, observed, self.pool(counts, observed, near[:, :k], prior))
-            for k in self.k
-            for prior in self.prior
-        }
-        return min(score, key=lambda pair: (np.nan_to_num(score[pair], nan=np.inf), pair))
+        best, chosen = np.inf, self.chosen
+        for scale in self.scale:
+            near = self.neighbours(counts, observed, max(self.k), scale)
+            for k in self.k:
+                for prior in self.prior:
+                    score = _tuning.deviance(held, observed, self.pool(counts, observed, near[:, :k], prior))
+                    if score < best:
+                        best, chosen = score, {"k": k, "prior": prior, "scale": scale}
+        return chosen
 
-    def neighbours(self, counts: FloatArray, observed: BoolArray, k: int) -> np.ndarray:
+    def neighbours(self, counts: FloatArray, observed: BoolArray, k: int, scale: float) -> np.ndarray:
         """The ``k`` nearest training cells of each cell, nearest first: ``int64 [b min(k, n)]``.
 
         Up to a constant of the cell the masked squared distance is ``m . t^2 - 2 (m y) . t``: two matrix products with
         4,096 training cells at a time.
         """
         m = observed.astype(np.float32)
-        y = np.log1p(self.scale * counts / depth(counts, observed, self.gene_mean)).astype(np.float32) * m
+        y = np.log1p(scale * counts / depth(counts, observed, self.gene_mean)).astype(np.float32) * m
         k = min(k, self.train.shape[0])
         best = np.empty((len(counts), 0), dtype=np.float32)
         at = np.empty((len(counts), 0), dtype=np.int64)
         for start in range(0, self.train.shape[0], CHUNK):
             t = self.train[start : start + CHUNK].toarray().astype(np.float32)
-            t = np.log1p(self.scale * t / depth(t, np.ones_like(t, dtype=bool), self.gene_mean)).astype(np.float32)
+            t = np.log1p(scale * t / depth(t, np.ones_like(t, dtype=bool), self.gene_mean)).astype(np.float32)
             distance = m @ (t * t).T - 2.0 * (y @ t.T)
             best = np.concatenate([best, distance], axis=1)
             here = np.broadcast_to(np.arange(start, start + len(t)), distance.shape)
@@ -115,5 +117,5 @@ class Knn(Baseline):
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
         """The pool of the nearest cells, scaled to the depth of the evidence."""
-        near = self.neighbours(counts, observed, int(self.chosen["k"]))
+        near = self.neighbours(counts, observed, int(self.chosen["k"]), self.chosen["scale"])
         return self.pool(counts, observed, near, self.chosen["prior"])

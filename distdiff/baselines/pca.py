@@ -35,7 +35,7 @@ class Pca(LogLinear):
         components: Sequence[int] = (5, 10, 20, 40),
         ridge: Sequence[float] = (1.0,),
         *,
-        scale: Sequence[float] = (1.0,),
+        scale: Sequence[float] = (0.3, 0.1, 1.0, 3.0),
         hide: float = 0.5,
         max_cells: int = 10_000,
         seed: int = 0,
@@ -47,7 +47,7 @@ class Pca(LogLinear):
         """Components x ridge."""
         return [{"components": d, "ridge": r} for d in self.components for r in self.ridge]
 
-    def solve(self, y: FloatArray, rates: FloatArray, option: dict[str, Any]) -> None:
+    def solve(self, y: FloatArray, option: dict[str, Any]) -> None:
         """``sklearn.decomposition.PCA`` of ``y`` (randomised solver, fixed state)."""
         from sklearn.decomposition import PCA
 
@@ -62,11 +62,11 @@ class Pca(LogLinear):
         spectrum = np.maximum(fit.explained_variance_, 1e-12)
         self.precision = (option["ridge"] * max(noise, 1e-6 * spectrum[0]) / spectrum).astype(np.float32)
 
-    def predict(self, y: FloatArray, observed: BoolArray, option: dict[str, Any]) -> FloatArray:
+    def predict(self, y: FloatArray, observed: BoolArray) -> FloatArray:
         """Solve ``(V_o' V_o + diag(noise / lambda)) z = V_o' (y - mu)`` for all cells at once."""
         v, d = self.loadings, self.loadings.shape[1]
         m = observed.astype(np.float32)
         pairs = (v[:, :, None] * v[:, None, :]).reshape(len(v), d * d)
         gram = (m @ pairs).reshape(-1, d, d) + np.diag(self.precision)
         z = np.linalg.solve(gram.astype(np.float64), (((y - self.centre) * m) @ v)[:, :, None])[:, :, 0]
-        return np.expm1(np.minimum(self.centre + z @ v.T, 30.0)) / option["scale"]
+        return self.centre + z @ v.T

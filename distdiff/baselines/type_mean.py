@@ -42,8 +42,8 @@ class TypeMean(Baseline):
             The store has no label ``key``.
         """
         if self.key not in store.manifest.labels:
-            known = ", ".join(store.manifest.labels) or "none"
-            raise ValueError(f"type_mean: the store has no label {self.key!r}; it has: {known}")
+            have = ", ".join(store.manifest.labels) or "none"
+            raise ValueError(f"type_mean: the store has no label {self.key!r}; it has: {have}")
         codes = store.labels(rows, (self.key,))[self.key]
         n = len(store.manifest.labels[self.key])
         total, size = np.zeros((n, len(store.genes))), np.bincount(codes[codes >= 0], minlength=n)

@@ -129,7 +129,8 @@ def write_shard(root: Path, layout: Layout, shard: int, counts: sparse.csr_matri
     group = zarr.open_group(str(root), mode="r+", use_consolidated=False)
     first = start // layout.block
     for name, blocks in encode(counts, layout).items():
-        group[f"counts/{name}"][first : first + len(blocks)] = blocks
+        array: Any = group[f"counts/{name}"]
+        array[first : first + len(blocks)] = blocks
 
 
 def encode(counts: sparse.csr_matrix, layout: Layout) -> dict[str, np.ndarray]:

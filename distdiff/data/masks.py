@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from scipy import sparse
@@ -19,11 +20,11 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
     Raises
     ------
     ValueError
-        A rate outside 0 to 1.
+        A rate that hides nothing or everything.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate {rate}: a share between 0 and 1 is wanted")
-    return rng.random(shape) < rate
+    if not 0 < rate < 1:
+        raise ValueError(f"the share of entries to hide must lie in (0, 1), got {rate}")
+    return rng.random(shape, dtype=np.float32) < rate
 
 
 def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | None = None) -> np.ndarray:
@@ -85,15 +86,15 @@ def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, ex
     if expressed.ndim != 2 or expressed.shape[1] != counts.shape[1]:
         raise ValueError(f"expressed has shape {expressed.shape}, counts {counts.shape}: the genes must be the same")
     _check_groups(counts.shape[0], groups, len(expressed))
-    positive = (counts > 0).toarray() if sparse.issparse(counts) else np.asarray(counts) > 0
+    positive = counts > 0 if isinstance(counts, np.ndarray) else (counts > 0).toarray()
     sites = np.zeros(counts.shape, bool)
     grouped = groups >= 0
     sites[grouped] = expressed[groups[grouped]] & ~positive[grouped]
     return sites
 
 
-def load_mask(path: str | Path, shape: tuple[int, int]) -> sparse.csr_matrix:
-    """Read a mask, True where hidden.
+def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sparse.csr_matrix:
+    """Read a mask, True where hidden; nothing is unpickled.
 
     Parameters
     ----------
@@ -104,8 +105,8 @@ def load_mask(path: str | Path, shape: tuple[int, int]) -> sparse.csr_matrix:
 
     Returns
     -------
-    csr_matrix bool [n, g]
-        ``mask[a:b].toarray()`` is the mask of some rows.
+    bool [n, g]
+        CSR from ``.npz``; from ``.npy`` an array that stays on disk until its rows are taken.
 
     Raises
     ------
@@ -120,14 +121,17 @@ def load_mask(path: str | Path, shape: tuple[int, int]) -> sparse.csr_matrix:
     if not path.is_file():
         raise FileNotFoundError(f"mask {path} does not exist")
     try:
-        raw = sparse.load_npz(path) if path.suffix == ".npz" else np.load(path, allow_pickle=False)
-    except (ValueError, OSError, KeyError, EOFError) as e:
+        raw = sparse.load_npz(path) if path.suffix == ".npz" else np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, KeyError, EOFError, BadZipFile) as e:
         raise ValueError(f"mask {path} cannot be read ({e}); save it with scipy.sparse.save_npz or numpy.save") from e
     if raw.shape != tuple(shape):
         raise ValueError(f"mask {path} has shape {raw.shape}, the data have {tuple(shape)} (cells, genes)")
-    values = raw.data if sparse.issparse(raw) else raw
-    if raw.dtype != bool and not np.isin(values, (0, 1)).all():
-        raise ValueError(f"mask {path} holds {raw.dtype} values other than 0 and 1; True marks a hidden entry")
+    if isinstance(raw, np.ndarray):
+        if raw.dtype != bool:
+            raise ValueError(f"mask {path} holds {raw.dtype}, booleans are wanted: save mask.astype(bool)")
+        return raw
+    if not np.isin(raw.data, (0, 1)).all():
+        raise ValueError(f"mask {path} holds values other than 0 and 1; True marks a hidden entry")
     mask = sparse.csr_matrix(raw).astype(bool)
     mask.eliminate_zeros()
     return mask

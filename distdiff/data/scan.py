@@ -139,7 +139,7 @@ def scan(span: Span, job: Job) -> Scanned:
     nnz, gene_nnz, largest = [], np.zeros(job.n_genes, np.int64), 0
     for start, rows in _pieces(source, span):
         if first_bad(rows) is not None:
-            check_counts(rows, source.genes, source.obs_names[start : start + rows.shape[0]], source.where)
+            check_counts(rows, source.genes, source.obs_names[start:], source.where)
         chosen = select(rows, job.columns[span.file], job.n_genes)
         nnz.append(np.diff(chosen.indptr).astype(np.int32))
         gene_nnz += np.bincount(chosen.indices, minlength=job.n_genes)

@@ -211,7 +211,9 @@ def first_bad(counts: sparse.csr_matrix) -> tuple[int, int, float] | None:
     return row, int(counts.indices[at]), float(data[at])
 
 
-def check_counts(counts: sparse.csr_matrix, genes: Sequence[str], cell_names: Sequence[str], where: str) -> None:
+def check_counts(
+    counts: sparse.csr_matrix, genes: Sequence[str], cell_names: Sequence[str] | np.ndarray, where: str
+) -> None:
     """Refuse whatever is not a count.
 
     Parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,7 +27,7 @@ class Rows(Protocol):
 
 def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
     """Targets are the true (non-zero) entries of ``mask`` ``[cells, genes]``; what stands there is not looked at."""
-    rows = sp.csr_matrix(mask) if sp.issparse(mask) else mask
+    rows: Any = sp.csr_matrix(mask) if sp.issparse(mask) else mask
 
     def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
         part = rows[start:stop]

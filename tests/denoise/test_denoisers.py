@@ -15,7 +15,7 @@ SPEC = DataSpec(
     tuple(f"g{i}" for i in range(GENES)), {"type": ("a", "b", "c")}, np.linspace(0.1, 3, GENES, dtype=np.float32)
 )
 SMALL = {"mlp": {"width": 32, "depth": 2}, "transformer": {"width": 16, "depth": 2, "heads": 2}}
-KINDS = [k for k in kinds(Denoiser)]
+KINDS = kinds(Denoiser)
 
 
 def make(kind, spec=SPEC, outputs=2, *, trained=True):
