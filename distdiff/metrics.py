@@ -227,9 +227,9 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     """Unbiased squared maximum mean discrepancy of completed cells: ``float64 [R]`` (it can be slightly negative).
 
     With ``h_ij = k(x_i,x_j) + k(y_i,y_j) - k(x_i,y_j) - k(x_j,y_i)`` (Gretton et al. 2012, eq. 3),
-    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are left out
-    everywhere, so the estimate stays unbiased though ``y_i`` shares its observed entries with ``x_i``, and the copies
-    of a cell in a bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
+    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are left out everywhere,
+    so the estimate stays unbiased though ``y_i`` shares its observed entries with ``x_i``, and the copies of a cell in
+    a bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
     the median squared distance between cells of the truth. CountsDiff's paper reports the log of such a five-scale
     estimate on raw counts; its code uses one bandwidth and divides by m^2.
 

@@ -30,6 +30,10 @@ def calibration(
         ``bool [b g]`` scored entries.
     draws
         ``[k b g]``.
+
+    Notes
+    -----
+    The band around the uniform PIT is for independent entries; those of one cell share its depth, so it is narrow.
     """
     figure = _figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
@@ -45,7 +49,7 @@ def _pit(axes: Any, u: np.ndarray) -> None:
     bins = 20
     share = np.histogram(u, bins, (0, 1))[0] / len(u) * bins
     spread = 2 * np.sqrt(bins / len(u))
-    axes.axhspan(1 - spread, 1 + spread, color=PALE, label="2 s.e. around uniform")
+    axes.axhspan(1 - spread, 1 + spread, color=PALE, label="2 s.e. around uniform, if independent")
     axes.stairs(share, np.linspace(0, 1, bins + 1), color=ACCENT, fill=True, alpha=0.7)
     axes.axhline(1, color=INK, lw=1)
     axes.set(
@@ -75,10 +79,12 @@ def _reliability(axes: Any, truth: np.ndarray, expected: np.ndarray) -> None:
     low = max(1e-3, min(x.min(), y[y > 0].min(initial=1.0)) / 2)
     high = max(x.max(), y.max(), 2 * low) * 2
     axes.plot([low, high], [low, high], color=INK, lw=1)
-    axes.errorbar(x, np.maximum(y, low), 2 * error, fmt="o", color=ACCENT, ms=4, lw=1)
+    axes.errorbar(np.maximum(x, low), np.maximum(y, low), 2 * error, fmt="o", color=ACCENT, ms=4, lw=1)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.set(
-        title="Posterior mean, in twentieths", xlabel="predicted mean (molecules)", ylabel="observed mean (2 s.e.)"
+        title="Predicted mean, in twentieths of entries",
+        xlabel="predicted mean (molecules)",
+        ylabel="observed mean (2 s.e.)",
     )
 
 
@@ -98,7 +104,7 @@ def umap(
     before, after, truth
         ``[b g]`` counts: hidden entries as zeros, imputed, true.
     labels
-        Value of each cell to colour by, or ``None``.
+        Value of each cell to colour by, or ``None``. More than 30 values are coloured without a legend.
     """
     place = _embed(np.concatenate((truth, before, after)), seed)
     figure = _figure(14, 4.6)
@@ -167,8 +173,9 @@ def _figure(width: float, height: float) -> Figure:
 def _colours(n: int) -> list[Any]:
     from matplotlib import colormaps
 
-    table = colormaps["tab10" if n <= 10 else "tab20"]
-    return [table(i % table.N) for i in range(n)]
+    names = ["tab10"] if n <= 10 else ["tab20", "tab20b", "tab20c"]
+    colours = [colormaps[name](i) for name in names for i in range(colormaps[name].N)]
+    return [colours[i % len(colours)] for i in range(n)]
 
 
 def _save(figure: Figure, path: str | Path) -> None:

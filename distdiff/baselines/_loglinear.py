@@ -17,11 +17,12 @@ FLOORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 class LogLinear(Baseline, ABC):
-    """``rate = s max(c_g r_g, floor gene_mean_g)`` with ``r = expm1(prediction) / scale`` and ``s`` the depth of the evidence.
+    """``rate = s max(c_g r_g, floor gene_mean_g)``, ``r = expm1(prediction) / scale``, ``s`` the depth of the evidence.
 
     Predictions are of ``y = log1p(scale x / s)``, ``s`` from the observed genes; ``r`` is kept between zero and the
-    largest ``x / s`` of the gene in training (an exponential extrapolates badly). ``c_g`` is the smearing factor of gene ``g`` (Duan 1983), total hidden molecules over total predicted ones, drawn towards the factor of all
-    genes by 10 molecules: it repairs the bias of ``expm1`` of a mean.
+    largest ``x / s`` of the gene in training (an exponential extrapolates badly). ``c_g`` is the gene's smearing factor
+    (Duan 1983), total hidden molecules over total predicted ones, drawn towards the factor of all genes by 10
+    molecules: it repairs the bias of ``expm1`` of a mean.
 
     Options and ``floor`` are those of least Poisson deviance on a held-out fifth of the training cells under one random
     mask, with ``c`` from three other masks of the same fifth: first `choices` at the first scale, then the other scales

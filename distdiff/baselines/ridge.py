@@ -14,8 +14,8 @@ from distdiff.baselines._loglinear import LogLinear
 class Ridge(LogLinear):
     """Linear prediction of every gene from the observed others, hidden inputs filled with their gene's mean.
 
-    Inputs of a masked cell are ``z = m (y - mu) / q``: zero where hidden, the rest enlarged by the observed share ``q``.
-    The ridge solution over all masks of share ``q`` needs no masks drawn: ``E[z_i z_j] = S_ij``,
+    Inputs of a masked cell are ``z = m (y - mu) / q``: zero where hidden, the rest enlarged by ``q``, the observed
+    share. The ridge solution over all masks of share ``q`` needs no masks drawn: ``E[z_i z_j] = S_ij``,
     ``E[z_i z_i] = S_ii / q`` and ``E[z_i y_j] = S_ij``, with ``S`` the covariance of ``y`` (marginalised corruption,
     Chen et al. 2012). So with ``A = S + diag(S) (1/q - 1 + alpha)``, gene ``j`` has the coefficients
     ``A_{-j,-j}^{-1} S_{-j,j}``; its own input is left out because it is never observed when it is a target. All genes

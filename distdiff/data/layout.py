@@ -102,7 +102,6 @@ def create(root: Path, layout: Layout) -> None:
             shards=(layout.blocks_per_shard, width),
             compressors=_codecs(),
             fill_value=0,
-            config={"write_empty_chunks": True},  # a shard that is absent is then always a fault
         )
 
 
@@ -130,6 +129,7 @@ def write_shard(root: Path, layout: Layout, shard: int, counts: sparse.csr_matri
     first = start // layout.block
     for name, blocks in encode(counts, layout).items():
         array: Any = group[f"counts/{name}"]
+        array = array.with_config({"write_empty_chunks": True})  # a shard that is absent is then always a fault
         array[first : first + len(blocks)] = blocks
 
 

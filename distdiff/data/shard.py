@@ -7,6 +7,7 @@ processes of this machine, or on any dask cluster that sees the same files. The 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import itertools
 import logging
 import os
@@ -198,7 +199,8 @@ def _runner(workers: int | None, scheduler: str | None, progress: bool, n_cells:
         Client(cluster) as client,
     ):
         if progress:
-            print(f"{len(cluster.workers)} worker processes; dashboard: {client.dashboard_link}", flush=True)
+            hint = "" if importlib.util.find_spec("bokeh") else " (pip install bokeh to see it)"
+            print(f"{len(cluster.workers)} worker processes; dashboard: {client.dashboard_link}{hint}", flush=True)
         yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress)
 
 

@@ -181,7 +181,8 @@ class CountStore:
 
     def names(self, rows: np.ndarray) -> np.ndarray:
         """Cell names, ``str [n]``."""
-        raw = self._array("names")[self._checked(rows)].read().result()
+        rows = self._checked(rows)
+        raw = self._values("names", self._array("names")[rows])
         return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
 
     def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -271,15 +272,19 @@ class CountStore:
         lengths = np.diff(starts)
         if starts[0] != 0 or nnz > len(data) or (lengths[:n] < 1).any() or (lengths[n:] != 0).any():
             raise self._corrupt(number, "its row starts make no sense")
-        if not data[:nnz].all() or data[nnz:].any() or int(indices[:nnz].max()) >= len(self.genes):
+        if not data[:nnz].all() or data[nnz:].any():
             raise self._corrupt(number, "its counts do not fit its row starts")
+        ascending = indices[1:nnz] > indices[: nnz - 1]
+        ascending[starts[1:n] - 1] = True  # a cell's first gene may be below the last one of the cell before
+        if not ascending.all() or int(indices[:nnz].max()) >= len(self.genes):
+            raise self._corrupt(number, "its gene numbers make no sense")
         return _Block(data[:nnz].copy(), indices[:nnz].copy(), starts)
 
     def _corrupt(self, block: int, why: str) -> ValueError:
         shard = self.manifest.shards[block // self.manifest.blocks_per_shard]
         return ValueError(
-            f"{self.path}: shard {shard.index} (rows {shard.start} to {shard.stop}) is corrupt in block {block}: {why}; "
-            "rebuild the store: distdiff shard --overwrite"
+            f"{self.path}: shard {shard.index} (rows {shard.start} to {shard.stop}) is corrupt in block {block} "
+            f"({why}); rebuild the store: distdiff shard --overwrite"
         )
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
@@ -317,10 +322,13 @@ class CountStore:
     def _column(self, name: str) -> np.ndarray:
         """A small array, read once and kept."""
         if name not in self._columns:
-            try:
-                self._columns[name] = self._array(name).read().result()
-            except ValueError as e:
-                raise ValueError(
-                    f"{self.path}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
-                ) from e
+            self._columns[name] = self._values(name, self._array(name))
         return self._columns[name]
+
+    def _values(self, name: str, array: Any) -> np.ndarray:
+        try:
+            return array.read().result()
+        except ValueError as e:
+            raise ValueError(
+                f"{self.path}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
+            ) from e

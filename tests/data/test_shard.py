@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from scipy import sparse
+
+import distdiff.data.scan as scanning
+from distdiff.data.manifest import Manifest
+from distdiff.data.store import CountStore
+
+from .conftest import build, make_adata, make_counts, save
+
+
+def everything(store: CountStore) -> np.ndarray:
+    return store.read(store.rows("all")).toarray()
+
+
+@pytest.fixture
+def one(tmp_path, dense):
+    return save(make_adata(sparse.csr_matrix(dense.astype(np.float32))), tmp_path / "one.h5ad")
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr"])
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+def test_what_goes_in_comes_out(tmp_path, dense, name, kind):
+    x = dense.astype(np.float32)
+    x = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.asarray}[kind](x)
+    made = build(save(make_adata(x), tmp_path / name), tmp_path / "out")
+    store = CountStore.open(tmp_path / "out")
+    assert np.array_equal(everything(store), dense)
+    assert store.genes == tuple(f"g{i}" for i in range(40))
+    assert store.names(store.rows("all")).tolist() == [f"c{i}" for i in range(150)]
+    assert (made.dtype, made.index_dtype, len(made.shards), made.n_blocks) == ("uint16", "uint16", 5, 10)
+    assert sum(s.nnz for s in made.shards) == np.count_nonzero(dense)
+    store.verify()
+
+
+def test_the_manifest_is_what_was_returned(folder):
+    made = Manifest.read(folder)
+    assert Manifest.from_json(made.to_json()) == made
+    assert made.labels == {"kind": ("B", "NK", "T"), "donor": tuple(f"d{i}" for i in range(6))}
+    assert made.split.n_cells == (120, 15, 15)
+    assert made.sources[0].path == "a.h5ad"
+
+
+def test_statistics_are_of_the_training_cells(folder, dense):
+    store = CountStore.open(folder)
+    train = dense[store.rows("train")]
+    got = store.statistics()
+    np.testing.assert_allclose(got["mean"], train.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(got["var"], train.var(0), rtol=1e-9)
+    np.testing.assert_array_equal(got["nnz"], (train > 0).sum(0))
+    np.testing.assert_array_equal(got["max"], train.max(0))
+
+
+def test_two_files_with_other_genes_clashing_cells_and_missing_labels(tmp_path, capsys):
+    a, b = make_counts(40, 10, 1).toarray(), make_counts(30, 9, 2).toarray()
+    a[3] = 0
+    b[[0, 29]] = 0
+    a, b = sparse.csr_matrix(a), sparse.csr_matrix(b)
+    kind = np.array(["T", None], dtype=object)
+    one = make_adata(a, names=[f"x{i}" for i in range(40)], kind=pd.Categorical(kind[np.arange(40) % 2]))
+    genes = ["g7", "new", "g3", "g0", "g1", "g2", "g9", "g8", "g4"]
+    two = make_adata(b, genes=genes, names=[f"x{i + 35}" for i in range(30)], kind=["A"] * 30)
+    made = build(
+        [save(one, tmp_path / "one.h5ad"), save(two, tmp_path / "two.zarr")],
+        tmp_path / "out", labels=["kind"], progress=True,
+    )  # fmt: skip
+    store = CountStore.open(tmp_path / "out")
+    shared = ["g0", "g1", "g2", "g3", "g4", "g7", "g8", "g9"]
+    both = np.vstack([one[:, shared].X.toarray(), two[:, shared].X.toarray()])
+    kept = np.flatnonzero(both.sum(1))
+    assert list(store.genes) == [g for g, n in zip(shared, both.sum(0), strict=True) if n]
+    assert np.array_equal(everything(store), both[kept][:, both.sum(0) > 0])
+    file, row = store.origin(store.rows("all"))
+    assert np.array_equal(np.where(file, row + 40, row), kept)
+    clash = {f"x{i}" for i in range(35, 40)}
+    names = [*one.obs_names, *two.obs_names]
+    want = [f"{names[i]}-{int(i >= 40)}" if names[i] in clash else names[i] for i in kept]
+    assert store.names(store.rows("all")).tolist() == want
+    values = np.array([*made.labels["kind"], None], dtype=object)
+    got = values[store.labels(store.rows("all"))["kind"]]
+    assert got.tolist() == [("T", None)[i % 2] if i < 40 else "A" for i in kept]
+    assert made.labels["kind"] == ("A", "T")
+    empty = both.sum(1) == 0
+    assert [s.empty for s in made.sources] == [empty[:40].sum(), empty[40:].sum()]
+    assert [s.kept for s in made.sources] == [(~empty[:40]).sum(), (~empty[40:]).sum()]
+    assert made.not_shared == 3
+    said = capsys.readouterr().out
+    assert "3 genes left out: some file lacks them; 8 are shared" in said
+    assert f"{empty.sum()} without counts dropped" in said
+
+
+def test_never_counted_genes_go_unless_they_are_named(tmp_path):
+    x = make_counts(60, 6).tolil()
+    x[:, 0], x[:, 2] = 1, 0
+    path = save(make_adata(x.tocsr()), tmp_path / "a.h5ad")
+    made = build(path, tmp_path / "all")
+    assert made.never_counted == ("g2",)
+    assert made.genes == ("g0", "g1", "g3", "g4", "g5")
+    (tmp_path / "list.txt").write_text("g5\n\n g2 \ng0\n")
+    named = build(path, tmp_path / "named", genes=str(tmp_path / "list.txt"))
+    assert (named.genes, named.never_counted, named.chosen_by) == (("g5", "g2", "g0"), (), "list.txt")
+    assert np.array_equal(everything(CountStore.open(tmp_path / "named")), x.toarray()[:, [5, 2, 0]])
+
+
+def test_variable_genes_are_those_of_the_training_cells(tmp_path):
+    x = make_counts(200, 50, 3).toarray()
+    x[:, 10] = 1
+    path = save(make_adata(sparse.csr_matrix(x)), tmp_path / "a.h5ad")
+    made = build(path, tmp_path / "hvg", genes="hvg:12")
+    full = build(path, tmp_path / "all")
+    train = x[CountStore.open(tmp_path / "all").rows("train")]
+    assert full.n_cells == 200
+    with np.errstate(invalid="ignore"):
+        fano = np.nan_to_num(train.var(0) / train.mean(0))
+    want = np.sort(np.argsort(-fano)[:12])
+    assert made.genes == tuple(f"g{i}" for i in want)
+    assert np.array_equal(everything(CountStore.open(tmp_path / "hvg")), x[x[:, want].sum(1) > 0][:, want])
+
+
+def test_large_counts_take_wider_integers(tmp_path):
+    x = make_counts(20, 5).astype(np.float64).tolil()
+    x[:, 0] = 1
+    x[3, 1], x[4, 1] = 70_000, 2**32 - 1
+    path = save(make_adata(x.tocsr()), tmp_path / "a.h5ad")
+    assert build(path, tmp_path / "out").dtype == "uint32"
+    got = CountStore.open(tmp_path / "out").read(np.array([4, 3]))
+    assert got.dtype == np.int64
+    assert got[:, 1].toarray().ravel().tolist() == [2**32 - 1, 70_000]
+    x[4, 1] = 2**32
+    with pytest.raises(ValueError, match="above the largest count a store holds, 4294967295"):
+        build(save(make_adata(x.tocsr()), tmp_path / "b.h5ad"), tmp_path / "more")
+
+
+def test_shards_whose_bytes_are_all_zero_are_written(tmp_path):
+    x = np.zeros((70, 3), np.float32)  # only gene 0: every stored index is 0, zarr's fill value
+    x[:, 0] = 2
+    x[0] = 1
+    build(save(make_adata(sparse.csr_matrix(x)), tmp_path / "a.h5ad"), tmp_path / "out")
+    assert np.array_equal(everything(CountStore.open(tmp_path / "out")), x)
+
+
+def test_anyone_can_read_it_with_zarr(folder, dense):
+    counts = zarr.open_group(str(folder), mode="r")["counts"]
+    block = 4
+    data, indices, indptr = (counts[k][block] for k in ("data", "indices", "indptr"))
+    got = sparse.csr_matrix((data[: indptr[-1]], indices[: indptr[-1]], indptr), shape=(16, 40))
+    assert np.array_equal(got.toarray(), dense[64:80])
+    assert counts["data"].shards == (2, counts["data"].shape[1])
+
+
+def test_split_by_donor_keeps_donors_whole(tmp_path):
+    donor = np.repeat(["a", "b", "c", "d", "e"], 12)
+    path = save(make_adata(make_counts(60, 20), donor=donor), tmp_path / "a.h5ad")
+    build(path, tmp_path / "out", split=(0.6, 0.2, 0.2), split_by="donor")
+    store = CountStore.open(tmp_path / "out")
+    of = {s: set(donor[store.origin(store.rows(s))[1]]) for s in ("train", "val", "test")}
+    assert [len(v) for v in of.values()] == [3, 1, 1]
+    assert not of["train"] & of["val"]
+    with pytest.raises(ValueError, match="obs has no column 'doner'; did you mean 'donor'"):
+        build(path, tmp_path / "no", split_by="doner")
+
+
+def test_codec_and_shard_count_do_not_matter_content_does(tmp_path, one, dense, monkeypatch):
+    base = build(one, tmp_path / "a").fingerprint
+    with monkeypatch.context() as m:
+        m.setattr("distdiff.data.layout._codecs", lambda: [zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()])
+        assert build(one, tmp_path / "b").fingerprint == base
+    with monkeypatch.context() as m:
+        m.setattr(scanning, "READ_BYTES", 1000)  # many small reads
+        m.setattr("distdiff.data.build.SCAN_CELLS", 7)
+        assert build(one, tmp_path / "c").fingerprint == base
+    assert np.array_equal(everything(CountStore.open(tmp_path / "b")), dense)
+    assert build(one, tmp_path / "d", seed=1).fingerprint != base  # another split: not the data a model was trained on
+    other = dense.copy()
+    other[149, 39] += 1
+    path = save(make_adata(sparse.csr_matrix(other.astype(np.float32))), tmp_path / "other.h5ad")
+    assert build(path, tmp_path / "e").fingerprint != base
+
+
+@pytest.mark.distributed
+def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monkeypatch):
+    monkeypatch.setattr("distdiff.data.build.SCAN_CELLS", 40)
+    alone = build(one, tmp_path / "alone", genes="hvg:30")
+    made = build(one, tmp_path / "many", genes="hvg:30", workers=2, progress=True)
+    assert made == alone
+    assert np.array_equal(
+        everything(CountStore.open(tmp_path / "many")), everything(CountStore.open(tmp_path / "alone"))
+    )
+    said = capfd.readouterr()
+    assert "2 worker processes; dashboard: http://127.0.0.1:" in said.out
+    assert "Traceback" not in said.err
+    # an error on a worker is the error of the build, and a running cluster can be used
+    bad = dense.astype(np.float32)
+    bad[77, 5] = 0.5
+    path = save(make_adata(sparse.csr_matrix(bad)), tmp_path / "bad.h5ad")
+    from dask.distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+        again = build(one, tmp_path / "there", genes="hvg:30", workers=None, scheduler=cluster.scheduler_address)
+        assert again == alone
+        with pytest.raises(ValueError, match=r"cell 'c77', gene 'g5': 0.5 is not a whole number"):
+            build(path, tmp_path / "bad", scheduler=cluster.scheduler_address)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "bad.h5ad", "many", "one.h5ad", "there"]
+
+
+def test_an_output_that_exists(tmp_path, one):
+    first = build(one, tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"out exists; choose another name, or replace it with --overwrite"):
+        build(one, tmp_path / "out")
+    assert build(one, tmp_path / "out", overwrite=True, seed=3).fingerprint != first.fingerprint
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(FileExistsError, match="is not a distdiff store, so --overwrite leaves it alone"):
+        build(one, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left"), RuntimeError("x")])
+def test_a_build_that_fails_leaves_nothing_and_the_old_store_alone(tmp_path, one, monkeypatch, error):
+    first = build(one, tmp_path / "out")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    real, calls = scanning.write_shard, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        real(*args)
+
+    monkeypatch.setattr(scanning, "write_shard", fail)
+    with pytest.raises(type(error)) as e:
+        build(one, tmp_path / "out", overwrite=True, seed=1)
+    if isinstance(error, OSError):
+        assert "is full; nothing of out was kept: free space and rerun" in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert CountStore.open(tmp_path / "out").manifest.fingerprint == first.fingerprint
+
+
+def test_a_killed_build_is_invisible_and_swept_by_the_next(tmp_path, one):
+    code = (
+        "import sys, time, distdiff.data.scan as s; from distdiff.data.shard import shard\n"
+        "s.write_shard = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
+        f"shard({str(one)!r}, {str(tmp_path / 'out')!r}, workers=0, progress=False)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "out").exists()
+    assert any(p.name.startswith(".out.tmp-") for p in tmp_path.iterdir())
+    build(one, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5ad", "out"]
+
+
+def test_the_temporary_folder_of_a_running_build_is_left_alone(tmp_path, one):
+    import socket
+
+    theirs = tmp_path / f".out.tmp-{socket.gethostname()}-{os.getppid()}"
+    theirs.mkdir()
+    build(one, tmp_path / "out")
+    assert theirs.exists()
+
+
+def test_inputs_that_cannot_be_used(tmp_path, one):
+    nothing = save(make_adata(sparse.csr_matrix((9, 4), dtype=np.float32)), tmp_path / "nothing.h5ad")
+    other = save(make_adata(make_counts(9, 3), genes=["ENSG1", "ENSG2", "ENSG3"]), tmp_path / "other.h5ad")
+    log = make_counts(9, 4)
+    log.data = np.log1p(log.data)
+    log = save(make_adata(log), tmp_path / "log.h5ad")
+    (tmp_path / "genes.txt").write_text("g1\ng2\nG3\n")
+    (tmp_path / "twice.txt").write_text("g1\ng2\ng1\n")
+    cases = [
+        (nothing, {}, ValueError, "no counts at all in the 4 genes"),
+        (log, {}, ValueError, r"log.h5ad: cell '.*', gene '.*': .* is not a whole number: was this log-normalised\?"),
+        ([one, other], {}, ValueError, r"no gene is in all 2 files; are some named by symbol"),
+        ([], {}, ValueError, "no input files"),
+        (one, {"genes": "hgv:20"}, FileNotFoundError, "neither 'all', 'hvg:N' nor a text file"),
+        (one, {"genes": "hvg:many"}, ValueError, "a whole number of genes is wanted after 'hvg:'"),
+        (one, {"genes": "hvg:900"}, ValueError, "only 40 genes have a count"),
+        (one, {"genes": str(tmp_path / "genes.txt")}, ValueError, r"1 of 3 genes are not in every input: G3"),
+        (one, {"genes": str(tmp_path / "twice.txt")}, ValueError, "names gene 'g1' more than once"),
+        (one, {"labels": ["kind"]}, ValueError, "obs has no column 'kind'; known: none"),
+        (one, {"split": (0.5, 0.1, 0.1)}, ValueError, "three shares"),
+        (one, {"layer": "counts"}, ValueError, "no layer 'counts'"),
+        (one, {"workers": -1}, ValueError, "workers=-1"),
+        (one, {"block": 0}, ValueError, "block=0"),
+    ]
+    for inputs, options, error, said in cases:
+        with pytest.raises(error, match=said):
+            build(inputs, tmp_path / "out", **options)
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_a_source_of_unfiltered_droplets(tmp_path):
+    x = make_counts(2000, 8, 4).tolil()
+    keep = np.random.default_rng(0).random(2000) < 0.05
+    x[~keep] = 0
+    x[keep, 0] = 1
+    made = build(save(make_adata(x.tocsr()), tmp_path / "a.h5ad"), tmp_path / "out")
+    assert made.sources[0].empty == 2000 - keep.sum()
+    assert np.array_equal(everything(CountStore.open(tmp_path / "out")), x.toarray()[keep][:, x.toarray().sum(0) > 0])
+
+
+def test_it_is_quick(tmp_path):
+    start = time.perf_counter()
+    build(save(make_adata(make_counts(4000, 300)), tmp_path / "a.h5ad"), tmp_path / "out", block=256)
+    assert time.perf_counter() - start < 20

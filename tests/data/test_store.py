@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from distdiff.data.loader import loader
+from distdiff.data.manifest import Manifest
+from distdiff.data.plan import Plan
+from distdiff.data.store import CountStore
+
+
+@pytest.fixture
+def store(folder):
+    return CountStore.open(folder)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("cache", [0, 2000, 1 << 20])
+def test_rows_in_the_order_asked(folder, dense, cache):
+    store, rng = CountStore.open(folder, cache_bytes=cache), np.random.default_rng(0)
+    asked = [rng.integers(0, 150, n) for n in (1, 7, 200)]
+    asked += [np.arange(150), np.arange(149, -1, -1), np.array([5, 5, 7]), np.arange(30, 50), np.empty(0, int)]
+    for rows in [*asked, *asked]:
+        got = store.read(rows)
+        assert got.shape == (len(rows), 40)
+        assert got.dtype == np.int32
+        assert got.has_canonical_format
+        assert all((np.diff(got[i].indices) > 0).all() for i in range(len(rows)))
+        assert np.array_equal(got.toarray(), dense[rows])
+
+
+def test_large_reads_go_in_groups(folder, dense, monkeypatch):
+    monkeypatch.setattr("distdiff.data.store.GROUP", 3)
+    assert np.array_equal(CountStore.open(folder, cache_bytes=0).read(np.arange(150)).toarray(), dense)
+
+
+def test_cells_labels_names_and_spec(store, dense):
+    rows = np.array([3, 149, 2, 3])
+    cells = store.cells(rows)
+    assert cells.counts.dtype == torch.float32
+    assert np.array_equal(cells.counts.numpy(), dense[rows])
+    assert cells.rows.tolist() == rows.tolist()
+    assert cells.labels.labels["kind"].tolist() == [1, 0, -1, 1]
+    assert cells.labels.labels["kind"].dtype == torch.int64
+    assert list(store.cells(rows, ()).labels.labels) == []
+    assert store.labels(rows, ["donor"])["donor"].tolist() == [0, 5, 0, 0]
+    assert store.names(rows).tolist() == ["c3", "c149", "c2", "c3"]
+    spec = store.spec()
+    assert (spec.genes, list(spec.labels), spec.labels["kind"]) == (store.genes, ["kind", "donor"], ("B", "NK", "T"))
+    assert spec.gene_mean.dtype == np.float32
+    np.testing.assert_allclose(spec.gene_mean, dense[store.rows("train")].mean(0), rtol=1e-6)
+    assert list(store.spec(["donor"]).labels) == ["donor"]
+
+
+def test_splits_are_the_cells(store):
+    parts = [store.rows(s) for s in ("train", "val", "test")]
+    assert [len(p) for p in parts] == [120, 15, 15]
+    assert np.array_equal(np.sort(np.concatenate(parts)), store.rows("all"))
+    assert all((np.diff(p) > 0).all() for p in parts)
+
+
+def test_questions_it_cannot_answer(store):
+    with pytest.raises(ValueError, match=r"row 150 asked of .*, it has rows 0 to 149"):
+        store.read(np.array([3, 150]))
+    with pytest.raises(ValueError, match="row -1 asked"):
+        store.cells(np.array([-1]))
+    with pytest.raises(ValueError, match="a vector of whole numbers is wanted, got float64"):
+        store.read(np.array([1.0]))
+    with pytest.raises(ValueError, match=r"no split 'tran'; did you mean 'train'\?"):
+        store.rows("tran")
+    with pytest.raises(ValueError, match="has no label 'kinds'; did you mean 'kind'"):
+        store.labels(np.array([1]), ["kinds"])
+    with pytest.raises(ValueError, match="has no label 'doner'; did you mean 'donor'"):
+        store.spec(["doner"])
+
+
+def test_it_travels_to_another_process(store, dense):
+    again = pickle.loads(pickle.dumps(store))
+    assert np.array_equal(again.read(np.arange(9)).toarray(), dense[:9])
+
+
+def test_threads_may_share_it(folder, dense):
+    store, wrong = CountStore.open(folder, cache_bytes=3000), []
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(40):
+            rows = rng.integers(0, 150, 20)
+            if not np.array_equal(store.read(rows).toarray(), dense[rows]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(s,)) for s in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_no_store_there(tmp_path, copy):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a distdiff store, or a build that did not finish.*distdiff shard"
+    ):
+        CountStore.open(tmp_path / "nowhere")
+    os.remove(copy / "manifest.json")
+    with pytest.raises(FileNotFoundError, match="a build that did not finish"):
+        CountStore.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, "format 2, this distdiff reads up to 1: upgrade distdiff"),
+        ({"format": None}, "no format version"),
+        ({"genes": ...}, "lacks genes"),
+        ({"gene": []}, r"unknown key 'gene'; did you mean 'genes'\?"),
+        ({"split": 3}, "split: expected the keys by, n_cells, seed, shares, found int"),
+        ({"shards": [{"index": 0}]}, "shards lacks nnz, sha256, start, stop"),
+    ],
+)
+def test_manifests_it_refuses(folder, change, said):
+    raw = json.loads((folder / "manifest.json").read_text()) | change
+    raw = {k: v for k, v in raw.items() if v is not ...}
+    with pytest.raises(ValueError, match=said):
+        Manifest.from_json(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"x.json is not JSON"):
+        Manifest.from_json(json.dumps(raw)[:-9], "x.json")
+
+
+@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
+def test_a_missing_shard(copy, part):
+    file = copy / "counts" / part / "c" / "3" / "0"
+    store = CountStore.open(copy, cache_bytes=0)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard 3 \(rows 96 to 128\) is missing .*distdiff shard --overwrite"):
+        CountStore.open(copy)
+    store.read(np.arange(96))
+    with pytest.raises(ValueError, match=r"shard 3 \(rows 96 to 128\) is corrupt in block 6"):  # zarr would read zeros
+        store.read(np.arange(150))
+
+
+@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
+def test_every_flipped_byte_is_found(copy, part):
+    file = copy / "counts" / part / "c" / "1" / "0"
+    whole = file.read_bytes()
+    for at in np.linspace(0, len(whole) - 1, 40).astype(int):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"shard 1 \(rows 32 to 64\) is corrupt in block [23] .*rebuild the store"):
+            CountStore.open(copy).read(np.arange(150))
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"shard 1 .* is corrupt"):
+        CountStore.open(copy).read(np.arange(40, 50))
+    file.write_bytes(whole)
+    CountStore.open(copy).verify()
+
+
+def test_exchanged_shards_fail_verification(copy):
+    for part in ("data", "indices", "indptr"):
+        shards = copy / "counts" / part / "c"
+        os.rename(shards / "0", shards / "x")
+        os.rename(shards / "1", shards / "0")
+        os.rename(shards / "x", shards / "1")
+    with pytest.raises(ValueError, match=r"shard 0 .* differs from the manifest's hash"):
+        CountStore.open(copy).verify()
+
+
+@pytest.mark.parametrize("name", ["split", "names", "labels/kind"])
+def test_damaged_columns(copy, name):
+    def ask(store):
+        rows = np.arange(5)
+        return {"split": lambda: store.rows("val"), "names": lambda: store.names(rows)}.get(
+            name, lambda: store.labels(rows)
+        )()
+
+    ask(CountStore.open(copy))
+    chunk = next(p for p in sorted((copy / name / "c").rglob("*")) if p.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"{name} cannot be read.*rebuild the store"):
+        ask(CountStore.open(copy))
+    shutil.rmtree(copy / name)
+    with pytest.raises(ValueError, match=f"{name} is damaged.*rebuild the store"):
+        ask(CountStore.open(copy))
+
+
+def batches(store, rank=0, world=1, **options):
+    index = store.rows("train")
+    plan = Plan(len(index), 24, block=16, window=2, seed=3)
+    return loader(store, plan, index, **{"stop": 12, "rank": rank, "world": world} | options)
+
+
+def loader_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("distdiff-loader")]
+
+
+def test_two_ranks_read_what_one_reads(store, dense):
+    whole = list(batches(store))
+    assert [s for s, _ in whole] == list(range(12))
+    for (step, cells), (_, a), (_, b) in zip(whole, batches(store, 0, 2), batches(store, 1, 2), strict=True):
+        assert torch.equal(cells.rows, torch.cat([a.rows, b.rows]))
+        assert torch.equal(cells.counts, torch.cat([a.counts, b.counts]))
+        assert torch.equal(cells.labels.labels["kind"], torch.cat([a.labels.labels["kind"], b.labels.labels["kind"]]))
+        assert np.array_equal(cells.counts.numpy(), dense[cells.rows.numpy()]), step
+    epoch = np.concatenate([c.rows.numpy() for _, c in whole[:5]])
+    assert np.array_equal(np.sort(epoch), store.rows("train"))
+    assert not loader_threads()
+
+
+def test_resuming_at_a_step_is_having_been_there(store):
+    whole = list(batches(store))
+    for (s, a), (t, b) in zip(whole[7:], batches(store, start=7, labels=("donor",), ahead=5), strict=True):
+        assert s == t
+        assert torch.equal(a.counts, b.counts)
+        assert list(b.labels.labels) == ["donor"]
+
+
+def test_leaving_early_leaks_no_thread(store):
+    endless = batches(store, stop=None)
+    assert not loader_threads()
+    assert next(endless)[0] == 0
+    assert len(loader_threads()) == 1
+    endless.close()
+    assert not loader_threads()
+    for step, _ in batches(store, stop=None):
+        if step == 3:
+            break
+    assert not loader_threads()
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_here(copy):
+    store = CountStore.open(copy)
+    for part in ("data", "indices", "indptr"):
+        (copy / "counts" / part / "c" / "2" / "0").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"shard 2 .* is corrupt"):
+        list(batches(store))
+    assert not loader_threads()
+
+
+def test_a_loader_that_cannot_start(store):
+    with pytest.raises(ValueError, match="the plan orders 10 cells, the index has 120"):
+        loader(store, Plan(10, 2), store.rows("train"))
+    with pytest.raises(ValueError, match="batch 24 is no multiple of 5 ranks"):
+        batches(store, 0, 5)
+    with pytest.raises(ValueError, match="ahead=0"):
+        batches(store, ahead=0)
+
+
+def test_the_store_stays_light_to_import():
+    code = (
+        "import sys, distdiff.data.store, distdiff.data.loader; "
+        "print([m for m in ('anndata', 'dask', 'pandas', 'scanpy', 'zarr', 'h5py') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
