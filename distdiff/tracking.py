@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distdiff import files
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DEFAULT_URI = "sqlite:///mlflow.db"
+DEFAULT_DB = "mlflow.db"
+DEFAULT_URI = f"sqlite:///{DEFAULT_DB}"
 CHAMPION = "champion"
 
 
@@ -182,8 +185,17 @@ def _mlflow() -> Any:
 
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.tracking.fluent"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if where() == DEFAULT_URI and not Path(DEFAULT_DB).exists():
+        _make_database(mlflow)
     mlflow.set_tracking_uri(where())
     return mlflow
+
+
+def _make_database(mlflow: Any) -> None:
+    """Let MLflow lay out its tables under a temporary name: interrupted half-way, they could not be opened again."""
+    with files.whole(DEFAULT_DB) as temporary:
+        mlflow.set_tracking_uri(f"sqlite:///{temporary}")
+        mlflow.search_experiments()
 
 
 def _client() -> MlflowClient:

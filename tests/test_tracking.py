@@ -72,6 +72,23 @@ def test_a_run_that_dies_is_marked(here):
         assert mlflow.get_run(run.run_id).info.status == status
 
 
+def test_an_interrupted_first_use_leaves_no_half_made_database(here, monkeypatch):
+    import mlflow
+
+    os.remove("mlflow.db")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow, "search_experiments", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            register(1.0)
+    assert list(here.iterdir()) == []
+    assert "now 'champion'" in register(1.0)[1]
+    assert (here / "mlflow.db").exists()
+
+
 def test_tracking_off_is_silent(here):
     os.remove("mlflow.db")
     with tracking.run(experiment="e", name="n", params={}, tags={}, enabled=False) as run:

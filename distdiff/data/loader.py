@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -25,7 +25,7 @@ def loader(
     world: int = 1,
     labels: Sequence[str] | None = None,
     ahead: int = 2,
-) -> Iterator[tuple[int, Cells]]:
+) -> Generator[tuple[int, Cells], None, None]:
     """One rank's batches from step ``start`` on.
 
     Resuming is calling it again with another ``start``; closing the iterator stops the thread.
@@ -66,7 +66,7 @@ def loader(
     def read(step: int) -> Cells:
         return store.cells(index[plan.rank_rows(step, rank, world)], labels)
 
-    def batches() -> Iterator[tuple[int, Cells]]:
+    def batches() -> Generator[tuple[int, Cells], None, None]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="distdiff-loader")
         pending: deque[tuple[int, Future[Cells]]] = deque()
         try:

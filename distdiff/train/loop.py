@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -126,13 +127,11 @@ def train(
         A loss that is not finite (step and rows named).
     """
     share = _share(settings, accelerator.num_processes)
-    index, held_out = store.rows("train"), store.rows("val")
-    if not len(index) or not len(held_out):
-        raise ValueError(f"{len(index)} training and {len(held_out)} validation cells: rebuild with another --split")
+    index, held_out = _splits(store)
     optimizer = optim.build(denoiser)
     ema = Ema(denoiser.to(accelerator.device), optim.ema)
     network, optimizer = accelerator.prepare(denoiser, optimizer)
-    bare = accelerator.unwrap_model(network)
+    bare, total = accelerator.unwrap_model(network), settings.steps * settings.batch
     folder, progress = Path(settings.out) / "checkpoints", Progress()
     accelerator.wait_for_everyone()
     if (found := checkpoint.find(settings.resume, folder)) is not None:
@@ -146,18 +145,18 @@ def train(
         world=accelerator.num_processes, labels=labels,
     )  # fmt: skip
     bar = tqdm(
-        total=settings.steps * settings.batch, initial=progress.step * settings.batch, unit=" cells", unit_scale=True,
-        desc="train", disable=not accelerator.is_main_process, mininterval=1.0,
+        total=total, initial=progress.step * settings.batch, unit=" cells", unit_scale=True, desc="train",
+        disable=not accelerator.is_main_process, mininterval=1.0,
     )  # fmt: skip
-    window, since, validated = [], time.perf_counter(), progress.step
-    saved_at = progress.step * settings.batch
-    try:
+    window = _Window(progress.step)
+    saved = progress.step
+    with contextlib.closing(batches), bar:
         for step, cells in batches:
             if progress.bad >= settings.patience:
                 break
             cells = cells.to(accelerator.device)
             for group in optimizer.param_groups:
-                group["lr"] = optim.rate(step * settings.batch, settings.steps * settings.batch)
+                group["lr"] = optim.rate(step * settings.batch, total)
             first = step * settings.batch + accelerator.process_index * share
             loss = _loss(process, network, survival, cells, settings, first)
             accelerator.backward(loss)
@@ -165,34 +164,37 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(bare, step)
-            window.append((loss.detach(), norm, cells.rows))
+            window.add(loss.detach(), norm, cells.rows)
             on_step(step, loss.detach())
             progress.step = step + 1
             bar.update(settings.batch)
 
             seen, done = progress.step * settings.batch, progress.step == settings.steps
-            if done or seen // settings.eval_cells > validated * settings.batch // settings.eval_cells:
-                numbers = _drain(window, accelerator, step)
-                elapsed, since = time.perf_counter() - since, time.perf_counter()
-                numbers["cells_per_second"] = (progress.step - validated) * settings.batch / elapsed
+            if done or seen // settings.eval_cells > window.start * settings.batch // settings.eval_cells:
+                numbers = window.drain(accelerator, settings.batch)
                 numbers |= validate(store, held_out, process, ema.model, accelerator, labels, settings)
-                validated, since = progress.step, time.perf_counter()
+                window = _Window(progress.step)
                 _judge(progress, numbers, seen)
                 if accelerator.is_main_process:
                     on_log(seen, numbers)
                     if progress.bad == 0:
                         save_best(ema.model, numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers['val/deviance']:.4f}")
-            if done or progress.bad >= settings.patience or seen - saved_at >= settings.checkpoint_cells:
-                saved_at = seen
+            done = done or progress.bad >= settings.patience
+            if done or (progress.step - saved) * settings.batch >= settings.checkpoint_cells:
+                saved = progress.step
                 if accelerator.is_main_process:
                     state = {**identity, "progress": vars(progress)}
                     checkpoint.save(folder, progress.step, bare, ema.model, optimizer.optimizer, state)
                 accelerator.wait_for_everyone()
-    finally:
-        batches.close()
-        bar.close()
     return progress
+
+
+def _splits(store: CountStore) -> tuple[np.ndarray, np.ndarray]:
+    index, held_out = store.rows("train"), store.rows("val")
+    if not len(index) or not len(held_out):
+        raise ValueError(f"{len(index)} training and {len(held_out)} validation cells: rebuild with another --split")
+    return index, held_out
 
 
 def _share(settings: Training, world: int) -> int:
@@ -223,19 +225,31 @@ def _loss(
     return (entries.sum(1) / (p < 1).sum(1).clamp_min(1)).mean()
 
 
-def _drain(window: list[tuple[Tensor, Tensor, Tensor]], accelerator: Accelerator, step: int) -> dict[str, float]:
-    """Mean loss and gradient norm since the last log: the one place where the device is waited for."""
-    losses = accelerator.reduce(torch.stack([w[0] for w in window]), "mean")
-    finite = losses.isfinite()
-    if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        raise FloatingPointError(
-            f"the loss is {losses[bad]:g} at step {step + 1 - len(window) + bad}, rows "
-            f"{window[bad][2][:8].tolist()}...; go back to the last checkpoint with a smaller optim.lr"
-        )
-    numbers = {"loss": float(losses.mean()), "grad_norm": float(torch.stack([w[1] for w in window]).mean())}
-    window.clear()
-    return numbers
+class _Window:
+    """Steps since the last log; :meth:`drain` is the one place where the device is waited for."""
+
+    def __init__(self, start: int) -> None:
+        self.start, self.began = start, time.perf_counter()
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, norm: Tensor, rows: Tensor) -> None:
+        self.steps.append((loss, norm, rows))
+
+    def drain(self, accelerator: Accelerator, batch: int) -> dict[str, float]:
+        """Mean loss over processes and steps, mean gradient norm, cells per second."""
+        losses = accelerator.reduce(torch.stack([step[0] for step in self.steps]), "mean")
+        finite = losses.isfinite()
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise FloatingPointError(
+                f"the loss is {losses[bad]:g} at step {self.start + bad}, rows {self.steps[bad][2][:8].tolist()}...; "
+                "go back to the last checkpoint with a smaller optim.lr"
+            )
+        return {
+            "loss": float(losses.mean()),
+            "grad_norm": float(torch.stack([step[1] for step in self.steps]).mean()),
+            "cells_per_second": len(self.steps) * batch / (time.perf_counter() - self.began),
+        }
 
 
 @torch.no_grad()
