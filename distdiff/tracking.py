@@ -15,8 +15,7 @@ from distdiff import files
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DEFAULT_DB = "mlflow.db"
-DEFAULT_URI = f"sqlite:///{DEFAULT_DB}"
+DATABASE = "mlflow.db"
 CHAMPION = "champion"
 
 
@@ -117,8 +116,8 @@ def attach(run_id: str, path: str | Path) -> None:
 
 
 def where() -> str:
-    """The tracking URI in use."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    """The tracking URI in use: MLFLOW_TRACKING_URI, else ``mlflow.db`` (SQLite) in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).absolute()}"
 
 
 def fetch(model: str) -> Path:
@@ -185,7 +184,7 @@ def _mlflow() -> Any:
 
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.tracking.fluent"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if where() == DEFAULT_URI and not Path(DEFAULT_DB).exists():
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not Path(DATABASE).exists():
         _make_database(mlflow)
     mlflow.set_tracking_uri(where())
     return mlflow
@@ -193,9 +192,12 @@ def _mlflow() -> Any:
 
 def _make_database(mlflow: Any) -> None:
     """Let MLflow lay out its tables under a temporary name: interrupted half-way, they could not be opened again."""
-    with files.whole(DEFAULT_DB) as temporary:
-        mlflow.set_tracking_uri(f"sqlite:///{temporary}")
-        mlflow.search_experiments()
+    with files.whole(DATABASE) as temporary:
+        try:
+            mlflow.set_tracking_uri(f"sqlite:///{temporary.absolute()}")
+            mlflow.search_experiments()
+        finally:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow puts what is set there, for its subprocesses
 
 
 def _client() -> MlflowClient:

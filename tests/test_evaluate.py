@@ -251,3 +251,17 @@ def test_baselines_of_the_table_hide_as_much_as_the_evaluation():
     hides = {c.imputer.hide for c in default_contestants(None, rate=0.25) if hasattr(c.imputer, "hide")}
     assert hides == {0.25}
     assert all(isinstance(c.imputer, Baseline) for c in default_contestants("cell_type"))
+
+
+def test_mmd_of_many_cells_is_that_of_some(store, monkeypatch):
+    def value(at_most):
+        monkeypatch.setattr("distdiff.evaluate.MMD_CELLS", at_most)
+        return evaluate(
+            store, store.rows("all")[:60], [Contestant("a", Noisy())], resamples=(5, 5), progress=False
+        ).rows[0].values["mmd"]  # fmt: skip
+
+    whole, some = value(60), value(45)
+    assert whole != some
+    assert some == pytest.approx(whole, rel=0.6)
+    assert value(2000) == pytest.approx(whole)
+    assert np.isnan(value(1))

@@ -14,7 +14,7 @@ GENES = 12
 SPEC = DataSpec(
     tuple(f"g{i}" for i in range(GENES)), {"type": ("a", "b", "c")}, np.linspace(0.1, 3, GENES, dtype=np.float32)
 )
-SMALL = {"mlp": {"width": 32, "depth": 2}, "transformer": {"width": 16, "depth": 2, "heads": 2}}
+SMALL = {"mlp": {"width": 32, "depth": 2, "linear": 4}, "transformer": {"width": 16, "depth": 2, "heads": 2}}
 KINDS = kinds(Denoiser)
 
 
