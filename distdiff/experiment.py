@@ -23,7 +23,7 @@ from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
 
 if TYPE_CHECKING:
-    from distdiff.evaluate import Report
+    from distdiff.report import Report
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, see
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
+    rows = rows[:: max(1, -(-len(rows) // settings.cells))]
+    contestants = default_contestants(settings.cell_type, extra=mine, rate=settings.rate)
     return evaluate(
-        store, rows[:: max(1, -(-len(rows) // settings.cells))], default_contestants(settings.cell_type, extra=mine),
-        rate=settings.rate, protocol=settings.protocol, groups=settings.cell_type, draws=settings.draws, seed=seed,
-        labels=tuple(model.spec.labels),
+        store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
+        labels=tuple(model.spec.labels), groups=settings.cell_type,
     )  # fmt: skip
 
 

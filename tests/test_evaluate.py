@@ -10,8 +10,9 @@ from distdiff import metrics
 from distdiff.baselines import Baseline
 from distdiff.baselines.gene_mean import GeneMean
 from distdiff.data.store import CountStore
-from distdiff.evaluate import COLUMNS, Contestant, default_contestants, evaluate, number
+from distdiff.evaluate import Contestant, default_contestants, evaluate
 from distdiff.impute import Imputed, Imputer
+from distdiff.report import COLUMNS, number
 
 
 class Spy(Imputer):

@@ -6,13 +6,10 @@ processes of this machine, or on any dask cluster that sees the same files. The 
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import itertools
 import logging
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from distdiff import files
 from distdiff.data import manifest as about
 from distdiff.data.build import SCAN_CELLS, Build, Run, Wanted
 from distdiff.data.manifest import Manifest
@@ -71,7 +69,8 @@ def shard(
         Shares of train, val and test; the obs column whose values stay whole (None splits by cell); seed. By cell the
         shares are exact over the cells that have a count of any shared (or named) gene; ``hvg`` may then drop a few.
     workers
-        Worker processes; None is one a core, 0 is this process without dask. Scripts that start workers need the
+        Worker processes of a LocalCluster; None is one a core (this process up to 65,536 cells, where starting workers
+        takes longer than the work), 0 is this process. Scripts that start workers need the
         ``if __name__ == "__main__"`` guard.
     scheduler
         Address of a running dask scheduler instead.
@@ -101,71 +100,21 @@ def shard(
         raise ValueError(f"block={block}, blocks_per_shard={blocks_per_shard}: both must be at least 1")
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     out = Path(out).absolute()
-    _refuse_existing(out, overwrite)
+    _refuse_foreign(out)
     say = partial(print, flush=True) if progress else lambda text: None
     wanted = Wanted(layer, genes, tuple(labels), shares, split_by, seed, block, blocks_per_shard, say)
     build = Build(paths, wanted)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(out) as root, _runner(workers, scheduler, progress, build.n_cells) as run:
-        result = build.run(root, run)
-        _publish(root, out)
-    return result
+    with files.whole(out, overwrite=overwrite) as root, _runner(workers, scheduler, progress, build.n_cells) as run:
+        try:
+            return build.run(root, run)
+        finally:
+            forget()
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{out} exists; choose another name, or replace it with --overwrite")
-    if not (out / about.FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not a distdiff store, so --overwrite leaves it alone; remove it")
-
-
-@contextmanager
-def _temporary(out: Path) -> Iterator[Path]:
-    """A hidden sibling folder to build in, removed whatever happens; leftovers of killed builds go first."""
-    prefix = f".{out.name}.tmp-{socket.gethostname()}-"
-    for old in out.parent.glob(f"{prefix}*"):
-        pid = old.name.removeprefix(prefix)
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    root = out.parent / f"{prefix}{os.getpid()}"
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        yield root
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"the disk of {out.parent} is full; nothing of {out.name} was kept: free space and rerun"
-            ) from e
-        raise
-    finally:
-        forget()
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _publish(root: Path, out: Path) -> None:
-    """Give the whole store its name; an old one of that name goes only then."""
-    old = root.with_name(root.name + ".old")
-    if os.path.lexists(out):
-        os.replace(out, old)
-    try:
-        os.replace(root, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _refuse_foreign(out: Path) -> None:
+    """Nothing but a store, or an empty folder, is ever replaced by one."""
+    if os.path.lexists(out) and not (out / about.FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not a distdiff store, so it is left alone; choose another name")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distdiff import files
 from distdiff.component import nearest
 
 PREFIX = "step-"
@@ -23,23 +24,14 @@ def write_folder(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], stat
 
     An existing ``target`` is replaced only once the new one is whole.
     """
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with files.whole(target, overwrite=True) as temporary:
+        temporary.mkdir()
         for name, group in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for file in temporary.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -216,7 +216,7 @@ def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monke
 
 def test_an_output_that_exists(tmp_path, one):
     first = build(one, tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"out exists; choose another name, or replace it with --overwrite"):
+    with pytest.raises(FileExistsError, match=r"out exists already; give --overwrite to replace it, or another name"):
         build(one, tmp_path / "out")
     assert build(one, tmp_path / "out", overwrite=True, seed=3).fingerprint != first.fingerprint
     (tmp_path / "home").mkdir()
@@ -242,7 +242,7 @@ def test_a_build_that_fails_leaves_nothing_and_the_old_store_alone(tmp_path, one
     with pytest.raises(type(error)) as e:
         build(one, tmp_path / "out", overwrite=True, seed=1)
     if isinstance(error, OSError):
-        assert "is full; nothing of out was kept: free space and rerun" in str(e.value)
+        assert "out could not be written and nothing of it was left; free space or write elsewhere" in str(e.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert CountStore.open(tmp_path / "out").manifest.fingerprint == first.fingerprint
 
