@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdiff import files
+from distdiff import files, metrics
 
 
 @dataclass(frozen=True)

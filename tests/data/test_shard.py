@@ -221,7 +221,7 @@ def test_an_output_that_exists(tmp_path, one):
     assert build(one, tmp_path / "out", overwrite=True, seed=3).fingerprint != first.fingerprint
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
-    with pytest.raises(FileExistsError, match="is not a distdiff store, so --overwrite leaves it alone"):
+    with pytest.raises(FileExistsError, match="is not a distdiff store, so it is left alone"):
         build(one, tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis.tex").exists()
 
