@@ -66,8 +66,8 @@ def resolve(base: type[T], kind: str) -> type[T]:
     return cls
 
 
-def check(base: Any, options: Mapping[str, Any], *, given: int = 0) -> tuple[type, dict[str, Any]]:
-    """The class that ``options["kind"]`` names and its other options, whose names are checked.
+def complete(base: type, options: Mapping[str, Any], *, given: int = 0) -> dict[str, Any]:
+    """``options`` with the constructor's defaults filled in: what to save, so that a later default changes nothing.
 
     Parameters
     ----------
@@ -79,19 +79,19 @@ def check(base: Any, options: Mapping[str, Any], *, given: int = 0) -> tuple[typ
     ValueError
         Missing or unknown ``kind``, or an option that its constructor does not take (the nearest one is named).
     """
-    options = dict(options)
     name = base.__name__.lower()
     if "kind" not in options:
         raise ValueError(f"{name}: 'kind' is missing; known: {', '.join(kinds(base))}")
-    cls = resolve(base, options.pop("kind"))
-    allowed = list(inspect.signature(cls).parameters)[given:]
+    cls: type = resolve(base, options["kind"])
+    allowed = dict(list(inspect.signature(cls).parameters.items())[given:])
     for option in options:
-        if option not in allowed:
+        if option != "kind" and option not in allowed:
             raise ValueError(f"{name} {cls.__name__}: unknown option {option!r}{nearest(option, allowed)}")
-    return cls, options
+    defaults = {k: p.default for k, p in allowed.items() if p.default is not inspect.Parameter.empty}
+    return {"kind": options["kind"], **defaults, **options}
 
 
 def build(base: Any, options: Mapping[str, Any], *args: Any) -> Any:
-    """Build the component that ``options`` describe, after :func:`check`; ``args`` come before the options."""
-    cls, options = check(base, options, given=len(args))
-    return cls(*args, **options)
+    """Build the component that ``options`` describe (see :func:`complete`); ``args`` come before the options."""
+    chosen = complete(base, options, given=len(args))
+    return resolve(base, chosen.pop("kind"))(*args, **chosen)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from distdiff.component import build, check, nearest
+from distdiff.component import build, complete, nearest
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
@@ -61,8 +61,8 @@ class Config:
     """A whole experiment."""
 
     data: Data
-    process: dict[str, Any] = field(default_factory=lambda: {"kind": "counts"})
-    denoiser: dict[str, Any] = field(default_factory=lambda: {"kind": "mlp"})
+    process: dict[str, Any]
+    denoiser: dict[str, Any]
     survival: Survival = field(default_factory=Survival)
     optim: Optim = field(default_factory=Optim)
     train: Training = field(default_factory=Training)
@@ -123,9 +123,14 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     """Validate a nested mapping into a :class:`Config`, the components' options included."""
     _check_keys(Config, raw, where)
     raw = dict(raw)
-    for section, kind in (("process", "counts"), ("denoiser", "mlp")):
-        if isinstance(raw.get(section), Mapping):
-            raw[section] = {"kind": kind, **raw[section]}
+    parts: tuple[tuple[str, type, str, int], ...] = (
+        ("process", Process, "counts", 0),
+        ("denoiser", Denoiser, "mlp", 2),
+    )
+    for section, base, kind, given in parts:
+        options = raw.get(section, {})
+        if isinstance(options, Mapping):
+            raw[section] = complete(base, {"kind": kind, **options}, given=given)
     try:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:
@@ -139,7 +144,6 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
             raise ValueError(f"{where}: {place} is missing") from None
         raise ValueError(f"{where}: {place}={value!r}: {message}") from None
     build(Process, config.process)
-    check(Denoiser, config.denoiser, given=2)
     return config
 
 

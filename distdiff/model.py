@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from distdiff import files
-from distdiff.component import build, nearest
+from distdiff.component import build, complete, nearest
 from distdiff.data.source import Source, check_counts
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputer, targets
@@ -77,7 +77,8 @@ class Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build(Denoiser, denoiser, spec, law.outputs)
-        return cls(law, network, spec, {"process": dict(process), "denoiser": dict(denoiser)})
+        options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
+        return cls(law, network, spec, options)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
