@@ -114,6 +114,7 @@ def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, see
         )
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
+    model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant("distdiff", model.imputer(), ("mean", "1 draw", "draws"))]
     if settings.repaint_steps:
         repaint = model.imputer("repaint", steps=settings.repaint_steps)
