@@ -44,9 +44,9 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict
         value = {name: np.array([run[name][metric] for run in runs]) for name in runs[0]}
         best = np.min(list(value.values()), axis=0)
         out[metric] = {
-            name: {"mean": float(v.mean()), "sd": float(v.std(ddof=1)) if len(v) > 1 else 0.0, "first": int((v == best).sum())}
+            name: {"mean": float(v.mean()), "sd": float(v.std()), "first": int((v == best).sum())}
             for name, v in sorted(value.items(), key=lambda item: item[1].mean())
-        }  # fmt: skip
+        }
     return out
 
 
