@@ -148,7 +148,11 @@ def _precision(asked: str) -> str:
 
 
 def _cpu() -> bool:
-    return not torch.cuda.is_available() and "WORLD_SIZE" not in os.environ
+    """Whether accelerate must be told to use the CPU: without it, several processes of a CPU machine each run alone.
+
+    DeepSpeed chooses its device itself, and accelerate drops it when told.
+    """
+    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
 def check_world(accelerator: Accelerator) -> None:

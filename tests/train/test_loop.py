@@ -181,7 +181,7 @@ def test_two_processes_give_the_losses_of_one(atlas, tmp_path):
     script, settings = tmp_path / "worker.py", tmp_path / "config.json"
     script.write_text(WORKER)
     settings.write_text(json.dumps(make(atlas, tmp_path / "run").as_dict()))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     launchers = {
         1: [sys.executable],
