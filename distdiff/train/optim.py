@@ -50,4 +50,5 @@ class Optim:
             ],
             lr=self.lr,
             betas=self.betas,
+            fused=True,
         )
