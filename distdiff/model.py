@@ -186,7 +186,7 @@ class Model:
         """
         job = Job.plan(
             self, Source.from_anndata(adata, layer=layer), mask=_mask(adata, mask), sites=sites, groups=groups,
-            draws=0 if mean_only else draws, mean_only=mean_only, seed=seed, use_labels=use_labels, **options,
+            draws=draws, mean_only=mean_only, seed=seed, use_labels=use_labels, **options,
         )  # fmt: skip
         out = extend(adata, job.added)
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
@@ -265,6 +265,7 @@ class Job:
         """
         if draws < 1 and not mean_only:
             raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give --mean-only")
+        draws = 0 if mean_only else draws
         where = {gene: i for i, gene in enumerate(model.spec.genes)}
         columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
         known = int((columns >= 0).sum())
@@ -330,7 +331,7 @@ class Job:
             check_counts(
                 sp.csr_matrix(np.where(hidden, 0, given)), self.rows.genes,
                 [str(n) for n in names[start:stop]] if names is not None else [str(n) for n in range(start, stop)],
-                "the input",
+                getattr(self.rows, "where", "the store"),
             )  # fmt: skip
             x = np.zeros((stop - start, self.model.spec.n_genes), dtype=np.float32)
             observed = np.zeros(x.shape, dtype=bool)

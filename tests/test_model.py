@@ -239,6 +239,14 @@ def test_a_store_and_a_panel_as_files(model, counts, atlas, tmp_path):
     assert (panel.layers["imputed_mean"][:, -5:].sum(1) > 0).sum() == 199
 
 
+def test_mean_only_writes_the_mean_only(model, counts, mask, tmp_path):
+    counts.write_h5ad(tmp_path / "in.h5ad")
+    options = {"sites": "dropout", "groups": "cell_type", "mean_only": True}
+    impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.h5ad", progress=False, **options)
+    assert list(ad.read_h5ad(tmp_path / "out.h5ad").layers) == ["imputed_mean"]
+    assert list(model.impute(counts, **options).layers) == ["imputed_mean"]
+
+
 def test_a_full_disk_leaves_nothing_behind(model, counts, tmp_path, monkeypatch):
     counts.write_h5ad(tmp_path / "in.h5ad")
 
