@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from distdiff import files
 from distdiff.component import build, complete, nearest
-from distdiff.data.source import Source, check_counts
+from distdiff.data.source import Source, check_counts, codes
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputer, targets
 from distdiff.impute.conditional import Conditional
 from distdiff.impute.repaint import RePaint
 from distdiff.process import Process
-from distdiff.types import UNKNOWN, Cells, Condition, DataSpec
+from distdiff.types import Cells, Condition, DataSpec
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -378,7 +378,7 @@ def _targets(
         raise ValueError(f"unknown sites {sites!r}{nearest(sites, ['dropout'])}")
     if not groups:
         raise ValueError("sites=dropout needs groups: an obs column such as cell_type, or leiden")
-    code = targets.leiden(rows, seed=seed) if groups == "leiden" else targets.codes(rows.obs(groups))
+    code = targets.leiden(rows, seed=seed) if groups == "leiden" else codes(rows.obs(groups))
     return "dropout", targets.by_dropout(rows, code)
 
 
@@ -389,12 +389,10 @@ def _labels(spec: DataSpec, rows: Any) -> dict[str, np.ndarray]:
             values = rows.obs(name)
         except ValueError:  # the column is absent: the model goes without
             continue
-        code = {value: i for i, value in enumerate(vocabulary)}
-        unseen = sorted({str(v) for v in values if v is not None and v == v and str(v) not in code})
-        if unseen:
+        if unseen := sorted(set(values) - {*vocabulary, None}):
             raise ValueError(
                 f"obs[{name!r}] holds {unseen[0]!r}, which the model never saw in training"
                 f"{nearest(unseen[0], vocabulary)}; rename it, leave it empty, or impute with --no-labels"
             )
-        found[name] = np.array([code.get(str(v), UNKNOWN) for v in values], dtype=np.int64)
+        found[name] = codes(values, vocabulary)
     return found

@@ -20,6 +20,16 @@ def test_every_config_of_the_repository_is_valid_and_complete(path):
     assert config.parse(loaded.as_dict()) == loaded
 
 
+def test_the_quickstart_is_the_experiment_of_its_config(tmp_path):
+    from distdiff import quickstart
+
+    written = config.load(ROOT / "configs" / "pbmc68k.yaml")
+    made = config.parse(quickstart.settings(Path(written.data.store), Path(written.train.out), "bulk_labels", "x"))
+    assert made.identity() == written.identity()
+    assert made.evaluate == written.evaluate
+    assert made.train.eval_cells == written.train.eval_cells
+
+
 def test_overrides_are_typed():
     c = config.load(
         None, ["data.store=x.zarr", "optim.lr=1e-4", "train.cells=100", "data.labels=[a, b]", "denoiser.width=8"]

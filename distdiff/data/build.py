@@ -20,7 +20,7 @@ from distdiff.data import split as splits
 from distdiff.data.layout import Layout, create, encode_names, write_column
 from distdiff.data.manifest import Manifest, ShardInfo, SourceInfo, SplitInfo
 from distdiff.data.scan import Job, Moments, ShardTask, Span, Written, moments, scan, write
-from distdiff.data.source import Source
+from distdiff.data.source import Source, codes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -171,8 +171,7 @@ class Build:
 
     def codes(self, values: Sequence[str], key: str, kept: np.ndarray) -> np.ndarray:
         """Label codes ``int32 [len(kept)]`` of one obs column, -1 where missing."""
-        at: dict[str | None, int] = {v: i for i, v in enumerate(values)}
-        return np.array([at.get(v, -1) for v in self.obs[key][kept]], dtype=np.int32)
+        return codes(self.obs[key][kept], values).astype(np.int32)
 
     def describe(
         self,
@@ -185,11 +184,11 @@ class Build:
     ) -> Manifest:
         """The manifest of what was written."""
         values = {k: tuple(sorted({v for v in self.obs[k][kept] if v is not None})) for k in self.wanted.labels}
-        codes = [*(self.codes(values[k], k, kept) for k in sorted(self.wanted.labels)), code]
+        columns = [*(self.codes(values[k], k, kept) for k in sorted(self.wanted.labels)), code]
         shards = []
         for number, w in enumerate(written):
             start, stop = layout.rows(number)
-            sha = about.combine(w.sha256, [c[start:stop] for c in codes])
+            sha = about.combine(w.sha256, [c[start:stop] for c in columns])
             shards.append(ShardInfo(number, start, stop, int(w.nnz), sha))
         n_kept = np.bincount(self.file[kept], minlength=len(self.sources))
         sources = tuple(

@@ -194,6 +194,21 @@ class Source:
             self._file.close()
 
 
+def codes(values: np.ndarray, vocabulary: Sequence[str] | None = None) -> np.ndarray:
+    """Code an obs column as `Source.obs` gives it: ``int64 [n]``, -1 where missing or not in the vocabulary.
+
+    Parameters
+    ----------
+    values
+        ``object [n]``, ``str`` or None.
+    vocabulary
+        Values in code order; None is the sorted values that occur.
+    """
+    import pandas as pd
+
+    return pd.Categorical(pd.Series(values, dtype=object), categories=vocabulary).codes.astype(np.int64)
+
+
 def first_bad(counts: sparse.csr_matrix) -> tuple[int, int, float] | None:
     """Row, column and value of the first entry that is no count, or None: one vectorised pass."""
     data = counts.data

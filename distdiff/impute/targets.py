@@ -79,10 +79,3 @@ def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
     sc.pp.neighbors(data, random_state=seed)
     sc.tl.leiden(data, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     return data.obs["leiden"].cat.codes.to_numpy().astype(np.int64)
-
-
-def codes(values: np.ndarray) -> np.ndarray:
-    """Codes of group names, -1 where the name is missing: ``int64``."""
-    import pandas as pd
-
-    return pd.Categorical(pd.Series(values, dtype=object)).codes.astype(np.int64)
