@@ -43,6 +43,21 @@ def _subclass_in(base: type, module_name: str) -> type | None:
     return found[0] if found else None
 
 
+def load(base: type[T], address: str) -> type[T]:
+    """The subclass of ``base`` at ``module:Class``.
+
+    Raises
+    ------
+    ValueError
+        No such class there.
+    """
+    module_name, _, class_name = address.partition(":")
+    cls = getattr(importlib.import_module(module_name), class_name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise ValueError(f"{address!r} is not a subclass of {base.__module__}.{base.__name__}")
+    return cls
+
+
 def resolve(base: type[T], kind: str) -> type[T]:
     """The class that ``kind`` names.
 
@@ -52,11 +67,7 @@ def resolve(base: type[T], kind: str) -> type[T]:
         No such kind (the nearest one is named), or a class that is no ``base``.
     """
     if ":" in kind:
-        module_name, _, class_name = kind.partition(":")
-        cls = getattr(importlib.import_module(module_name), class_name, None)
-        if not (inspect.isclass(cls) and issubclass(cls, base)):
-            raise ValueError(f"{kind!r} is not a subclass of {base.__module__}.{base.__name__}")
-        return cls
+        return load(base, kind)
     package = importlib.import_module(base.__module__)
     cls = None
     if kind in {m.name for m in pkgutil.iter_modules(package.__path__)}:

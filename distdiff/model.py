@@ -77,6 +77,7 @@ class Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build(Denoiser, denoiser, spec, law.outputs)
+        network.relative = law.relative
         options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
         return cls(law, network, spec, options)
 

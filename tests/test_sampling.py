@@ -68,7 +68,7 @@ def cells():
     ("kind", "options", "calls"),
     [
         (Conditional, {}, 1),
-        (Conditional, {"steps": 4}, 5),
+        (Conditional, {"steps": 4}, 4),
         (RePaint, {"steps": 6}, 6),
         (RePaint, {"steps": 6, "jump": 3, "iters": 2}, 11),  # the first group never goes back to p = 0
     ],

@@ -15,6 +15,9 @@ class Denoiser(nn.Module, ABC):
     Built as ``Denoiser(spec, outputs, **options)`` from a :class:`~distdiff.types.DataSpec`.
     """
 
+    relative: bool = True
+    """Whether answer 0 is added to the log of the cheap expectation (:class:`~distdiff.denoise.embed.Expectation`)."""
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """Answer for every gene; ``x`` is ``log(1 + counts)``, ``p`` lies in [0, 1]."""

@@ -34,12 +34,23 @@ class Expectation(nn.Module):
         A gene that is not seen (``p = 0``, hence ``x = 0``) has no surprise: its input is exactly 0.
         """
         seen = p * self.mean
-        depth = (torch.expm1(x).sum(1, keepdim=True) + self.prior) / (seen.sum(1, keepdim=True) + self.prior)
+        molecules = torch.expm1(x).sum(1, keepdim=True).clamp_min(0)  # a Gaussian state may sum to less than nothing
+        depth = (molecules + self.prior) / (seen.sum(1, keepdim=True) + self.prior)
         return depth.log(), x - torch.log1p(seen * depth)
 
     def log_rate(self, log_depth: Float[Tensor, "b 1"]) -> Float[Tensor, "b g"]:
         """``log(mu depth)``."""
         return self.mean.log() + log_depth
+
+
+def start(bias: Tensor) -> None:
+    """Initial bias ``[g k]`` of the answers: 0, but small random numbers from the third on.
+
+    The third answer and those after it are loadings or classes; at loadings of 0 their gradient is 0 (a saddle).
+    """
+    nn.init.zeros_(bias)
+    if bias.shape[1] > 2:
+        nn.init.normal_(bias[:, 2:], std=0.05)
 
 
 class Conditioning(nn.Module):

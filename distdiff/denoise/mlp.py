@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distdiff.denoise import Denoiser
-from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation
+from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
@@ -36,7 +36,8 @@ class MLP(Denoiser):
         self.answer = nn.Linear(width, spec.n_genes * outputs)
         nn.init.normal_(self.survival.weight, std=spec.n_genes**-0.5 / 3)
         nn.init.zeros_(self.answer.weight)
-        nn.init.zeros_(self.answer.bias)
+        with torch.no_grad():
+            start(self.answer.bias.unflatten(0, (-1, outputs)))
         self.linear = nn.ModuleList()
         if linear:
             down, up = nn.Linear(spec.n_genes, linear, bias=False), nn.Linear(linear, spec.n_genes, bias=False)
@@ -52,7 +53,7 @@ class MLP(Denoiser):
             h = block(h, c)
         h, _ = self.norm(h, c)
         raw = self.answer(h).float().unflatten(1, (-1, self.outputs))
-        offset = self.expectation.log_rate(log_depth)
+        offset = self.expectation.log_rate(log_depth) if self.relative else torch.zeros_like(raw[..., 0])
         if self.linear:
             down, up = self.linear
             offset = offset + up(down(surprise) / (p.mean(1, keepdim=True) + 0.05))

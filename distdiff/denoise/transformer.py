@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distdiff.denoise import Denoiser
-from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation
+from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
@@ -37,7 +37,9 @@ class Transformer(Denoiser):
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = AdaptiveNorm(width, width)
         self.answer = nn.Linear(width, outputs, bias=False)
-        self.bias = nn.Parameter(torch.zeros(spec.n_genes, outputs))
+        self.bias = nn.Parameter(torch.empty(spec.n_genes, outputs))
+        with torch.no_grad():
+            start(self.bias)
         nn.init.zeros_(self.answer.weight)
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
@@ -49,6 +51,8 @@ class Transformer(Denoiser):
             h = block(h, c)
         h, _ = self.norm(h, c)
         raw = self.answer(h).float() + self.bias
+        if not self.relative:
+            return raw
         offset = self.expectation.log_rate(log_depth).unsqueeze(-1)
         return torch.cat((raw[..., :1] + offset, raw[..., 1:]), -1)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from distdiff.rng.rows import Rows
 from distdiff.types import Bool, Cells, Float, Tensor
 
 if TYPE_CHECKING:
@@ -42,3 +44,9 @@ class Imputer(ABC):
     @abstractmethod
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
         """Fill the entries where ``observed`` is false; with ``draws=0`` only the mean is asked for."""
+
+
+def by_row(cells: Cells, draws: int, seed: int, stream: str) -> Rows:
+    """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own."""
+    draw = torch.arange(draws, device=cells.rows.device).repeat_interleave(len(cells))
+    return Rows(cells.rows.repeat(draws), draw, seed, stream)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from distdiff.denoise import Denoiser
-from distdiff.impute import Imputed, Imputer
+from distdiff.impute import Imputed, Imputer, by_row
 from distdiff.process import Process
 from distdiff.process.schedule import levels
-from distdiff.rng import generator
 from distdiff.sampling import predictor, sample
 from distdiff.types import Bool, Cells, Tensor
 
@@ -24,27 +25,44 @@ class Conditional(Imputer):
         Network calls of a draw. 1 draws from the head around the same call that gives the mean.
     guidance
         Weight w of MATHS 4.6; 1 keeps the predictive law calibrated.
+    spacing
+        Where the steps of a longer walk lie (see :func:`~distdiff.process.schedule.levels`).
+    solver
+        Of :func:`~distdiff.sampling.sample`.
     """
 
-    def __init__(self, process: Process, denoiser: Denoiser, *, steps: int = 1, guidance: float = 1.0):
-        if steps < 1:
-            raise ValueError(f"an imputation needs at least 1 step, got steps={steps}")
-        self.process, self.denoiser, self.steps, self.guidance = process, denoiser, steps, guidance
+    def __init__(
+        self,
+        process: Process,
+        denoiser: Denoiser,
+        *,
+        steps: int = 1,
+        guidance: float = 1.0,
+        spacing: str | Sequence[float] = "time",
+        solver: str = "plain",
+    ):
+        self.process, self.denoiser, self.guidance, self.solver = process, denoiser, guidance, solver
+        self.levels = levels(process.schedule, steps, spacing)
 
     @torch.no_grad()
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
         """See :class:`~distdiff.impute.Imputer`; draws never fall below the evidence (no attrition)."""
-        rng = generator(seed, "impute", int(cells.rows[0]), device=cells.counts.device)
-        p = observed.to(cells.counts.dtype)
-        x = torch.where(observed, cells.counts, torch.zeros_like(cells.counts))
+        many, p = max(1, draws), observed.to(cells.counts.dtype)
+        counts = torch.where(observed, cells.counts, 0.0)
+        rng = by_row(cells, many, seed, "impute")
+        known = self.process.enter(counts.repeat(many, 1), rng=rng)
+        prior = self.process.prior(tuple(known.shape), rng=rng)  # type: ignore[arg-type]
+        x = torch.where(observed.repeat(many, 1), known, prior)
         predict = predictor(self.process, self.denoiser, cells.labels, guidance=self.guidance)
-        eta = predict(x, p)
-        mean = self.process.mean(eta, x, p)
+        eta = predict(x[: len(p)], p)
+        mean = torch.where(observed, counts, self.process.mean(eta, x[: len(p)], p))
         if draws == 0:
             return Imputed(mean)
-        if self.steps == 1:
-            drawn = [self.process.reverse(x, eta, p, 1.0, rng=rng) for _ in range(draws)]
-            return Imputed(mean, torch.stack(drawn))
-        many, p = x.repeat(draws, 1), p.repeat(draws, 1)
-        grid = [torch.maximum(p, level) for level in levels(self.process.schedule, self.steps).to(p.device)]
-        return Imputed(mean, sample(self.process, predict, many, grid, rng=rng).unflatten(0, (draws, len(x))))
+        answers = [eta.repeat(many, 1, 1)] if torch.equal(x, x[: len(p)].repeat(many, 1)) else []
+
+        def ahead(x: Tensor, p: Tensor) -> Tensor:  # draws that begin alike share their first call
+            return answers.pop() if answers else predict(x, p)
+
+        grid = [torch.maximum(p.repeat(many, 1), level) for level in self.levels.to(p.device)]
+        x = sample(self.process, ahead, x, grid, solver=self.solver, rng=rng)
+        return Imputed(mean, torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1))))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
-
+from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
 
@@ -14,30 +13,44 @@ class Process(ABC):
     """A corruption of data with a survival probability ``p`` (1 = clean, 0 = nothing left), and its reversal.
 
     ``p`` broadcasts against ``[b g]`` everywhere, so each gene of each cell may have its own (MATHS 5).
-    ``eta`` is the network's answer in natural parameters, ``[b g k]``, in which guidance is linear.
+    Data are molecules; a *state* is what the process walks on, from :meth:`prior` (p = 0) to :meth:`enter` of the data
+    (p = 1). ``eta`` is the network's answer in the parameters in which guidance is linear, ``[b g k]``.
     """
 
     schedule: Any
-    """A :class:`~distdiff.process.schedule.Schedule`; constructors also take its name."""
+    """A :class:`~distdiff.process.schedule.Schedule`; constructors also take its name or options."""
+
+    relative: bool = True
+    """Whether the network's answer 0 is a log rate, to be given relative to the denoiser's cheap expectation."""
 
     @property
     @abstractmethod
     def outputs(self) -> int:
         """Numbers per gene that the network must return (``k``)."""
 
+    def enter(self, counts: Float[Tensor, "b g"], *, rng: Rng) -> Float[Tensor, "b g"]:
+        """Data -> state at p = 1. Default: the counts themselves."""
+        return counts
+
+    def leave(self, x: Float[Tensor, "b g"]) -> Float[Tensor, "b g"]:
+        """State at p = 1 -> data. Default: the state itself."""
+        return x
+
     @abstractmethod
-    def prior(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> Float[Tensor, "b g"]:
-        """The state at p = 0."""
+    def prior(self, shape: tuple[int, int], *, rng: Rng) -> Float[Tensor, "b g"]:
+        """A state at p = 0."""
 
     @abstractmethod
     def forward(
-        self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: torch.Generator
+        self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
         """Draw ``x_t | x_s`` for ``p_t <= p_s``."""
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """What the network sees of the state."""
+    def encode(
+        self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
+    ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
+        """What the network sees of the state, on the scale of ``log(1 + molecules)``, and the p it was seen with."""
 
     @abstractmethod
     def natural(
@@ -49,11 +62,11 @@ class Process(ABC):
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """Weighted loss of every entry, never reduced; exactly 0 where ``p == 1``."""
+        """Weighted loss of every entry (``x_0`` the state at p = 1), never reduced; exactly 0 where ``p == 1``."""
 
     @abstractmethod
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """Posterior mean ``E[x_0 | x_p]``."""
+        """Posterior mean of the data, in molecules; where ``p == 1`` the data themselves."""
 
     @abstractmethod
     def reverse(
@@ -64,6 +77,25 @@ class Process(ABC):
         p_s: float | Tensor,
         *,
         sigma: float | Tensor = 0.0,
-        rng: torch.Generator,
+        rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """One reverse step ``p_t -> p_s >= p_t``; raises ``ValueError`` where ``sigma`` is above its cap."""
+        """One reverse step ``p_t -> p_s >= p_t``; raises ``ValueError`` where ``sigma`` is above its cap (4.3)."""
+
+    def bound(
+        self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
+    ) -> Float[Tensor, "b g"]:
+        """Nats per unit of p: its integral over p in (0, 1) bounds ``-log p(x_0)`` from above.
+
+        Raises
+        ------
+        ValueError
+            The process has no likelihood of counts.
+        """
+        raise ValueError(f"process {type(self).__name__} has no likelihood of counts; use counts, blackout or masked")
+
+
+def tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a tensor of the type and device of ``like``."""
+    import torch
+
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)

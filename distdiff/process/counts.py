@@ -2,19 +2,23 @@
 
 Each of ``x_0`` molecules survives with probability ``p``; ``d = x_0 - x_p`` is what was lost. The network answers with
 a rate ``lambda = f / (1 - p)`` (MATHS 3.4), ``f`` being the expected number of lost molecules, and optionally with the
-size of a negative binomial around it (MATHS 3.5). All functions are exact entry by entry, whatever p each gene has.
+size of a negative binomial around it (MATHS 3.5) and the directions in which genes vary together (MATHS 4.9). All
+functions are exact entry by entry, whatever p each gene has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import softplus
 
 from distdiff.component import nearest
-from distdiff.process import Process
-from distdiff.process.schedule import Schedule, schedule, sigma_max
+from distdiff.process import Process, tensor
+from distdiff.process._laws import low_rank_score, nb_nll, random_round
+from distdiff.process.schedule import births_share, check_sigma, check_thinning, schedule
+from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
 LOG_RATE = (-18.0, 16.0)  # molecules per cell: e^16 is 9 million, beyond any droplet
@@ -28,42 +32,68 @@ class Counts(Process):
     Parameters
     ----------
     schedule
-        ``cosine``, ``fisher`` or a :class:`~distdiff.process.schedule.Schedule`.
+        ``cosine``, ``fisher``, ``linear``, a list of values, or ``{kind: ..., times: ...}`` for discrete time; see
+        :func:`~distdiff.process.schedule.schedule`.
     weight
         ``paper``: ``w = -p'`` (MATHS 3.2); ``nll``: ``w = -p' / (1 - p)`` (MATHS 3.3 with t uniform), the bound on
         ``-log p(x_0)``; ``none``: 1.
     head
-        ``mean``: the network gives the rate alone. ``nb``: also a dispersion, learned by likelihood with the mean
-        held fixed, while the mean is learned by (3.1) alone (MATHS 3.5).
+        ``mean``: the network gives the rate alone. ``nb``: also a dispersion (MATHS 3.5). ``loadings``: also how much
+        of that dispersion genes share, as ``loadings`` directions per gene (MATHS 4.9).
+    fit
+        How mean and dispersion are learned. ``held``: the mean by (3.1) alone, the dispersion by likelihood with the
+        mean held fixed; ``joint``: both by likelihood, which is proper too but lets dispersed genes pull the mean.
+    predict
+        ``rate``: the network's first answer is ``log lambda``. ``x0``: it is ``log xhat_0``, and
+        ``f = softplus(xhat_0 - x)``; no rate at p = 1, so no denoising.
+    leap
+        How a reverse step draws its births: ``plain`` (MATHS 4.2), ``nb`` (4.8), ``correlated`` (4.9); empty: the one
+        that uses all that the head knows.
     rounding
-        How a step turns the real ``f`` into molecules when the head is ``mean``: ``random`` (MATHS 4.5) or
-        ``nearest`` (which collapses small rates to 0; kept for comparison).
+        How a plain step turns the real ``f`` into molecules: ``random`` (MATHS 4.5), ``nearest`` (which collapses
+        small rates to 0; kept for comparison), ``poisson`` (births ``Poisson(beta f)``).
     """
 
     schedule: Any = "cosine"
     weight: str = "paper"
     head: str = "nb"
+    fit: str = "held"
+    predict: str = "rate"
+    leap: str = ""
     rounding: str = "random"
+    loadings: int = 8
+
+    ALLOWED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "weight": ("paper", "nll", "none"),
+        "head": ("mean", "nb", "loadings"),
+        "fit": ("held", "joint"),
+        "predict": ("rate", "x0"),
+        "leap": ("", "plain", "nb", "correlated"),
+        "rounding": ("random", "nearest", "poisson"),
+    }
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weight", WEIGHTS), ("head", HEADS), ("rounding", ROUNDINGS)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"process counts: {name}={value!r}{nearest(value, allowed)}")
-        if not isinstance(self.schedule, Schedule):
-            object.__setattr__(self, "schedule", schedule(self.schedule))
+        name = type(self).__name__.lower()
+        for field, allowed in self.ALLOWED.items():
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"process {name}: {field}={value!r}{nearest(value, allowed)}")
+        if {"nb": 1, "correlated": 2}.get(self.leap, 0) > ("mean", "nb", "loadings").index(self.head):
+            raise ValueError(f"process {name}: leap={self.leap!r} needs more than head={self.head!r} gives")
+        if self.head == "loadings" and self.loadings < 1:
+            raise ValueError(f"process {name}: loadings must be at least 1, got {self.loadings}")
+        object.__setattr__(self, "schedule", schedule(self.schedule))
 
     @property
     def outputs(self) -> int:
-        """1 (log rate) or 2 (log rate, log size)."""
-        return 2 if self.head == "nb" else 1
+        """1 (log rate), 2 (and log size), or 2 + loadings."""
+        return {"mean": 1, "nb": 2, "loadings": 2 + self.loadings}[self.head]
 
-    def prior(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> Float[Tensor, "b g"]:
+    def prior(self, shape: tuple[int, int], *, rng: Rng) -> Float[Tensor, "b g"]:
         """No molecule is left at p = 0."""
-        return torch.zeros(shape, device=device)
+        return torch.zeros(shape, device=rng.device)
 
     def forward(
-        self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: torch.Generator
+        self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
         """``x_t | x_s ~ Binomial(x_s, p_t / p_s)`` (MATHS 2.2 for ``p_s = 1``, else 2.3).
 
@@ -72,13 +102,9 @@ class Counts(Process):
         ValueError
             ``p_t`` above ``p_s`` or outside [0, 1].
         """
-        p_s, p_t = _as(p_s, x_s), _as(p_t, x_s)
-        if not bool(((p_t >= 0) & (p_t <= p_s) & (p_s <= 1)).all()):
-            raise ValueError(
-                f"thinning needs 0 <= p_t <= p_s <= 1, got p_t in [{p_t.min():g}, {p_t.max():g}], "
-                f"p_s in [{p_s.min():g}, {p_s.max():g}]"
-            )
-        return thin(x_s, p_t / p_s.clamp_min(1e-38), rng=rng)
+        p_s, p_t = tensor(p_s, x_s), tensor(p_t, x_s)
+        check_thinning(x_s, p_s, p_t)
+        return rng.binomial(x_s, p_t / p_s.clamp_min(1e-38))
 
     def bridge(
         self,
@@ -87,35 +113,86 @@ class Counts(Process):
         p_t: float | Tensor,
         p_s: float | Tensor,
         *,
-        rng: torch.Generator,
+        rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """``x_s | x_t, x_0 = x_t + Binomial(x_0 - x_t, (p_s - p_t) / (1 - p_t))`` (MATHS 2.4)."""
-        beta = births_share(_as(p_t, x_t), _as(p_s, x_t), torch.zeros((), device=x_t.device))
-        return x_t + thin(x_0 - x_t, beta, rng=rng)
+        """``x_s | x_t, x_0 = x_t + Binomial(x_0 - x_t, (p_s - p_t) / (1 - p_t))`` (MATHS 2.4).
 
-    def encode(self, x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """``log(1 + x)``."""
-        return torch.log1p(x)
+        Raises
+        ------
+        ValueError
+            An entry of ``x_t`` above ``x_0``.
+        """
+        if bool((x_t > x_0).any()):
+            row, gene = (x_t > x_0).nonzero()[0].tolist()
+            raise ValueError(
+                f"x_t[{row}, {gene}]={x_t[row, gene]:g} is above x_0[{row}, {gene}]={x_0[row, gene]:g}: thinning only "
+                "removes molecules"
+            )
+        beta = births_share(tensor(p_t, x_t), tensor(p_s, x_t), torch.zeros((), device=x_t.device))
+        return x_t + rng.binomial(x_0 - x_t, beta)
+
+    def encode(
+        self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
+    ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
+        """``log(1 + x)``, as thinned as it is."""
+        return torch.log1p(x), p
 
     def natural(
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
-        """Log rate (and log size), kept in a range that float32 holds: ``f = (1 - p) exp(eta_0)`` (MATHS 3.4)."""
-        log_rate = raw[..., 0].float().clamp(*LOG_RATE)
+        """Log rate (log size, loadings), kept in a range that float32 holds: ``f = (1 - p) exp(eta_0)`` (MATHS 3.4)."""
+        log_rate = raw[..., 0].float()
+        if self.predict == "x0":
+            f = softplus(log_rate.clamp(*LOG_RATE).exp() - x)
+            log_rate = f.clamp_min(1e-12).log() - (1 - tensor(p, x)).clamp_min(1e-6).log()
+        log_rate = log_rate.clamp(*LOG_RATE)
         if self.head == "mean":
             return log_rate.unsqueeze(-1)
-        return torch.stack((log_rate, raw[..., 1].float().clamp(*LOG_SIZE)), -1)
+        log_size = raw[..., 1].float().clamp(*LOG_SIZE)
+        return torch.cat((torch.stack((log_rate, log_size), -1), raw[..., 2:].float()), -1)
+
+    def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
+        """``lambda``: expected molecules of a cell at full depth (MATHS 3.4, 5.4).
+
+        Raises
+        ------
+        ValueError
+            ``predict: x0``, which has no rate where nothing was lost.
+        """
+        if self.predict != "rate":
+            raise ValueError("a network that predicts x0 has no rate at p = 1; train with process.predict=rate")
+        return eta[..., 0].exp()
 
     def lost(self, eta: Float[Tensor, "b g k"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """``f = (1 - p) lambda``: expected molecules lost (MATHS 3.4)."""
-        return (1 - _as(p, eta[..., 0])) * eta[..., 0].exp()
+        """Expected lost molecules ``f = (1 - p) lambda`` (MATHS 3.1, 3.4)."""
+        return (1 - tensor(p, eta)) * eta[..., 0].clamp_max(LOG_RATE[1]).exp()
+
+    def log_size(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
+        """Log size of the lost molecules' negative binomial; Poisson for all purposes where the head has none."""
+        if self.head == "mean":
+            return torch.full_like(eta[..., 0], LOG_SIZE[1])
+        return eta[..., 1].clamp(*LOG_SIZE)
+
+    def shared(self, eta: Float[Tensor, "b g k"]) -> tuple[Float[Tensor, "b g k"], Float[Tensor, "b g"]]:
+        """Loadings ``L`` (MATHS 4.9) and the log size that is left once a cell's ``z`` is known.
+
+        The loadings divide the dispersion and do not add to it: ``|L|^2 < log(1 + 1 / size)``, so that mean and
+        variance of every gene are those of the head's negative binomial whatever the loadings.
+        """
+        log_size = self.log_size(eta)
+        whole = torch.log1p(torch.exp(-log_size))
+        raw = eta[..., 2:]
+        length = raw.square().sum(-1, keepdim=True)
+        loading = raw * torch.sqrt(0.98 * whole.unsqueeze(-1) / (1 + length))
+        left = torch.expm1(whole - loading.square().sum(-1)).clamp_min(1e-9)
+        return loading, -left.log()
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """``E[x_0 | x_p] = x_p + f``: one network call is the answer (MATHS 5.3)."""
+        """``E[x_0 | x_p] = x_p + f`` (MATHS 4.11)."""
         return x + self.lost(eta, p)
 
     def weights(self, p: Tensor) -> Tensor:
-        """``w`` as a function of p, for t uniform (MATHS 3.2, 3.3).
+        """``w(p)`` (MATHS 3.2, 3.3): the loss weight of an entry that survived with probability p.
 
         ``p = 0`` exactly is no point of a path but an atom of the training mixture (a gene that is hidden outright):
         it weighs 1, the mean of the ``paper`` weight over a path. ``nll`` is capped at ``p = 0.999``, where hardly a
@@ -131,24 +208,40 @@ class Counts(Process):
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """``w (f - d log lambda)``: (3.1) less ``d log(1 - p)``, a constant; for ``head=nb`` plus ``w`` times (3.5).
+        """``w (f - d log lambda)``: (3.1) less ``d log(1 - p)``, a constant; plus ``w`` times (3.5) for a dispersion.
 
-        Its minimiser is the posterior mean for every ``w > 0``. 0 where ``p == 1``.
+        Its minimiser is the posterior mean for every ``w > 0``. Loadings are learned by the Dawid-Sebastiani score of
+        the residuals with mean and variance held fixed. 0 where ``p == 1``.
         """
-        p = _as(p, x).expand_as(x)
-        d = x_0 - x
-        f = self.lost(eta, p)
-        entry = f - d * eta[..., 0]
-        if self.head == "nb":
-            entry = entry + nb_nll(d, f.detach(), eta[..., 1])
+        p = tensor(p, x).expand_as(x)
+        d, f = x_0 - x, self.lost(eta, p)
+        if self.head == "mean":
+            entry = f - d * eta[..., 0]
+        elif self.fit == "joint":
+            entry = nb_nll(d, f, eta[..., 1])
+        else:
+            entry = f - d * eta[..., 0] + nb_nll(d, f.detach(), eta[..., 1])
+        if self.head == "loadings":
+            entry = entry + self._covariance_score(eta, d, f.detach(), p < 1)
         return torch.where(p < 1, self.weights(p) * entry, torch.zeros_like(entry))
 
-    def divergence(
+    def _covariance_score(self, eta: Tensor, d: Tensor, f: Tensor, lost: Tensor) -> Tensor:
+        """Score of ``d - f`` under (4.9)'s covariance ``f f' (exp(L L') - 1)``, to first order off the diagonal."""
+        held = torch.cat((eta[..., :2].detach(), eta[..., 2:]), -1)
+        loading, _ = self.shared(held)
+        length = loading.square().sum(-1)
+        swell = (torch.expm1(length) / length.clamp_min(1e-9)).sqrt()
+        total = f + f.square() * torch.exp(-self.log_size(held))
+        own = total - f.square() * torch.expm1(length) + 1e-6
+        return low_rank_score(d - f, own, loading * (f * swell).unsqueeze(-1), lost)
+
+    def bound(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """``f - d + d log(d / f)``, the integrand of (3.3): half the Poisson deviance of the lost molecules."""
+        """``(f - d + d log(d / f)) / (1 - p)``: the integrand of (3.3) in the variable p, free of any schedule."""
         d, f = x_0 - x, self.lost(eta, p)
-        return f - d + torch.xlogy(d, d) - d * torch.where(d > 0, f, torch.ones_like(f)).log()
+        half_deviance = f - d + torch.xlogy(d, d) - d * torch.where(d > 0, f, torch.ones_like(f)).log()
+        return half_deviance / (1 - tensor(p, x))
 
     def reverse(
         self,
@@ -158,76 +251,38 @@ class Counts(Process):
         p_s: float | Tensor,
         *,
         sigma: float | Tensor = 0.0,
-        rng: torch.Generator,
+        rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """One step with attrition (MATHS 4.2): deaths ``Binomial(x, sigma)``, then births.
+        """One step with attrition (MATHS 4.2): deaths ``Binomial(x, sigma)``, then births as ``leap`` says.
 
-        Births are ``Binomial(round(f), beta)`` (4.5) for ``head=mean``, and ``NB(mean beta f, size phi)`` (4.8), which
-        is closed under thinning and so keeps the variance at any step size, for ``head=nb``.
+        Plain births (4.5) know the mean of the lost molecules alone. Those of (4.8) and (4.9) are closed under
+        thinning and so keep the variance at any step size.
 
         Raises
         ------
         ValueError
             ``sigma`` above ``sigma_max`` (MATHS 4.3) or negative.
         """
-        p_t, p_s, sigma_ = _as(p_t, x), _as(p_s, x), _as(sigma, x)
+        p_t, p_s = tensor(p_t, x), tensor(p_s, x)
         deaths: Tensor | float = 0.0
         if isinstance(sigma, Tensor) or sigma != 0:
-            cap = sigma_max(p_t, p_s)
-            if bool(((sigma_ > cap + 1e-6) | (sigma_ < 0)).any()):
-                raise ValueError(
-                    f"attrition sigma={sigma_.max():g} is outside [0, {cap.min():g}], its range for this step "
-                    f"(p_t={p_t.max():g}, p_s={p_s.max():g})"
-                )
-            deaths = thin(x, sigma_.expand_as(x), rng=rng)
-        beta = births_share(p_t, p_s, sigma_)
-        f = self.lost(eta, p_t)
-        if self.head == "nb":
-            births = nb_draw(beta * f, eta[..., 1], rng=rng)
-        else:
-            births = thin(random_round(f, rng=rng) if self.rounding == "random" else f.round(), beta, rng=rng)
-        return x - deaths + births
+            sigma = check_sigma(sigma, p_t, p_s)
+            deaths = rng.binomial(x, sigma.expand_as(x))
+        beta = births_share(p_t, p_s, tensor(sigma, x))
+        return x - deaths + self.births(eta, self.lost(eta, p_t), beta, rng=rng)
 
-
-WEIGHTS, HEADS, ROUNDINGS = ("paper", "nll", "none"), ("mean", "nb"), ("random", "nearest")
-
-
-def thin(n: Tensor, p: Tensor, *, rng: torch.Generator) -> Tensor:
-    """``Binomial(n, p)``, entry by entry; ``n`` whole numbers in floating point."""
-    return torch.binomial(n.contiguous(), p.expand_as(n).contiguous(), generator=rng)
-
-
-def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
-    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (MATHS 4.2); 0 where nothing was lost (``p_t == 1``)."""
-    beta = (p_s - (1 - sigma) * p_t) / (1 - p_t).clamp_min(1e-12)
-    return torch.where(p_t < 1, beta.clamp(0, 1), torch.zeros_like(beta))
-
-
-def random_round(f: Tensor, *, rng: torch.Generator) -> Tensor:
-    """``floor(f) + Bernoulli(f - floor f)``: whole, with mean f (MATHS 4.5)."""
-    low = f.floor()
-    return low + (torch.rand(f.shape, generator=rng, device=f.device) < f - low)
-
-
-def nb_nll(d: Tensor, mean: Tensor, log_size: Tensor) -> Tensor:
-    """``-log NB(d; mean, size)`` in nats (MATHS 3.5), exact for ``mean = 0`` too."""
-    size = log_size.exp()
-    log_total = torch.log(size + mean)
-    return (
-        torch.lgamma(size)
-        + torch.lgamma(d + 1)
-        - torch.lgamma(d + size)
-        - size * (log_size - log_total)
-        - d * (torch.where(d > 0, mean, torch.ones_like(mean)).clamp_min(1e-30).log() - log_total)
-    )
-
-
-def nb_draw(mean: Tensor, log_size: Tensor, *, rng: torch.Generator) -> Tensor:
-    """``NB(mean, size)`` as a Poisson with a Gamma rate (MATHS 4.8); 0 where the mean is 0."""
-    size = log_size.exp()
-    rate = torch._standard_gamma(size, generator=rng) / size * mean
-    return torch.poisson(rate, generator=rng)
-
-
-def _as(value: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    def births(
+        self, eta: Float[Tensor, "b g k"], f: Float[Tensor, "b g"], beta: Tensor, *, rng: Rng
+    ) -> Float[Tensor, "b g"]:
+        """A share ``beta`` of the lost molecules of expected number ``f``."""
+        leap = self.leap or {"mean": "plain", "nb": "nb", "loadings": "correlated"}[self.head]
+        if leap == "nb":
+            return rng.nb(beta * f, self.log_size(eta))  # MATHS 4.8
+        if leap == "correlated":  # MATHS 4.9
+            loading, log_size = self.shared(eta)
+            z = rng.normal(len(f), loading.shape[-1])
+            together = (loading @ z.unsqueeze(-1)).squeeze(-1) - loading.square().sum(-1) / 2
+            return rng.nb(beta * f * together.exp(), log_size)
+        if self.rounding == "poisson":
+            return rng.poisson(beta * f)
+        return rng.binomial(random_round(f, rng=rng) if self.rounding == "random" else f.round(), beta.expand_as(f))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from distdiff.component import nearest
+from distdiff.component import load, nearest
 from distdiff.types import Float, Tensor
 
 
@@ -61,35 +66,206 @@ class Fisher(Schedule):
         return 2 * self.span * p * (1 - p)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "fisher": Fisher}
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """``p = 1 - t``: every survival probability is as likely as any other."""
+
+    def p(self, t: Tensor) -> Tensor:
+        """``1 - t``."""
+        return 1 - t
+
+    def speed(self, p: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(p)
 
 
-def schedule(name: str) -> Schedule:
-    """The schedule called ``name``.
+@dataclass(frozen=True)
+class Table(Schedule):
+    """A schedule given by its values at equally spaced times, linear in between.
 
-    Raises
-    ------
-    ValueError
-        Unknown name; the nearest one is told.
+    Parameters
+    ----------
+    values
+        Decreasing, from 1 (``t = 0``) to 0 (``t = 1``).
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}{nearest(name, SCHEDULES)}")
-    return SCHEDULES[name]()
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        v = tuple(float(p) for p in self.values)
+        if len(v) < 2 or v[0] != 1 or v[-1] != 0 or any(b >= a for a, b in itertools.pairwise(v)):
+            raise ValueError(f"a schedule's table must fall from 1 to 0, got {list(v)}")
+        object.__setattr__(self, "values", v)
+
+    def p(self, t: Tensor) -> Tensor:
+        """Linear interpolation."""
+        v, n = torch.tensor(self.values, dtype=t.dtype, device=t.device), len(self.values) - 1
+        k = (t * n).floor().clamp(0, n - 1)
+        low = v[k.long()]
+        return low + (v[k.long() + 1] - low) * (t * n - k)
+
+    def speed(self, p: Tensor) -> Tensor:
+        """The slope of the piece that ``p`` lies in."""
+        v, n = torch.tensor(self.values, dtype=p.dtype, device=p.device), len(self.values) - 1
+        piece = n - torch.searchsorted(v.flip(0), p.contiguous(), right=False).clamp(1, n)
+        return (v[piece] - v[piece + 1]) * n
 
 
-def levels(schedule: Schedule, steps: int) -> Float[Tensor, " n"]:
-    """Survival levels of a reverse walk of ``steps`` steps, uniform in t: ``steps + 1`` numbers from 0 up to 1.
+@dataclass(frozen=True)
+class Discrete(Schedule):
+    """A schedule at ``times`` points: discrete-time training. With Fisher and 1000 points it is Blackout's (MATHS 1.4).
+
+    ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k alike.
+    """
+
+    base: Schedule
+    times: int
+
+    def __post_init__(self) -> None:
+        if self.times < 2:
+            raise ValueError(f"a discrete schedule needs times >= 2, got {self.times}")
+
+    def table(self, like: Tensor) -> Tensor:
+        """``p_0 ... p_times`` on the device and in the type of ``like``."""
+        t = torch.arange(self.times + 1, dtype=torch.float64) / self.times
+        p = self.base.p(t)
+        p[0] = 1.0
+        return p.to(like)
+
+    def p(self, t: Tensor) -> Tensor:
+        """``p_k`` of the next point after ``t``."""
+        return self.table(t)[(t * self.times).ceil().long().clamp(1, self.times)]
+
+    def index(self, p: Tensor) -> Tensor:
+        """The ``k`` of 1 ... times with the ``p_k`` nearest to ``p``."""
+        table = self.table(p)
+        middle = (table[1:-1] + table[2:]).flip(0) / 2
+        return self.times - torch.searchsorted(middle, p.contiguous())
+
+    def speed(self, p: Tensor) -> Tensor:
+        """``times (p_{k-1} - p_k)``: the weight of Blackout's finite-time loss, ``-p'`` in the limit."""
+        table, k = self.table(p), self.index(p)
+        return self.times * (table[k - 1] - table[k])
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "fisher": Fisher, "linear": Linear, "table": Table}
+
+
+def schedule(given: Any) -> Schedule:
+    """A schedule from a config: a name, a list of values, or a mapping with ``kind`` and options.
+
+    ``{kind: fisher, times: 1000}`` is the discrete-time form of any kind; ``kind: module:Class`` is one's own.
 
     Raises
     ------
     ValueError
-        ``steps < 1``.
+        Unknown name or option (the nearest one is told), a table that does not fall from 1 to 0.
+    """
+    if isinstance(given, Schedule):
+        return given
+    if isinstance(given, str):
+        given = {"kind": given}
+    elif not isinstance(given, Mapping):
+        given = {"kind": "table", "values": tuple(given)}
+    options = dict(given)
+    kind, times = options.pop("kind", "?"), options.pop("times", None)
+    base: type = Schedule
+    cls = load(base, kind) if ":" in kind else SCHEDULES.get(kind)
+    if cls is None:
+        raise ValueError(f"unknown schedule {kind!r}{nearest(kind, SCHEDULES)}")
+    allowed = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(options)
+    if unknown := [name for name in options if name not in allowed]:
+        raise ValueError(f"schedule {kind}: unknown option {unknown[0]!r}{nearest(unknown[0], [*allowed, 'times'])}")
+    made = cls(**options)
+    return made if times is None else Discrete(made, times)
+
+
+LOGIT_SPAN = math.log(999)
+"""A walk spaced evenly in ``logit p`` spans this to either side: p from .001 to .999, its ends then set to 0 and 1."""
+
+
+def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "time") -> Float[Tensor, " n"]:
+    """Survival levels of a reverse walk: ``steps + 1`` numbers from 0 up to 1.
+
+    Parameters
+    ----------
+    spacing
+        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. Or the levels themselves, for example of
+        :func:`placed`.
+
+    Raises
+    ------
+    ValueError
+        ``steps < 1``, an unknown spacing, levels that do not rise from 0 to 1 in ``steps`` steps.
     """
     if steps < 1:
         raise ValueError(f"a walk needs at least 1 step, got steps={steps}")
-    p = schedule.p(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if not isinstance(spacing, str):
+        p = torch.as_tensor(spacing, dtype=torch.float64)
+        check_grid(p.tolist())
+        if p[0] != 0 or len(p) != steps + 1:
+            raise ValueError(f"{steps} steps need {steps + 1} levels from 0 to 1, got {len(p)} from {float(p[0]):g}")
+        return p.float()
+    if spacing == "time":
+        p = schedule.p(t)
+    elif spacing == "logit":
+        p = torch.sigmoid((1 - 2 * t) * LOGIT_SPAN)
+    else:
+        raise ValueError(f"unknown spacing {spacing!r}{nearest(spacing, ('time', 'logit', 'variance'))}")
     p[0], p[-1] = 0.0, 1.0
     return p.float()
+
+
+def check_grid(grid: Sequence[float]) -> None:
+    """Levels must rise and end at 1.
+
+    Raises
+    ------
+    ValueError
+        They do not; the first offender is named.
+    """
+    if not grid or grid[-1] != 1:
+        raise ValueError(f"a grid must end at p = 1 (whole cells), this one ends at {grid[-1] if grid else 'nothing'}")
+    for a, b in itertools.pairwise(grid):
+        if not 0 <= a < b <= 1:
+            raise ValueError(f"a grid must rise within [0, 1], got {a:g} before {b:g}")
+
+
+def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float = 0.0) -> list[float]:
+    """Levels where little variance is lost: those that minimise ``sum r^2 (Var d - E d)+`` over the walk (MATHS 4.11).
+
+    Parameters
+    ----------
+    p, excess
+        Levels in [0, 1) at which the excess variance of the lost molecules was measured (any unit), rising.
+    steps
+        Number of steps; the exact minimum over the levels ``p``, by dynamic programming.
+    start
+        First level (0, or the level of the evidence when cells are deepened).
+
+    Raises
+    ------
+    ValueError
+        More steps than levels.
+    """
+    v = np.maximum(np.interp([start, *(q for q in p if q > start)], p, excess), 0.0)
+    at = np.array([start, *(q for q in p if q > start), 1.0])
+    n = len(at)
+    if steps > n - 1:
+        raise ValueError(f"{steps} steps cannot be placed on {n - 1} measured levels")
+    gap = (at[None, :] - at[:, None]) / (1 - at[:, None]).clip(1e-12)
+    cost = np.where(gap > 0, gap**2 * np.append(v, 0.0)[:, None], np.inf)
+    best, came = cost[0], []
+    for _ in range(steps - 1):
+        through = best[:, None] + cost
+        came.append(through.argmin(0))
+        best = through.min(0)
+    node, path = n - 1, [n - 1]
+    for back in reversed(came):
+        node = int(back[node])
+        path.append(node)
+    return [float(at[i]) for i in [0, *reversed(path)]]
 
 
 def sigma_max(p_t: Tensor, p_s: Tensor) -> Tensor:
@@ -116,3 +292,43 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
     if not 0 <= eta <= 1:
         raise ValueError(f"attrition eta must lie in [0, 1], got {eta}")
     return rules[kind](sigma_max(p_t, p_s))
+
+
+def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
+    """``sigma`` as a tensor, if the step allows it.
+
+    Raises
+    ------
+    ValueError
+        ``sigma`` negative or above ``sigma_max`` (MATHS 4.3): a larger one would need more births than there are lost
+        molecules.
+    """
+    sigma = torch.as_tensor(sigma, dtype=p_t.dtype, device=p_t.device)
+    cap = sigma_max(p_t, p_s)
+    if bool(((sigma > cap + 1e-6) | (sigma < 0)).any()):
+        raise ValueError(
+            f"attrition sigma={sigma.max():g} is outside [0, {cap.min():g}], its range for this step "
+            f"(p_t={p_t.max():g}, p_s={p_s.max():g})"
+        )
+    return sigma
+
+
+def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
+    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (MATHS 4.2, 9.3); 0 where nothing was lost (``p_t == 1``)."""
+    beta = (p_s - (1 - sigma) * p_t) / (1 - p_t).clamp_min(1e-12)
+    return torch.where(p_t < 1, beta.clamp(0, 1), torch.zeros_like(beta))
+
+
+def check_thinning(x: Tensor, p_s: Tensor, p_t: Tensor) -> None:
+    """``0 <= p_t <= p_s <= 1``; looked at on the CPU only, as on a GPU each look waits for the device.
+
+    Raises
+    ------
+    ValueError
+        A value outside.
+    """
+    if x.device.type == "cpu" and not bool(((p_t >= 0) & (p_t <= p_s) & (p_s <= 1)).all()):
+        raise ValueError(
+            f"thinning needs 0 <= p_t <= p_s <= 1, got p_t in [{p_t.min():g}, {p_t.max():g}], "
+            f"p_s in [{p_s.min():g}, {p_s.max():g}]"
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from distdiff.process.schedule import Schedule
-from distdiff.types import Float, Tensor
+from distdiff.rng import Rng
+from distdiff.types import Bool, Float, Tensor
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,17 @@ class Survival:
         All genes at p(t): generation, denoising, RePaint (MATHS 5.1, 5.4, 6).
     target_share
         Range of the share of genes that are targets in the first two patterns, uniform per cell.
+    time
+        How t is drawn: ``uniform`` for each cell; ``stratified``: evenly over the global batch, with one random shift
+        a step; ``learned``: stratified and denser where the loss is larger, weighted back, so that the gradient keeps
+        its mean and loses variance.
     """
 
     hidden: float = 0.5
     two_level: float = 0.25
     uniform: float = 0.25
     target_share: tuple[float, float] = (0.1, 0.9)
+    time: Literal["uniform", "stratified", "learned"] = "uniform"
 
     def __post_init__(self) -> None:
         shares = (self.hidden, self.two_level, self.uniform)
@@ -39,15 +46,16 @@ class Survival:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"survival target_share must satisfy 0 <= low <= high <= 1, got {self.target_share}")
 
-    def draw(self, schedule: Schedule, cells: int, genes: int, *, rng: torch.Generator) -> Float[Tensor, "b g"]:
-        """Draw p for a batch: ``float32 [cells, genes]`` on the generator's device."""
-        device = rng.device
-        total = self.hidden + self.two_level + self.uniform
-        pattern = torch.rand(cells, 1, generator=rng, device=device) * total
-        level = schedule.p(torch.rand(cells, 1, generator=rng, device=device))
-        level = torch.where(pattern < self.hidden, torch.zeros_like(level), level)
+    def draw(
+        self, schedule: Schedule, t: Float[Tensor, "b 1"], genes: int, *, rng: Rng
+    ) -> tuple[Float[Tensor, "b g"], Bool[Tensor, "b 1"]]:
+        """Draw p for cells whose times are ``t``: p, and which cells' p depends on t (all but the ``hidden``)."""
+        cells = len(t)
+        pattern = rng.uniform(cells, 1) * (self.hidden + self.two_level + self.uniform)
+        timed = pattern >= self.hidden
+        level = torch.where(timed, schedule.p(t), 0.0)
         low, high = self.target_share
-        share = low + (high - low) * torch.rand(cells, 1, generator=rng, device=device)
-        target = torch.rand(cells, genes, generator=rng, device=device) < share
+        share = low + (high - low) * rng.uniform(cells, 1)
+        target = rng.uniform(cells, genes) < share
         target |= pattern >= self.hidden + self.two_level
-        return torch.where(target, level, torch.ones_like(level))
+        return torch.where(target, level, 1.0), timed

@@ -27,6 +27,7 @@ from distdiff.sampling import predictor
 from distdiff.train import checkpoint
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
+from distdiff.train.times import Times
 from distdiff.types import Cells, Tensor
 
 
@@ -91,6 +92,7 @@ class Progress:
     best_step: int = 0
     bad: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
 
 def train(
@@ -148,6 +150,9 @@ def train(
         total=total, initial=progress.step * settings.batch, unit=" cells", unit_scale=True, desc="train",
         disable=not accelerator.is_main_process, mininterval=1.0,
     )  # fmt: skip
+    times = Times(survival.time, settings.batch, settings.seed, accelerator.device)
+    if progress.times:
+        times.load(progress.times)
     window = _Window(progress.step)
     saved = progress.step
     with contextlib.closing(batches), bar:
@@ -158,7 +163,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = optim.rate(step * settings.batch, total)
             first = step * settings.batch + accelerator.process_index * share
-            loss = _loss(process, network, survival, cells, settings, first)
+            loss = _loss(process, network, survival, times, cells, settings, step, first)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(network.parameters(), optim.clip)
             optimizer.step()
@@ -172,6 +177,8 @@ def train(
             seen, done = progress.step * settings.batch, progress.step == settings.steps
             if done or seen // settings.eval_cells > window.start * settings.batch // settings.eval_cells:
                 numbers = window.drain(accelerator, settings.batch)
+                times.update(accelerator)
+                progress.times = times.state()
                 numbers |= validate(store, held_out, process, ema.model, accelerator, labels, settings)
                 window = _Window(progress.step)
                 _judge(progress, numbers, seen)
@@ -207,22 +214,26 @@ def _share(settings: Training, world: int) -> int:
 
 
 def _loss(
-    process: Process, network: torch.nn.Module, survival: Survival, cells: Cells, settings: Training, first: int
-) -> Tensor:
+    process: Process, network: torch.nn.Module, survival: Survival, times: Times, cells: Cells, settings: Training,
+    step: int, first: int,
+) -> Tensor:  # fmt: skip
     """Mean over cells of the mean over thinned genes; noise drawn group by group of ``grain`` cells."""
-    x_0, genes, device = cells.counts, cells.counts.shape[1], cells.counts.device
-    ps, xs, drops = [], [], []
+    groups = []
     for start in range(0, len(cells), settings.grain):
-        rng = generator(settings.seed, "noise", first + start, device=device)
-        part = x_0[start : start + settings.grain]
-        p = survival.draw(process.schedule, len(part), genes, rng=rng)
-        xs.append(process.forward(part, 1.0, p, rng=rng))
-        drops.append(torch.rand(len(part), generator=rng, device=device) < settings.label_dropout)
-        ps.append(p)
-    p, x, cond = torch.cat(ps), torch.cat(xs), cells.labels.drop(torch.cat(drops))
-    eta = process.natural(network(process.encode(x, p), p, cond), x, p)
-    entries = process.loss(eta, x_0, x, p)
-    return (entries.sum(1) / (p < 1).sum(1).clamp_min(1)).mean()
+        rng = generator(settings.seed, "noise", first + start, device=cells.counts.device)
+        part = cells.counts[start : start + settings.grain]
+        t, weight = times.draw(step, first + start - step * settings.batch, len(part), rng=rng)
+        p, timed = survival.draw(process.schedule, t, part.shape[1], rng=rng)
+        x_0 = process.enter(part, rng=rng)
+        x = process.forward(x_0, 1.0, p, rng=rng)
+        dropped = rng.uniform(len(part)) < settings.label_dropout
+        groups.append((x_0, x, p, dropped, t, torch.where(timed, weight, 1.0), timed))
+    x_0, x, p, dropped, t, weight, timed = (torch.cat(parts) for parts in zip(*groups, strict=True))
+    raw = network(*process.encode(x, p), cells.labels.drop(dropped))
+    entries = process.loss(process.natural(raw, x, p), x_0, x, p)
+    losses = entries.sum(1) / (p < 1).sum(1).clamp_min(1)
+    times.record(t, losses.detach(), timed.squeeze(1))
+    return (losses * weight.squeeze(1)).mean()
 
 
 class _Window:
@@ -278,13 +289,15 @@ def validate(
         cells = store.cells(rows[start : start + block], labels)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(settings.seed, "validate", start))
         cells, p = cells.to(accelerator.device), torch.from_numpy(~hidden).float().to(accelerator.device)
-        x = cells.counts * p
+        rng = generator(settings.seed, "validate", start, device=accelerator.device)
+        x_0, prior = process.enter(cells.counts, rng=rng), process.prior(tuple(p.shape), rng=rng)  # type: ignore[arg-type]
+        x = torch.where(p == 1, x_0, prior)
         eta = predictor(process, denoiser, cells.labels)(x, p)
         target = p == 0
         mean = process.mean(eta, x, p)[target].clamp_min(1e-6).double()
         truth = cells.counts[target].double()
         deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
-        sums += torch.stack((deviance.sum(), process.loss(eta, cells.counts, x, p).double().sum(), target.sum()))
+        sums += torch.stack((deviance.sum(), process.loss(eta, x_0, x, p).double().sum(), target.sum()))
     deviance, loss, n = accelerator.reduce(sums, "sum").tolist()
     return {"val/deviance": deviance / n, "val/loss": loss / n}
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from distdiff.process.counts import Counts, nb_draw, nb_nll, random_round
+from distdiff.process._laws import nb_nll, random_round
+from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels, schedule, sigma_max
 from distdiff.rng import generator
 from tests import laws
@@ -50,7 +51,7 @@ def test_bridge_keeps_the_marginal(p_s, share):  # MATHS 2.4
 @given(p=st.floats(0.05, 0.95), mean=st.floats(0.2, 8))
 def test_loss_is_least_at_the_posterior_mean(weight, p, mean):  # MATHS 3.1-3.3: a Bregman divergence, any weight
     process = Counts(head="mean", weight=weight)
-    x_0 = torch.poisson(torch.full((4000, 1), mean), generator=generator(0, "loss", str(p), str(mean)))
+    x_0 = generator(0, "loss", str(p), str(mean)).poisson(torch.full((4000, 1), mean))
     x = process.forward(x_0, 1.0, p, rng=generator(1, "loss", str(p)))
     best = ((x_0 - x).mean() / (1 - p)).clamp_min(1e-3)
 
@@ -87,12 +88,12 @@ def test_nll_integral_does_not_depend_on_the_schedule():  # MATHS 3.3
     assert totals[0] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_divergence_is_half_the_poisson_deviance():
+def test_the_bound_integrates_half_the_poisson_deviance():  # MATHS 3.3
     process = Counts(head="mean")
     d, f = torch.tensor([[0.0, 2.0, 5.0]]), torch.tensor([[0.7, 2.0, 1.5]])
     eta = (f / 0.5).log().unsqueeze(-1)
-    got = process.divergence(eta, d + 1, torch.ones_like(d), 0.5)
-    want = f - d + torch.xlogy(d, d / f)
+    got = process.bound(eta, d + 1, torch.ones_like(d), 0.5)
+    want = (f - d + torch.xlogy(d, d / f)) / 0.5
     assert torch.allclose(got, want, atol=1e-6)
 
 
@@ -152,13 +153,13 @@ def test_rounding_to_nearest_collapses_small_rates():  # MATHS 4.5, why random r
 @given(mean=st.floats(0.1, 20), log_size=st.floats(-1, 3))
 def test_nb_draws_have_the_nb_moments(mean, log_size):  # MATHS 4.8
     rng = generator(0, "nb", str(mean), str(log_size))
-    x = nb_draw(torch.full((laws.N, 1), mean), torch.full((laws.N, 1), log_size), rng=rng)
+    x = rng.nb(torch.full((laws.N, 1), mean), torch.full((laws.N, 1), log_size))
     laws.moments_close(x, mean, mean + mean**2 / np.exp(log_size), sigmas=6)
 
 
 def test_nb_is_closed_under_thinning():  # MATHS 4.8
     rng, process = generator(0, "closed"), Counts()
-    whole = nb_draw(torch.full((laws.N, 1), 6.0), torch.full((laws.N, 1), 0.5), rng=rng)
+    whole = rng.nb(torch.full((laws.N, 1), 6.0), torch.full((laws.N, 1), 0.5))
     thinned, r = process.forward(whole, 1.0, 0.3, rng=rng), 0.3
     laws.moments_close(thinned, r * 6, r * 6 + (r * 6) ** 2 / np.exp(0.5), sigmas=6)
 

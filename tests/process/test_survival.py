@@ -9,7 +9,11 @@ from distdiff.rng import generator
 
 
 def draw(mixture, cells=4000, genes=50):
-    return mixture.draw(schedule("cosine"), cells, genes, rng=generator(0, "survival"))
+    rng = generator(0, "survival")
+    p, timed = mixture.draw(schedule("cosine"), rng.uniform(cells, 1), genes, rng=rng)
+    assert ((p == 0) | (p == 1))[~timed[:, 0]].all()  # only hidden cells do without t
+    assert (p > 0)[timed[:, 0]].all()
+    return p
 
 
 def test_patterns_come_in_their_shares():

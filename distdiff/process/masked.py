@@ -1,0 +1,142 @@
+"""Masked diffusion of counts as classes (MDLM, ReMDM; MATHS 9), on the same footing as count diffusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distdiff.process import Process, tensor
+from distdiff.process.schedule import births_share, check_sigma, check_thinning, schedule
+from distdiff.rng import Rng
+from distdiff.types import Float, Tensor
+
+MASK = -1.0
+
+
+@dataclass(frozen=True)
+class Masked(Process):
+    """Each entry is seen whole with probability ``p`` and masked otherwise (MATHS 9.1).
+
+    Parameters
+    ----------
+    schedule
+        As for counts; ``p`` is the share not yet masked (1.5).
+    classes
+        Counts ``0 ... classes - 1``. Larger ones are held at the last class if ``clamp``, else refused.
+    """
+
+    schedule: Any = "cosine"
+    classes: int = 64
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"process masked: classes must be at least 2, got {self.classes}")
+        object.__setattr__(self, "schedule", schedule(self.schedule))
+
+    @property
+    def outputs(self) -> int:
+        """One logit a class; that of class 0 is the log rate of a Poisson on which the others build."""
+        return self.classes
+
+    def enter(self, counts: Float[Tensor, "b g"], *, rng: Rng) -> Float[Tensor, "b g"]:
+        """The class of each count.
+
+        Raises
+        ------
+        ValueError
+            A count that has no class (looked at on the CPU).
+        """
+        if not self.clamp and counts.device.type == "cpu" and bool((counts >= self.classes).any()):
+            raise ValueError(
+                f"a count of {counts.max():g} has no class: process masked has classes 0 to {self.classes - 1}; raise "
+                "process.classes, or set process.clamp=true to hold larger counts at the last class"
+            )
+        return counts.clamp_max(self.classes - 1)
+
+    def prior(self, shape: tuple[int, int], *, rng: Rng) -> Float[Tensor, "b g"]:
+        """Everything masked."""
+        return torch.full(shape, MASK, device=rng.device)
+
+    def forward(
+        self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: Rng
+    ) -> Float[Tensor, "b g"]:
+        """An entry stays seen with probability ``p_t / p_s`` (MATHS 9.1).
+
+        Raises
+        ------
+        ValueError
+            ``p_t`` above ``p_s`` or outside [0, 1].
+        """
+        p_s, p_t = tensor(p_s, x_s), tensor(p_t, x_s)
+        check_thinning(x_s, p_s, p_t)
+        kept = rng.uniform(*x_s.shape) < p_t / p_s.clamp_min(1e-38)
+        return torch.where(kept, x_s, MASK)
+
+    def encode(
+        self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
+    ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
+        """``log(1 + x)`` of the entries that are seen, which are seen whole."""
+        return torch.log1p(x.clamp_min(0)), (x >= 0).to(x.dtype)
+
+    def natural(
+        self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
+    ) -> Float[Tensor, "b g k"]:
+        """Log probabilities of the classes: a Poisson of log rate ``raw_0``, tilted by the other answers."""
+        raw = raw.float()
+        k = torch.arange(self.classes, device=raw.device, dtype=raw.dtype)
+        tilt = torch.cat((torch.zeros_like(raw[..., :1]), raw[..., 1:]), -1)
+        return (k * raw[..., :1].clamp(-18, 12) - torch.lgamma(k + 1) + tilt).log_softmax(-1)
+
+    def loss(
+        self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
+    ) -> Float[Tensor, "b g"]:
+        """``-p' / (1 - p)`` times the cross entropy of masked entries (MATHS 9.2); weight 1 at ``p = 0``."""
+        p = tensor(p, x).expand_as(x)
+        weight = torch.where(p == 0, 1.0, self.schedule.speed(p) / (1 - p).clamp_min(1e-3))
+        return weight * self._cross_entropy(eta, x_0, x)
+
+    def _cross_entropy(self, eta: Tensor, x_0: Tensor, x: Tensor) -> Tensor:
+        log_p = eta.log_softmax(-1).gather(-1, x_0.long().unsqueeze(-1)).squeeze(-1)
+        return torch.where(x < 0, -log_p, torch.zeros_like(log_p))
+
+    def bound(
+        self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
+    ) -> Float[Tensor, "b g"]:
+        """(9.2) per unit of p."""
+        return self._cross_entropy(eta, x_0, x) / (1 - tensor(p, x))
+
+    def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
+        """Mean class of masked entries; seen ones as they are."""
+        k = torch.arange(self.classes, device=eta.device, dtype=eta.dtype)
+        return torch.where(x < 0, eta.softmax(-1) @ k, x)
+
+    def reverse(
+        self,
+        x: Float[Tensor, "b g"],
+        eta: Float[Tensor, "b g k"],
+        p_t: float | Tensor,
+        p_s: float | Tensor,
+        *,
+        sigma: float | Tensor = 0.0,
+        rng: Rng,
+    ) -> Float[Tensor, "b g"]:
+        """Unmask a masked entry with probability beta, mask a seen one with probability sigma (MATHS 9.3).
+
+        ``sigma = 0`` is MDLM, else ReMDM.
+
+        Raises
+        ------
+        ValueError
+            ``sigma`` above its cap (4.3) or negative.
+        """
+        p_t, p_s = tensor(p_t, x), tensor(p_s, x)
+        if isinstance(sigma, Tensor) or sigma != 0:
+            sigma = check_sigma(sigma, p_t, p_s)
+        cdf = eta.softmax(-1).cumsum(-1)
+        drawn = (rng.uniform(*x.shape).unsqueeze(-1) * cdf[..., -1:] > cdf[..., :-1]).sum(-1).to(x.dtype)
+        u = rng.uniform(*x.shape)
+        unmasked = torch.where(u < births_share(p_t, p_s, tensor(sigma, x)), drawn, x)
+        return torch.where(x < 0, unmasked, torch.where(u < sigma, MASK, x))

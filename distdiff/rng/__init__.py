@@ -1,0 +1,98 @@
+"""Every random number has an address: ``(seed, stream, step, row ...)`` names its generator.
+
+Nothing in distdiff touches global random state. Two calls with the same address give the same numbers on the same
+device, whatever ran before, so a resumed run, another number of ranks and another batch order see the same noise.
+
+A law asks a :class:`Rng` for draws and does not know where they come from: :class:`Stream` is a torch generator, the
+fastest source, for training; :class:`~distdiff.rng.rows.Rows` gives each (row, draw) numbers of its own, for sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def key(seed: int, *address: int | str) -> int:
+    """Hash an address to 63 bits.
+
+    Parameters
+    ----------
+    seed
+        The run's seed.
+    *address
+        Stream name and counters, for example ``("thin", step, group)``.
+    """
+    text = "/".join([str(int(seed)), *map(str, address)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Rng(ABC):
+    """A source of draws; every method moves it on.
+
+    Parameters of laws are float tensors of the shape of the answer; counts come as whole numbers in floating point.
+    """
+
+    device: torch.device
+
+    @abstractmethod
+    def uniform(self, *shape: int) -> Tensor:
+        """``float32`` in [0, 1)."""
+
+    @abstractmethod
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, ``float32``."""
+
+    @abstractmethod
+    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
+        """``Binomial(n, p)``; ``n`` whole numbers."""
+
+    @abstractmethod
+    def poisson(self, rate: Tensor) -> Tensor:
+        """``Poisson(rate)``."""
+
+    @abstractmethod
+    def nb(self, mean: Tensor, log_size: Tensor) -> Tensor:
+        """Negative binomial of this mean and size (variance ``mean + mean^2 / size``): a Poisson with a Gamma rate."""
+
+
+class Stream(Rng):
+    """torch's own draws from one generator: fast, but a draw depends on all that came before it in the batch."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator, self.device = generator, generator.device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """See :class:`Rng`."""
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """See :class:`Rng`."""
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
+        """See :class:`Rng`; exact for small and large counts."""
+        return torch.binomial(n.contiguous(), p.expand_as(n).contiguous(), generator=self.generator)
+
+    def poisson(self, rate: Tensor) -> Tensor:
+        """See :class:`Rng`."""
+        return torch.poisson(rate, generator=self.generator)
+
+    def nb(self, mean: Tensor, log_size: Tensor) -> Tensor:
+        """See :class:`Rng`; 0 where the mean is 0."""
+        size = log_size.exp()
+        return self.poisson(torch._standard_gamma(size, generator=self.generator) / size * mean)
+
+
+def generator(seed: int, *address: int | str, device: torch.device | str = "cpu") -> Stream:
+    """The torch stream on ``device`` for this address."""
+    return Stream(torch.Generator(device=device).manual_seed(key(seed, *address)))
+
+
+def numpy_generator(seed: int, *address: int | str) -> np.random.Generator:
+    """A numpy (Philox) generator for this address."""
+    return np.random.Generator(np.random.Philox(key(seed, *address)))
