@@ -50,7 +50,8 @@ def low_rank_score(e: Tensor, own: Tensor, shared: Tensor, where: Tensor) -> Ten
     root = torch.linalg.cholesky(small)
     along = torch.cholesky_solve((weighted.mT @ e.unsqueeze(-1)), root)
     fitted = (shared @ along).squeeze(-1)
-    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True) / where.sum(1, keepdim=True).clamp_min(1)
+    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+    log_det = torch.where(where, log_det / where.sum(1, keepdim=True).clamp_min(1), 0.0)
     return 0.5 * (e * (e - fitted) / own + own.log() + log_det)
 
 

@@ -173,7 +173,7 @@ class Counts(Process):
             return torch.full_like(eta[..., 0], LOG_SIZE[1])
         return eta[..., 1].clamp(*LOG_SIZE)
 
-    def shared(self, eta: Float[Tensor, "b g k"]) -> tuple[Float[Tensor, "b g k"], Float[Tensor, "b g"]]:
+    def shared(self, eta: Float[Tensor, "b g k"]) -> tuple[Float[Tensor, "b g l"], Float[Tensor, "b g"]]:
         """Loadings ``L`` (MATHS 4.9) and the log size that is left once a cell's ``z`` is known.
 
         The loadings divide the dispersion and do not add to it: ``|L|^2 < log(1 + 1 / size)``, so that mean and

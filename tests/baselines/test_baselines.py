@@ -82,7 +82,7 @@ def fitted(request, store):
 
 def test_every_file_is_found():
     assert component.kinds(Baseline) == [
-        "constant", "gene_mean", "knn", "pca", "perfect", "ridge", "type_mean", "zero",
+        "constant", "gene_mean", "knn", "magic", "nmf", "pca", "perfect", "ridge", "scvi", "type_mean", "zero",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="did you mean 'ridge'"):
         component.build(Baseline, {"kind": "rigde"})

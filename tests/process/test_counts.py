@@ -15,6 +15,7 @@ from distdiff.process._laws import nb_nll, random_round
 from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels, schedule, sigma_max
 from distdiff.rng import generator
+from distdiff.sampling import sample
 from tests import laws
 
 unit = st.floats(0.02, 0.98)
@@ -197,8 +198,6 @@ def test_random_rounding_with_the_exact_answer_needs_many_steps(name):  # MATHS 
     laws.exact_answer_samples_the_law(
         process, _gamma_poisson(MEAN, SIZE, "mean"), 3, grid, MEAN.double(), VAR, tolerance=0.15
     )
-    from distdiff.sampling import sample
-
     few = sample(
         process, _gamma_poisson(MEAN, SIZE, "mean"), torch.zeros(laws.N, 3),
         list(levels(schedule(name), 5)), rng=generator(0, "few"),
@@ -251,5 +250,144 @@ def test_paint_then_mean_is_a_martingale():  # MATHS 4.11: x_t + f keeps its mea
     ],
 )
 def test_bad_values_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# -- loadings, x0, solvers ---------------------------------------------------------------------------------------------
+
+
+def _loaded(scale=1.5, genes=6, k=3):
+    process = Counts(head="loadings", loadings=k)
+    raw = torch.randn(1, genes, 2 + k, generator=torch.Generator().manual_seed(2)) * scale
+    raw[..., 0], raw[..., 1] = torch.linspace(-0.5, 2, genes), torch.linspace(-1, 1.5, genes)
+    return process, process.natural(raw, torch.zeros(1, genes), 0.0)
+
+
+def test_loadings_divide_the_dispersion_and_do_not_add_to_it():  # MATHS 4.9: mean and variance stay those of the NB
+    process, eta = _loaded()
+    loading, log_size = process.shared(eta)
+    length = loading.square().sum(-1)
+    whole = 1 + torch.exp(-process.log_size(eta))
+    assert torch.allclose((1 + torch.exp(-log_size)) * length.exp(), whole, rtol=1e-4)
+    assert (length > 0.1).all()  # they do share
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_correlated_births_have_the_moments_of_their_law(beta):  # MATHS 4.9, closed under thinning
+    process, eta = _loaded(scale=0.7)
+    f = process.lost(eta, 0.0)
+    n = 10 * laws.N
+    births = process.births(eta.expand(n, -1, -1), f.expand(n, -1), torch.tensor(beta), rng=generator(0, "loaded"))
+    mean, phi = (beta * f)[0].double(), process.log_size(eta).exp()[0].double()
+    assert torch.allclose(births.double().mean(0), mean, rtol=0.03)
+    assert torch.allclose(births.double().var(0), mean + mean**2 / phi, rtol=0.2)
+    loading, _ = process.shared(eta)
+    want = mean[:, None] * mean[None] * torch.expm1(loading[0] @ loading[0].T).double()
+    got = torch.cov(births.double().T)
+    off = ~torch.eye(6, dtype=torch.bool)
+    error = (mean[:, None] * mean[None] / phi.sqrt()[:, None] / phi.sqrt()[None])[off]
+    assert ((got - want)[off].abs() < 0.12 * error + 0.02).all()
+    assert (want[off].abs() > 0.05 * error).any()
+
+
+def test_low_rank_score_is_the_gaussian_log_density():
+    from distdiff.process._laws import low_rank_score
+
+    g = torch.Generator().manual_seed(0)
+    e, u = torch.randn(3, 5, generator=g), torch.randn(3, 5, 2, generator=g)
+    own, where = torch.rand(3, 5, generator=g) + 0.2, torch.ones(3, 5, dtype=torch.bool)
+    where[:, 4], u[:, 4], e[:, 4] = False, 0.0, 0.0
+    law = torch.distributions.MultivariateNormal(torch.zeros(5), torch.diag_embed(own) + u @ u.mT)
+    got = low_rank_score(e, own, u, where).sum(1)
+    assert torch.allclose(got, -law.log_prob(e) - 2.5 * np.log(2 * np.pi), atol=1e-4)
+
+
+def test_loadings_are_learned_from_correlated_counts():  # and leave mean and dispersion alone
+    n, rng = 4000, generator(0, "learn")
+    z = rng.normal(n, 1)
+    together = torch.exp(0.8 * z - 0.32) * torch.tensor([[1.0, 1.0, 0.0, 0.0]]) + torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    x_0 = rng.nb(6 * together, torch.full((n, 4), 1.0))
+    process = Counts(head="loadings", loadings=2)
+    raw = torch.zeros(1, 4, 4)
+    raw[..., 0] = x_0.mean(0).log()
+    excess = (x_0.var(0) - x_0.mean(0)).clamp_min(0.1) / x_0.mean(0) ** 2
+    raw[..., 1] = -excess.log()
+    raw[..., 2:] = 0.05 * torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(1))
+    raw.requires_grad_()
+    optimizer = torch.optim.Adam([raw], 0.05)
+    x = torch.zeros(n, 4)
+    for _ in range(200):
+        eta = process.natural(raw.expand(n, -1, -1), x, 0.0)
+        optimizer.zero_grad()
+        process._covariance_score(eta, x_0, process.lost(eta, 0.0).detach(), torch.ones(n, 4) > 0).mean().backward()
+        assert raw.grad[..., :2].abs().max() == 0
+        optimizer.step()
+    loading, _ = process.shared(process.natural(raw.detach(), x[:1], 0.0))
+    shared = (loading[0] @ loading[0].T)[~torch.eye(4, dtype=torch.bool)].view(4, 3)
+    assert float(shared[0, 0]) == pytest.approx(0.64, abs=0.15)  # genes 0 and 1 move together, by .8 each
+    assert shared[0, 1:].abs().max() < 0.15
+    assert shared[2:].abs().max() < 0.15
+
+
+def test_x0_prediction_has_the_same_minimum_and_no_rate():
+    process, x = Counts(head="mean", predict="x0"), torch.tensor([[2.0, 50.0]])
+    raw = torch.tensor([[[9.0], [70.0]]]).log()
+    eta = process.natural(raw, x, 0.4)
+    want = torch.nn.functional.softplus(torch.tensor([[7.0, 20.0]]))
+    assert torch.allclose(process.lost(eta, 0.4), want, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"process\.predict=rate"):
+        process.rate(eta)
+
+
+def test_trapezoidal_keeps_more_variance_than_plain_for_the_same_calls():  # MATHS 4.10
+    process, found = Counts(head="mean"), {}
+    for solver, steps in (("plain", 15), ("trapezoidal", 8)):  # 15 calls each
+        rng, calls = generator(0, solver), []
+
+        def predict(x, p, calls=calls):
+            calls.append(1)
+            return _gamma_poisson(MEAN, SIZE, "mean")(x, p)
+
+        x = sample(
+            process, predict, torch.zeros(laws.N, 3), list(levels(process.schedule, steps)), solver=solver, rng=rng
+        )
+        assert len(calls) == 15
+        found[solver] = (x.double().var(0) / VAR - 1).abs().max()
+        assert torch.allclose(x.double().mean(0), MEAN.double(), rtol=0.05)
+    assert found["trapezoidal"] < found["plain"]
+
+
+@pytest.mark.parametrize("rounding", ["random", "poisson"])
+def test_plain_births_keep_the_mean(rounding):
+    process, eta = Counts(head="mean", rounding=rounding), torch.full((laws.N, 1, 1), 0.4).log()
+    births = process.reverse(torch.zeros(laws.N, 1), eta, 0.0, 0.5, rng=generator(0, rounding))
+    assert float(births.mean()) == pytest.approx(0.2, abs=0.01)
+
+
+def test_one_set_of_weights_walks_every_way():
+    """A model with loadings can be sampled plainly or by NB leaps: ``leap`` changes no output."""
+    import dataclasses
+
+    process, eta = _loaded()
+    for leap in ("plain", "nb", "correlated"):
+        other = dataclasses.replace(process, leap=leap)
+        assert other.outputs == process.outputs
+        assert other.reverse(torch.zeros(1, 6), eta, 0.0, 1.0, rng=generator(0)).shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Counts(head="mean", leap="nb"), "leap='nb' needs more than head='mean'"),
+        (lambda: Counts(leap="correlated"), "leap='correlated' needs more than head='nb'"),
+        (lambda: Counts(head="loadings", loadings=0), "loadings must be at least 1"),
+        (
+            lambda: Counts().bridge(torch.full((1, 2), 3.0), torch.tensor([[4.0, 2.0]]), 0.1, 0.5, rng=generator(0)),
+            r"x_t\[0, 1\]=3 is above x_0\[0, 1\]=2",
+        ),
+    ],
+)
+def test_more_bad_values_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
