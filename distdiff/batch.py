@@ -18,7 +18,8 @@ from distdiff.component import nearest
 from distdiff.data.masks import load_mask
 from distdiff.data.source import Source
 from distdiff.data.store import CountStore
-from distdiff.model import Filled, Job, Model, extend
+from distdiff.model import Model
+from distdiff.tasks.impute import Filled, Job, extend
 
 ROWS = 256  # rows of a chunk on disk
 
@@ -64,14 +65,15 @@ def impute_file(
     mask
         A layer of the input, or a ``.npz``/``.npy`` file.
     **options
-        Of :meth:`Job.plan <distdiff.model.Job.plan>`.
+        Of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>`.
 
     Raises
     ------
     FileExistsError
         ``out`` exists and ``overwrite`` is false.
     ValueError
-        A bad suffix of ``out``, ``out`` is the input, or what :meth:`Job.plan <distdiff.model.Job.plan>` refuses.
+        A bad suffix of ``out``, ``out`` is the input, or what
+        :meth:`Job.plan <distdiff.tasks.impute.Job.plan>` refuses.
     """
     data, out = Path(data), Path(out)
     if out.suffix not in (".h5ad", ".zarr"):

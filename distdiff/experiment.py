@@ -19,6 +19,7 @@ from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.model import Model
+from distdiff.tasks.measure import measure
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
 
@@ -91,9 +92,12 @@ def train(config: Config) -> Outcome:
         if not main:
             return Outcome(best, progress)
         _after_training(progress, Path(config.train.out), run)
+        finished = Model.load(best)
+        measure(finished, store, labels=config.data.labels, seed=config.train.seed)
+        finished.save(best)
         report = None
         if config.evaluate.enabled:
-            report = evaluate_model(Model.load(best), store, config.evaluate, seed=config.train.seed)
+            report = evaluate_model(finished, store, config.evaluate, seed=config.train.seed)
             report.write(Path(config.train.out) / "evaluation")
             run.artifact(Path(config.train.out) / "evaluation")
             run.metrics(report.metrics())

@@ -1,12 +1,11 @@
-"""Model: weights, law and gene names in one folder; imputation of AnnData objects and files."""
+"""Model: weights, law and gene names in one folder, and every task of MATHS 5 on AnnData objects."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,33 +18,26 @@ from tqdm import tqdm
 
 from distdiff import files
 from distdiff.component import build, complete, nearest
-from distdiff.data.source import Source, check_counts, codes
+from distdiff.data.source import Source
 from distdiff.denoise import Denoiser
-from distdiff.impute import Imputer, targets
+from distdiff.impute import Imputer
 from distdiff.impute.conditional import Conditional
 from distdiff.impute.repaint import RePaint
 from distdiff.process import Process
-from distdiff.types import Cells, Condition, DataSpec
+from distdiff.process.schedule import placed
+from distdiff.tasks import Reader
+from distdiff.tasks.deepen import deepen
+from distdiff.tasks.denoise import denoise
+from distdiff.tasks.generate import check_guidance, generate, label_codes
+from distdiff.tasks.impute import Job, extend, mask_of
+from distdiff.tasks.likelihood import nats
+from distdiff.types import DataSpec, Tensor
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from pandas import DataFrame
 
 FORMAT = 1
-
-
-@dataclass
-class Filled:
-    """What an imputation did; stands in ``uns['distdiff']`` of the output."""
-
-    cells: int = 0
-    genes: int = 0
-    targets: int = 0
-    molecules_added: float = 0.0
-    cells_without_evidence: int = 0
-    genes_unknown_to_model: int = 0
-    genes_absent_from_input: int = 0
-    targets_of_unknown_genes: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -61,7 +53,10 @@ class Model:
     options
         ``{"process": {...}, "denoiser": {...}}``: how to build both.
     info
-        Where it comes from: data fingerprint, config, scores.
+        Where it comes from: data fingerprint, config, scores; ``depth``: quantiles of the training cells' molecules;
+        ``excess``: where along a walk dispersion is at stake (MATHS 4.11); ``nats``: likelihood of held-out cells.
+    shrink
+        ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
     """
 
     process: Process
@@ -69,6 +64,7 @@ class Model:
     spec: DataSpec
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
+    shrink: Tensor | None = None
 
     @classmethod
     def new(cls, spec: DataSpec, process: Mapping[str, Any], denoiser: Mapping[str, Any], *, seed: int = 0) -> Model:
@@ -87,6 +83,8 @@ class Model:
         """Write ``model.json`` and ``weights.safetensors`` (weights and gene means); whole or not at all."""
         tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in self.denoiser.state_dict().items()}
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
+        if self.shrink is not None:
+            tensors["shrink"] = self.shrink.cpu()
         weights = save(tensors)
         card = {
             "format": FORMAT,
@@ -130,6 +128,7 @@ class Model:
             tensors.pop("spec.gene_mean").numpy(),
         )
         model = cls.new(spec, card["process"], card["denoiser"])
+        model.shrink = tensors.pop("shrink", None)
         model.denoiser.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()})
         model.denoiser.eval()
         model.info = card["info"]
@@ -138,11 +137,31 @@ class Model:
     # -- imputation ----------------------------------------------------------------------------------------------
 
     def imputer(self, method: Literal["conditional", "repaint"] = "conditional", **options: Any) -> Imputer:
-        """The imputer ``conditional`` (one call for the mean, ``steps`` for a draw) or ``repaint``."""
+        """The imputer ``conditional`` (one call for the mean, ``steps`` for a draw) or ``repaint``.
+
+        Raises
+        ------
+        ValueError
+            Unknown method or option, ``spacing="variance"`` without measured variances, guidance of a model that was
+            not trained for it.
+        """
         kinds: dict[str, Any] = {"conditional": Conditional, "repaint": RePaint}
         if method not in kinds:
             raise ValueError(f"unknown imputation method {method!r}{nearest(method, kinds)}")
-        return kinds[method](self.process, self.denoiser, **options)
+        check_guidance(self, options.get("guidance", 1.0))
+        return kinds[method](self.process, self.denoiser, **self._spaced(options, "impute"))
+
+    def _spaced(self, options: Mapping[str, Any], task: Literal["impute", "generate"]) -> dict[str, Any]:
+        """``spacing="variance"`` -> levels placed by the excess variance measured on validation cells (MATHS 4.11)."""
+        options = dict(options)
+        if options.get("spacing") == "variance":
+            if "excess" not in self.info:
+                raise ValueError(
+                    "spacing='variance' needs info['excess'], measured when a model with a dispersion is trained"
+                )
+            measured = self.info["excess"]
+            options["spacing"] = placed(measured["p"], measured[task], options.get("steps", 1))
+        return options
 
     def impute(
         self,
@@ -150,12 +169,6 @@ class Model:
         *,
         layer: str | None = None,
         mask: str | np.ndarray | sp.spmatrix | None = None,
-        sites: Literal["dropout"] | None = None,
-        groups: str | None = None,
-        draws: int = 1,
-        mean_only: bool = False,
-        seed: int = 0,
-        use_labels: bool = True,
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
@@ -171,13 +184,14 @@ class Model:
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (MATHS 8.5); ``groups`` is
             an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that the input
             lacks, which are appended as new genes.
-        draws, mean_only
+        draws, mean_only, seed
             Draws from the predictive law: layers ``imputed`` (the first), ``imputed_draw2`` ...; ``mean_only`` writes
-            the posterior mean alone.
+            the posterior mean alone. A draw depends on the seed and the row, not on the batch.
         use_labels
             Condition on the obs columns that the model was trained with, where they are present.
         **options
-            Of :meth:`imputer` (``method``, ``steps``, ``guidance``) and ``batch_size``, ``device``.
+            The rest of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>` and of :meth:`imputer`: ``method``,
+            ``steps``, ``guidance``, ``readout``, ``batch_size``, ``device`` ...
 
         Returns
         -------
@@ -185,10 +199,7 @@ class Model:
             Layers ``imputed_mean`` (float32, molecules) and ``imputed`` (whole molecules), observed entries equal to
             the input; ``uns["distdiff"]`` says what was done.
         """
-        job = Job.plan(
-            self, Source.from_anndata(adata, layer=layer), mask=_mask(adata, mask), sites=sites, groups=groups,
-            draws=draws, mean_only=mean_only, seed=seed, use_labels=use_labels, **options,
-        )  # fmt: skip
+        job = Job.plan(self, Source.from_anndata(adata, layer=layer), mask=mask_of(adata, mask), **options)
         out = extend(adata, job.added)
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
         filled = job.run(layers, progress=progress)
@@ -197,203 +208,123 @@ class Model:
         out.uns["distdiff"] = {**job.provenance, **dataclasses.asdict(filled)}
         return out
 
+    def complete(self, adata: AnnData, genes: Sequence[str] | None = None, **options: Any) -> AnnData:
+        """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (MATHS 5.6).
 
-def _mask(adata: AnnData, mask: str | np.ndarray | sp.spmatrix | None) -> np.ndarray | sp.spmatrix | None:
-    if not isinstance(mask, str):
-        return mask
-    if mask not in adata.layers:
-        raise ValueError(f"mask={mask!r} is no layer of this AnnData{nearest(mask, adata.layers)}")
-    return adata.layers[mask]
-
-
-def extend(adata: AnnData, genes: tuple[str, ...]) -> AnnData:
-    """Copy an AnnData, with ``genes`` appended as unmeasured columns (``var['distdiff_added']``, counts 0)."""
-    out = adata.copy()
-    if not genes:
-        return out
-    import anndata as ad
-    import pandas as pd
-
-    empty = sp.csr_matrix((adata.n_obs, len(genes)), dtype=adata.X.dtype)
-    x = sp.hstack((sp.csr_matrix(adata.X), empty), format="csr")
-    var = adata.var.reindex([*adata.var_names, *genes])
-    var["distdiff_added"] = np.r_[np.zeros(adata.n_vars, bool), np.ones(len(genes), bool)]
-    return ad.AnnData(x, obs=out.obs, var=pd.DataFrame(var), obsm=dict(out.obsm), uns=dict(out.uns))
-
-
-@dataclass
-class Job:
-    """One imputation: which counts, which targets, which layers. :meth:`plan` checks all before anything is written."""
-
-    model: Model
-    rows: Any
-    imputer: Imputer
-    hidden: targets.Hidden
-    columns: np.ndarray  # int [g_in]: position in the model of each input gene, -1 unknown
-    labels: dict[str, np.ndarray]
-    added: tuple[str, ...]
-    draws: int
-    seed: int
-    provenance: dict[str, Any]
-    batch_size: int = 256
-    device: str = "cpu"
-
-    @classmethod
-    def plan(
-        cls,
-        model: Model,
-        rows: Any,
-        *,
-        mask: np.ndarray | sp.spmatrix | None = None,
-        sites: str | None = None,
-        groups: str | None = None,
-        draws: int = 1,
-        mean_only: bool = False,
-        seed: int = 0,
-        use_labels: bool = True,
-        method: Literal["conditional", "repaint"] = "conditional",
-        batch_size: int = 256,
-        device: str = "auto",
-        **options: Any,
-    ) -> Job:
-        """Resolve targets, genes and labels.
-
-        Raises
-        ------
-        ValueError
-            No gene in common, nothing to impute, a mask of another shape, ``draws < 1``, a label value that the model
-            never saw, sites without groups, mask and sites together.
+        Options as for :meth:`impute`.
         """
-        if draws < 1 and not mean_only:
-            raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give --mean-only")
-        draws = 0 if mean_only else draws
-        where = {gene: i for i, gene in enumerate(model.spec.genes)}
-        columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
-        known = int((columns >= 0).sum())
-        if not known:
-            raise ValueError(
-                f"none of the input's {len(rows.genes)} genes is among the model's {model.spec.n_genes} (input: "
-                f"{', '.join(rows.genes[:3])}..., model: {', '.join(model.spec.genes[:3])}...); are both symbols or "
-                "both Ensembl ids?"
-            )
-        have = set(rows.genes)
-        absent = tuple(g for g in model.spec.genes if g not in have)
-        kind, hidden = _targets(rows, mask, sites, groups, seed)
-        if kind == "panel" and not absent:
-            raise ValueError(
-                "nothing to impute: the input has all of the model's genes; say which entries are targets with --mask "
-                "FILE|layer or --sites dropout --groups cell_type|leiden"
-            )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.denoiser.to(device).eval()
-        provenance = {
-            "model": model.info.get("name", "unnamed"), "weights_sha256": model.info.get("weights_sha256", ""),
-            "targets": kind, "groups": groups or "", "method": method, "draws": draws, "seed": seed,
-            "trained_on": model.info.get("data", ""),
+        return self.impute(adata, genes=genes, **options)
+
+    # -- the other tasks of MATHS 5 ------------------------------------------------------------------------------
+
+    def generate(self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, progress: bool = False,
+                 **options: Any) -> AnnData:  # fmt: skip
+        """Draw ``n`` cells from nothing but labels (MATHS 5.1).
+
+        Parameters
+        ----------
+        obs
+            Label -> a value for all cells, or one a cell; labels that are not given are left open.
+        **options
+            ``steps``, ``spacing``, ``solver``, ``sigma``, ``guidance``, ``seed``, ``batch_size`` of
+            :func:`~distdiff.tasks.generate.generate`.
+
+        Returns
+        -------
+        AnnData
+            ``X``: CSR float32, whole molecules; ``obs``: the asked labels.
+        """
+        import anndata as ad
+        import pandas as pd
+
+        if n < 1:
+            raise ValueError(f"generate: n must be at least 1, got {n}")
+        made = []
+        with tqdm(total=n, unit=" cells", desc="generate", disable=not progress) as bar:
+            for part in generate(
+                self, n, label_codes(self.spec, obs or {}, n), **self._spaced({"steps": 16, **options}, "generate")
+            ):
+                made.append(sp.csr_matrix(part.cpu().numpy()))
+                bar.update(part.shape[0])
+        index = pd.Index([f"generated{i}" for i in range(n)])
+        columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
+        frame = pd.DataFrame({k: pd.Categorical(v) for k, v in columns.items()}, index=index)
+        return ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
+
+    def denoise(
+        self, adata: AnnData, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
+        layer: str | None = None, progress: bool = False, **reading: Any,
+    ) -> AnnData:  # fmt: skip
+        """Denoise every count of an AnnData in one network call (MATHS 5.4): a copy with layer ``denoised``.
+
+        Parameters
+        ----------
+        readout
+            ``mean``: expected molecules, the rate of each gene at the cell's own depth; ``log1p``, ``log1p_cp10k``,
+            ``median``, ``q5`` ...: what else another measurement of the same cell, ``depth`` times as deep, would
+            show (layer ``denoised_<readout>``, on the read-out's own scale).
+        shrink
+            Weigh in each gene's own count, as fitted on validation cells.
+        **reading
+            ``use_labels``, ``batch_size``, ``device``.
+        """
+        reader = self._reader(adata, layer, reading)
+        out, name = adata.copy(), "denoised" if readout == "mean" else f"denoised_{readout}"
+        values = np.zeros(adata.shape, dtype=np.float32)
+        for block in reader.blocks(progress=progress, desc="denoise"):
+            new = denoise(self, block.cells, block.observed, readout_=readout, depth=depth, shrink=shrink)
+            values[block.start : block.stop] = reader.widen(block.given, new)
+        out.layers[name] = values
+        out.uns["distdiff"] = self._provenance(task="denoise", readout=readout, depth=depth, shrink=shrink)
+        return out
+
+    def deepen(
+        self, adata: AnnData, times: float, *, steps: int = 8, seed: int = 0,
+        beyond: Literal["refuse", "allow"] = "refuse", layer: str | None = None, progress: bool = False, **reading: Any,
+    ) -> AnnData:  # fmt: skip
+        """Add the molecules that ``times`` the depth would have shown (MATHS 5.5): a copy with layer ``deepened``.
+
+        Whole counts (CSR), never below the observed ones. Refused where a cell would become deeper than the cells the
+        model was trained on, unless ``beyond="allow"``.
+        """
+        reader = self._reader(adata, layer, reading)
+        out, parts = adata.copy(), []
+        for block in reader.blocks(progress=progress, desc="deepen"):
+            new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
+            parts.append(sp.csr_matrix(reader.widen(block.given, new)))
+        out.layers["deepened"] = sp.vstack(parts, format="csr")
+        out.uns["distdiff"] = self._provenance(task="deepen", times=times, steps=steps, seed=seed)
+        return out
+
+    def likelihood(
+        self, adata: AnnData, *, levels: int = 32, seed: int = 0, layer: str | None = None, progress: bool = False,
+        **reading: Any,
+    ) -> DataFrame:  # fmt: skip
+        """Bound on ``-log p`` of every cell (MATHS 3.3), an out-of-distribution score.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Index ``adata.obs_names``; ``nats``, ``molecules`` (in the model's genes), ``bits_per_molecule``.
+        """
+        import pandas as pd
+
+        reader = self._reader(adata, layer, reading)
+        found = [
+            torch.stack((nats(self, b.cells, b.observed, levels=levels, seed=seed), b.cells.counts.sum(1)))
+            for b in reader.blocks(progress=progress, desc="likelihood")
+        ]
+        cost, molecules = torch.cat(found, 1).cpu().double().numpy()
+        bits = cost / np.log(2) / np.where(molecules > 0, molecules, np.nan)
+        return pd.DataFrame({"nats": cost, "molecules": molecules, "bits_per_molecule": bits}, index=adata.obs_names)
+
+    def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
+        reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
+        self.denoiser.to(reader.device).eval()
+        return reader
+
+    def _provenance(self, **what: Any) -> dict[str, Any]:
+        return {
+            "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
+            "trained_on": self.info.get("data", ""), **what,
         }  # fmt: skip
-        return cls(
-            model, rows, model.imputer(method, **options), hidden, columns,
-            _labels(model.spec, rows) if use_labels else {}, absent if kind == "panel" else (), draws, seed,
-            provenance, batch_size, device,
-        )  # fmt: skip
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the layers that :meth:`run` fills."""
-        drawn = ["imputed", *(f"imputed_draw{i}" for i in range(2, self.draws + 1))]
-        return ["imputed_mean", *(drawn if self.draws else [])]
-
-    def run(self, layers: Mapping[str, Any], *, progress: bool = True) -> Filled:
-        """Fill ``layers`` (array-likes ``[cells, genes + added]``: numpy, h5py or zarr) block by block."""
-        began, filled = time.perf_counter(), Filled()
-        filled.genes = len(self.rows.genes) + len(self.added)
-        filled.genes_unknown_to_model = int((self.columns < 0).sum())
-        filled.genes_absent_from_input = self.model.spec.n_genes - int((self.columns >= 0).sum())
-        with tqdm(total=self.rows.n_cells, unit=" cells", desc="impute", disable=not progress) as bar:
-            for start, stop, answer in self._blocks(filled):
-                for name, values in zip(self.layers, answer, strict=True):
-                    layers[name][start:stop] = values
-                bar.update(stop - start)
-        filled.cells, filled.seconds = self.rows.n_cells, time.perf_counter() - began
-        return filled
-
-    def _blocks(self, filled: Filled) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-        known = self.columns >= 0
-        place = self.columns[known]
-        names = getattr(self.rows, "obs_names", None)
-        measured = np.zeros(self.model.spec.n_genes, dtype=bool)
-        measured[place] = True
-        for start in range(0, self.rows.n_cells, self.batch_size):
-            stop = min(start + self.batch_size, self.rows.n_cells)
-            counts = self.rows.read(start, stop)
-            hidden = self.hidden(start, stop, counts)
-            given = counts.toarray().astype(np.float32)
-            check_counts(
-                sp.csr_matrix(np.where(hidden, 0, given)), self.rows.genes,
-                [str(n) for n in names[start:stop]] if names is not None else [str(n) for n in range(start, stop)],
-                getattr(self.rows, "where", "the store"),
-            )  # fmt: skip
-            x = np.zeros((stop - start, self.model.spec.n_genes), dtype=np.float32)
-            observed = np.zeros(x.shape, dtype=bool)
-            observed[:, place] = ~hidden[:, known]
-            x[:, place] = np.where(hidden[:, known], 0, given[:, known])
-            empty = x.sum(1) == 0
-            cells = Cells(
-                torch.from_numpy(x),
-                Condition({k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}),
-                torch.arange(start, stop),
-            ).to(self.device)
-            answer = self.imputer.impute(
-                cells, torch.from_numpy(observed).to(self.device), draws=self.draws, seed=self.seed
-            )
-            fill = hidden & known & ~empty[:, None]
-            out = []
-            for values in (answer.mean, *(answer.draws if answer.draws is not None else ())):
-                model_genes = values.cpu().numpy()
-                full = given.copy()
-                full[:, known] = np.where(fill[:, known], model_genes[:, place], given[:, known])
-                if self.added:
-                    full = np.hstack((full, np.where(empty[:, None], 0, model_genes[:, ~measured])))
-                out.append(full)
-            extra = 0 if not self.added else (~empty).sum() * len(self.added)
-            filled.targets += int(fill.sum() + extra)
-            filled.molecules_added += float(out[0].sum(dtype=np.float64) - np.where(fill, 0, given).sum())
-            filled.cells_without_evidence += int(empty.sum())
-            filled.targets_of_unknown_genes += int((hidden & ~known).sum())
-            yield start, stop, out
-
-
-def _targets(
-    rows: Any, mask: np.ndarray | sp.spmatrix | None, sites: str | None, groups: str | None, seed: int
-) -> tuple[str, targets.Hidden]:
-    if mask is not None and sites is not None:
-        raise ValueError("give either a mask or sites, not both")
-    if mask is not None:
-        if mask.shape != (rows.n_cells, len(rows.genes)):
-            raise ValueError(f"the mask has shape {mask.shape}, the input {(rows.n_cells, len(rows.genes))}")
-        return "mask", targets.by_mask(mask)
-    if sites is None:
-        return "panel", targets.nothing
-    if sites != "dropout":
-        raise ValueError(f"unknown sites {sites!r}{nearest(sites, ['dropout'])}")
-    if not groups:
-        raise ValueError("sites=dropout needs groups: an obs column such as cell_type, or leiden")
-    code = targets.leiden(rows, seed=seed) if groups == "leiden" else codes(rows.obs(groups))
-    return "dropout", targets.by_dropout(rows, code)
-
-
-def _labels(spec: DataSpec, rows: Any) -> dict[str, np.ndarray]:
-    found = {}
-    for name, vocabulary in spec.labels.items():
-        try:
-            values = rows.obs(name)
-        except ValueError:  # the column is absent: the model goes without
-            continue
-        if unseen := sorted(set(values) - {*vocabulary, None}):
-            raise ValueError(
-                f"obs[{name!r}] holds {unseen[0]!r}, which the model never saw in training"
-                f"{nearest(unseen[0], vocabulary)}; rename it, leave it empty, or impute with --no-labels"
-            )
-        found[name] = codes(values, vocabulary)
-    return found

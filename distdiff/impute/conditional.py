@@ -9,7 +9,9 @@ import torch
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputed, Imputer, by_row
 from distdiff.process import Process
+from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels
+from distdiff.readouts import check, readout
 from distdiff.sampling import predictor, sample
 from distdiff.types import Bool, Cells, Tensor
 
@@ -29,6 +31,9 @@ class Conditional(Imputer):
         Where the steps of a longer walk lie (see :func:`~distdiff.process.schedule.levels`).
     solver
         Of :func:`~distdiff.sampling.sample`.
+    readout
+        The point answer, in molecules (see :mod:`~distdiff.readouts`): ``mean``; ``log1p``, the molecules whose
+        logarithm is ``E[log(1 + x)]``, best for squared error of log1p; ``median`` or a quantile such as ``q5``.
     """
 
     def __init__(
@@ -40,7 +45,18 @@ class Conditional(Imputer):
         guidance: float = 1.0,
         spacing: str | Sequence[float] = "time",
         solver: str = "plain",
+        readout: str = "mean",
     ):
+        check(readout)
+        if readout != "mean" and not isinstance(process, Counts):
+            raise ValueError(
+                f"readout={readout!r} reads a law of counts, which process {type(process).__name__} has not"
+            )
+        if readout == "log1p_cp10k":
+            raise ValueError(
+                "readout='log1p_cp10k' is no number of molecules: denoise reads it out, imputation does not"
+            )
+        self.readout = readout
         self.process, self.denoiser, self.guidance, self.solver = process, denoiser, guidance, solver
         self.levels = levels(process.schedule, steps, spacing)
 
@@ -55,7 +71,7 @@ class Conditional(Imputer):
         x = torch.where(observed.repeat(many, 1), known, prior)
         predict = predictor(self.process, self.denoiser, cells.labels, guidance=self.guidance)
         eta = predict(x[: len(p)], p)
-        mean = torch.where(observed, counts, self.process.mean(eta, x[: len(p)], p))
+        mean = torch.where(observed, counts, self._point(eta, x[: len(p)], p))
         if draws == 0:
             return Imputed(mean)
         answers = [eta.repeat(many, 1, 1)] if torch.equal(x, x[: len(p)].repeat(many, 1)) else []
@@ -66,3 +82,9 @@ class Conditional(Imputer):
         grid = [torch.maximum(p.repeat(many, 1), level) for level in self.levels.to(p.device)]
         x = sample(self.process, ahead, x, grid, solver=self.solver, rng=rng)
         return Imputed(mean, torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1))))
+
+    def _point(self, eta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        if self.readout == "mean" or not isinstance(self.process, Counts):
+            return self.process.mean(eta, x, p)
+        point = readout(self.readout, x, self.process.lost(eta, p), self.process.log_size(eta))
+        return torch.expm1(point) if self.readout == "log1p" else point

@@ -1,0 +1,72 @@
+"""Point answers that match a declared loss, read from the predictive law and not from its mean (EVIDENCE lesson 2).
+
+The posterior mean is best for Poisson deviance and squared error of molecules; a loss of logarithms wants the mean of
+the logarithm, an absolute loss the median. Each read-out names its loss; none is a hidden transform.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distdiff.component import nearest
+from distdiff.process._laws import nb_mean_log1p, nb_quantile
+from distdiff.types import Float, Tensor
+
+NAMED = ("mean", "log1p", "log1p_cp10k", "median")
+
+
+def check(name: str) -> None:
+    """Whether there is such a read-out.
+
+    Raises
+    ------
+    ValueError
+        There is not.
+    """
+    if name not in NAMED and _quantile(name) is None:
+        raise ValueError(
+            f"unknown readout {name!r}{nearest(name, (*NAMED, 'q5', 'q95'))}; a quantile reads q5 or q97.5"
+        )
+
+
+def _quantile(name: str) -> float | None:
+    try:
+        percent = float(name[1:]) if name.startswith("q") else -1.0
+    except ValueError:
+        return None
+    return percent / 100 if 0 < percent < 100 else None
+
+
+def readout(
+    name: str,
+    base: Float[Tensor, "b g"],
+    mean: Float[Tensor, "b g"],
+    log_size: Float[Tensor, "b g"],
+    library: Float[Tensor, "b 1"] | None = None,
+) -> Float[Tensor, "b g"]:
+    """Read ``base + NB(mean, size)`` out.
+
+    Parameters
+    ----------
+    name
+        ``mean`` (molecules); ``log1p``: ``E[log(1 + x)]``; ``log1p_cp10k``: ``E[log(1 + 10^4 x / library)]``;
+        ``median``, ``q5``, ``q97.5`` ...: quantiles (molecules).
+    base, mean, log_size
+        Molecules that are there, expected molecules to come, log size.
+    library
+        Molecules of each cell; by default the sum of the means.
+
+    Raises
+    ------
+    ValueError
+        Unknown name.
+    """
+    check(name)
+    if name == "mean":
+        return base + mean
+    if name == "log1p":
+        return nb_mean_log1p(base, mean, log_size, torch.ones_like(mean[:, :1]))
+    if name == "log1p_cp10k":
+        library = (base + mean).sum(1, keepdim=True) if library is None else library
+        return nb_mean_log1p(base, mean, log_size, 1e4 / library.clamp_min(1e-12))
+    return base + nb_quantile(0.5 if name == "median" else _quantile(name) or 0.5, mean, log_size)

@@ -1,0 +1,127 @@
+"""What a model does to a user's cells, one task a file: impute, denoise, deepen, generate, likelihood (MATHS 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from tqdm import tqdm
+
+from distdiff.component import nearest
+from distdiff.data.source import check_counts, codes
+from distdiff.types import Cells, Condition, DataSpec
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows ``start ... stop`` of the input, as given and in the model's genes.
+
+    Attributes
+    ----------
+    given
+        ``float32 [n g_in]`` counts as they stand in the input.
+    hidden
+        ``bool [n g_in]``: entries that are not to be looked at.
+    cells, observed
+        The cells in the model's genes, hidden and absent entries 0, and which entries are evidence.
+    """
+
+    start: int
+    stop: int
+    given: np.ndarray
+    hidden: np.ndarray
+    cells: Cells
+    observed: torch.Tensor
+
+
+class Reader:
+    """A user's cells, block by block, in the order of a model's genes.
+
+    Parameters
+    ----------
+    spec
+        The model's genes and labels.
+    rows
+        Anything with ``n_cells``, ``genes``, ``read(start, stop)`` and ``obs(key)``: a Source, or a store behind it.
+    use_labels
+        Condition on the obs columns that the model was trained with, where they are present.
+    device
+        ``auto``: the GPU where there is one.
+
+    Raises
+    ------
+    ValueError
+        No gene in common, a label value that the model never saw.
+    """
+
+    def __init__(
+        self, spec: DataSpec, rows: Any, *, use_labels: bool = True, batch_size: int = 256, device: str = "auto"
+    ) -> None:
+        where = {gene: i for i, gene in enumerate(spec.genes)}
+        self.spec, self.rows, self.batch_size = spec, rows, batch_size
+        self.columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
+        """Place in the model of each input gene, -1 where it has none."""
+        self.known = self.columns >= 0
+        if not self.known.any():
+            raise ValueError(
+                f"none of the input's {len(rows.genes)} genes is among the model's {spec.n_genes} (input: "
+                f"{', '.join(rows.genes[:3])}..., model: {', '.join(spec.genes[:3])}...); are both symbols or "
+                "both Ensembl ids?"
+            )
+        self.measured = np.zeros(spec.n_genes, dtype=bool)
+        self.measured[self.columns[self.known]] = True
+        self.labels = _labels(spec, rows) if use_labels else {}
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
+
+    def blocks(self, hidden: Any = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
+        """All rows in order; ``hidden(start, stop, counts)`` says which entries are not to be looked at."""
+        names = getattr(self.rows, "obs_names", None)
+        with tqdm(total=self.rows.n_cells, unit=" cells", desc=desc, disable=not progress) as bar:
+            for start in range(0, self.rows.n_cells, self.batch_size):
+                stop = min(start + self.batch_size, self.rows.n_cells)
+                counts = self.rows.read(start, stop)
+                given = counts.toarray().astype(np.float32)
+                away = np.zeros(given.shape, dtype=bool) if hidden is None else hidden(start, stop, counts)
+                check_counts(
+                    sp.csr_matrix(np.where(away, 0, given)), self.rows.genes,
+                    [str(n) for n in (names[start:stop] if names is not None else range(start, stop))],
+                    getattr(self.rows, "where", "the store"),
+                )  # fmt: skip
+                x = np.zeros((stop - start, self.spec.n_genes), dtype=np.float32)
+                observed = np.zeros(x.shape, dtype=bool)
+                place = self.columns[self.known]
+                observed[:, place] = ~away[:, self.known]
+                x[:, place] = np.where(away, 0, given)[:, self.known]
+                labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
+                cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop)).to(self.device)
+                yield Block(start, stop, given, away, cells, torch.from_numpy(observed).to(self.device))
+                bar.update(stop - start)
+
+    def widen(self, given: np.ndarray, values: torch.Tensor, where: np.ndarray | None = None) -> np.ndarray:
+        """The input's genes again: ``values`` ``[n g]`` for those the model knows (at ``where``), else as given."""
+        out = given.astype(np.float32, copy=True)
+        new = values.cpu().numpy()[:, self.columns[self.known]]
+        out[:, self.known] = new if where is None else np.where(where[:, self.known], new, out[:, self.known])
+        return out
+
+
+def _labels(spec: DataSpec, rows: Any) -> dict[str, np.ndarray]:
+    found = {}
+    for name, vocabulary in spec.labels.items():
+        try:
+            values = rows.obs(name)
+        except ValueError:  # the column is absent: the model goes without
+            continue
+        if unseen := sorted(set(values) - {*vocabulary, None}):
+            raise ValueError(
+                f"obs[{name!r}] holds {unseen[0]!r}, which the model never saw in training"
+                f"{nearest(unseen[0], vocabulary)}; rename it, leave it empty, or impute with --no-labels"
+            )
+        found[name] = codes(values, vocabulary)
+    return found

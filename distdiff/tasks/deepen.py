@@ -1,0 +1,62 @@
+"""Deepen: walk a cell on to a multiple of its depth; molecules are added, none removed (MATHS 5.5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from distdiff.impute import by_row
+from distdiff.process.counts import Counts
+from distdiff.process.schedule import levels
+from distdiff.sampling import predictor, sample
+from distdiff.types import Bool, Cells, Float, Tensor
+
+if TYPE_CHECKING:
+    from distdiff.model import Model
+
+
+@torch.no_grad()
+def deepen(
+    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], times: float, *, steps: int = 8, seed: int = 0,
+    beyond: Literal["refuse", "allow"] = "refuse",
+) -> Float[Tensor, "b g"]:  # fmt: skip
+    """Whole counts of the same cells at ``times`` their depth: the observed cell is taken as p = 1 / times.
+
+    Genes that were not measured start at p = 0. There is no attrition, so no count falls.
+
+    Raises
+    ------
+    ValueError
+        ``times`` below 1, a process without molecules, or a cell that would become deeper than the training atlas
+        was (its 99th percentile), unless ``beyond="allow"``.
+    """
+    if not times >= 1:
+        raise ValueError(f"deepen: times must be at least 1, got {times}")
+    if not isinstance(model.process, Counts):
+        raise ValueError(f"deepening adds molecules, which process {type(model.process).__name__} has not")
+    if beyond == "refuse":
+        _check_depth(model, cells, measured, times)
+    rng = by_row(cells, 1, seed, "deepen")
+    x = torch.where(measured, cells.counts, 0.0)
+    first = measured.to(x.dtype) / times
+    grid = [first + (1 - first) * level for level in levels(model.process.schedule, steps).to(x.device)]
+    return sample(model.process, predictor(model.process, model.denoiser, cells.labels), x, grid, rng=rng)
+
+
+def _check_depth(model: Model, cells: Cells, measured: Tensor, times: float) -> None:
+    if (depth := model.info.get("depth")) is None:
+        raise ValueError(
+            "this model does not say how deep its training cells were (info['depth']), so it cannot tell how far; "
+            "give beyond='allow' to deepen all the same"
+        )
+    mean = torch.as_tensor(model.spec.gene_mean, device=measured.device)
+    share = (measured * mean).sum(1) / mean.sum().clamp_min(1e-12)
+    asked, most = torch.where(measured, cells.counts, 0.0).sum(1) * times, depth["q99"] * share
+    if bool((asked > most).any()):
+        worst = int((asked / most.clamp_min(1e-12)).argmax())
+        raise ValueError(
+            f"row {int(cells.rows[worst])} would have {float(asked[worst]):,.0f} molecules, but 99 % of the training "
+            f"cells have at most {float(most[worst]):,.0f} in these genes: the model never saw such depth; deepen by "
+            "less, or give beyond='allow'"
+        )

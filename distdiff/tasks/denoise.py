@@ -1,0 +1,112 @@
+"""Denoise: the rate behind the counts of a cell, in one network call (MATHS 5.4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from distdiff.process.counts import Counts
+from distdiff.readouts import check, readout
+from distdiff.sampling import predictor
+from distdiff.types import Bool, Cells, Float, Tensor
+
+if TYPE_CHECKING:
+    from distdiff.data.store import CountStore
+    from distdiff.model import Model
+
+NEAR = 0.999
+"""Survival of the evidence: the limit p -> 1 (3.4), from the side on which the network was trained."""
+
+WEIGHTS = np.concatenate((np.geomspace(0.01, 1e4, 25), [np.inf]))
+
+
+@torch.no_grad()
+def rates(
+    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, p: float = NEAR, shrink: bool = True
+) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
+    """Rates ``lambda`` (molecules of the cell at full depth) and log sizes of cells of which a share ``p`` was seen.
+
+    Parameters
+    ----------
+    measured
+        Genes that were looked for; the others are at p = 0.
+    shrink
+        Weigh the network's rate with the gene's own count: ``(x + k) / (p + k / lambda)``, the mean of a Gamma of
+        shape k around the rate, given the count. k per gene is fitted on validation cells (:func:`fit_shrink`).
+
+    Raises
+    ------
+    ValueError
+        The model's process has no rates.
+    """
+    process = model.process
+    if not isinstance(process, Counts):
+        raise ValueError(
+            f"denoising reads a rate, which process {type(process).__name__} has not; train process=counts"
+        )
+    x = torch.where(measured, cells.counts, 0.0)
+    survival = p * measured.to(x.dtype)
+    eta = predictor(process, model.denoiser, cells.labels)(x, survival)
+    rate = process.rate(eta)
+    if shrink and model.shrink is not None:
+        k = model.shrink.to(rate)
+        with_own = (x + k) / (survival + k / rate.clamp_min(1e-12))
+        rate = torch.where(measured & k.isfinite(), with_own, rate)
+    return rate, process.log_size(eta)
+
+
+@torch.no_grad()
+def denoise(
+    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, readout_: str = "mean", depth: float = 1.0,
+    shrink: bool = True,
+) -> Float[Tensor, "b g"]:  # fmt: skip
+    """Read out what another measurement of the same cells, ``depth`` times as deep, would hold.
+
+    ``mean`` is the rate itself. For the read-outs see :func:`~distdiff.readouts.readout`.
+    """
+    check(readout_)
+    if not depth > 0:
+        raise ValueError(f"denoise: depth must be positive, got {depth}")
+    rate, log_size = rates(model, cells, measured, shrink=shrink)
+    return readout(readout_, torch.zeros_like(rate), depth * rate, log_size)
+
+
+@torch.no_grad()
+def fit_shrink(
+    model: Model, store: CountStore, rows: np.ndarray, *, p: float = 0.9, repeats: int = 4, seed: int = 0,
+    labels: tuple[str, ...] = (), block: int = 256,
+) -> Tensor:  # fmt: skip
+    """Fit k of :func:`rates` per gene: the best Poisson likelihood of the ``1 - p`` of molecules held back.
+
+    Each gene's likelihood at each of 26 weights (infinite: the network alone) is averaged with that of all genes
+    together, at the weight of 200 molecules, so that a gene that is hardly seen follows the others.
+
+    Returns
+    -------
+    torch.Tensor
+        ``float32 [g]``; infinite where the network needs no help.
+    """
+    from distdiff.rng import generator
+
+    k = torch.as_tensor(WEIGHTS, dtype=torch.float32).view(-1, 1, 1)
+    device = next(model.denoiser.parameters()).device
+    loss = torch.zeros(len(WEIGHTS), model.spec.n_genes, dtype=torch.float64)
+    held_back = torch.zeros(model.spec.n_genes, dtype=torch.float64)
+    for repeat in range(repeats):
+        for start in range(0, len(rows), block):
+            whole = store.cells(rows[start : start + block], labels)
+            x = generator(seed, "shrink", repeat, start).binomial(whole.counts, torch.tensor(p))
+            cells = Cells(x, whole.labels, whole.rows).to(device)
+            measured = torch.ones(x.shape, dtype=torch.bool, device=device)
+            rate, _ = rates(model, cells, measured, p=p, shrink=False)
+            rate, d = rate.cpu().clamp_min(1e-10), whole.counts - x
+            with_own = torch.where(k.isfinite(), (x + k) / (p + k / rate), rate).clamp_min(1e-10)
+            f = (1 - p) * with_own
+            loss += (f - d * f.log()).sum(1).double()
+            held_back += d.sum(0)
+    gain = loss - loss[-1]  # against the network alone
+    pooled = gain.sum(1, keepdim=True) / held_back.sum().clamp_min(1)
+    best = (gain + 200 * pooled).argmin(0)
+    return torch.as_tensor(WEIGHTS, dtype=torch.float32)[best]

@@ -1,0 +1,85 @@
+"""Generate: cells from nothing but covariates (MATHS 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from distdiff.component import nearest
+from distdiff.impute import by_row
+from distdiff.process.schedule import levels
+from distdiff.sampling import predictor, sample
+from distdiff.types import UNKNOWN, Cells, Condition, DataSpec, Float, Tensor
+
+if TYPE_CHECKING:
+    from distdiff.model import Model
+
+
+def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) -> dict[str, torch.Tensor]:
+    """Codes ``int64 [n]`` of the asked labels; labels that are not asked for stay unknown.
+
+    Raises
+    ------
+    ValueError
+        A label or value that the model does not know, or another number of values than cells.
+    """
+    found = {name: torch.full((n,), UNKNOWN) for name in spec.labels}
+    for name, values in obs.items():
+        if name not in spec.labels:
+            raise ValueError(f"the model was not trained with label {name!r}{nearest(name, spec.labels)}")
+        known = {value: code for code, value in enumerate(spec.labels[name])}
+        values = [values] * n if isinstance(values, str) else list(values)
+        if len(values) != n:
+            raise ValueError(f"obs[{name!r}] has {len(values)} values for {n} cells")
+        if unknown := [v for v in values if v not in known]:
+            raise ValueError(f"the model never saw {name}={unknown[0]!r}{nearest(str(unknown[0]), known)}")
+        found[name] = torch.tensor([known[v] for v in values])
+    return found
+
+
+@torch.no_grad()
+def generate(
+    model: Model, n: int, labels: Mapping[str, torch.Tensor], *, steps: int = 16,
+    spacing: str | Sequence[float] = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
+    guidance: float = 1.0, seed: int = 0, batch_size: int = 256,
+) -> Iterator[Float[Tensor, "b g"]]:  # fmt: skip
+    """Draw ``n`` cells batch by batch; cell ``i`` depends on ``seed`` and ``i``, not on the batch size.
+
+    Raises
+    ------
+    ValueError
+        Guidance of a model trained without labels, or without label dropout.
+    """
+    check_guidance(model, guidance)
+    device = next(model.denoiser.parameters()).device
+    grid = levels(model.process.schedule, steps, spacing).to(device)
+    for start in range(0, n, batch_size):
+        rows = torch.arange(start, min(start + batch_size, n))
+        cond = Condition({k: v[rows] for k, v in labels.items()}).to(device)
+        cells = Cells(torch.zeros(len(rows), model.spec.n_genes, device=device), cond, rows.to(device))
+        rng = by_row(cells, 1, seed, "generate")
+        x = model.process.prior(tuple(cells.counts.shape), rng=rng)  # type: ignore[arg-type]
+        predict = predictor(model.process, model.denoiser, cond, guidance=guidance)
+        yield model.process.leave(sample(model.process, predict, x, list(grid), sigma=sigma, solver=solver, rng=rng))
+
+
+def check_guidance(model: Model, guidance: float) -> None:
+    """A weight other than 1 needs a model that knows both branches.
+
+    Raises
+    ------
+    ValueError
+        It does not.
+    """
+    if guidance == 1:
+        return
+    if not model.spec.labels:
+        raise ValueError(f"guidance={guidance:g} needs a model trained with labels (data.labels); this one has none")
+    train = model.info.get("config", {}).get("train", {})
+    if train.get("label_dropout", 1.0) == 0:
+        raise ValueError(
+            f"guidance={guidance:g} needs a model trained with label dropout (train.label_dropout > 0); this one was "
+            "always told the labels"
+        )

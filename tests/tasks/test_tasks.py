@@ -1,0 +1,321 @@
+"""One set of weights, every task of MATHS 5: on a model small enough to train in seconds and on closed forms."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from scipy import stats
+
+from distdiff import config, experiment
+from distdiff.data.store import CountStore
+from distdiff.denoise import Denoiser
+from distdiff.model import Model
+from distdiff.process.counts import Counts
+from distdiff.process.gaussian import Gaussian
+from distdiff.readouts import readout
+from distdiff.tasks import denoise as denoising
+from distdiff.tasks.likelihood import nats
+from distdiff.types import Cells, Condition, DataSpec
+
+
+@pytest.fixture(scope="module")
+def model(atlas, tmp_path_factory):
+    """A model trained for some seconds, with labels."""
+    raw = {
+        "data": {"store": str(atlas), "labels": ["cell_type"]},
+        "denoiser": {"width": 32, "depth": 1, "linear": 8},
+        "optim": {"lr": 3e-3, "ema": 0.98, "warmup_cells": 200},
+        "train": {
+            "out": str(tmp_path_factory.mktemp("run")), "cells": 20000, "batch": 64, "grain": 32, "eval_cells": 5000,
+        },
+        "survival": {"hidden": 0.3, "two_level": 0.3, "uniform": 0.4, "time": "stratified"},
+        "evaluate": {"enabled": False},
+        "tracking": {"enabled": False},
+    }  # fmt: skip
+    return Model.load(experiment.train(config.parse(raw)).model)
+
+
+def dense(matrix):
+    return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def test_generated_cells_follow_their_label(model, counts):
+    out = model.generate(400, {"cell_type": "B"}, steps=8, seed=1)
+    assert out.shape == (400, 30)
+    assert list(out.var_names) == list(model.spec.genes)
+    assert set(out.obs["cell_type"]) == {"B"}
+    x = dense(out.X)
+    assert (x == x.round()).all()
+    assert (x >= 0).all()
+    types = counts.obs["cell_type"].to_numpy()
+    b, t = (dense(counts.X)[types == k].mean(0) for k in ("B", "T"))
+    assert np.abs(x.mean(0) - b).mean() < 0.5 * np.abs(x.mean(0) - t).mean()
+
+
+def test_a_generated_cell_depends_on_the_seed_and_its_number_alone(model):
+    one = dense(model.generate(50, seed=3, steps=4).X)
+    assert np.array_equal(one, dense(model.generate(50, seed=3, steps=4, batch_size=7).X))
+    assert np.array_equal(one[:20], dense(model.generate(20, seed=3, steps=4).X))
+    assert not np.array_equal(one, dense(model.generate(50, seed=4, steps=4).X))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": 2.0}, {"sigma": ("rescale", 0.1)}, {"spacing": "logit"}, {"spacing": "variance"},
+        {"solver": "trapezoidal"}, {"spacing": [0, 0.2, 0.5, 0.9, 1]},
+    ],
+)  # fmt: skip
+def test_every_way_to_walk_generates(model, options):
+    x = dense(model.generate(60, {"cell_type": ["B", "T"] * 30}, steps=4, **options).X)
+    assert (x >= 0).all()
+    assert x.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n": 0}, "n must be at least 1"),
+        ({"obs": {"celltype": "B"}}, "not trained with label 'celltype'; did you mean 'cell_type'"),
+        ({"obs": {"cell_type": "Bb"}}, "never saw cell_type='Bb'; did you mean 'B'"),
+        ({"obs": {"cell_type": ["B"]}}, "1 values for 5 cells"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"spacing": [0, 0.5, 0.9], "steps": 2}, "must end at p = 1"),
+        ({"solver": "heun"}, "unknown solver 'heun'"),
+        ({"sigma": ("cap", 3.0)}, r"eta must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_generation_is_named(model, options, words):
+    with pytest.raises(ValueError, match=words):
+        model.generate(**{"n": 5, **options})
+
+
+def test_guidance_needs_label_dropout(model):
+    bare = Model(model.process, model.denoiser, DataSpec(model.spec.genes, {}, model.spec.gene_mean), model.options)
+    with pytest.raises(ValueError, match="needs a model trained with labels"):
+        bare.generate(2, guidance=2.0)
+    told = Model(model.process, model.denoiser, model.spec, model.options, {"config": {"train": {"label_dropout": 0}}})
+    for call in (lambda: told.generate(2, guidance=0.5), lambda: told.imputer(guidance=0.5)):
+        with pytest.raises(ValueError, match=r"train\.label_dropout > 0"):
+            call()
+
+
+# -- denoise -----------------------------------------------------------------------------------------------------------
+
+
+class Rate(Denoiser):
+    """Answers a known rate and size, whatever it sees."""
+
+    def __init__(self, rate, size):
+        super().__init__()
+        self.register_buffer("answer", torch.tensor([np.log(rate), np.log(size)]).T.float())
+        self.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+
+    def forward(self, x, p, cond):
+        return self.answer.expand(*x.shape, 2)
+
+
+def known(rate, size, **options):
+    genes = tuple(f"g{i}" for i in range(len(rate)))
+    spec = DataSpec(genes, {}, np.asarray(rate, np.float32))
+    return Model(Counts(**options), Rate(rate, size), spec, {})
+
+
+def cells_of(x):
+    x = torch.as_tensor(x, dtype=torch.float32)
+    return Cells(x, Condition(), torch.arange(len(x))), torch.ones(x.shape, dtype=torch.bool)
+
+
+def test_denoised_is_the_rate_and_the_shrink_is_the_gamma_posterior():
+    model = known([2.0, 5.0], [1.0, 1.0])
+    cells, seen = cells_of([[0.0, 9.0]])
+    assert torch.allclose(denoising.denoise(model, cells, seen), torch.tensor([[2.0, 5.0]]))
+    model.shrink = torch.tensor([3.0, torch.inf])
+    rate, _ = denoising.rates(model, cells, seen, p=0.8)
+    assert torch.allclose(rate, torch.tensor([[(0 + 3.0) / (0.8 + 3.0 / 2.0), 5.0]]))
+    rate, _ = denoising.rates(model, cells, ~seen, p=0.8)
+    assert torch.allclose(rate, torch.tensor([[2.0, 5.0]]))  # a gene that was not looked for has no count
+
+
+def test_shrink_finds_the_gamma_shape_of_the_data(tmp_path):  # rates Gamma(k) around the network's: k is the answer
+    from distdiff.data.shard import shard
+
+    rng, n = np.random.default_rng(0), 1500
+    rate, k = np.array([6.0, 6.0, 6.0]), np.array([2.0, 50.0, 1e9])
+    x = rng.poisson(rng.gamma(k, rate / k, (n, 3))).astype(np.float32)
+    names = pd.DataFrame(index=[f"g{i}" for i in range(3)])
+    ad.AnnData(sp.csr_matrix(x), var=names).write_h5ad(tmp_path / "x.h5ad")
+    shard([tmp_path / "x.h5ad"], tmp_path / "x.zarr", workers=0, progress=False)
+    store = CountStore.open(tmp_path / "x.zarr")
+    fit = denoising.fit_shrink(known(list(rate), [1.0, 1.0, 1.0]), store, store.rows("all"))
+    assert 1 <= fit[0] <= 4
+    assert 15 <= fit[1] <= 300
+    assert fit[2] > 300
+
+
+@pytest.mark.parametrize(
+    ("mean", "size"), [(0.05, 0.3), (1.0, 2.0), (8.0, 0.5), (300.0, 2.0), (900.0, 400.0), (6.0, 0.05)]
+)
+def test_read_outs_are_those_of_scipys_law(mean, size):  # EVIDENCE lesson 2
+    law, k = stats.nbinom(size, size / (size + mean)), np.arange(60_000)
+    pmf = law.pmf(k)
+    one = torch.ones(1, 1)
+    args = (2 * one, mean * one, float(np.log(size)) * one)
+    assert float(readout("mean", *args)) == pytest.approx(2 + mean)
+    assert float(readout("log1p", *args)) == pytest.approx((pmf * np.log1p(k + 2)).sum(), rel=4e-3)
+    cp10k = float(readout("log1p_cp10k", *args, library=500 * one))
+    assert cp10k == pytest.approx((pmf * np.log1p(20.0 * (k + 2))).sum(), rel=4e-3)
+    assert float(readout("median", *args)) == 2 + law.ppf(0.5)
+    assert float(readout("q97.5", *args)) == 2 + law.ppf(0.975)
+
+
+@pytest.mark.parametrize("name", ["men", "q0", "q100", "qq"])
+def test_unknown_read_outs_are_named(model, counts, name):
+    with pytest.raises(ValueError, match="unknown readout"):
+        model.denoise(counts, readout=name)
+    with pytest.raises(ValueError, match="unknown readout"):
+        model.imputer(readout=name)
+
+
+def test_denoising_on_anndata(model, counts):
+    out = model.denoise(counts, progress=True)
+    assert np.array_equal(dense(out.X), dense(counts.X))
+    rate = out.layers["denoised"]
+    assert rate.shape == counts.shape
+    assert (rate >= 0).all()
+    assert not counts.layers
+    x = dense(counts.X)
+    types = counts.obs["cell_type"].to_numpy()
+    truth = np.stack([x[types == t].mean(0) / x[types == t].mean() for t in types]) * x.mean(1, keepdims=True)
+    fine = x.sum(1) > 0
+    assert ((rate - truth)[fine] ** 2).mean() < 0.6 * ((x - truth)[fine] ** 2).mean()
+    log = model.denoise(counts, readout="log1p_cp10k").layers["denoised_log1p_cp10k"]
+    assert log.max() < np.log1p(1e4) + 1e-3
+    assert out.uns["distdiff"]["task"] == "denoise"
+
+
+def test_denoising_refuses_what_has_no_rate(model, counts):
+    gaussian = Model.new(model.spec, {"kind": "gaussian"}, {"kind": "mlp", "width": 8, "depth": 1})
+    with pytest.raises(ValueError, match="process Gaussian has not"):
+        gaussian.denoise(counts)
+    with pytest.raises(ValueError, match="depth must be positive, got 0"):
+        model.denoise(counts, depth=0)
+    with pytest.raises(ValueError, match="readout='log1p' reads a law of counts"):
+        gaussian.imputer(readout="log1p")
+    with pytest.raises(ValueError, match="no number of molecules"):
+        model.imputer(readout="log1p_cp10k")
+
+
+# -- deepen, complete ----------------------------------------------------------------------------------------------------
+
+
+def test_deepened_cells_keep_their_molecules_and_reach_the_depth(model, counts):
+    out = model.deepen(counts, 3, steps=4, beyond="allow", progress=True)
+    x, deep = dense(counts.X), dense(out.layers["deepened"])
+    assert (deep >= x).all()
+    assert (deep == deep.round()).all()
+    assert deep.sum() == pytest.approx(3 * x.sum(), rel=0.25)
+    assert np.array_equal(
+        deep, dense(model.deepen(counts, 3, steps=4, beyond="allow", batch_size=17).layers["deepened"])
+    )
+    assert np.array_equal(dense(model.deepen(counts, 1, beyond="allow").layers["deepened"]), x)
+
+
+def test_deepening_stops_at_the_depth_of_the_atlas(model, counts):
+    with pytest.raises(ValueError, match="99 % of the training cells have at most"):
+        model.deepen(counts, 50)
+    with pytest.raises(ValueError, match=r"times must be at least 1, got 0\.5"):
+        model.deepen(counts, 0.5)
+    blind = Model(model.process, model.denoiser, model.spec, model.options)
+    with pytest.raises(ValueError, match="does not say how deep"):
+        blind.deepen(counts, 2)
+    thin = counts[dense(counts.X).sum(1) < model.info["depth"]["q99"] / 2.5].copy()
+    assert model.deepen(thin, 2).layers["deepened"].sum() > thin.X.sum()
+
+
+def test_completed_panels_hold_the_genes_that_were_asked(model, counts):
+    panel = counts[:, :20].copy()
+    out = model.complete(panel, ["gene25", "gene22"], draws=2)
+    assert list(out.var_names[20:]) == ["gene25", "gene22"]
+    everything = model.complete(panel, mean_only=True)
+    assert everything.n_vars == 30
+    where = [list(everything.var_names).index(g) for g in ("gene25", "gene22")]
+    assert np.allclose(everything.layers["imputed_mean"][:, where], out.layers["imputed_mean"][:, 20:])
+    for genes, words in ((["nope"], "does not know gene 'nope'"), (["gene3"], "'gene3' is measured")):
+        with pytest.raises(ValueError, match=words):
+            model.complete(panel, genes)
+
+
+def test_read_outs_of_imputation_stand_in_their_own_layer(model, counts):
+    mask = np.random.default_rng(0).random(counts.shape) < 0.3
+    layers = {r: model.impute(counts, mask=mask, readout=r, mean_only=True).layers for r in ("log1p", "median", "q90")}
+    log, median, high = (layers[r][f"imputed_{r}"] for r in layers)
+    mean = model.impute(counts, mask=mask, mean_only=True).layers["imputed_mean"]
+    some = mask & (mean > 0.05)
+    assert (log <= mean + 1e-4)[some].all()  # Jensen
+    assert (high >= median)[some].all()
+    assert np.array_equal(log[~mask], dense(counts.X)[~mask])
+
+
+def test_imputed_draws_do_not_depend_on_the_batch(model, counts):
+    mask = np.random.default_rng(0).random(counts.shape) < 0.5
+    for options in ({}, {"steps": 3}, {"method": "repaint", "steps": 4}):
+        a, b = (model.impute(counts, mask=mask, draws=2, batch_size=n, **options) for n in (200, 33))
+        for layer in ("imputed", "imputed_draw2"):
+            assert np.array_equal(a.layers[layer], b.layers[layer])
+
+
+# -- likelihood --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_of_the_exact_rate_is_the_entropy():  # MATHS 3.3: Poisson data, exact answer
+    rate = [0.3, 2.0, 7.0]
+    model = known(rate, [1.0, 1.0, 1.0], head="nb")
+    x = np.random.default_rng(0).poisson(rate, (4000, 3))
+    cells, seen = cells_of(x)
+    cost = nats(model, cells, seen, levels=32)
+    want = -stats.poisson(rate).logpmf(x).sum(1)
+    assert float(cost.mean()) == pytest.approx(want.mean(), rel=0.02)
+    assert np.corrcoef(cost, want)[0, 1] > 0.8
+    part = seen.clone()
+    part[:, 2] = False
+    assert float(nats(model, cells, part).mean()) == pytest.approx(
+        -stats.poisson(rate).logpmf(x)[:, :2].sum(1).mean(), rel=0.03
+    )
+
+
+def test_strange_cells_cost_more(model, counts):
+    strange = counts.copy()
+    strange.X = sp.csr_matrix(dense(counts.X)[:, ::-1])  # the same molecules in the wrong genes
+    a, b = model.likelihood(counts), model.likelihood(strange)
+    assert list(a.columns) == ["nats", "molecules", "bits_per_molecule"]
+    assert list(a.index) == list(counts.obs_names)
+    full = a["molecules"] > 20
+    assert (b["nats"] > a["nats"])[full].mean() > 0.9
+    assert np.isnan(a["bits_per_molecule"].iloc[7])
+    assert a["nats"].median() == pytest.approx(model.info["nats"]["q50"], rel=0.3)
+    with pytest.raises(ValueError, match="has no likelihood of counts"):
+        Model(Gaussian(), model.denoiser, model.spec, model.options).likelihood(counts)
+
+
+def test_what_a_model_knows_of_itself_travels_with_it(model, tmp_path):
+    again = Model.load(model.save(tmp_path / "m"))
+    assert torch.equal(again.shrink, model.shrink)
+    assert again.info["depth"]["q99"] > again.info["depth"]["q50"] > 0
+    assert len(again.info["excess"]["p"]) == len(again.info["excess"]["generate"])
+    blind = Model(model.process, model.denoiser, model.spec, model.options)
+    with pytest.raises(ValueError, match="spacing='variance' needs"):
+        blind.imputer(spacing="variance", steps=3)
+
+
+def test_a_denoiser_of_another_width_is_named(model, counts):
+    wrong = Model(Counts(head="mean"), model.denoiser, model.spec, model.options)
+    with pytest.raises(ValueError, match="gives 2 numbers a gene, process Counts reads 1"):
+        wrong.denoise(counts)
