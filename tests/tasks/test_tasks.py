@@ -15,7 +15,6 @@ from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.model import Model
 from distdiff.process.counts import Counts
-from distdiff.process.gaussian import Gaussian
 from distdiff.readouts import readout
 from distdiff.tasks import denoise as denoising
 from distdiff.tasks.likelihood import nats
@@ -115,7 +114,7 @@ class Rate(Denoiser):
 
     def __init__(self, rate, size):
         super().__init__()
-        self.register_buffer("answer", torch.tensor([np.log(rate), np.log(size)]).T.float())
+        self.register_buffer("answer", torch.tensor(np.log([rate, size])).T.float())
         self.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
 
     def forward(self, x, p, cond):
@@ -157,7 +156,7 @@ def test_shrink_finds_the_gamma_shape_of_the_data(tmp_path):  # rates Gamma(k) a
     fit = denoising.fit_shrink(known(list(rate), [1.0, 1.0, 1.0]), store, store.rows("all"))
     assert 1 <= fit[0] <= 4
     assert 15 <= fit[1] <= 300
-    assert fit[2] > 300
+    assert fit[2] > 100
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_denoising_refuses_what_has_no_rate(model, counts):
         model.imputer(readout="log1p_cp10k")
 
 
-# -- deepen, complete ----------------------------------------------------------------------------------------------------
+# -- deepen, complete ------------------------------------------------------------------------------------------------
 
 
 def test_deepened_cells_keep_their_molecules_and_reach_the_depth(model, counts):
@@ -286,9 +285,8 @@ def test_the_bound_of_the_exact_rate_is_the_entropy():  # MATHS 3.3: Poisson dat
     assert np.corrcoef(cost, want)[0, 1] > 0.8
     part = seen.clone()
     part[:, 2] = False
-    assert float(nats(model, cells, part).mean()) == pytest.approx(
-        -stats.poisson(rate).logpmf(x)[:, :2].sum(1).mean(), rel=0.03
-    )
+    two = -stats.poisson(rate).logpmf(x)[:, :2].sum(1).mean()
+    assert float(nats(model, cells, part).mean()) == pytest.approx(two, rel=0.02)
 
 
 def test_strange_cells_cost_more(model, counts):
@@ -301,8 +299,9 @@ def test_strange_cells_cost_more(model, counts):
     assert (b["nats"] > a["nats"])[full].mean() > 0.9
     assert np.isnan(a["bits_per_molecule"].iloc[7])
     assert a["nats"].median() == pytest.approx(model.info["nats"]["q50"], rel=0.3)
+    gaussian = Model.new(model.spec, {"kind": "gaussian"}, {"kind": "mlp", "width": 8, "depth": 1})
     with pytest.raises(ValueError, match="has no likelihood of counts"):
-        Model(Gaussian(), model.denoiser, model.spec, model.options).likelihood(counts)
+        gaussian.likelihood(counts)
 
 
 def test_what_a_model_knows_of_itself_travels_with_it(model, tmp_path):
