@@ -30,7 +30,7 @@ def nats(
     total = torch.zeros(len(cells), device=x_0.device)
     for stratum in range(levels):
         u = (stratum + rng.uniform(len(cells), 1)) / levels
-        p = torch.where(measured, 1 - u.square(), 0.0)
+        p = torch.where(measured, (1 - u.square()).clamp_max(1 - 2**-20), 0.0)  # float32 tells it from 1
         x = model.process.forward(x_0, 1.0, p, rng=rng)
         entries = model.process.bound(predict(x, p), x_0, x, p)
         total += torch.where(measured, 2 * u * entries, 0.0).sum(1) / levels
