@@ -106,7 +106,7 @@ class Rows(Rng):
             n,
             odds,
         )
-        out = self._large(out, ~small, _btrs, n, q)
+        out = self._large(out.minimum(n), ~small, _btrs, n, q)  # a rounded CDF may end just below 1
         return torch.where(flip, n - out, out)
 
     def poisson(self, rate: Tensor) -> Tensor:

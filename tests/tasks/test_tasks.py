@@ -282,7 +282,8 @@ def test_the_bound_of_the_exact_rate_is_the_entropy():  # MATHS 3.3: Poisson dat
     cost = nats(model, cells, seen, levels=32)
     want = -stats.poisson(rate).logpmf(x).sum(1)
     assert float(cost.mean()) == pytest.approx(want.mean(), rel=0.02)
-    assert np.corrcoef(cost, want)[0, 1] > 0.8
+    fine = nats(model, cells, seen, levels=512)  # one thinning a stratum: a cell's own bound needs more of them
+    assert np.corrcoef(fine, want)[0, 1] > 0.9
     part = seen.clone()
     part[:, 2] = False
     two = -stats.poisson(rate).logpmf(x)[:, :2].sum(1).mean()
