@@ -10,16 +10,14 @@ everything else with 4000 held-out samples; "truth again" is a fresh sample of t
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import _record
+import _toy_models
 import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
@@ -152,6 +150,7 @@ def contestants() -> dict[str, Contestant]:
         "truth again": truth_again,
         "independent marginals": independent_marginals,
         "Poisson with the true means": poisson,
+        **_toy_models.contestants(),
     }
 
 
@@ -256,15 +255,10 @@ def main() -> None:
             + " ".join(f"{row[key]['mean']:>10.4g}" for key in SCORES)
             + f" {row['network_calls']['mean']:>8.0f}"
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     mu, alpha = parameters()
     mean, variance = exact_moments()
     test = toy(TEST, numpy_generator(0, "toy", "test"))
-    result = {
-        "command": "python benchmarks/toy.py " + " ".join(Path(w).name if os.sep in w else w for w in sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "seconds": round(time.perf_counter() - began),
+    _record.write(a.out, began, {
         "data": {
             "train": TRAIN, "test": TEST, "mu": mu.tolist(), "alpha": alpha.tolist(), "exact_mean": mean.tolist(),
             "exact_variance": variance.tolist(), "zeros": float((test == 0).mean()), "max": int(test.max()),
@@ -272,9 +266,7 @@ def main() -> None:
         },
         "summary": table,
         "runs": runs,
-    }  # fmt: skip
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(result, indent=1))
+    })  # fmt: skip
     draw(table, a.out.with_suffix(".png"), a.seeds)
 
 

@@ -103,7 +103,9 @@ def train(config: Config) -> Outcome:
             run.metrics(report.metrics())
         run.artifact(best, "model")
         run.metrics({"val/best": progress.best, "seconds": time.perf_counter() - began}, progress.step)
-        registered = run.register(config.tracking.model, "model", score=progress.best, data=fingerprint)
+        registered = run.register(
+            config.tracking.model, "model", score=progress.best, data=f"{fingerprint}/{progress.judge}"
+        )
     return Outcome(best, progress, report, run.run_id, registered)
 
 
@@ -139,7 +141,7 @@ def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
 
     if progress.history:
         path = out / "training.png"
-        training_curve(progress.history, path)
+        training_curve(progress.history, path, judge=progress.judge)
         run.artifact(path)
 
 

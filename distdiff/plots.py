@@ -146,19 +146,22 @@ def _embed(counts: np.ndarray, seed: int) -> np.ndarray:
     return data.obsm["X_umap"]
 
 
-def training_curve(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Draw training loss and validation deviance against cells seen."""
+def training_curve(history: Sequence[Mapping[str, float]], path: str | Path, *, judge: str = "val/deviance") -> None:
+    """Draw training loss and the validation number that chooses the best weights, ``judge``, against cells seen."""
     figure = _figure(7, 4)
     axes = figure.subplots()
     seen = [h["cells"] for h in history]
     axes.plot(seen, [h["loss"] for h in history], "o-", color="#8a9aa6", ms=3, label="training loss (left)")
     axes.set(xlabel="cells seen", ylabel="training loss")
     other = axes.twinx()
-    score = [h["val/deviance"] for h in history]
-    other.plot(seen, score, "o-", color=ACCENT, ms=3, label="validation deviance (right)")
+    what = ("validation deviance", "Poisson deviance of a hidden entry")
+    if judge != "val/deviance":
+        what = ("validation loss", "loss of held-out cells, times even")
+    score = [h[judge] for h in history]
+    other.plot(seen, score, "o-", color=ACCENT, ms=3, label=f"{what[0]} (right)")
     best = int(np.argmin(score))
     other.plot(seen[best], score[best], "o", mfc="none", mec="#d62728", ms=10, label=f"kept: {score[best]:.4f}")
-    other.set_ylabel("Poisson deviance of a hidden entry")
+    other.set_ylabel(what[1])
     handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, frameon=False, loc="upper right")
     _save(figure, path)

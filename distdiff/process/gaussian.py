@@ -85,8 +85,11 @@ class Gaussian(Process):
     def encode(
         self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
     ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
-        """``sqrt(p) x`` in log molecules: the data where p = 1, nothing where nothing is known."""
-        return p.sqrt() * x * self.scale, p
+        """``sqrt(p) x`` in log molecules: the data where p = 1, nothing where nothing is known.
+
+        To predict the noise the network must see it: then ``x`` as it is.
+        """
+        return (p.sqrt() * x if self.predict == "x0" else x) * self.scale, p
 
     def natural(
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
@@ -141,6 +144,8 @@ class Gaussian(Process):
         carried = (1 - sigma) * ((1 - p_s - fresh).clamp_min(0) / gone).sqrt()
         v = (1 - p_s - carried.square() * (1 - p_t)).clamp_min(0).sqrt()
         clean = eta[..., 0]
+        if self.predict == "eps":  # at small p a little error of the noise is a large one of the data
+            clean = clean.clamp(0, LOG_MOST / self.scale)
         z = rng.normal(*x.shape)
         out = p_s.sqrt() * clean + carried * (x - p_t.sqrt() * clean) + v * z
         return torch.where((p_t < 1).expand_as(x), out, x)

@@ -28,7 +28,7 @@ from distdiff.train import checkpoint
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
 from distdiff.train.times import Times
-from distdiff.types import Cells, Tensor
+from distdiff.types import Cells, Condition, Tensor
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,13 @@ class Training:
 
 @dataclass
 class Progress:
-    """What a resumed run must know besides weights."""
+    """What a resumed run must know besides weights.
 
+    ``judge`` names the validation number that chooses the best weights: the deviance of hidden entries, or for a
+    mixture that hides none outright the loss.
+    """
+
+    judge: str = "val/deviance"
     step: int = 0
     best: float = math.inf
     best_step: int = 0
@@ -134,7 +139,8 @@ def train(
     ema = Ema(denoiser.to(accelerator.device), optim.ema)
     network, optimizer = accelerator.prepare(denoiser, optimizer)
     bare, total = accelerator.unwrap_model(network), settings.steps * settings.batch
-    folder, progress = Path(settings.out) / "checkpoints", Progress()
+    folder = Path(settings.out) / "checkpoints"
+    progress = Progress("val/deviance" if survival.hidden + survival.two_level > 0 else "val/loss")
     accelerator.wait_for_everyone()
     if (found := checkpoint.find(settings.resume, folder)) is not None:
         state = checkpoint.load(found, bare, ema.model, optimizer.optimizer, identity)
@@ -179,14 +185,14 @@ def train(
                 numbers = window.drain(accelerator, settings.batch)
                 times.update(accelerator)
                 progress.times = times.state()
-                numbers |= validate(store, held_out, process, ema.model, accelerator, labels, settings)
+                numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
                 window = _Window(progress.step)
                 _judge(progress, numbers, seen)
                 if accelerator.is_main_process:
                     on_log(seen, numbers)
                     if progress.bad == 0:
                         save_best(ema.model, numbers)
-                bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers['val/deviance']:.4f}")
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers[progress.judge]:.4f}")
             done = done or progress.bad >= settings.patience
             if done or (progress.step - saved) * settings.batch >= settings.checkpoint_cells:
                 saved = progress.step
@@ -229,11 +235,15 @@ def _loss(
         dropped = rng.uniform(len(part)) < settings.label_dropout
         groups.append((x_0, x, p, dropped, t, torch.where(timed, weight, 1.0), timed))
     x_0, x, p, dropped, t, weight, timed = (torch.cat(parts) for parts in zip(*groups, strict=True))
-    raw = network(*process.encode(x, p), cells.labels.drop(dropped))
-    entries = process.loss(process.natural(raw, x, p), x_0, x, p)
-    losses = entries.sum(1) / (p < 1).sum(1).clamp_min(1)
+    losses = _of_cells(process, network, x_0, x, p, cells.labels.drop(dropped))
     times.record(t, losses.detach(), timed.squeeze(1))
     return (losses * weight.squeeze(1)).mean()
+
+
+def _of_cells(process: Process, network: torch.nn.Module, x_0: Tensor, x: Tensor, p: Tensor, cond: Condition) -> Tensor:
+    """Loss of each cell ``[b]``: the mean over its thinned genes."""
+    entries = process.loss(process.natural(network(*process.encode(x, p), cond), x, p), x_0, x, p)
+    return entries.sum(1) / (p < 1).sum(1).clamp_min(1)
 
 
 class _Window:
@@ -269,6 +279,7 @@ def validate(
     rows: np.ndarray,
     process: Process,
     denoiser: Denoiser,
+    survival: Survival,
     accelerator: Accelerator,
     labels: tuple[str, ...],
     settings: Training,
@@ -276,13 +287,14 @@ def validate(
     block: int = 256,
     limit: int = 8192,
 ) -> dict[str, float]:
-    """Score held-out cells with half of their entries hidden outright (one call, no labels withheld).
+    """Score held-out cells, no labels withheld.
 
-    ``val/deviance``: mean Poisson deviance of a hidden entry; ``val/loss``: the training loss of hidden entries. The
-    masks depend on the seed and the rows alone; blocks of rows go round the processes; sums are reduced, then divided.
+    ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden outright (one call); ``val/loss``:
+    the training loss under the mixture of ``survival``, times even. Masks and noise depend on the seed and the rows
+    alone; blocks of rows go round the processes; sums are reduced, then divided.
     """
     rows = rows[:: max(1, -(-len(rows) // limit))]
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for number, start in enumerate(range(0, len(rows), block)):
         if number % accelerator.num_processes != accelerator.process_index:
             continue
@@ -297,13 +309,17 @@ def validate(
         mean = process.mean(eta, x, p)[target].clamp_min(1e-6).double()
         truth = cells.counts[target].double()
         deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
-        sums += torch.stack((deviance.sum(), process.loss(eta, x_0, x, p).double().sum(), target.sum()))
-    deviance, loss, n = accelerator.reduce(sums, "sum").tolist()
-    return {"val/deviance": deviance / n, "val/loss": loss / n}
+        t = ((torch.arange(len(cells), device=rng.device) + 0.5) / len(cells)).unsqueeze(1)
+        p, _ = survival.draw(process.schedule, t, p.shape[1], rng=rng)
+        losses = _of_cells(process, denoiser, x_0, process.forward(x_0, 1.0, p, rng=rng), p, cells.labels)
+        n = torch.tensor(len(cells), device=rng.device)
+        sums += torch.stack((deviance.sum(), target.sum(), losses.double().sum(), n))
+    deviance, targets, loss, n = accelerator.reduce(sums, "sum").tolist()
+    return {"val/deviance": deviance / targets, "val/loss": loss / n}
 
 
 def _judge(progress: Progress, numbers: dict[str, float], seen: int) -> None:
-    score = numbers["val/deviance"]
+    score = numbers[progress.judge]
     progress.history.append({"cells": seen, **numbers})
     if score < progress.best:
         progress.best, progress.best_step, progress.bad = score, progress.step, 0

@@ -60,7 +60,9 @@ def test_nb(mean, size):
 def test_uniforms_never_reach_an_end(monkeypatch):
     rng = rows(1)
     for bits in (0, -1):
-        monkeypatch.setattr(rng, "_bits", lambda places, starts, attempt=0, bits=bits: torch.full_like(places + starts, bits))
+        monkeypatch.setattr(
+            rng, "_bits", lambda places, starts, attempt=0, bits=bits: torch.full_like(places + starts, bits)
+        )
         assert 0 < rng.uniform(1, 1) < 1
         assert rng.binomial(torch.zeros(1, 1), torch.tensor(0.4)) == 0
         assert rng.normal(1, 1).isfinite()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from distdiff import config, experiment
 from distdiff.data.store import CountStore
+from distdiff.process.survival import Survival
 from distdiff.train import loop
 
 SETTINGS = {
@@ -153,7 +154,7 @@ def test_validation_shards_by_blocks_and_adds_up(atlas, tmp_path):
     def sums(index, world):
         rank = Rank(index, world)
         rows = store.rows("all")[:37]
-        loop.validate(store, rows, model.process, model.denoiser, rank, (), loop.Training(), block=10)
+        loop.validate(store, rows, model.process, model.denoiser, Survival(), rank, (), loop.Training(), block=10)
         return rank.sums
 
     assert torch.allclose(sums(0, 1), sums(0, 2) + sums(1, 2))

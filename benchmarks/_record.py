@@ -1,0 +1,34 @@
+"""What every benchmark writes beside its numbers: command, commit, hardware, seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write(out: Path, began: float, content: dict[str, Any]) -> None:
+    """Write ``content`` as JSON under the run's circumstances; machine paths are cut to their last part."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "distdiff"], capture_output=True, text=True, cwd=here
+    ).stdout
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    result = {
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "commit": commit + (" and uncommitted changes" if dirty else ""),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads",
+        "seconds": round(time.perf_counter() - began),
+        **content,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
