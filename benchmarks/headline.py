@@ -9,32 +9,38 @@ metrics, every row's mean over seeds, and how often each row was first.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import _record
 import numpy as np
-import torch
 
-from distdiff import config, experiment, quickstart
+from distdiff import component, config, experiment, quickstart
+from distdiff.baselines import Baseline
 from distdiff.data.shard import shard
+from distdiff.data.store import CountStore
+from distdiff.evaluate import Contestant
+from distdiff.model import Model
 
-HEADLINES = ("deviance", "crps", "energy")
+HEADLINES = ("deviance", "log1p_mse", "rmse", "crps", "energy")
 
 
-def one(data: Path, cell_type: str | None, genes: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
+def one(
+    data: Path, cell_type: str | None, genes: str, seed: int, folder: Path, peers: list[str]
+) -> dict[str, dict[str, float]]:
     store = folder / f"atlas{seed}.zarr"
     labels = (cell_type,) if cell_type else ()
     shard([data], store, genes=genes, labels=labels, seed=seed, workers=0, progress=False)
     tree = quickstart.settings(store, folder / f"run{seed}", cell_type, "headline")
     tree["train"]["seed"] = seed
     tree["tracking"]["enabled"] = False
-    report = experiment.train(config.parse(tree)).report
+    tree["evaluate"]["enabled"] = False
+    settings = config.parse(tree)
+    model = Model.load(experiment.train(settings).model)
+    made = [component.build(Baseline, {"kind": kind}) for kind in peers]
+    extra = [Contestant(peer.label, peer) for peer in made]
+    report = experiment.evaluate_model(model, CountStore.open(store), settings.evaluate, seed=seed, extra=extra)
     return {r.name: {m: r.values[m] for m in HEADLINES} for r in report.rows if r.note != "control"}
 
 
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cell-type")
     parser.add_argument("--genes", default="all")
+    parser.add_argument("--peers", nargs="*", default=[], help="more baselines: magic nmf scvi")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     began = time.perf_counter()
@@ -64,25 +71,13 @@ def main() -> None:
         if data is None:
             data, cell_type = folder / "counts.h5ad", "bulk_labels"
             quickstart.demo_counts(data)
-        runs = [one(data, cell_type, a.genes, seed, folder) for seed in range(a.seeds)]
+        runs = [one(data, cell_type, a.genes, seed, folder, a.peers) for seed in range(a.seeds)]
     table = summary(runs)
     for metric, rows in table.items():
         print(f"\n{metric}: mean over {a.seeds} seeds (sd), times first")
         for row, numbers in list(rows.items())[:8]:
             print(f"  {row:<32} {numbers['mean']:.4f} ({numbers['sd']:.4f})  {numbers['first']}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    result = {
-        "command": "python benchmarks/headline.py "
-        + " ".join(Path(w).name if os.sep in w else w for w in sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "seconds": round(time.perf_counter() - began),
-        "data": data.name,
-        "summary": table,
-        "runs": runs,
-    }
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(result, indent=1))
+    _record.write(a.out, began, {"data": data.name, "summary": table, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -36,17 +36,20 @@ CALLS = (1, 2, 4, 8, 16, 32, 100)
 PUBLISHED = "CountsDiff, RePaint"
 
 
-def train(store: Path, out: Path, cells: int, seed: int, process: dict[str, Any], survival: dict[str, Any]) -> Model:
+def train(
+    store: Path, out: Path, cells: int, seed: int, process: dict[str, Any], survival: dict[str, Any],
+    labels: tuple[str, ...] = (),
+) -> Model:  # fmt: skip
     settings = {
-        "data": {"store": str(store)},
+        "data": {"store": str(store), "labels": list(labels)},
         "process": {"kind": "counts", **process},
         "denoiser": {"kind": "mlp", "width": 256, "depth": 3, "linear": 64},
         "survival": survival,
-        "train": {"out": str(out), "cells": cells, "eval_cells": cells // 10, "patience": 1000, "seed": seed},
+        "train": {"out": str(out), "cells": cells, "eval_cells": cells // 10, "patience": 1000, "seed": seed,
+                  "checkpoint_cells": cells},
         "evaluate": {"enabled": False},
         "tracking": {"enabled": False},
-    }
-    settings["train"]["checkpoint_cells"] = cells
+    }  # fmt: skip
     return Model.load(experiment.train(config.parse(settings)).model)
 
 

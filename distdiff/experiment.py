@@ -19,11 +19,13 @@ from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.model import Model
+from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
 
 if TYPE_CHECKING:
+    from distdiff.evaluate import Contestant
     from distdiff.report import Report
 
 
@@ -109,8 +111,10 @@ def train(config: Config) -> Outcome:
     return Outcome(best, progress, report, run.run_id, registered)
 
 
-def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0) -> Report:
-    """Score a model and the baselines on the store's test cells with the same masks (see ``distdiff.evaluate``)."""
+def evaluate_model(
+    model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0, extra: Sequence[Contestant] = ()
+) -> Report:
+    """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluate``)."""
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
     if tuple(store.genes) != tuple(model.spec.genes):
@@ -122,6 +126,8 @@ def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, see
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant("distdiff", model.imputer(), ("mean", "1 draw", "draws"))]
+    if isinstance(model.process, Counts):
+        mine.append(Contestant("distdiff, log1p read-out", model.imputer(readout="log1p")))
     if settings.repaint_steps:
         repaint = model.imputer("repaint", steps=settings.repaint_steps)
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
@@ -129,7 +135,7 @@ def evaluate_model(model: Model, store: CountStore, settings: Evaluation, *, see
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
     rows = rows[:: max(1, -(-len(rows) // settings.cells))]
-    contestants = default_contestants(settings.cell_type, extra=mine, rate=settings.rate)
+    contestants = default_contestants(settings.cell_type, extra=[*mine, *extra], rate=settings.rate)
     return evaluate(
         store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
         labels=tuple(model.spec.labels), groups=settings.cell_type,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -120,7 +120,11 @@ class Model:
             ) from None
         except Exception as error:
             raise ValueError(f"the model in {folder} is damaged: {error}") from error
-        if card.get("format", 0) > FORMAT:
+        if card.get("format", 0) < FORMAT:
+            raise ValueError(
+                f"{folder} has model format {card.get('format', 0)}, of an earlier distdiff; train it again"
+            )
+        if card["format"] > FORMAT:
             raise ValueError(f"{folder} has model format {card['format']}, this distdiff reads up to {FORMAT}; upgrade")
         spec = DataSpec(
             tuple(card["genes"]),

@@ -192,7 +192,7 @@ def test_damaged_models_are_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"use distdiff\.load for models:/"):
         Model.load("models:/x@champion")
     card = (tmp_path / "model" / "model.json").read_text()
-    (tmp_path / "model" / "model.json").write_text(card.replace('"format": 1', '"format": 99'))
+    (tmp_path / "model" / "model.json").write_text(card.replace('"format": 2', '"format": 99'))
     with pytest.raises(ValueError, match="model format 99"):
         Model.load(tmp_path / "model")
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"rubbish")

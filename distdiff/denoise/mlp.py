@@ -37,7 +37,7 @@ class MLP(Denoiser):
         nn.init.normal_(self.survival.weight, std=spec.n_genes**-0.5 / 3)
         nn.init.zeros_(self.answer.weight)
         with torch.no_grad():
-            start(self.answer.bias.unflatten(0, (-1, outputs)))
+            start(self.answer.bias.unflatten(0, (outputs, -1)).T)
         self.linear = nn.ModuleList()
         if linear:
             down, up = nn.Linear(spec.n_genes, linear, bias=False), nn.Linear(linear, spec.n_genes, bias=False)
@@ -52,12 +52,13 @@ class MLP(Denoiser):
         for block in self.blocks:
             h = block(h, c)
         h, _ = self.norm(h, c)
-        raw = self.answer(h).float().unflatten(1, (-1, self.outputs))
-        offset = self.expectation.log_rate(log_depth) if self.relative else torch.zeros_like(raw[..., 0])
+        raw = self.answer(h).float().unflatten(1, (self.outputs, -1)).transpose(1, 2)
+        offset: Tensor | float = self.expectation.log_rate(log_depth) if self.relative else 0.0
         if self.linear:
             down, up = self.linear
             offset = offset + up(down(surprise) / (p.mean(1, keepdim=True) + 0.05))
-        return torch.cat((raw[..., :1] + offset.unsqueeze(-1), raw[..., 1:]), -1)
+        raw[..., 0] += offset
+        return raw
 
 
 class _Block(nn.Module):

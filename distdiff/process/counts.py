@@ -149,7 +149,8 @@ class Counts(Process):
         if self.head == "mean":
             return log_rate.unsqueeze(-1)
         log_size = raw[..., 1].float().clamp(*LOG_SIZE)
-        return torch.cat((torch.stack((log_rate, log_size), -1), raw[..., 2:].float()), -1)
+        # one slab a number, not one a gene: what follows takes them apart again
+        return torch.stack((log_rate, log_size, *raw[..., 2:].float().unbind(-1)), 1).movedim(1, -1)
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """``lambda``: expected molecules of a cell at full depth (MATHS 3.4, 5.4).
@@ -222,8 +223,8 @@ class Counts(Process):
         else:
             entry = f - d * eta[..., 0] + nb_nll(d, f.detach(), eta[..., 1])
         if self.head == "loadings":
-            entry = entry + self._covariance_score(eta, d, f.detach(), p < 1)
-        return torch.where(p < 1, self.weights(p) * entry, torch.zeros_like(entry))
+            entry = entry + torch.where(p < 1, self._covariance_score(eta, d, f.detach(), p < 1), 0.0)
+        return entry if self.weight == "none" else self.weights(p) * entry  # f = d = 0, hence 0, where p == 1
 
     def _covariance_score(self, eta: Tensor, d: Tensor, f: Tensor, lost: Tensor) -> Tensor:
         """Score of ``d - f`` under (4.9)'s covariance ``f f' (exp(L L') - 1)``, to first order off the diagonal."""

@@ -33,10 +33,13 @@ def test_ema_follows_the_weights_after_the_step():
     torch.nn.init.zeros_(model.weight)
     ema = Ema(model, 0.9)
     torch.nn.init.ones_(model.weight)
-    ema.update(model, 0)  # decay min(.9, 1/10)
-    assert float(ema.model.weight) == pytest.approx(0.9)
-    ema.update(model, 1000)  # decay .9
-    assert float(ema.model.weight) == pytest.approx(0.91)
+    ema.update(model, 0)  # every fourth step alone
+    assert float(ema.model.weight) == 0
+    ema.update(model, 3)  # decay min(.9, 4/13), four times
+    first = 1 - (4 / 13) ** 4
+    assert float(ema.model.weight) == pytest.approx(first)
+    ema.update(model, 1003)  # decay .9, four times
+    assert float(ema.model.weight) == pytest.approx(1 - (1 - first) * 0.9**4)
 
 
 def network(seed=0):

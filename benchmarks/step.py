@@ -1,0 +1,185 @@
+"""Where a training step's time goes, and what thinning costs in other ways.
+
+    python benchmarks/step.py --out benchmarks/results/step.json [--genes 2000 --batch 128 --kind mlp]
+
+Made counts (gamma-Poisson, about 85 % zeros) in a store in a temporary folder, one thread. Every part of the step is
+timed alone, the parts in turn within each round, so that a busy machine slows all alike; medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _record
+import numpy as np
+import torch
+
+from distdiff import config, files
+from distdiff.data.loader import loader
+from distdiff.data.plan import Plan
+from distdiff.data.shard import shard
+from distdiff.data.store import CountStore
+from distdiff.model import Model
+from distdiff.rng import generator, numpy_generator
+from distdiff.rng.rows import Rows
+from distdiff.train.ema import Ema
+from distdiff.train.loop import Training
+from distdiff.train.times import Times
+
+
+def made(folder: Path, cells: int, genes: int) -> CountStore:
+    import anndata as ad
+    from scipy import sparse
+
+    rng = numpy_generator(0, "step")
+    mean = rng.gamma(0.25, 1.6, genes)
+    parts = [sparse.csr_matrix(rng.poisson(rng.gamma(2.0, mean / 2, (256, genes))), dtype=np.float32)
+             for _ in range(0, cells, 256)]  # fmt: skip
+    ad.AnnData(sparse.vstack(parts, format="csr")).write_h5ad(folder / "x.h5ad")
+    shard([folder / "x.h5ad"], folder / "x.zarr", workers=0, progress=False)
+    return CountStore.open(folder / "x.zarr")
+
+
+def parts(store: CountStore, kind: str, batch: int) -> dict[str, Callable[[], Any]]:
+    """Each part of ``train.loop``'s step as a call without arguments."""
+    raw = {"data": {"store": "-"}, "denoiser": {"kind": kind}}
+    settings = config.parse(raw)
+    model = Model.new(store.spec(()), settings.process, settings.denoiser)
+    process, network, survival = model.process, model.denoiser, settings.survival
+    training = Training(batch=batch)
+    optimizer, ema = settings.optim.build(network), Ema(network, settings.optim.ema)
+    index = store.rows("train")
+    plan = Plan(n_cells=len(index), batch=batch, seed=0)
+    feed = loader(store, plan, index, start=0, stop=100_000, rank=0, world=1, labels=())
+    state: dict[str, Any] = {"step": 0}
+
+    def read() -> None:
+        state["step"], state["cells"] = next(feed)
+
+    def noise() -> None:
+        times = Times(survival.time, batch, 0, torch.device("cpu"))
+        groups = []
+        for start in range(0, batch, training.grain):
+            rng = generator(0, "noise", state["step"] * batch + start)
+            part = state["cells"].counts[start : start + training.grain]
+            t, _ = times.draw(state["step"], start, len(part), rng=rng)
+            p, _ = survival.draw(process.schedule, t, part.shape[1], rng=rng)
+            groups.append((part, process.forward(part, 1.0, p, rng=rng), p))
+        state["x_0"], state["x"], state["p"] = (torch.cat(g) for g in zip(*groups, strict=True))
+
+    def forward() -> None:
+        state["raw"] = network(*process.encode(state["x"], state["p"]), state["cells"].labels)
+
+    def loss() -> None:
+        raw = state["raw"].detach().requires_grad_()
+        eta = process.natural(raw, state["x"], state["p"])
+        entries = process.loss(eta, state["x_0"], state["x"], state["p"])
+        (entries.sum(1) / (state["p"] < 1).sum(1).clamp_min(1)).mean().backward()
+        state["grad"] = raw.grad
+
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        state["raw"].backward(state["grad"])
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    def average() -> None:
+        ema.update(network, state["step"])
+
+    return {"loader": read, "noise": noise, "network forward": forward, "loss": loss, "network backward": backward,
+            "optimiser": step, "average": average}  # fmt: skip
+
+
+def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            took[name].append(time.perf_counter() - began)
+    return {name: float(np.median(values[rounds // 5 :])) for name, values in took.items()}
+
+
+def thinning(counts: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Ways to draw ``Binomial(counts, p)``, p one number a cell, all exact."""
+    p = torch.linspace(0.05, 0.95, len(counts)).unsqueeze(1).expand_as(counts).contiguous()
+    rng, rows = generator(0, "thin"), Rows(torch.arange(len(counts)), torch.zeros(len(counts)).long(), 0)
+    chance = np.random.default_rng(0)
+    n, q = counts.numpy().astype(np.int64), p.numpy()
+
+    def seen_only() -> torch.Tensor:
+        out, at = torch.zeros_like(counts), counts.nonzero(as_tuple=True)
+        out[at] = rng.binomial(counts[at], p[at])
+        return out
+
+    def molecules() -> np.ndarray:
+        at = np.repeat(np.arange(n.size), n.ravel())
+        kept = at[chance.random(len(at)) < q.ravel()[at]]
+        return np.bincount(kept, minlength=n.size)
+
+    return {
+        "torch.binomial (the stream)": lambda: rng.binomial(counts, p),
+        "torch.binomial, non-zero entries": seen_only,
+        "by row (inversion, BTRS)": lambda: rows.binomial(counts, p),
+        "numpy binomial": lambda: chance.binomial(n, q),
+        "one coin a molecule": molecules,
+    }
+
+
+def draw(shares: dict[str, float], ways: dict[str, float], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, data, title in zip(
+        figure.subplots(1, 2), (shares, ways), ("share of a training step, %", "thinning, ns an entry"), strict=True
+    ):
+        axes.barh(list(data), list(data.values()), color="#7a8ca3")
+        for i, value in enumerate(data.values()):
+            axes.text(value, i, f" {value:.1f}", va="center", fontsize=9)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=10)
+    with files.whole(path, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--genes", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--kind", default="mlp")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        store = made(Path(name), 4096, a.genes)
+        took = medians(parts(store, a.kind, a.batch), a.rounds)
+        counts = store.cells(np.arange(256)).counts
+        ways = medians(thinning(counts), 15)
+    total = sum(took.values())
+    shares = {part: 100 * seconds / total for part, seconds in took.items()}
+    outside = 100 - shares["loader"] - shares["network forward"] - shares["network backward"]
+    ways = {way: seconds / counts.numel() * 1e9 for way, seconds in ways.items()}
+    for part, share in shares.items():
+        print(f"{part:<18} {1000 * took[part]:8.2f} ms {share:6.1f} %")
+    print(f"outside network and loader: {outside:.1f} %; {a.batch / total:.0f} cells/s")
+    for way, ns in ways.items():
+        print(f"thinning, {way:<34} {ns:6.1f} ns an entry")
+    _record.write(a.out, began, {
+        "genes": a.genes, "batch": a.batch, "denoiser": a.kind, "zeros": float((counts == 0).float().mean()),
+        "milliseconds": {k: 1000 * v for k, v in took.items()}, "percent": shares, "outside_percent": outside,
+        "thinning_ns_an_entry": ways,
+    })  # fmt: skip
+    draw(shares, ways, a.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
