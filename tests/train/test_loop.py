@@ -29,8 +29,8 @@ SETTINGS = {
 }
 
 
-def make(store: Path, out: Path, **train) -> config.Config:
-    tree = json.loads(json.dumps(SETTINGS))
+def make(store: Path, out: Path, survival=None, **train) -> config.Config:
+    tree = json.loads(json.dumps(SETTINGS)) | {"survival": survival or {}}
     tree["train"] |= {"out": str(out), **train}
     return config.parse({"data": {"store": str(store), "labels": ["cell_type"]}, **tree})
 
@@ -47,8 +47,11 @@ def assert_equal(a, b):
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
-def test_twenty_and_twenty_steps_are_forty_bit_for_bit(atlas, tmp_path, monkeypatch):
-    experiment.train(make(atlas, tmp_path / "whole"))
+@pytest.mark.parametrize("times", ["uniform", "stratified", "learned"])
+def test_twenty_and_twenty_steps_are_forty_bit_for_bit(atlas, tmp_path, monkeypatch, times):
+    survival = {"time": times}
+    first = experiment.train(make(atlas, tmp_path / "whole", survival)).progress
+    assert (len(set(first.times)) > 1) == (times == "learned")
     real = loop.train
 
     def stops(*args, **kwargs):
@@ -60,10 +63,10 @@ def test_twenty_and_twenty_steps_are_forty_bit_for_bit(atlas, tmp_path, monkeypa
 
     monkeypatch.setattr(experiment, "fit", stops)
     with pytest.raises(KeyboardInterrupt):
-        experiment.train(make(atlas, tmp_path / "parts"))
+        experiment.train(make(atlas, tmp_path / "parts", survival))
     assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000000020"]
     monkeypatch.setattr(experiment, "fit", real)
-    outcome = experiment.train(make(atlas, tmp_path / "parts"))
+    outcome = experiment.train(make(atlas, tmp_path / "parts", survival))
     assert outcome.progress.step == 40
     assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
 
@@ -214,3 +217,10 @@ def test_a_launcher_that_silently_runs_one_process_is_caught(atlas, tmp_path):
     assert done.returncode != 0
     assert "2 processes were asked for, 1 is running" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_that_hides_nothing_is_judged_by_its_loss(atlas, tmp_path):
+    alike = {"hidden": 0, "two_level": 0, "uniform": 1}
+    progress = experiment.train(make(atlas, tmp_path, survival=alike, cells=640)).progress
+    assert progress.judge == "val/loss"
+    assert progress.best == min(h["val/loss"] for h in progress.history)
