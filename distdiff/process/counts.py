@@ -36,7 +36,8 @@ class Counts(Process):
         :func:`~distdiff.process.schedule.schedule`.
     weight
         ``paper``: ``w = -p'`` (MATHS 3.2); ``nll``: ``w = -p' / (1 - p)`` (MATHS 3.3 with t uniform), the bound on
-        ``-log p(x_0)``; ``none``: 1.
+        ``-log p(x_0)``; ``none``: 1, which keeps both ends of the path in view: the first step of a short walk is
+        the largest (benchmarks/toy.py, benchmarks/ablation.py).
     head
         ``mean``: the network gives the rate alone. ``nb``: also a dispersion (MATHS 3.5). ``loadings``: also how much
         of that dispersion genes share, as ``loadings`` directions per gene (MATHS 4.9).
@@ -46,6 +47,11 @@ class Counts(Process):
     predict
         ``rate``: the network's first answer is ``log lambda``. ``x0``: it is ``log xhat_0``, and
         ``f = softplus(xhat_0 - x)``; no rate at p = 1, so no denoising.
+    own
+        Whether a gene's own count is weighed in exactly. The network's rate and size are then a Gamma law *before* the
+        gene's count is seen, and the answer is the law after it: rate ``(x + k) / (p + k / lambda)``, size ``k + x``
+        (the Gamma-Poisson shrink of EVIDENCE, at every p). A network of low rank cannot learn one such response a
+        gene, and without it a walk of many steps forgets the dispersion: its births do not reinforce themselves.
     leap
         How a reverse step draws its births: ``plain`` (MATHS 4.2), ``nb`` (4.8), ``correlated`` (4.9); empty: the one
         that uses all that the head knows.
@@ -55,10 +61,11 @@ class Counts(Process):
     """
 
     schedule: Any = "cosine"
-    weight: str = "paper"
+    weight: str = "none"
     head: str = "nb"
     fit: str = "held"
     predict: str = "rate"
+    own: bool = True
     leap: str = ""
     rounding: str = "random"
     loadings: int = 8
@@ -149,6 +156,8 @@ class Counts(Process):
         if self.head == "mean":
             return log_rate.unsqueeze(-1)
         log_size = raw[..., 1].float().clamp(*LOG_SIZE)
+        if self.own and self.predict == "rate":
+            log_rate, log_size = _with_own(log_rate, log_size, x, tensor(p, x))
         # one slab a number, not one a gene: what follows takes them apart again
         return torch.stack((log_rate, log_size, *raw[..., 2:].float().unbind(-1)), 1).movedim(1, -1)
 
@@ -287,3 +296,10 @@ class Counts(Process):
         if self.rounding == "poisson":
             return rng.poisson(beta * f)
         return rng.binomial(random_round(f, rng=rng) if self.rounding == "random" else f.round(), beta.expand_as(f))
+
+
+def _with_own(log_rate: Tensor, log_size: Tensor, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Gamma law of a rate (log mean, log size) -> the same once ``x ~ Poisson(p rate)`` molecules were seen."""
+    size = log_size.exp()
+    after = torch.log(size + x)
+    return after - torch.log(p + torch.exp(log_size - log_rate)), after

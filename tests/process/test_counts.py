@@ -391,3 +391,41 @@ def test_one_set_of_weights_walks_every_way():
 def test_more_bad_values_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+# -- a gene's own count ------------------------------------------------------------------------------------------------
+
+
+def _prior(x, p):
+    """What a network would say that knows each gene's Gamma law and never looks at the cell."""
+    return torch.stack((MEAN.log(), SIZE.log()), -1).expand(*x.shape, 2)
+
+
+def test_own_count_is_weighed_in_by_bayes_rule():
+    process, x = Counts(), torch.tensor([[0.0, 3.0, 20.0]])
+    for p in (0.0, 0.4, 1.0):
+        x_p = x if p else torch.zeros_like(x)
+        eta = process.natural(_prior(x_p, p), x_p, p)
+        want = _gamma_poisson(MEAN, SIZE, "nb")(x_p, torch.tensor(p))
+        assert torch.allclose(eta, want, rtol=1e-5, atol=1e-6)
+    plain = Counts(own=False).natural(_prior(x, 0.4), x, 0.4)
+    assert torch.equal(plain, _prior(x, 0.4))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_births_reinforce_themselves_at_any_number_of_steps(steps):
+    """With ``own`` a network blind to the cell samples the NB law in any number of steps; without, variance is lost."""
+    found = {}
+    for own in (True, False):
+        process = Counts(own=own)
+
+        def predict(x, p, process=process):
+            return process.natural(_prior(x, p), x, p)
+
+        rng = generator(0, "own", steps)
+        x = sample(process, predict, torch.zeros(laws.N, 3), list(levels(process.schedule, steps)), rng=rng)
+        assert torch.allclose(x.double().mean(0), MEAN.double(), rtol=0.03)
+        found[own] = x.double().var(0) / VAR
+    assert ((found[True] - 1).abs() < 0.1).all()
+    if steps > 1:
+        assert found[False][0] < 0.8

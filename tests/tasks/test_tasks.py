@@ -124,7 +124,7 @@ class Rate(Denoiser):
 def known(rate, size, **options):
     genes = tuple(f"g{i}" for i in range(len(rate)))
     spec = DataSpec(genes, {}, np.asarray(rate, np.float32))
-    return Model(Counts(**options), Rate(rate, size), spec, {})
+    return Model(Counts(own=False, **options), Rate(rate, size), spec, {})
 
 
 def cells_of(x):
