@@ -2,7 +2,8 @@
 
 A baseline answers with a *rate*: the expected molecules of the hidden entries, from the observed entries alone. This
 file does the rest, the same way for all: hidden counts are erased before the baseline sees them, observed counts are
-copied back unchanged, and draws are Poisson around the rate.
+copied back unchanged, and draws are Poisson around the rate. Those that read a rate off the evidence's depth also
+`Baseline.denoise` thinned counts.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 
 from distdiff.impute import Imputed, Imputer
 from distdiff.rng import numpy_generator
-from distdiff.types import Bool, Cells, Tensor
+from distdiff.types import Bool, Cells, Condition, Tensor
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_array, csr_matrix
+
     from distdiff.data.store import CountStore
 
 __all__ = ["Baseline", "chunks", "depth"]
@@ -44,6 +47,8 @@ class Baseline(Imputer, ABC):
         `distdiff.evaluate` hands it the true counts: only ``perfect``.
     control
         A yardstick, not a competitor.
+    denoises
+        Its rate follows the depth of the evidence, so `denoise` is defined.
     gene_mean
         ``float64 [g]`` molecules of the average training cell, set by `fit`.
     """
@@ -52,6 +57,7 @@ class Baseline(Imputer, ABC):
     peeks: bool = False
     sees_hidden: bool = False
     control: bool = False
+    denoises: bool = False
     gene_mean: FloatArray
 
     def fit(self, store: CountStore, rows: np.ndarray) -> None:
@@ -120,6 +126,57 @@ class Baseline(Imputer, ABC):
         for k in range(draws):
             answer[k][~observed] = torch.from_numpy(rng.poisson(rate[hidden]).astype(np.float32))
         return Imputed(mean, answer)
+
+    def denoise(self, counts: FloatArray | csr_matrix | csr_array, p: float) -> FloatArray:
+        """Expected molecules of every gene at full depth, from counts that each survived with probability ``p``.
+
+        Every gene is observed; the rate at the evidence's depth is divided by ``p``. A cell may be one of those of the
+        fit (molecular cross-validation fits on the thinned counts themselves): kNN and MAGIC then count it among its
+        own neighbours.
+
+        Parameters
+        ----------
+        counts
+            ``[b g]`` molecules, dense or CSR; at most 4,096 cells are dense at once, besides the answer.
+        p
+            Share of each cell's molecules that ``counts`` holds, in (0, 1]; 1 asks for the rate at the depth given.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``float32 [b g]`` molecules, not negative.
+
+        Raises
+        ------
+        ValueError
+            This baseline does not denoise, `fit` was not called, ``p`` is out of range, the number of genes is another
+            one, or a count is negative or not finite.
+        """
+        name = type(self).__name__
+        if not self.denoises:
+            raise ValueError(
+                f"{name}.denoise: this baseline's rate does not follow the depth of the cell; take gene_mean with "
+                "depth=True, knn, pca, nmf, magic or scvi"
+            )
+        if not hasattr(self, "gene_mean"):
+            raise ValueError(f"{name}.denoise: call fit(store, rows) first")
+        if not 0 < p <= 1:
+            raise ValueError(f"{name}.denoise: p={p} must lie in (0, 1], the share of molecules that survived")
+        if counts.ndim != 2 or counts.shape[1] != len(self.gene_mean):
+            raise ValueError(
+                f"{name}.denoise: counts {tuple(counts.shape)} must be [cells, {len(self.gene_mean)}], the genes of "
+                "the fit"
+            )
+        out = np.empty(counts.shape, dtype=np.float32)
+        for start in range(0, len(out), CHUNK):
+            part = counts[start : start + CHUNK]
+            x = np.ascontiguousarray(part if isinstance(part, np.ndarray) else part.toarray(), dtype=np.float32)
+            if not np.isfinite(x).all() or x.min(initial=0.0) < 0:
+                raise ValueError(f"{name}.denoise: a count is negative or not finite; give raw counts")
+            rows = torch.arange(start, start + len(x))
+            cells = Cells(torch.from_numpy(x), Condition(), rows)
+            out[start : start + CHUNK] = np.maximum(self.rate(x, np.ones(x.shape, dtype=bool), cells), 0.0) / p
+        return out
 
 
 def chunks(store: CountStore, rows: np.ndarray, size: int = CHUNK) -> Iterator[tuple[slice, FloatArray]]:

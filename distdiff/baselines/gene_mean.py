@@ -11,7 +11,7 @@ class GeneMean(Baseline):
     """Answer ``mean_g``, or ``s mean_g`` with ``s`` the depth of the cell's evidence (`distdiff.baselines.depth`)."""
 
     def __init__(self, depth: bool = False) -> None:
-        self.depth = depth
+        self.depth = self.denoises = depth
         self.label = "gene mean x depth" if depth else "gene mean"
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:

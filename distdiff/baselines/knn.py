@@ -42,6 +42,7 @@ class Knn(Baseline):
     """
 
     label = "kNN pool"
+    denoises = True
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Pca(LogLinear):
     """
 
     label = "PCA regression"
+    denoises = True
 
     def __init__(
         self,
