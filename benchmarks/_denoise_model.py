@@ -50,7 +50,7 @@ def _trained(key: _Key, mixture: str, seed: int) -> Model:
         settings = {
             "data": {"store": str(folder / "atlas.zarr")},
             "process": {"kind": "counts", "weight": "none"},
-            "denoiser": {"kind": "mlp", "width": 256, "depth": 3, "linear": 64},
+            "denoiser": {"kind": "mlp", "width": 256, "depth": 3},
             "survival": MIXTURES[mixture],
             "train": {"out": str(folder / "run"), "cells": 150_000, "eval_cells": 7_500, "patience": 5, "seed": seed,
                       "checkpoint_cells": 150_000},

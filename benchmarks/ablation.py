@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "weight paper": {"process": {"weight": "paper"}},
     "weight nll": {"process": {"weight": "nll"}},
-    "weight none": {"process": {"weight": "none"}},
+    "own count not weighed in": {"process": {"own": False}},
     "joint likelihood": {"process": {"fit": "joint"}},
     "mean alone": {"process": {"head": "mean"}},
     "loadings": {"process": {"head": "loadings"}},
@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "all hidden": {"survival": {"hidden": 1.0, "two_level": 0.0, "uniform": 0.0}},
     "two-level only": {"survival": {"hidden": 0.0, "two_level": 1.0, "uniform": 0.0}},
     "more alike": {"survival": {"hidden": 0.3, "two_level": 0.2, "uniform": 0.5}},
-    "no low-rank path": {"denoiser": {"linear": 0}},
+    "low-rank path": {"denoiser": {"linear": 64}},
 }
 
 

@@ -13,12 +13,14 @@ and answers with the expected molecules at full depth, and, if it likes, with a 
   same with a floor of 1e-6, for methods that answer zero.
 * ``mse``: as Open Problems computes it, mean over entries of the squared difference between ``log1p`` of the answer
   scaled to 10,000 molecules a cell and ``log1p`` of the test molecules scaled to 10,000. A method's read-out
-  ``log1p_cp10k`` is compared as it is; ``mse_of_rate`` is that of its rate in any case.
+  ``log1p_cp10k`` is compared as it is; ``mse_of_rate`` is that of its rate in any case. ``mse_poisson`` gives every
+  method the matching read-out that its rate alone allows, ``E[log1p_cp10k]`` of Poisson molecules around it.
 
 ``*_gain`` is the mean over cells of (gene mean x depth - method) with its standard error; positive is better. Tuned
 methods try every option of a declared grid (`GRIDS`) on a second split of the training part, again 90/10, once for
 each score: ``rate`` comes from the options of least inner nll, ``log1p_cp10k`` from those of least inner mse. Rows are
-merged into an existing result of the same data, seed, p and genes. Set OMP_NUM_THREADS to bound the threads of BLAS.
+merged into an existing result of the same data, seed, p and genes; ``--chosen`` takes the options that stand there
+instead of trying the grid again. Set OMP_NUM_THREADS to bound the threads of BLAS.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from scipy import sparse
 from distdiff import component
 from distdiff.baselines import Baseline
 from distdiff.data.scan import Moments
+from distdiff.readouts import readout
 from distdiff.rng import numpy_generator
 
 SETS = {
@@ -119,6 +122,15 @@ def mse(test: sparse.csr_matrix, readout: np.ndarray) -> np.ndarray:
     return ((readout.astype(np.float64) - log1p_cp10k(test.toarray())) ** 2).mean(axis=1)
 
 
+def poisson_readout(rate: np.ndarray, p: float) -> np.ndarray:
+    """``E[log1p_cp10k]`` of Poisson molecules around a rate: the matching read-out that any method can have."""
+    out = np.zeros(rate.shape, np.float32)
+    for start in range(0, len(rate), 256):
+        mean = torch.from_numpy((1 - p) * rate[start : start + 256].astype(np.float32))
+        out[start : start + 256] = readout("log1p_cp10k", torch.zeros_like(mean), mean, torch.full_like(mean, 9.0))
+    return out
+
+
 def baseline(options: Mapping[str, Any], counts: sparse.csr_matrix, p: float, seed: int) -> np.ndarray:
     """Fit one baseline to the thinned counts and denoise them."""
     if options["kind"] != "gene_mean":
@@ -146,9 +158,18 @@ def tuned(grid: Sequence[Mapping[str, Any]]) -> Method:
             rate = baseline(options, inner, 0.9, seed)
             scores.append((nll(held, rate, 0.9).mean(), mse(held, log1p_cp10k(rate)).mean()))
         by_nll, by_mse = (grid[int(i)] for i in np.argmin(scores, axis=0))
-        rate = baseline(by_nll, counts, p, seed)
-        other = rate if by_mse == by_nll else baseline(by_mse, counts, p, seed)
-        return {"rate": rate, "log1p_cp10k": log1p_cp10k(other), "options": {"nll": by_nll, "mse": by_mse}}
+        return chosen({"nll": by_nll, "mse": by_mse})(counts, p, seed)
+
+    return method
+
+
+def chosen(options: Mapping[str, Mapping[str, Any]]) -> Method:
+    """The options that a grid search has found, one for each score."""
+
+    def method(counts: sparse.csr_matrix, p: float, seed: int) -> Answer:
+        rate = baseline(options["nll"], counts, p, seed)
+        other = rate if options["mse"] == options["nll"] else baseline(options["mse"], counts, p, seed)
+        return {"rate": rate, "log1p_cp10k": log1p_cp10k(other), "options": options}
 
     return method
 
@@ -207,6 +228,7 @@ def rows(train: sparse.csr_matrix, test: sparse.csr_matrix, p: float, seed: int,
             "mse": float(by_mse.mean()),
             "mse_gain": gain(mse(test, log1p_cp10k(reference)), by_mse),
             "mse_of_rate": float(of_rate.mean()),
+            "mse_poisson": float(mse(test, poisson_readout(rate, p)).mean()),
             "seconds": round(seconds, 1),
             **({"options": answer["options"]} if "options" in answer else {}),
             **about(),
@@ -278,6 +300,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with the h5ad files of SETS")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--chosen", action="store_true", help="the options of the result in --out, no grid search")
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument("--p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
@@ -310,6 +333,8 @@ def main() -> None:
         file = a.out / f"denoise_{name}.json"
         old = json.loads(file.read_text()) if file.is_file() else {}
         kept = old.get("rows", {}) if {k: old.get(k) for k in result} == result else {}
+        if a.chosen:
+            METHODS.update({m: chosen(kept[m]["options"]) for m in names if "options" in kept.get(m, {})})
         made = rows(train, test, a.p, a.seed, names)
         every = {**kept, **made}
         result["grids"] = GRIDS

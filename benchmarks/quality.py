@@ -43,7 +43,7 @@ def train(
     settings = {
         "data": {"store": str(store), "labels": list(labels)},
         "process": {"kind": "counts", **process},
-        "denoiser": {"kind": "mlp", "width": 256, "depth": 3, "linear": 64},
+        "denoiser": {"kind": "mlp", "width": 256, "depth": 3},
         "survival": survival,
         "train": {"out": str(out), "cells": cells, "eval_cells": cells // 10, "patience": 1000, "seed": seed,
                   "checkpoint_cells": cells},

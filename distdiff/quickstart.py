@@ -98,7 +98,7 @@ def settings(store: Path, out: Path, cell_type: str | None, name: str) -> dict[s
     """The experiment of configs/pbmc68k.yaml for another store."""
     return {
         "data": {"store": str(store)},
-        "denoiser": {"kind": "mlp", "width": 256, "depth": 3, "linear": 64},
+        "denoiser": {"kind": "mlp", "width": 256, "depth": 3},
         "train": {
             "out": str(out), "cells": 51_200, "eval_cells": 6_400, "patience": 3, "resume": "never",
             "checkpoint_cells": 12_800,

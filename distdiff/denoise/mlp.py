@@ -21,10 +21,12 @@ class MLP(Denoiser):
         Width of the trunk and number of residual blocks.
     linear
         Rank of a linear path around the trunk, from the evidence to the log rates, which is what PCA and ridge
-        regression have (0: none). It is scaled by the share of molecules seen, as in a regression on masked inputs.
+        regression have (0: none). It is scaled by the share of molecules seen, as in a regression on masked inputs. It
+        helped before the process weighed a gene's own count in; since then it only biases middle p
+        (benchmarks/ablation.py).
     """
 
-    def __init__(self, spec: DataSpec, outputs: int, *, width: int = 256, depth: int = 3, linear: int = 64):
+    def __init__(self, spec: DataSpec, outputs: int, *, width: int = 256, depth: int = 3, linear: int = 0):
         super().__init__()
         self.outputs = outputs
         self.expectation = Expectation(spec)
