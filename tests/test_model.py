@@ -178,7 +178,7 @@ def test_saved_and_loaded_models_answer_alike(model, counts, mask, tmp_path):
     again = distdiff.load(tmp_path / "model")
     assert again.spec.genes == model.spec.genes
     assert again.info["weights_sha256"] == model.info["weights_sha256"]
-    assert again.options["denoiser"]["linear"] == 64  # defaults are saved: a later default changes nothing
+    assert again.options["denoiser"]["linear"] == 0  # defaults are saved: a later default changes nothing
     a, b = (m.impute(counts, mask=mask).layers["imputed"] for m in (model, again))
     assert (a == b).all()
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 MAX_COUNT = 2**32 - 1
+LAST_EXACT = 2**24
 """Largest count a store holds."""
 
 
@@ -257,6 +258,22 @@ def check_counts(
     else:
         what = "is not a whole number: was this log-normalised? choose a raw-count layer with --layer"
     raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
+
+
+def dense(counts: sparse.csr_matrix) -> np.ndarray:
+    """Counts as networks see them, ``float32 [n g]``.
+
+    Raises
+    ------
+    ValueError
+        A count of 2^24 or more, from where on float32 no longer tells one molecule.
+    """
+    if counts.nnz and (most := counts.data.max()) >= LAST_EXACT:
+        raise ValueError(
+            f"a count of {most:.0f} overflows float32, which tells molecules apart up to {LAST_EXACT - 1}; no cell "
+            "holds so many of one gene: were bulk samples or reads summed? leave that gene out (--genes FILE)"
+        )
+    return counts.astype(np.float32).toarray()
 
 
 class _CsrRows:

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from distdiff.component import nearest
 from distdiff.data.manifest import SPLITS, Manifest, combine, digest
+from distdiff.data.source import dense
 from distdiff.types import Cells, Condition, DataSpec
 
 GROUP = 64
@@ -151,7 +152,7 @@ class CountStore:
         """
         rows = self._checked(rows)
         codes = self.labels(rows, labels)
-        counts = torch.from_numpy(self.read(rows).astype(np.float32).toarray())
+        counts = torch.from_numpy(dense(self.read(rows)))
         return Cells(counts, Condition({k: torch.from_numpy(v) for k, v in codes.items()}), torch.from_numpy(rows))
 
     def labels(self, rows: np.ndarray, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from distdiff.component import nearest
-from distdiff.data.source import check_counts, codes
+from distdiff.data.source import check_counts, codes, dense
 from distdiff.types import Cells, Condition, DataSpec
 
 
@@ -88,16 +88,18 @@ class Reader:
                 counts = self.rows.read(start, stop)
                 given = counts.toarray().astype(np.float32)
                 away = np.zeros(given.shape, dtype=bool) if hidden is None else hidden(start, stop, counts)
+                looked_at = sp.csr_matrix(np.where(away, 0, given))
                 check_counts(
-                    sp.csr_matrix(np.where(away, 0, given)), self.rows.genes,
+                    looked_at, self.rows.genes,
                     [str(n) for n in (names[start:stop] if names is not None else range(start, stop))],
                     getattr(self.rows, "where", "the store"),
                 )  # fmt: skip
+                evidence = dense(looked_at)
                 x = np.zeros((stop - start, self.spec.n_genes), dtype=np.float32)
                 observed = np.zeros(x.shape, dtype=bool)
                 place = self.columns[self.known]
                 observed[:, place] = ~away[:, self.known]
-                x[:, place] = np.where(away, 0, given)[:, self.known]
+                x[:, place] = evidence[:, self.known]
                 labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
                 cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop)).to(self.device)
                 yield Block(start, stop, given, away, cells, torch.from_numpy(observed).to(self.device))

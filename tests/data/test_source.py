@@ -145,3 +145,11 @@ def test_counts_of_any_dtype_pass(dtype):
 def test_a_negative_integer_is_found():
     with pytest.raises(ValueError, match=r"cell 'y', gene 'a': -3.0 is negative"):
         check_counts(sparse.csr_matrix(np.array([[0, 1], [-3, 0]])), ["a", "b"], ["x", "y"], "here")
+
+
+def test_counts_that_float32_cannot_tell_apart_are_refused():
+    from distdiff.data.source import dense
+
+    assert dense(sparse.csr_matrix([[0, 2**24 - 1]])).tolist() == [[0.0, 2**24 - 1]]
+    with pytest.raises(ValueError, match="a count of 16777216 overflows float32"):
+        dense(sparse.csr_matrix([[0, 2**24]]))
