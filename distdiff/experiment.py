@@ -126,7 +126,7 @@ def evaluate_model(
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant("distdiff", model.imputer(), ("mean", "1 draw", "draws"))]
-    if isinstance(model.process, Counts):
+    if isinstance(model.process, Counts) and model.process.molecules:
         mine.append(Contestant("distdiff, log1p read-out", model.imputer(readout="log1p")))
     if settings.repaint_steps:
         repaint = model.imputer("repaint", steps=settings.repaint_steps)

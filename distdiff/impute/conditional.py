@@ -9,7 +9,7 @@ import torch
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputed, Imputer, by_row
 from distdiff.process import Process
-from distdiff.process.counts import Counts
+from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
 from distdiff.readouts import check, readout
 from distdiff.sampling import predictor, sample
@@ -48,10 +48,8 @@ class Conditional(Imputer):
         readout: str = "mean",
     ):
         check(readout)
-        if readout != "mean" and not isinstance(process, Counts):
-            raise ValueError(
-                f"readout={readout!r} reads a law of counts, which process {type(process).__name__} has not"
-            )
+        if readout != "mean":
+            of_molecules(process, f"readout={readout!r}")
         if readout == "log1p_cp10k":
             raise ValueError(
                 "readout='log1p_cp10k' is no number of molecules: denoise reads it out, imputation does not"
@@ -84,7 +82,8 @@ class Conditional(Imputer):
         return Imputed(mean, torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1))))
 
     def _point(self, eta: Tensor, x: Tensor, p: Tensor) -> Tensor:
-        if self.readout == "mean" or not isinstance(self.process, Counts):
+        if self.readout == "mean":
             return self.process.mean(eta, x, p)
-        point = readout(self.readout, x, self.process.lost(eta, p), self.process.log_size(eta))
+        process = of_molecules(self.process, "a read-out")
+        point = readout(self.readout, x, process.lost(eta, p), process.log_size(eta))
         return torch.expm1(point) if self.readout == "log1p" else point

@@ -70,6 +70,9 @@ class Counts(Process):
     rounding: str = "random"
     loadings: int = 8
 
+    molecules: ClassVar[bool] = True
+    """Whether a state's counts are the molecules of the data."""
+
     ALLOWED: ClassVar[dict[str, tuple[str, ...]]] = {
         "weight": ("paper", "nll", "none"),
         "head": ("mean", "nb", "loadings"),
@@ -296,6 +299,19 @@ class Counts(Process):
         if self.rounding == "poisson":
             return rng.poisson(beta * f)
         return rng.binomial(random_round(f, rng=rng) if self.rounding == "random" else f.round(), beta.expand_as(f))
+
+
+def of_molecules(process: Process, task: str) -> Counts:
+    """``process``, if its states are the molecules of the data themselves.
+
+    Raises
+    ------
+    ValueError
+        They are not; ``task`` says what needs them.
+    """
+    if isinstance(process, Counts) and process.molecules:
+        return process
+    raise ValueError(f"{task} needs a law of molecules, which process {type(process).__name__} has not; use counts")
 
 
 def _with_own(log_rate: Tensor, log_size: Tensor, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ class Jump(Counts):
     """
 
     scale: float = 100.0
+
+    molecules: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from distdiff.impute import by_row
-from distdiff.process.counts import Counts
+from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
 from distdiff.types import Bool, Cells, Float, Tensor
@@ -33,8 +33,7 @@ def deepen(
     """
     if not times >= 1:
         raise ValueError(f"deepen: times must be at least 1, got {times}")
-    if not isinstance(model.process, Counts):
-        raise ValueError(f"deepening adds molecules, which process {type(model.process).__name__} has not")
+    of_molecules(model.process, "deepening")
     if beyond == "refuse":
         _check_depth(model, cells, measured, times)
     rng = by_row(cells, 1, seed, "deepen")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distdiff.process.counts import Counts
+from distdiff.process.counts import of_molecules
 from distdiff.readouts import check, readout
 from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
@@ -41,11 +41,7 @@ def rates(
     ValueError
         The model's process has no rates.
     """
-    process = model.process
-    if not isinstance(process, Counts):
-        raise ValueError(
-            f"denoising reads a rate, which process {type(process).__name__} has not; train process=counts"
-        )
+    process = of_molecules(model.process, "denoising")
     x = torch.where(measured, cells.counts, 0.0)
     survival = p * measured.to(x.dtype)
     eta = predictor(process, model.denoiser, cells.labels)(x, survival)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distdiff.process.counts import Counts
+from distdiff.process.counts import Counts, of_molecules
 from distdiff.rng import generator, numpy_generator
 from distdiff.sampling import predictor
 from distdiff.tasks.denoise import fit_shrink
@@ -33,7 +33,7 @@ def measure(model: Model, store: CountStore, *, labels: tuple[str, ...] = (), se
     train, held_out = (_some(store.rows(split), n, rng) for split, n in (("train", 4096), ("val", CELLS)))
     molecules = np.asarray(store.read(train).sum(1)).ravel()
     model.info["depth"] = {f"q{round(q * 100):02d}": float(np.quantile(molecules, q)) for q in (0.01, 0.5, 0.99)}
-    if not isinstance(model.process, Counts):
+    if not (isinstance(model.process, Counts) and model.process.molecules):
         return
     model.info["excess"] = {"p": list(LEVELS), "impute": excess(model, store, held_out, 0.5, labels, seed)}
     model.info["excess"]["generate"] = excess(model, store, held_out, 1.0, labels, seed)
@@ -53,9 +53,7 @@ def excess(
     ``d`` are the lost molecules of a share ``targets`` of the genes, the others being seen whole; the variance is that
     around the network's own answer, so that what the network explains is not counted.
     """
-    process, device = model.process, _device(model)
-    if not isinstance(process, Counts):
-        raise ValueError(f"process {type(process).__name__} loses no molecules")
+    process, device = of_molecules(model.process, "excess variance"), _device(model)
     cells = store.cells(rows, labels).to(device)
     counts = cells.counts
     scale = counts.var(0).clamp_min(1e-6)

@@ -202,11 +202,11 @@ def test_denoising_on_anndata(model, counts):
 
 def test_denoising_refuses_what_has_no_rate(model, counts):
     gaussian = Model.new(model.spec, {"kind": "gaussian"}, {"kind": "mlp", "width": 8, "depth": 1})
-    with pytest.raises(ValueError, match="process Gaussian has not"):
+    with pytest.raises(ValueError, match="denoising needs a law of molecules, which process Gaussian has not"):
         gaussian.denoise(counts)
     with pytest.raises(ValueError, match="depth must be positive, got 0"):
         model.denoise(counts, depth=0)
-    with pytest.raises(ValueError, match="readout='log1p' reads a law of counts"):
+    with pytest.raises(ValueError, match="readout='log1p' needs a law of molecules"):
         gaussian.imputer(readout="log1p")
     with pytest.raises(ValueError, match="no number of molecules"):
         model.imputer(readout="log1p_cp10k")
@@ -319,3 +319,26 @@ def test_a_denoiser_of_another_width_is_named(model, counts):
     wrong = Model(Counts(head="mean"), model.denoiser, model.spec, model.options)
     with pytest.raises(ValueError, match="gives 2 numbers a gene, process Counts reads 1"):
         wrong.denoise(counts)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "masked", "jump", "blackout"])
+def test_every_process_imputes_and_generates_through_the_model(model, counts, kind):
+    """A rival is a config key: untrained it starts from gene mean x depth, keeps evidence, and draws what it can."""
+    options = {"masked": {"classes": 200}, "jump": {"scale": 20.0}}.get(kind, {})
+    rival = Model.new(model.spec, {"kind": kind, **options}, {"kind": "mlp", "width": 16, "depth": 1})
+    mask = np.random.default_rng(1).random(counts.shape) < 0.4
+    x = dense(counts.X)
+    for method in ({"steps": 1}, {"steps": 3}, {"method": "repaint", "steps": 3}):
+        out = rival.impute(counts, mask=mask, draws=2, **method)
+        drawn = out.layers["imputed_draw2"]
+        assert np.array_equal(drawn[~mask], x[~mask])
+        assert np.isfinite(drawn).all()
+        assert (drawn >= 0).all()
+    mean = rival.impute(counts, mask=mask, mean_only=True).layers["imputed_mean"]
+    fine = np.where(mask, 0, x).sum(1) > 0
+    if kind != "jump":  # its molecules are made, so its depth is not the data's before training
+        assert np.corrcoef(mean[fine][mask[fine]], x[fine][mask[fine]])[0, 1] > 0.3
+    assert dense(rival.generate(10, steps=3).X).shape == (10, 30)
+    if kind == "jump":
+        with pytest.raises(ValueError, match="deepening needs a law of molecules, which process Jump has not"):
+            rival.deepen(counts, 2)
