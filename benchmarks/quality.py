@@ -129,7 +129,7 @@ def verdict(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
 
     bar = {key: badness(table[PUBLISHED]["100"], key) for key in SCORES}
     return {
-        name: {key: round(badness(rows["4"], key) / bar[key], 3) for key in SCORES}
+        name: {key: round(float(badness(rows["4"], key) / bar[key]), 3) for key in SCORES}
         for name, rows in table.items()
         if name != PUBLISHED and "4" in rows
     }
