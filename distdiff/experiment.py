@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from distdiff import tracking
-from distdiff.component import nearest
+from distdiff.component import build, nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
@@ -99,6 +99,13 @@ def train(config: Config) -> Outcome:
         finished.save(best)
         report = None
         if config.evaluate.enabled:
+            cheap = against_cheap(finished, store, seed=config.train.seed)
+            run.metrics({f"val/deviance of {name}": value for name, value in cheap.items()})
+            if (rival := min(cheap, key=cheap.__getitem__)) != OURS:
+                accelerator.print(
+                    f"distdiff train: on validation cells {rival} beats the model (deviance {cheap[rival]:.4f} against "
+                    f"{cheap[OURS]:.4f}): train longer (train.cells, train.patience) or use that estimator"
+                )
             report = evaluate_model(finished, store, config.evaluate, seed=config.train.seed)
             report.write(Path(config.train.out) / "evaluation")
             run.artifact(Path(config.train.out) / "evaluation")
@@ -125,9 +132,9 @@ def evaluate_model(
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
-    mine = [Contestant("distdiff", model.imputer(), ("mean", "1 draw", "draws"))]
+    mine = [Contestant(OURS, model.imputer(), ("mean", "1 draw", "draws"))]
     if isinstance(model.process, Counts) and model.process.molecules:
-        mine.append(Contestant("distdiff, log1p read-out", model.imputer(readout="log1p")))
+        mine.append(Contestant(f"{OURS}, log1p read-out", model.imputer(readout="log1p")))
     if settings.repaint_steps:
         repaint = model.imputer("repaint", steps=settings.repaint_steps)
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
@@ -140,6 +147,40 @@ def evaluate_model(
         store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
         labels=tuple(model.spec.labels), groups=settings.cell_type,
     )  # fmt: skip
+
+
+OURS = "distdiff"
+"""What tables call the model."""
+
+
+def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int = 2048) -> dict[str, float]:
+    """Poisson deviance of the model and of the cheap estimators on validation cells, half of the entries hidden.
+
+    A model that a regression beats on the user's own data should not be used there; this is how one finds out.
+    """
+    import numpy as np
+
+    from distdiff import metrics
+    from distdiff.baselines import Baseline
+    from distdiff.data.masks import mcar
+    from distdiff.rng import numpy_generator
+
+    rows = store.rows("val")[:limit]
+    cells = store.cells(rows, tuple(model.spec.labels))
+    hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
+    observed = torch.from_numpy(~hidden)
+    kinds = ({"kind": "gene_mean", "depth": True}, {"kind": "knn"}, {"kind": "pca"}, {"kind": "ridge"})
+    imputers = {OURS: model.imputer(), **{b.label: b for b in (build(Baseline, options) for options in kinds)}}
+    found = {}
+    for name, imputer in imputers.items():
+        imputer.fit(store, store.rows("train"))
+        mean = np.concatenate([
+            imputer.impute(cells[start : start + 256], observed[start : start + 256]).mean.cpu().numpy()
+            for start in range(0, len(cells), 256)
+        ])  # fmt: skip
+        sums = metrics.poisson_deviance(cells.counts.numpy(), hidden, mean)
+        found[name] = float(metrics.pooled(sums, hidden.sum(1), metrics.once(len(cells)))[0])
+    return found
 
 
 def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:

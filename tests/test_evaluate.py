@@ -266,3 +266,18 @@ def test_mmd_of_many_cells_is_that_of_some(store, monkeypatch):
     assert some == pytest.approx(whole, rel=0.6)
     assert value(2000) == pytest.approx(whole)
     assert np.isnan(value(1))
+
+
+def test_the_model_is_held_against_the_cheap_estimators(atlas):
+    from distdiff.baselines import Baseline
+    from distdiff.component import build
+    from distdiff.experiment import against_cheap
+    from distdiff.model import Model
+
+    store = CountStore.open(atlas)
+    untrained = Model.new(store.spec(()), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+    found = against_cheap(untrained, store)
+    assert len(found) == 5
+    depth = build(Baseline, {"kind": "gene_mean", "depth": True}).label
+    assert found["distdiff"] == pytest.approx(found[depth], rel=0.2)  # where it starts
+    assert min(found.values()) < found["distdiff"]  # and something here knows better
