@@ -135,6 +135,7 @@ def evaluate_model(
     mine = [Contestant(OURS, model.imputer(), ("mean", "1 draw", "draws"))]
     if isinstance(model.process, Counts) and model.process.molecules:
         mine.append(Contestant(f"{OURS}, log1p read-out", model.imputer(readout="log1p")))
+        mine.append(Contestant(f"{OURS}, 8 calls", model.imputer(steps=8), ("1 draw", "draws")))
     if settings.repaint_steps:
         repaint = model.imputer("repaint", steps=settings.repaint_steps)
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
