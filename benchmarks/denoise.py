@@ -251,7 +251,7 @@ def about() -> dict[str, str]:
 
 
 def draw(folder: Path) -> None:
-    """Bars of both scores for every result in ``folder``."""
+    """Bars of the scores for every result in ``folder``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,11 +262,15 @@ def draw(folder: Path) -> None:
         sys.exit(f"benchmarks/denoise.py: {folder} holds no denoise_*.json to draw; run with --data-dir first")
     names = list(dict.fromkeys([*METHODS, *(m for _, r in found for m in r["rows"])]))
     names = [m for m in names if any(m in r["rows"] for _, r in found)]
-    figure, axes = plt.subplots(2, len(found), figsize=(4.6 * len(found), 6.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(3, len(found), figsize=(4.6 * len(found), 9.6), squeeze=False, sharey=True)
     y = np.arange(len(names))[::-1]
     for column, (name, result) in enumerate(found):
-        titles = ("Poisson NLL above the best row (nats an entry)", "MSE of log1p CP10k")
-        for axis, score, title in zip(axes[:, column], ("nll", "mse"), titles, strict=True):
+        titles = (
+            "Poisson NLL above the best row (nats an entry)",
+            "MSE of log1p CP10k, each method's own answer",
+            "MSE of log1p CP10k, E[log1p] under Poisson(rate) for all",
+        )
+        for axis, score, title in zip(axes[:, column], ("nll", "mse", "mse_poisson"), titles, strict=True):
             told = np.array([result["rows"].get(m, {}).get(score, np.nan) for m in names])
             length = told - np.nanmin(told) if score == "nll" else told
             far = min(np.nanmax(length), 4 * np.nanmedian(length[length > 0])) if np.nanmax(length) > 0 else 1.0
