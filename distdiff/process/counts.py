@@ -22,6 +22,7 @@ from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
 LOG_RATE = (-18.0, 16.0)  # molecules per cell: e^16 is 9 million, beyond any droplet
+SHARP = 16.0  # how sharply the positive part of xhat_0 - x bends
 LOG_SIZE = (-6.0, 9.0)  # NB size: e^9 is Poisson for all purposes; below e^-6 a gene is silent in all cells but a few
 
 
@@ -45,8 +46,9 @@ class Counts(Process):
         How mean and dispersion are learned. ``held``: the mean by (3.1) alone, the dispersion by likelihood with the
         mean held fixed; ``joint``: both by likelihood, which is proper too but lets dispersed genes pull the mean.
     predict
-        ``rate``: the network's first answer is ``log lambda``. ``x0``: it is ``log xhat_0``, and
-        ``f = softplus(xhat_0 - x)``; no rate at p = 1, so no denoising.
+        ``rate``: the network's first answer is ``log lambda``. ``x0``: it is ``log xhat_0``, and f is ``xhat_0 - x``,
+        kept positive in proportion to ``xhat_0`` (the published ``softplus(xhat_0 - x)`` is at least .69 at zero); no
+        rate at p = 1, so no denoising.
     own
         Whether a gene's own count is weighed in exactly. The network's rate and size are then a Gamma law *before* the
         gene's count is seen, and the answer is the law after it: rate ``(x + k) / (p + k / lambda)``, size ``k + x``
@@ -153,7 +155,8 @@ class Counts(Process):
         """Log rate (log size, loadings), kept in a range that float32 holds: ``f = (1 - p) exp(eta_0)`` (MATHS 3.4)."""
         log_rate = raw[..., 0].float()
         if self.predict == "x0":
-            f = softplus(log_rate.clamp(*LOG_RATE).exp() - x)
+            whole = log_rate.clamp(*LOG_RATE).exp()
+            f = whole * softplus(SHARP * (1 - x / whole)) / SHARP
             log_rate = f.clamp_min(1e-12).log() - (1 - tensor(p, x)).clamp_min(1e-6).log()
         log_rate = log_rate.clamp(*LOG_RATE)
         if self.head == "mean":

@@ -183,6 +183,7 @@ def train(
             seen, done = progress.step * settings.batch, progress.step == settings.steps
             if done or seen // settings.eval_cells > window.start * settings.batch // settings.eval_cells:
                 numbers = window.drain(accelerator, settings.batch)
+                times.update(accelerator)
                 numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
                 window = _Window(progress.step)
                 _judge(progress, numbers, seen)
@@ -194,7 +195,7 @@ def train(
             done = done or progress.bad >= settings.patience
             if done or (progress.step - saved) * settings.batch >= settings.checkpoint_cells:
                 saved = progress.step
-                times.update(accelerator)  # here and nowhere else, so that a resumed run moves it at the same steps
+                times.update(accelerator)  # a resumed run has lost what was recorded since, so nobody may have it
                 progress.times = times.state()
                 if accelerator.is_main_process:
                     state = {**identity, "progress": vars(progress)}

@@ -21,7 +21,7 @@ class Times:
 
     ``learned`` keeps the mean square of the loss in 32 bins of t and draws t with the density that minimises the
     variance of the estimate, its root (Nichol & Dhariwal 2021); the loss is weighted by one over it. The density moves
-    with each checkpoint, which holds it.
+    at each log and each checkpoint, when the device is waited for anyway.
     """
 
     def __init__(self, kind: str, batch: int, seed: int, device: torch.device):

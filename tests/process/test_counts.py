@@ -334,8 +334,11 @@ def test_x0_prediction_has_the_same_minimum_and_no_rate():
     process, x = Counts(head="mean", predict="x0"), torch.tensor([[2.0, 50.0]])
     raw = torch.tensor([[[9.0], [70.0]]]).log()
     eta = process.natural(raw, x, 0.4)
-    want = torch.nn.functional.softplus(torch.tensor([[7.0, 20.0]]))
-    assert torch.allclose(process.lost(eta, 0.4), want, rtol=1e-4)
+    assert torch.allclose(process.lost(eta, 0.4), torch.tensor([[7.0, 20.0]]), rtol=0.003)
+    few = process.natural(torch.full((1, 1, 1), 0.01).log(), torch.zeros(1, 1), 0.4)
+    assert float(process.lost(few, 0.4)) == pytest.approx(0.01, rel=1e-3)  # a rare gene stays rare
+    above = process.natural(torch.full((1, 1, 1), 3.0).log(), torch.full((1, 1), 5.0), 0.4)
+    assert 0 < float(process.lost(above, 0.4)) < 1e-3
     with pytest.raises(ValueError, match=r"process\.predict=rate"):
         process.rate(eta)
 
