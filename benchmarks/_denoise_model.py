@@ -71,7 +71,7 @@ def method(mixture: str, shrink: bool) -> Any:
             cells = Cells(x, Condition(), torch.arange(start, start + len(x)))
             seen = torch.ones(x.shape, dtype=torch.bool)
             rate = denoise(model, cells, seen, shrink=shrink) / p
-            log = denoise(model, cells, seen, readout_="log1p_cp10k", depth=more, shrink=shrink)
+            log = denoise(model, cells, seen, readout="log1p_cp10k", depth=more, shrink=shrink)
             found["rate"][start : start + len(x), place] = rate.numpy()
             found["log1p_cp10k"][start : start + len(x), place] = log.numpy()
         return found

@@ -276,7 +276,7 @@ class Model:
         out, name = adata.copy(), "denoised" if readout == "mean" else f"denoised_{readout}"
         values = np.zeros(adata.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
-            new = denoise(self, block.cells, block.observed, readout_=readout, depth=depth, shrink=shrink)
+            new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
             values[block.start : block.stop] = reader.widen(block.given, new)
         out.layers[name] = values
         out.uns["distdiff"] = self._provenance(task="denoise", readout=readout, depth=depth, shrink=shrink)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from distdiff import readouts
 from distdiff.process.counts import of_molecules
-from distdiff.readouts import check, readout
 from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
 
@@ -55,18 +55,18 @@ def rates(
 
 @torch.no_grad()
 def denoise(
-    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, readout_: str = "mean", depth: float = 1.0,
+    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, readout: str = "mean", depth: float = 1.0,
     shrink: bool = True,
 ) -> Float[Tensor, "b g"]:  # fmt: skip
     """Read out what another measurement of the same cells, ``depth`` times as deep, would hold.
 
-    ``mean`` is the rate itself. For the read-outs see :func:`~distdiff.readouts.readout`.
+    ``mean`` is the rate times ``depth``. For the read-outs see :func:`~distdiff.readouts.readout`.
     """
-    check(readout_)
+    readouts.check(readout)
     if not depth > 0:
         raise ValueError(f"denoise: depth must be positive, got {depth}")
     rate, log_size = rates(model, cells, measured, shrink=shrink)
-    return readout(readout_, torch.zeros_like(rate), depth * rate, log_size)
+    return readouts.readout(readout, torch.zeros_like(rate), depth * rate, log_size)
 
 
 @torch.no_grad()
