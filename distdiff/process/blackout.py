@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ class Blackout(Counts):
         ``(p_{k-1} - p_k) / pi_k``, the births of the whole interval; ``pi_k = 1 / times``. Both tend to ``-p'``.
     """
 
-    schedule: Any = field(default_factory=lambda: {"kind": "fisher", "times": 1000})
+    schedule: Any = "fisher@1000"
     weight: str = "instantaneous"
     head: str = "mean"
 
@@ -36,7 +36,7 @@ class Blackout(Counts):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.schedule, Discrete):
-            raise ValueError(f"process blackout needs a schedule with times, such as {{kind: fisher, times: 1000}}, "
+            raise ValueError(f"process blackout needs a schedule with times, such as fisher@1000, "
                              f"got {self.schedule}")  # fmt: skip
 
     def weights(self, p: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "fisher": Fisher, "lin
 def schedule(given: Any) -> Schedule:
     """A schedule from a config: a name, a list of values, or a mapping with ``kind`` and options.
 
-    ``{kind: fisher, times: 1000}`` is the discrete-time form of any kind; ``kind: module:Class`` is one's own.
+    ``{kind: fisher, times: 1000}``, or ``fisher@1000`` for short, is the discrete-time form of any kind;
+    ``kind: module:Class`` is one's own.
 
     Raises
     ------
@@ -164,11 +165,14 @@ def schedule(given: Any) -> Schedule:
     if isinstance(given, Schedule):
         return given
     if isinstance(given, str):
-        given = {"kind": given}
+        name, at, times = given.partition("@")
+        if at and not times.isdigit():
+            raise ValueError(f"schedule {given!r}: after @ stands the number of times, for example fisher@1000")
+        given = {"kind": name, "times": int(times)} if at else {"kind": name}
     elif not isinstance(given, Mapping):
         given = {"kind": "table", "values": tuple(given)}
     options = dict(given)
-    kind, times = options.pop("kind", "?"), options.pop("times", None)
+    kind, points = options.pop("kind", "?"), options.pop("times", None)
     base: type = Schedule
     cls = load(base, kind) if ":" in kind else SCHEDULES.get(kind)
     if cls is None:
@@ -177,7 +181,7 @@ def schedule(given: Any) -> Schedule:
     if unknown := [name for name in options if name not in allowed]:
         raise ValueError(f"schedule {kind}: unknown option {unknown[0]!r}{nearest(unknown[0], [*allowed, 'times'])}")
     made = cls(**options)
-    return made if times is None else Discrete(made, times)
+    return made if points is None else Discrete(made, points)
 
 
 LOGIT_SPAN = math.log(999)

@@ -87,8 +87,8 @@ class Training:
 class Progress:
     """What a resumed run must know besides weights.
 
-    ``judge`` names the validation number that chooses the best weights: the deviance of hidden entries, or for a
-    mixture that hides none outright the loss.
+    ``judge`` names the validation number that chooses the best weights: the deviance of hidden entries; the loss for a
+    mixture that hides none, or a process that cannot answer for them in one call (noise prediction).
     """
 
     judge: str = "val/deviance"
@@ -140,7 +140,8 @@ def train(
     network, optimizer = accelerator.prepare(denoiser, optimizer)
     bare, total = accelerator.unwrap_model(network), settings.steps * settings.batch
     folder = Path(settings.out) / "checkpoints"
-    progress = Progress("val/deviance" if survival.hidden + survival.two_level > 0 else "val/loss")
+    imputes = survival.hidden + survival.two_level > 0 and process.relative
+    progress = Progress("val/deviance" if imputes else "val/loss")
     accelerator.wait_for_everyone()
     if (found := checkpoint.find(settings.resume, folder)) is not None:
         state = checkpoint.load(found, bare, ema.model, optimizer.optimizer, identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distdiff.component import build, kinds
+from distdiff.component import build, complete, kinds
 from distdiff.process import Process
 from distdiff.process.blackout import Blackout
 from distdiff.process.counts import Counts
@@ -24,6 +25,12 @@ from tests import laws
 unit = st.floats(0.05, 0.95)
 X0 = torch.tensor([[0.0, 1.0, 3.0, 40.0]])
 SMALL = {"masked": {"classes": 50}}
+
+
+@pytest.mark.parametrize("kind", kinds(Process))
+def test_every_process_is_its_saved_options(kind):
+    options = complete(Process, {"kind": kind})
+    assert build(Process, json.loads(json.dumps(options))) == build(Process, {"kind": kind})
 
 
 @pytest.mark.parametrize("kind", kinds(Process))

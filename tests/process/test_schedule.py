@@ -89,6 +89,7 @@ def test_a_table_interpolates_its_values():
 
 def test_discrete_time_snaps_and_weighs_by_its_intervals():  # MATHS 1.4
     s = schedule({"kind": "fisher", "times": 1000})
+    assert s == schedule("fisher@1000")
     t = torch.rand(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = s.p(t)
     table = s.table(p)
@@ -142,6 +143,7 @@ def test_placed_levels_lose_least_variance():  # MATHS 4.11: against every other
         (lambda: schedule([1, 0.5]), "must fall from 1 to 0"),
         (lambda: schedule([1, 0.5, 0.6, 0]), "must fall from 1 to 0"),
         (lambda: schedule({"kind": "fisher", "times": 1}), "times >= 2, got 1"),
+        (lambda: schedule("fisher@many"), "after @ stands the number of times"),
         (lambda: schedule("distdiff.types:Cells"), "is not a subclass of"),
         (lambda: levels(schedule("cosine"), 2, [0, 0.5, 0.9]), "must end at p = 1 .* ends at 0.9"),
         (lambda: levels(schedule("cosine"), 2, [0, 0.5, 0.5, 1]), "must rise within"),
