@@ -136,10 +136,10 @@ class Published(Counts):
 
 def contestants() -> dict[str, Callable[..., tuple[Any, int]]]:
     """Name -> contestant: the paper's three as it trained them, then count diffusion with the same, longer training."""
-    plain = Counts(head="mean")
+    plain = Counts(head="mean", weight="paper")
     found = {
         "CountsDiff as published, 200": partial(
-            run, process=Published(head="mean"), calls=200, lost=True, corrupt=Fisher(), sigma=("rescale", 0.005)
+            run, process=Published(head="mean", weight="paper"), calls=200, lost=True, corrupt=Fisher(), sigma=("rescale", 0.005)
         ),
         "CountsDiff, one schedule, 200": partial(run, process=plain, calls=200, lost=True),
         "Gaussian DDPM, 200": partial(run, process=Gaussian(predict="eps"), calls=200),
