@@ -187,7 +187,7 @@ class Counts(Process):
         """Log size of the lost molecules' negative binomial; Poisson for all purposes where the head has none."""
         if self.head == "mean":
             return torch.full_like(eta[..., 0], LOG_SIZE[1])
-        return eta[..., 1].clamp(*LOG_SIZE)
+        return eta[..., 1].clamp(LOG_SIZE[0], LOG_RATE[1])  # guidance may go too far; a gene's own count may be large
 
     def shared(self, eta: Float[Tensor, "b g k"]) -> tuple[Float[Tensor, "b g l"], Float[Tensor, "b g"]]:
         """Loadings ``L`` (MATHS 4.9) and the log size that is left once a cell's ``z`` is known.
