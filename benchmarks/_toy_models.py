@@ -139,8 +139,13 @@ def contestants() -> dict[str, Callable[..., tuple[Any, int]]]:
     plain = Counts(head="mean", weight="paper")
     found = {
         "CountsDiff as published, 200": partial(
-            run, process=Published(head="mean", weight="paper"), calls=200, lost=True, corrupt=Fisher(), sigma=("rescale", 0.005)
-        ),
+            run,
+            process=Published(head="mean", weight="paper"),
+            calls=200,
+            lost=True,
+            corrupt=Fisher(),
+            sigma=("rescale", 0.005),
+        ),  # fmt: skip
         "CountsDiff, one schedule, 200": partial(run, process=plain, calls=200, lost=True),
         "Gaussian DDPM, 200": partial(run, process=Gaussian(predict="eps"), calls=200),
         "masked, 50": partial(run, process=Masked(classes=80, clamp=True), calls=50, hidden=4),
