@@ -145,7 +145,7 @@ def contestants() -> dict[str, Callable[..., tuple[Any, int]]]:
             lost=True,
             corrupt=Fisher(),
             sigma=("rescale", 0.005),
-        ),  # fmt: skip
+        ),
         "CountsDiff, one schedule, 200": partial(run, process=plain, calls=200, lost=True),
         "Gaussian DDPM, 200": partial(run, process=Gaussian(predict="eps"), calls=200),
         "masked, 50": partial(run, process=Masked(classes=80, clamp=True), calls=50, hidden=4),
