@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,9 +30,11 @@ class Run:
         return self.run_id is not None
 
     def metrics(self, numbers: Mapping[str, float], step: int = 0) -> None:
-        """Log finite numbers at ``step`` (cells seen)."""
+        """Log finite numbers at ``step`` (cells seen); signs that MLflow's names may not hold are left out."""
         if self:
-            finite = {k: float(v) for k, v in numbers.items() if v == v and abs(v) != float("inf")}
+            finite = {
+                re.sub(r"[^\w\-. :/]", "", k): float(v) for k, v in numbers.items() if v == v and abs(v) != float("inf")
+            }
             _mlflow().log_metrics(finite, step=step, run_id=self.run_id)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:

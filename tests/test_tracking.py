@@ -34,7 +34,7 @@ def register(score, data="abc"):
         folder = Path("model")
         folder.mkdir(exist_ok=True)
         (folder / "model.json").write_text(str(score))
-        run.metrics({"loss": 1.5, "bad": float("nan")}, step=64)
+        run.metrics({"loss": 1.5, "bad": float("nan"), "test/x/distdiff, 8 calls": 2.0}, step=64)
         run.artifact(folder, "model")
         return run, run.register("pbmc", "model", score=score, data=data)
 
