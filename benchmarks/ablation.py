@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "two-level only": {"survival": {"hidden": 0.0, "two_level": 1.0, "uniform": 0.0}},
     "more alike": {"survival": {"hidden": 0.3, "two_level": 0.2, "uniform": 0.5}},
     "low-rank path": {"denoiser": {"linear": 64}},
+    "as before": {"denoiser": {"linear": 64}, "process": {"own": False, "weight": "paper"}},
 }
 
 

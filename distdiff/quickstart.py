@@ -100,7 +100,7 @@ def settings(store: Path, out: Path, cell_type: str | None, name: str) -> dict[s
         "data": {"store": str(store)},
         "denoiser": {"kind": "mlp", "width": 256, "depth": 3},
         "train": {
-            "out": str(out), "cells": 51_200, "eval_cells": 6_400, "patience": 3, "resume": "never",
+            "out": str(out), "cells": 76_800, "eval_cells": 6_400, "patience": 3, "resume": "never",
             "checkpoint_cells": 12_800,
         },
         "evaluate": {"cell_type": cell_type},
