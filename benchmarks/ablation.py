@@ -20,11 +20,11 @@ import _record
 import numpy as np
 import torch
 
-from distdiff import component, config, experiment, files, metrics, quickstart
-from distdiff.baselines import Baseline
+from distdiff import config, experiment, files, metrics, quickstart
 from distdiff.data.masks import mcar
 from distdiff.data.shard import shard
 from distdiff.data.store import CountStore
+from distdiff.evaluate import cheap, deviances
 from distdiff.model import Model
 from distdiff.process._laws import nb_nll
 from distdiff.rng import generator, numpy_generator
@@ -93,18 +93,6 @@ def measured(model: Model, cells: Cells, hidden: np.ndarray, seed: int) -> dict[
     return out
 
 
-def cheap(store: CountStore, cells: Cells, hidden: np.ndarray) -> dict[str, float]:
-    """Deviance of the cheap estimators on the same entries."""
-    found, observed = {}, torch.from_numpy(~hidden)
-    for options in ({"kind": "gene_mean", "depth": True}, {"kind": "knn"}, {"kind": "pca"}, {"kind": "ridge"}):
-        baseline = component.build(Baseline, options)
-        baseline.fit(store, store.rows("train"))
-        mean = baseline.impute(cells, observed).mean.numpy()
-        sums = metrics.poisson_deviance(cells.counts.numpy(), hidden, mean)
-        found[baseline.label] = float(metrics.pooled(sums, hidden.sum(1), metrics.once(len(cells)))[0])
-    return found
-
-
 def draw(table: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -147,7 +135,7 @@ def main() -> None:
             store = CountStore.open(store_at)
             cells = store.cells(store.rows("test"))
             hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "ablation"))
-            baselines.append(cheap(store, cells, hidden))
+            baselines.append(deviances(cheap(), store, cells, hidden))
             for variant in a.only or VARIANTS:
                 model = train(store_at, folder / f"{variant} {seed}", a.cells, seed, VARIANTS[variant])
                 runs.setdefault(variant, []).append(measured(model, cells, hidden, seed))

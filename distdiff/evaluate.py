@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,35 @@ def default_contestants(
     rows += [({"kind": "zero"}, ("mean",)), ({"kind": "constant"}, ("mean",)), ({"kind": "perfect"}, ("mean",))]
     made = [(build(Baseline, options), answers) for options, answers in rows]
     return [*extra, *(Contestant(baseline.label, baseline, answers) for baseline, answers in made)]
+
+
+CHEAP: tuple[dict[str, Any], ...] = (
+    {"kind": "gene_mean", "depth": True},
+    {"kind": "knn"},
+    {"kind": "pca"},
+    {"kind": "ridge"},
+)
+"""Estimators that any model must beat to be worth its training."""
+
+
+def cheap() -> dict[str, Imputer]:
+    """The estimators of :data:`CHEAP` by their labels, not yet fitted."""
+    from distdiff.baselines import Baseline
+
+    return {b.label: b for b in (build(Baseline, options) for options in CHEAP)}
+
+
+def deviances(
+    imputers: Mapping[str, Imputer], store: CountStore, cells: Cells, hidden: NDArray[np.bool_], *, batch: int = 256
+) -> dict[str, float]:
+    """Fit imputers on the training cells; mean Poisson deviance of each over the ``hidden`` entries of ``cells``."""
+    found = {}
+    for name, imputer in imputers.items():
+        imputer.fit(store, store.rows("train"))
+        mean, _ = _fill(imputer, cells, ~hidden, 0, 0, batch)
+        sums = metrics.poisson_deviance(cells.counts.numpy(), hidden, mean)
+        found[name] = float(metrics.pooled(sums, hidden.sum(1), metrics.once(len(cells)))[0])
+    return found
 
 
 def evaluate(

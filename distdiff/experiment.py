@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from distdiff import tracking
-from distdiff.component import build, nearest
+from distdiff.component import nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
@@ -95,6 +95,7 @@ def train(config: Config) -> Outcome:
             return Outcome(best, progress)
         _after_training(progress, Path(config.train.out), run)
         finished = Model.load(best)
+        finished.denoiser.to(accelerator.device)
         measure(finished, store, labels=config.data.labels, seed=config.train.seed)
         finished.save(best)
         report = None
@@ -159,29 +160,13 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
 
     A model that a regression beats on the user's own data should not be used there; this is how one finds out.
     """
-    import numpy as np
-
-    from distdiff import metrics
-    from distdiff.baselines import Baseline
     from distdiff.data.masks import mcar
+    from distdiff.evaluate import cheap, deviances
     from distdiff.rng import numpy_generator
 
-    rows = store.rows("val")[:limit]
-    cells = store.cells(rows, tuple(model.spec.labels))
+    cells = store.cells(store.rows("val")[:limit], tuple(model.spec.labels))
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
-    observed = torch.from_numpy(~hidden)
-    kinds = ({"kind": "gene_mean", "depth": True}, {"kind": "knn"}, {"kind": "pca"}, {"kind": "ridge"})
-    imputers = {OURS: model.imputer(), **{b.label: b for b in (build(Baseline, options) for options in kinds)}}
-    found = {}
-    for name, imputer in imputers.items():
-        imputer.fit(store, store.rows("train"))
-        mean = np.concatenate([
-            imputer.impute(cells[start : start + 256], observed[start : start + 256]).mean.cpu().numpy()
-            for start in range(0, len(cells), 256)
-        ])  # fmt: skip
-        sums = metrics.poisson_deviance(cells.counts.numpy(), hidden, mean)
-        found[name] = float(metrics.pooled(sums, hidden.sum(1), metrics.once(len(cells)))[0])
-    return found
+    return deviances({OURS: model.imputer(), **cheap()}, store, cells, hidden)
 
 
 def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:

@@ -279,7 +279,7 @@ class Model:
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
             values[block.start : block.stop] = reader.widen(block.given, new)
         out.layers[name] = values
-        out.uns["distdiff"] = self._provenance(task="denoise", readout=readout, depth=depth, shrink=shrink)
+        out.uns["distdiff"] = self.provenance(task="denoise", readout=readout, depth=depth, shrink=shrink)
         return out
 
     def deepen(
@@ -297,7 +297,7 @@ class Model:
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
             parts.append(sp.csr_matrix(reader.widen(block.given, new)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
-        out.uns["distdiff"] = self._provenance(task="deepen", times=times, steps=steps, seed=seed)
+        out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed)
         return out
 
     def likelihood(
@@ -327,7 +327,8 @@ class Model:
         self.denoiser.to(reader.device).eval()
         return reader
 
-    def _provenance(self, **what: Any) -> dict[str, Any]:
+    def provenance(self, **what: Any) -> dict[str, Any]:
+        """Which model did ``what``: stands in ``uns['distdiff']`` of every output."""
         return {
             "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
             "trained_on": self.info.get("data", ""), **what,

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 MAX_COUNT = 2**32 - 1
-LAST_EXACT = 2**24
 """Largest count a store holds."""
+
+LAST_EXACT = 2**24
+"""From here on float32 does not hold every whole number."""
 
 
 @dataclass(frozen=True, eq=False)

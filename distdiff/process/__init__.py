@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
+
 from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
@@ -96,6 +98,4 @@ class Process(ABC):
 
 def tensor(value: float | Tensor, like: Tensor) -> Tensor:
     """``value`` as a tensor of the type and device of ``like``."""
-    import torch
-
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)

@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from distdiff.component import nearest
 from distdiff.process import Process, tensor
 from distdiff.process._laws import low_rank_score, nb_nll, random_round
-from distdiff.process.schedule import births_share, check_sigma, check_thinning, schedule
+from distdiff.process.schedule import births_share, check_sigma, schedule, survivors
 from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
@@ -114,9 +114,7 @@ class Counts(Process):
         ValueError
             ``p_t`` above ``p_s`` or outside [0, 1].
         """
-        p_s, p_t = tensor(p_s, x_s), tensor(p_t, x_s)
-        check_thinning(x_s, p_s, p_t)
-        return rng.binomial(x_s, p_t / p_s.clamp_min(1e-38))
+        return rng.binomial(x_s, survivors(x_s, p_s, p_t))
 
     def bridge(
         self,
@@ -280,11 +278,10 @@ class Counts(Process):
             ``sigma`` above ``sigma_max`` (MATHS 4.3) or negative.
         """
         p_t, p_s = tensor(p_t, x), tensor(p_s, x)
-        deaths: Tensor | float = 0.0
-        if isinstance(sigma, Tensor) or sigma != 0:
-            sigma = check_sigma(sigma, p_t, p_s)
-            deaths = rng.binomial(x, sigma.expand_as(x))
-        beta = births_share(p_t, p_s, tensor(sigma, x))
+        some = isinstance(sigma, Tensor) or sigma != 0
+        sigma = check_sigma(sigma, p_t, p_s)
+        deaths = rng.binomial(x, sigma.expand_as(x)) if some else 0.0
+        beta = births_share(p_t, p_s, sigma)
         return x - deaths + self.births(eta, self.lost(eta, p_t), beta, rng=rng)
 
     def births(

@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from distdiff.component import nearest
 from distdiff.process import Process, tensor
-from distdiff.process.schedule import check_sigma, check_thinning, schedule
+from distdiff.process.schedule import check_sigma, schedule, survivors
 from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
@@ -77,9 +77,7 @@ class Gaussian(Process):
         ValueError
             ``p_t`` above ``p_s`` or outside [0, 1].
         """
-        p_s, p_t = tensor(p_s, x_s), tensor(p_t, x_s)
-        check_thinning(x_s, p_s, p_t)
-        kept = (p_t / p_s.clamp_min(1e-38)).clamp(0, 1)
+        kept = survivors(x_s, p_s, p_t).clamp(0, 1)
         return kept.sqrt() * x_s + (1 - kept).sqrt() * rng.normal(*x_s.shape)
 
     def encode(
@@ -137,8 +135,7 @@ class Gaussian(Process):
             ``sigma`` above its cap (4.3) or negative.
         """
         p_t, p_s = tensor(p_t, x), tensor(p_s, x)
-        if isinstance(sigma, Tensor) or sigma != 0:
-            sigma = check_sigma(sigma, p_t, p_s)
+        sigma = check_sigma(sigma, p_t, p_s)
         gone = (1 - p_t).clamp_min(1e-12)
         fresh = self.noise**2 * (1 - p_s) / gone * (1 - p_t / p_s.clamp_min(1e-38))
         carried = (1 - sigma) * ((1 - p_s - fresh).clamp_min(0) / gone).sqrt()

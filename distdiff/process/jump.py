@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from distdiff.process import tensor
 from distdiff.process.counts import Counts
 from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
@@ -51,8 +48,8 @@ class Jump(Counts):
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
         """Posterior mean of the data: that of the counts, divided."""
-        return self.leave(x + self.lost(eta, tensor(p, x)))
+        return self.leave(super().mean(eta, x, p))
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """Rate of the data."""
-        return self.leave(torch.as_tensor(super().rate(eta)))
+        return self.leave(super().rate(eta))

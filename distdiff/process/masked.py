@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distdiff.process import Process, tensor
-from distdiff.process.schedule import births_share, check_sigma, check_thinning, schedule
+from distdiff.process.schedule import births_share, check_sigma, schedule, survivors
 from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
@@ -70,9 +70,7 @@ class Masked(Process):
         ValueError
             ``p_t`` above ``p_s`` or outside [0, 1].
         """
-        p_s, p_t = tensor(p_s, x_s), tensor(p_t, x_s)
-        check_thinning(x_s, p_s, p_t)
-        kept = rng.uniform(*x_s.shape) < p_t / p_s.clamp_min(1e-38)
+        kept = rng.uniform(*x_s.shape) < survivors(x_s, p_s, p_t)
         return torch.where(kept, x_s, MASK)
 
     def encode(
@@ -133,10 +131,9 @@ class Masked(Process):
             ``sigma`` above its cap (4.3) or negative.
         """
         p_t, p_s = tensor(p_t, x), tensor(p_s, x)
-        if isinstance(sigma, Tensor) or sigma != 0:
-            sigma = check_sigma(sigma, p_t, p_s)
+        sigma = check_sigma(sigma, p_t, p_s)
         cdf = eta.softmax(-1).cumsum(-1)
         drawn = (rng.uniform(*x.shape).unsqueeze(-1) * cdf[..., -1:] > cdf[..., :-1]).sum(-1).to(x.dtype)
         u = rng.uniform(*x.shape)
-        unmasked = torch.where(u < births_share(p_t, p_s, tensor(sigma, x)), drawn, x)
+        unmasked = torch.where(u < births_share(p_t, p_s, sigma), drawn, x)
         return torch.where(x < 0, unmasked, torch.where(u < sigma, MASK, x))

@@ -299,7 +299,7 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
-    """``sigma`` as a tensor, if the step allows it.
+    """``sigma`` as a tensor, if the step allows it; a plain 0 always is.
 
     Raises
     ------
@@ -307,7 +307,10 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
         ``sigma`` negative or above ``sigma_max`` (MATHS 4.3): a larger one would need more births than there are lost
         molecules.
     """
+    none = not isinstance(sigma, Tensor) and sigma == 0
     sigma = torch.as_tensor(sigma, dtype=p_t.dtype, device=p_t.device)
+    if none:
+        return sigma
     cap = sigma_max(p_t, p_s)
     if bool(((sigma > cap + 1e-6) | (sigma < 0)).any()):
         raise ValueError(
@@ -323,16 +326,20 @@ def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
     return torch.where(p_t < 1, beta.clamp(0, 1), torch.zeros_like(beta))
 
 
-def check_thinning(x: Tensor, p_s: Tensor, p_t: Tensor) -> None:
-    """``0 <= p_t <= p_s <= 1``; looked at on the CPU only, as on a GPU each look waits for the device.
+def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
+    """Share ``p_t / p_s`` of what is left at ``p_s`` that is left at ``p_t`` (MATHS 2.3), like ``x``.
+
+    The range is looked at on the CPU only, as on a GPU each look waits for the device.
 
     Raises
     ------
     ValueError
-        A value outside.
+        Not ``0 <= p_t <= p_s <= 1``.
     """
+    p_s, p_t = (torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (p_s, p_t))
     if x.device.type == "cpu" and not bool(((p_t >= 0) & (p_t <= p_s) & (p_s <= 1)).all()):
         raise ValueError(
             f"thinning needs 0 <= p_t <= p_s <= 1, got p_t in [{p_t.min():g}, {p_t.max():g}], "
             f"p_s in [{p_s.min():g}, {p_s.max():g}]"
         )
+    return p_t / p_s.clamp_min(1e-38)

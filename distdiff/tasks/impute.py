@@ -109,11 +109,9 @@ class Job:
         model.denoiser.to(reader.device).eval()
         imputer = model.imputer(method, **options)
         point = getattr(imputer, "readout", "mean")
-        provenance = {
-            "model": model.info.get("name", "unnamed"), "weights_sha256": model.info.get("weights_sha256", ""),
-            "targets": kind, "groups": groups or "", "method": method, "readout": point, "draws": draws, "seed": seed,
-            "trained_on": model.info.get("data", ""),
-        }  # fmt: skip
+        provenance = model.provenance(
+            targets=kind, groups=groups or "", method=method, readout=point, draws=draws, seed=seed
+        )
         return cls(reader, imputer, hidden, added, point, draws, seed, provenance)
 
     @property
