@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+from distdiff import files
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    with files.whole(path, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+
 
 def write(out: Path, began: float, content: dict[str, Any]) -> None:
     """Write ``content`` as JSON under the run's circumstances; machine paths are cut to their last part."""

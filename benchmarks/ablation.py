@@ -20,7 +20,7 @@ import _record
 import numpy as np
 import torch
 
-from distdiff import config, experiment, files, metrics, quickstart
+from distdiff import config, experiment, metrics, quickstart
 from distdiff.data.masks import mcar
 from distdiff.data.shard import shard
 from distdiff.data.store import CountStore
@@ -108,8 +108,7 @@ def draw(table: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         if key.startswith(("crps", "energy")):  # a variant or two are far off
             axes.set_xscale("log")
         axes.set_title(key, fontsize=10)
-    with files.whole(path, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
+    _record.save(figure, path)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import _record
 import numpy as np
 import torch
 
-from distdiff import config, experiment, files, metrics
+from distdiff import config, experiment, metrics
 from distdiff.data.masks import mcar
 from distdiff.data.shard import shard
 from distdiff.data.splat import published
@@ -117,8 +117,7 @@ def draw(table: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         ax.set(xscale="log", title=title, xlabel="network calls a draw")
         ax.set_xticks(CALLS, [str(c) for c in CALLS])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    with files.whole(path, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
+    _record.save(figure, path)
 
 
 def verdict(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:

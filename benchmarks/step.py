@@ -19,7 +19,7 @@ import _record
 import numpy as np
 import torch
 
-from distdiff import config, files
+from distdiff import config
 from distdiff.data.loader import loader
 from distdiff.data.plan import Plan
 from distdiff.data.shard import shard
@@ -145,8 +145,7 @@ def draw(shares: dict[str, float], ways: dict[str, float], path: Path) -> None:
             axes.text(value, i, f" {value:.1f}", va="center", fontsize=9)
         axes.invert_yaxis()
         axes.set_title(title, fontsize=10)
-    with files.whole(path, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
+    _record.save(figure, path)
 
 
 def main() -> None:

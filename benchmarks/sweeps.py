@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from quality import train
 
-from distdiff import files, metrics, quickstart
+from distdiff import metrics, quickstart
 from distdiff.data.masks import mcar
 from distdiff.data.shard import shard
 from distdiff.data.store import CountStore
@@ -63,8 +63,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
             ax.set_title(f"{key} by {sweep}", fontsize=9)
             ax.tick_params(labelsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    with files.whole(path, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
+    _record.save(figure, path)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
 
-from distdiff import files, metrics
+from distdiff import metrics
 from distdiff.rng import numpy_generator
 
 Contestant = Callable[[torch.Tensor, int, int], tuple[Any, int]]
@@ -224,8 +224,7 @@ def draw(table: Mapping[str, Mapping[str, Any]], path: Path, n_seeds: int = 1) -
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names) + 1), frameon=False
     )
-    with files.whole(path, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    _record.save(figure, path)
 
 
 def main() -> None:
