@@ -76,7 +76,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that shape the weights: what a checkpoint must share to be continued."""
         whole = self.as_dict()
-        for name in ("out", "resume", "eval_cells", "checkpoint_cells"):
+        for name in ("out", "resume", "compile", "eval_cells", "checkpoint_cells"):
             whole["train"].pop(name)
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
             "labels": whole["data"]["labels"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from distdiff.types import Condition, Float, Tensor
@@ -12,12 +14,72 @@ from distdiff.types import Condition, Float, Tensor
 class Denoiser(nn.Module, ABC):
     """``[b g]`` encoded counts and their survival probabilities -> ``[b g k]`` raw answers.
 
-    Built as ``Denoiser(spec, outputs, **options)`` from a :class:`~distdiff.types.DataSpec`.
+    Built as ``Denoiser(spec, outputs, **options)`` from a :class:`~distdiff.types.DataSpec`. A gene with ``p = 0`` was
+    not looked for: its ``x`` reaches no other gene's answer. Where ``p = 1`` nothing is asked and no answer is read.
     """
 
     relative: bool = True
     """Whether answer 0 is added to the log of the cheap expectation (:class:`~distdiff.denoise.embed.Expectation`)."""
 
+    gene_axes: Mapping[str, int] = {}
+    """Weights that belong to genes, by name, and the axis that counts the genes (a multiple of them, genes last)."""
+
+    label_tables: str = "condition.tables"
+    """Where the names of weights that belong to label values begin."""
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """Answer for every gene; ``x`` is ``log(1 + counts)``, ``p`` lies in [0, 1]."""
+
+
+@torch.no_grad()
+def adopt(
+    to: Denoiser, genes: Sequence[str], weights: Mapping[str, Tensor], of: Sequence[str]
+) -> tuple[int, tuple[str, ...]]:
+    """Give a denoiser the weights of one that was trained on other genes: those of a gene follow its name.
+
+    Parameters
+    ----------
+    to, genes
+        The denoiser to fill and its genes, in its order. Genes that are not in ``of`` keep what they have.
+    weights, of
+        State of the trained denoiser and its genes.
+
+    Returns
+    -------
+    known
+        How many of ``genes`` are known.
+    left
+        Weights that do not fit (labels with another vocabulary, say) and stay as they are.
+
+    Raises
+    ------
+    ValueError
+        Another kind of denoiser, or another shape.
+    """
+    mine = to.state_dict()
+    if set(mine) != set(weights):
+        odd = sorted(set(mine) ^ set(weights))[0]
+        raise ValueError(f"these weights are of another denoiser: {odd!r} is in one of the two only; use its options")
+    place = {gene: i for i, gene in enumerate(of)}
+    pairs = [(i, place[gene]) for i, gene in enumerate(genes) if gene in place]
+    here, there = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    left = []
+    for name, tensor in mine.items():
+        if name == "expectation.mean":  # measured on the new data
+            continue
+        axis, given = to.gene_axes.get(name), weights[name].to(tensor)
+        if axis is None:
+            if given.shape == tensor.shape:
+                tensor.copy_(given)
+            elif name.startswith(to.label_tables):
+                left.append(name)
+            else:
+                raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here")
+            continue
+        new = tensor.movedim(axis, 0).unflatten(0, (-1, len(genes)))
+        old = given.movedim(axis, 0).unflatten(0, (-1, len(of)))
+        if new[:, :0].shape != old[:, :0].shape:
+            raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here, apart from genes")
+        new[:, here] = old[:, there]
+    return len(pairs), tuple(left)

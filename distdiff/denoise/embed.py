@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ class Expectation(nn.Module):
 
     def __init__(self, spec: DataSpec, prior: float = 10.0):
         super().__init__()
+        if not spec.n_genes:
+            raise ValueError("a denoiser of no genes: the data's list of genes is empty")
         mean = torch.as_tensor(spec.gene_mean, dtype=torch.float32)
         self.register_buffer("mean", mean.clamp_min(1e-4))
         self.prior = prior
@@ -31,8 +34,9 @@ class Expectation(nn.Module):
     ) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b g"]]:
         """Return log depth ``[b 1]`` and the surprise ``log(1 + x) - log(1 + p mu depth)`` ``[b g]``.
 
-        A gene that is not seen (``p = 0``, hence ``x = 0``) has no surprise: its input is exactly 0.
+        A gene that is not seen (``p = 0``) has no surprise, whatever its ``x`` holds: its input is exactly 0.
         """
+        x = torch.where(p > 0, x, 0.0)
         seen = p * self.mean
         molecules = torch.expm1(x).sum(1, keepdim=True).clamp_min(0)  # a Gaussian state may sum to less than nothing
         depth = (molecules + self.prior) / (seen.sum(1, keepdim=True) + self.prior)
@@ -41,6 +45,10 @@ class Expectation(nn.Module):
     def log_rate(self, log_depth: Float[Tensor, "b 1"]) -> Float[Tensor, "b g"]:
         """``log(mu depth)``."""
         return self.mean.log() + log_depth
+
+    def add_to(self, raw: Float[Tensor, "b g k"], log_depth: Float[Tensor, "b 1"]) -> Float[Tensor, "b g k"]:
+        """Answers whose number 0 was given relative to ``log(mu depth)``."""
+        return torch.cat((raw[..., :1] + self.log_rate(log_depth).unsqueeze(-1), raw[..., 1:]), -1)
 
 
 def start(bias: Tensor) -> None:
@@ -68,19 +76,21 @@ class Conditioning(nn.Module):
         self.project = nn.Sequential(nn.Linear(2 * n_freqs + 3, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, log_depth: Float[Tensor, "b 1"], p: Float[Tensor, "b g"], cond: Condition) -> Tensor:
-        """Sinusoids of the mean p, the shares of genes seen whole and not at all, log depth; plus label embeddings.
-
-        A label code of -1 (unknown, withheld) adds nothing.
-        """
+        """Sinusoids of the mean p, the shares of genes seen whole and not at all, log depth; plus label embeddings."""
         level = p.mean(1, keepdim=True)
         whole, none = (p == 1).float().mean(1, keepdim=True), (p == 0).float().mean(1, keepdim=True)
         angle = level * self.freqs
         out = self.project(torch.cat((angle.sin(), angle.cos(), log_depth, whole, none), 1))
-        for name, table in zip(self.names, self.tables, strict=True):
-            if name in cond.labels:
-                code = cond.labels[name]
-                out = out + table(code.clamp_min(0)) * (code != UNKNOWN).unsqueeze(1)
-        return out
+        return add_labels(out, self.names, self.tables, cond)
+
+
+def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.ModuleList, cond: Condition) -> Tensor:
+    """``out`` plus the embedding of every label that is given; code -1 (unknown, withheld) adds nothing."""
+    for name, table in zip(names, tables, strict=True):
+        if name in cond.labels:
+            code = cond.labels[name]
+            out = out + table(code.clamp_min(0)) * (code != UNKNOWN).unsqueeze(1)
+    return out
 
 
 class AdaptiveNorm(nn.Module):
@@ -93,9 +103,14 @@ class AdaptiveNorm(nn.Module):
         nn.init.zeros_(self.modulate[1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.modulate[1].bias)  # type: ignore[arg-type]
 
-    def forward(self, h: Tensor, c: Float[Tensor, "b d"]) -> tuple[Tensor, Tensor]:
-        """Normalised ``h`` and the gate of its branch (``1 + gate`` multiplies what the branch adds)."""
+    def forward(
+        self, h: Tensor, c: Float[Tensor, "b d"], spread: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised ``h`` and the gate of its branch (``1 + gate`` multiplies what the branch adds).
+
+        ``spread`` makes one vector a cell broadcast to the tokens of ``h`` (a layout's; see ``attention``).
+        """
         scale, shift, gate = self.modulate(c).chunk(3, -1)
-        if h.dim() == 3:
-            scale, shift, gate = scale.unsqueeze(1), shift.unsqueeze(1), gate.unsqueeze(1)
+        if spread is not None:
+            scale, shift, gate = spread(scale), spread(shift), spread(gate)
         return self.norm(h) * (1 + scale) + shift, 1 + gate

@@ -25,6 +25,7 @@ from distdiff.process.survival import Survival
 from distdiff.rng import generator, numpy_generator
 from distdiff.sampling import predictor
 from distdiff.train import checkpoint
+from distdiff.train.compiled import compile_denoiser
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
 from distdiff.train.times import Times
@@ -54,6 +55,8 @@ class Training:
         Share of cells trained without their labels (guidance needs some; CD 3.4).
     precision
         ``auto``: bf16 where the device is a GPU that has it, else float32.
+    compile
+        ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
     resume
         ``auto`` continues the newest checkpoint in ``out``; ``never``; or a checkpoint's path.
     """
@@ -67,6 +70,7 @@ class Training:
     patience: int = 5
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     resume: str = "auto"
     seed: int = 0
 
@@ -137,6 +141,8 @@ def train(
     index, held_out = _splits(store)
     optimizer = optim.build(denoiser)
     ema = Ema(denoiser.to(accelerator.device), optim.ema)
+    if settings.compile:
+        compile_denoiser(denoiser, share, len(store.genes), labels)
     network, optimizer = accelerator.prepare(denoiser, optimizer)
     bare, total = accelerator.unwrap_model(network), settings.steps * settings.batch
     folder = Path(settings.out) / "checkpoints"

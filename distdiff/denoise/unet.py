@@ -1,0 +1,84 @@
+"""Images: the UNet of CountsDiff's CIFAR-10 and CelebA models, through diffusers (extra ``images``; REFERENCE 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distdiff.denoise import Denoiser
+from distdiff.denoise.embed import Conditioning, Expectation, start
+from distdiff.types import Condition, DataSpec, Float, Tensor
+
+
+class UNet(Denoiser):
+    """``diffusers.UNet2DModel`` over pixels whose intensities are counts; a "gene" is one colour of one pixel.
+
+    The input is ``(x_t - 127.5 p) / 255`` in molecules of light, as published; nothing at p = 0. Labels, the level of
+    thinning and depth go in as the class embedding.
+
+    Parameters
+    ----------
+    shape
+        Colours, height, width; the genes in that order (colour slowest).
+    channels
+        Of each resolution, halved from one to the next.
+    attention
+        Resolutions with self-attention, counted from 0: CIFAR-10 ``[1]``, CelebA-64 ``[2]``.
+    layers, dropout, groups
+        Residual layers a resolution (4 recommended there, 2 in the paper), dropout, groups of the norms.
+
+    Raises
+    ------
+    ValueError
+        ``shape`` does not hold the data's number of genes, or cannot be halved that often.
+    ImportError
+        diffusers is not installed.
+    """
+
+    def __init__(
+        self, spec: DataSpec, outputs: int, *, shape: Sequence[int] = (3, 32, 32),
+        channels: Sequence[int] = (128, 256, 256, 256), attention: Sequence[int] = (1,), layers: int = 2,
+        dropout: float = 0.1, groups: int = 32,
+    ):  # fmt: skip
+        super().__init__()
+        colours, height, width = shape
+        if colours * height * width != spec.n_genes:
+            raise ValueError(
+                f"denoiser unet: shape={list(shape)} holds {colours * height * width} values, the data {spec.n_genes}"
+            )
+        if height % 2 ** (len(channels) - 1) or width % 2 ** (len(channels) - 1):
+            raise ValueError(
+                f"denoiser unet: {height} x {width} cannot be halved {len(channels) - 1} times, as {len(channels)} "
+                "channels ask"
+            )
+        try:
+            from diffusers import UNet2DModel
+        except ImportError:
+            raise ImportError("denoiser unet needs diffusers: pip install 'distdiff[images]'") from None
+        self.outputs, self.shape = outputs, tuple(shape)
+        self.expectation = Expectation(spec)
+        self.condition = Conditioning(spec, 4 * channels[0])
+        with_attention = [i in set(attention) for i in range(len(channels))]
+        unet: Any = UNet2DModel(
+            sample_size=(height, width), in_channels=colours, out_channels=colours * outputs,
+            block_out_channels=tuple(channels), layers_per_block=layers, dropout=dropout, norm_num_groups=groups,
+            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in with_attention],
+            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)],
+            class_embed_type="identity",
+        )  # fmt: skip
+        nn.init.zeros_(unet.conv_out.weight)
+        with torch.no_grad():
+            start(unet.conv_out.bias.view(outputs, colours).T)
+        self.unet = unet
+
+    def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
+        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to pixel mean x brightness."""
+        log_depth, _ = self.expectation(x, p)
+        light = torch.where(p > 0, torch.expm1(x) - 127.5 * p, 0.0) / 255
+        c = self.condition(log_depth, p, cond)
+        out = self.unet(light.unflatten(1, self.shape), 1000 * (1 - p.mean(1)), class_labels=c).sample
+        raw = out.float().flatten(1).unflatten(1, (self.outputs, -1)).transpose(1, 2)
+        return self.expectation.add_to(raw, log_depth) if self.relative else raw

@@ -1,0 +1,47 @@
+"""``torch.compile`` as a switch that stops no run: what cannot be compiled runs as it is, and one line says why."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from distdiff.denoise import Denoiser
+from distdiff.types import Condition
+
+log = logging.getLogger("distdiff")
+
+
+def compile_denoiser(denoiser: Denoiser, cells: int, genes: int, labels: tuple[str, ...] = ()) -> bool:
+    """Compile a denoiser in place, proved by one forward and backward pass; names of weights stay as they are.
+
+    Parameters
+    ----------
+    cells, genes, labels
+        Shape of the batches to come, and the covariates they carry.
+
+    Returns
+    -------
+    bool
+        Whether it is compiled now. If not, the reason was logged.
+    """
+    if getattr(denoiser, "pack", False):
+        log.warning("train.compile: denoiser.pack gives every batch another shape; the network runs uncompiled")
+        return False
+    device = next(denoiser.parameters()).device
+    x, p = torch.zeros(cells, genes, device=device), torch.full((cells, genes), 0.5, device=device)
+    cond = Condition({name: torch.zeros(cells, dtype=torch.long, device=device) for name in labels})
+    kept = {name: w.grad for name, w in denoiser.named_parameters()}
+    denoiser.compile()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            denoiser(x, p, cond).sum().backward()
+    except Exception as error:  # whatever the compiler cannot do here: no C++ compiler, an operation, a device
+        denoiser._compiled_call_impl = None
+        first = str(error).strip().splitlines() or [""]
+        log.warning("train.compile: %s: %s; the network runs uncompiled", type(error).__name__, first[0])
+        return False
+    finally:
+        for name, w in denoiser.named_parameters():
+            w.grad = kept[name]
+    return True
