@@ -40,3 +40,28 @@ def write(out: Path, began: float, content: dict[str, Any]) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
+
+
+class Peak:
+    """``with Peak() as peak: ...; peak.mib``: by how much memory rose at most (Linux; a CUDA device where one is)."""
+
+    def __enter__(self) -> Peak:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+            self.before = self._status("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if torch.cuda.is_available():
+            self.mib = torch.cuda.max_memory_allocated() / 2**20 - self.before
+        else:
+            self.mib = self._status("VmHWM") - self.before
+
+    @staticmethod
+    def _status(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024

@@ -82,9 +82,8 @@ class CSDI(Denoiser):
             self.blocks.append(_Residual(width, heads, dropout, hashed))
         self.skip, self.answer = _conv(width, width), _conv(width, outputs)
         nn.init.zeros_(self.answer.weight)
-        bias: Tensor = self.answer.bias  # type: ignore[assignment]
         with torch.no_grad():
-            start(bias.unsqueeze(0))
+            start(self.answer.bias.unsqueeze(0))
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth for laws of counts."""
@@ -93,16 +92,16 @@ class CSDI(Denoiser):
         level = ((1 - known) * p).sum(1) / asked
         step = self.step(self.table[(STEPS * (1 - level)).round().long().clamp(0, STEPS)])
         step = add_labels(step, self.names, self.tables, cond)
-        h = F.relu(self.enter(torch.stack((known * x, (1 - known) * x), 1)))
+        h = F.relu(self.enter(torch.stack((known * x, (1 - known) * x), -1)))
         if isinstance(self.gene, nn.Parameter):
-            h = h + self.gene.T
-        side = torch.cat((self.position, self.feature.expand(len(self.position), -1)), 1).T
-        side = torch.cat((side.expand(len(x), -1, -1), known.unsqueeze(1)), 1)
+            h = h + self.gene
+        side = torch.cat((self.position, self.feature.expand(len(self.position), -1)), 1)
+        side = torch.cat((side.expand(len(x), -1, -1), known.unsqueeze(-1)), -1)
         skips = torch.zeros_like(h)
         for block in self.blocks:
             h, skip = block(h, side, step, seen)
             skips = skips + skip
-        raw = self.answer(F.relu(self.skip(skips / math.sqrt(len(self.blocks))))).transpose(1, 2).float()
+        raw = self.answer(F.relu(self.skip(skips / math.sqrt(len(self.blocks))))).float()
         return self.expectation.add_to(raw, self.expectation(x, p)[0]) if self.relative else raw
 
 
@@ -117,13 +116,13 @@ class _Residual(nn.Module):
         self.out = _conv(width, 2 * width)
 
     def forward(
-        self, x: Float[Tensor, "b d g"], side: Float[Tensor, "b s g"], step: Float[Tensor, "b e"],
+        self, h: Float[Tensor, "b g d"], side: Float[Tensor, "b g s"], step: Float[Tensor, "b e"],
         seen: Bool[Tensor, "b g"],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        h = self.encoder((x + self.step(step).unsqueeze(-1)).transpose(1, 2), seen).transpose(1, 2)
-        gate, filtered = (self.middle(h) + self.side(side)).chunk(2, 1)
-        residual, skip = self.out(torch.sigmoid(gate) * torch.tanh(filtered)).chunk(2, 1)
-        return (x + residual) / math.sqrt(2), skip
+        y = self.encoder(h + self.step(step).unsqueeze(1), seen)
+        gate, filtered = (self.middle(y) + self.side(side)).chunk(2, -1)
+        residual, skip = self.out(torch.sigmoid(gate) * torch.tanh(filtered)).chunk(2, -1)
+        return (h + residual) / math.sqrt(2), skip
 
 
 class _Encoder(nn.Module):
@@ -152,10 +151,11 @@ class _Encoder(nn.Module):
         return self.norm_out(h + F.dropout(self.widen(F.dropout(F.gelu(self.narrow(h)), drop)), drop))
 
 
-def _conv(i: int, o: int) -> nn.Conv1d:
-    conv = nn.Conv1d(i, o, 1)
-    nn.init.kaiming_normal_(conv.weight)
-    return conv
+def _conv(i: int, o: int) -> nn.Linear:
+    """A convolution of width 1 over genes, channels last."""
+    layer = nn.Linear(i, o)
+    nn.init.kaiming_normal_(layer.weight)
+    return layer
 
 
 def _steps() -> Float[Tensor, "t e"]:

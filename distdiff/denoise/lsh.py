@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -144,6 +144,8 @@ class Meetings:
         ``int64 [l c s]``: token at each place of each chunk; ``n``: the place is empty.
     query
         ``int64 [l B s]``: token at each place of each block; ``n``: the place is empty.
+    itself
+        ``int64 [l B s]``: where a query meets its own key, among the ``2 s`` keys; -1: nowhere.
     slot
         ``int64 [l n]``: each token's place among the queries ``[B s]``.
     chunk, before
@@ -152,6 +154,7 @@ class Meetings:
 
     key: Tensor
     query: Tensor
+    itself: Tensor
     slot: Tensor
     chunk: Tensor
     before: Tensor
@@ -162,13 +165,28 @@ class Meetings:
         some = max(1, WORKSPACE // (blocks * size * 2 * size))
         for first in range(0, pairs, some):
             at = slice(first, first + some)
-            yield at, Meetings(self.key[at], self.query[at], self.slot[at], self.chunk[at], self.before[at])
+            yield at, Meetings(*(getattr(self, field.name)[at] for field in fields(self)))
 
     def keys(self) -> Int[Tensor, "l B t"]:
         """The tokens that each block looks at; ``n``: none."""
         pairs = torch.arange(len(self.key), device=self.key.device).unsqueeze(1)
         second = self.key[pairs, self.before].masked_fill((self.before == self.chunk).unsqueeze(-1), self.slot.shape[1])
         return torch.cat((self.key[pairs, self.chunk], second), -1)
+
+    def logits(
+        self, q: Float[Tensor, "l n e"], k: Float[Tensor, "l n e"], keys: Int[Tensor, "l B t"]
+    ) -> Float[Tensor, "l B s t"]:
+        """``q k'`` of all meetings, ``-inf`` at empty places, ``ITSELF`` where a query meets its own key."""
+        empty = torch.where(keys == self.slot.shape[1], -torch.inf, 0.0).to(q.dtype).flatten(0, 1).unsqueeze(1)
+        asked, met = _take(q, self.query).flatten(0, 1), _take(k, keys).flatten(0, 1)
+        logits = torch.baddbmm(empty, asked, met.transpose(1, 2)).unflatten(0, keys.shape[:2]).float()
+        return self.at_itself(logits, ITSELF)
+
+    def at_itself(self, matrix: Float[Tensor, "l B s t"], value: float) -> Float[Tensor, "l B s t"]:
+        """Overwrite, in place, what stands where a query meets its own key."""
+        where = self.itself.clamp_min(0).unsqueeze(-1)
+        there = matrix.gather(-1, where).masked_fill_((self.itself >= 0).unsqueeze(-1), value)
+        return matrix.scatter_(-1, where, there)
 
     def back(self, values: Float[Tensor, "l B s e"]) -> Float[Tensor, "l n e"]:
         """From the blocks' places to the tokens."""
@@ -199,25 +217,34 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
     within = place - (count.cumsum(1) - count).gather(1, by_chunk)
     put = (ends - blocks).gather(1, by_chunk) * size + within
     total = int(ends[:, -1].max())
-    query = place.new_full((pairs, total * size), n).scatter_(1, put, asker).view(pairs, total, size)
+    query = place.new_full((pairs, total * size), n).scatter_(1, put, asker)
+    itself = torch.where(seen, own % size, -1).gather(1, asker)
+    itself = place.new_full((pairs, total * size), -1).scatter_(1, put, itself)
     slot = torch.empty_like(place).scatter_(1, asker, put)
     number = torch.arange(total, device=at.device).repeat(pairs, 1)
-    of_block = torch.searchsorted(ends, number, right=True).clamp(max=chunks - 1)
-    return Meetings(key, query, slot, of_block, (of_block - 1) % (-(-n_seen // size)))
+    chunk = torch.searchsorted(ends, number, right=True).clamp(max=chunks - 1)
+    before = (chunk - 1) % (-(-n_seen // size))
+    blocked = (pairs, total, size)
+    return Meetings(key, query.view(blocked), itself.view(blocked), slot, chunk, before)
 
 
 class _Hashed(torch.autograd.Function):
-    """One softmax over all meetings of all rounds: forwards online, backwards from the normaliser alone."""
+    """One softmax over all meetings of all rounds: forwards online, backwards from the normaliser alone.
+
+    Arrays over tokens get a row of zeros behind the last, where empty places read and write.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rounds: list[Meetings]) -> Tensor:
-        top = q.new_full((*q.shape[:2], 1), -torch.inf, dtype=torch.float32)
-        total, out = torch.zeros_like(top), torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+        q, k, v = (_row_behind(x) for x in (q, k, v))
+        top = q.new_full((len(q), q.shape[1] - 1, 1), -torch.inf, dtype=torch.float32)
+        total, out = torch.zeros_like(top), top.new_zeros(*top.shape[:2], v.shape[-1])
         for at, met in _parts(rounds):
-            weight, _ = _logits(q[at], k[at], met)
+            keys = met.keys()
+            weight = met.logits(q[at], k[at], keys)
             high = weight.amax(-1, keepdim=True)
             weight.sub_(high).exp_()
-            part = met.back((weight.to(v.dtype) @ _take(v[at], met.keys())).float())
+            part = met.back((weight.to(v.dtype) @ _take(v[at], keys)).float())
             share, high = met.back(weight.sum(-1, keepdim=True)), met.back(high)
             most = torch.maximum(top[at], high)
             down, up = (top[at] - most).exp(), (high - most).exp()
@@ -232,44 +259,40 @@ class _Hashed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, out, normaliser = ctx.saved_tensors
-        grad = grad.to(v.dtype)
-        inner = (grad.float() * out).sum(-1, keepdim=True)
+        inner = _row_behind((grad.float() * out).sum(-1, keepdim=True))
+        grad, normaliser = _row_behind(grad.to(v.dtype)), _row_behind(normaliser, torch.inf)
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
         for at, met in _parts(ctx.rounds):
             keys = met.keys()
-            weight, itself = _logits(q[at], k[at], met)
-            weight.sub_(_take(normaliser[at], met.query)).exp_()
+            weight = met.logits(q[at], k[at], keys).sub_(_take(normaliser[at], met.query)).exp_()
             above = _take(grad[at], met.query)
             _add(d_v[at], keys, weight.to(v.dtype).transpose(-1, -2) @ above)
-            slope = (above @ _take(v[at], keys).transpose(-1, -2)).float() - _take(inner[at], met.query)
-            slope = slope.mul_(weight).masked_fill_(itself, 0).to(q.dtype)
-            d_q[at] += met.back((slope @ _take(k[at], keys)).float())
+            slope = (above @ _take(v[at], keys).transpose(-1, -2)).float().sub_(_take(inner[at], met.query))
+            slope = met.at_itself(slope.mul_(weight), 0.0).to(q.dtype)
+            d_q[at, :-1] += met.back((slope @ _take(k[at], keys)).float())
             _add(d_k[at], keys, slope.transpose(-1, -2) @ _take(q[at], met.query))
-        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None
+        return d_q[:, :-1].to(q.dtype), d_k[:, :-1].to(k.dtype), d_v[:, :-1].to(v.dtype), None
 
 
 def _parts(rounds: list[Meetings]) -> Iterator[tuple[slice, Meetings]]:
     return (part for met in rounds for part in met.parts())
 
 
-def _logits(q: Tensor, k: Tensor, met: Meetings) -> tuple[Float[Tensor, "l B s t"], Bool[Tensor, "l B s t"]]:
-    keys = met.keys()
-    logits = (_take(q, met.query) @ _take(k, keys).transpose(-1, -2)).float()
-    itself = met.query.unsqueeze(-1) == keys.unsqueeze(-2)
-    logits.masked_fill_(itself, ITSELF).masked_fill_((keys == q.shape[1]).unsqueeze(-2), -torch.inf)
-    return logits, itself
+def _row_behind(x: Float[Tensor, "l n e"], value: float = 0.0) -> Float[Tensor, "l m e"]:
+    return F.pad(x, (0, 0, 0, 1), value=value)
+
+
+def _flat(at: Int[Tensor, "l ..."], n: int) -> Int[Tensor, " places"]:
+    pairs = torch.arange(len(at), device=at.device).view(-1, *[1] * (at.dim() - 1))
+    return (at + n * pairs).flatten()
 
 
 def _take(values: Float[Tensor, "l n e"], at: Int[Tensor, "l ..."]) -> Float[Tensor, "l ... e"]:
-    """Values at those places; 0 at the place behind the last."""
-    pairs, n, e = values.shape
-    flat = (at.clamp(max=n - 1) + n * torch.arange(pairs, device=at.device).view(-1, *[1] * (at.dim() - 1))).flatten()
-    taken = values.reshape(pairs * n, e).index_select(0, flat).view(*at.shape, e)
-    return taken.masked_fill_((at == n).unsqueeze(-1), 0) if at.dim() > 2 else taken
+    """Values at those places."""
+    flat = _flat(at, values.shape[1])
+    return values.flatten(0, 1).index_select(0, flat).view(*at.shape, values.shape[-1])
 
 
 def _add(to: Float[Tensor, "l n e"], at: Int[Tensor, "l B t"], values: Float[Tensor, "l B t e"]) -> None:
-    """Add values at those places; what belongs behind the last is dropped (it is 0)."""
-    pairs, n, e = to.shape
-    flat = (at.clamp(max=n - 1) + n * torch.arange(pairs, device=at.device).view(-1, 1, 1)).flatten()
-    to.view(pairs * n, e).index_add_(0, flat, values.reshape(-1, e).float())
+    """Add values at those places."""
+    to.view(-1, to.shape[-1]).index_add_(0, _flat(at, to.shape[1]), values.flatten(0, 2).float())
