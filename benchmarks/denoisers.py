@@ -7,7 +7,7 @@ learning rate spans them; validation is not counted), the same law, mixture, opt
 time. Half of the entries of held-out cells are hidden: ``log score`` in nats of a hidden entry under the one-call law,
 ``deviance`` and ``rmse`` of the mean. Speed: made counts (90 % zeros), one thread, nothing beside it: cells per second
 of a training step (draw, forward, loss, backward, optimiser) and of the posterior mean, half of the genes hidden; MiB
-by which a training step raises the process's peak memory. What would take longer than ``--patience`` seconds is left out.
+by which a training step raises the process's peak memory. What takes longer than ``--patience`` seconds is left out.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ POINTS = 8  # of a curve
 
 
 def settings(denoiser: dict[str, Any], store: str, seed: int, cells: int, points: int) -> dict[str, Any]:
+    batch = 128 if denoiser["kind"] == "mlp" else 32
     return {
         "data": {"store": store}, "process": {"kind": "counts"}, "denoiser": denoiser,
         "optim": {"warmup_cells": max(1, min(10_000, cells // 20))},
-        "train": {"out": tempfile.mkdtemp(), "cells": cells, "batch": 128 if denoiser["kind"] == "mlp" else 32, "seed": seed,
+        "train": {"out": tempfile.mkdtemp(), "cells": cells, "batch": batch, "seed": seed,
                   "eval_cells": max(1, cells // points), "checkpoint_cells": 10**9, "patience": 10**6,
                   "resume": "never"},
     }  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ from distdiff import tracking
 from distdiff.component import nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
-from distdiff.denoise import Denoiser
+from distdiff.denoise import Denoiser, adopt
+from distdiff.impute import Imputer
+from distdiff.impute.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
@@ -27,6 +30,8 @@ from distdiff.train.loop import train as fit
 if TYPE_CHECKING:
     from distdiff.evaluate import Contestant
     from distdiff.report import Report
+
+log = logging.getLogger("distdiff")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ def train(config: Config) -> Outcome:
         "name": config.tracking.model, "data": fingerprint, "store": Path(config.data.store).name,
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
+    if config.train.start:
+        accelerator.print(_start(model, config.train.start))
     best = Path(config.train.out) / "model"
     accelerator.print(
         f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
@@ -119,26 +126,37 @@ def train(config: Config) -> Outcome:
     return Outcome(best, progress, report, run.run_id, registered)
 
 
+def _start(model: Model, address: str) -> str:
+    """Take over the weights of a trained model, those of genes by name; returns what to say about it."""
+    trained = Model.load(tracking.fetch(address))
+    try:
+        known, left = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
+    except ValueError as error:
+        raise ValueError(f"train.start={address}: {error}") from None
+    fresh = f"; labels with other values start fresh ({', '.join(left)})" if left else ""
+    total = model.spec.n_genes
+    return f"distdiff train: {known} of {total} genes start from {address}, {total - known} are new to it{fresh}"
+
+
 def evaluate_model(
     model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0, extra: Sequence[Contestant] = ()
 ) -> Report:
-    """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluate``)."""
+    """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluate``).
+
+    The genes that both know are scored, whatever their order; the model's others count as not measured.
+    """
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
-    if tuple(store.genes) != tuple(model.spec.genes):
-        raise ValueError(
-            f"the store has {len(store.genes)} genes, the model {model.spec.n_genes}: evaluate on the store that it "
-            "was trained on, or shard with --genes FILE listing the model's genes"
-        )
+    store, ours = _shared(store, model)
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
-    mine = [Contestant(OURS, model.imputer(), ("mean", "1 draw", "draws"))]
+    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
     if isinstance(model.process, Counts) and model.process.molecules:
-        mine.append(Contestant(f"{OURS}, log1p read-out", model.imputer(readout="log1p")))
-        mine.append(Contestant(f"{OURS}, 8 calls", model.imputer(steps=8), ("1 draw", "draws")))
+        mine.append(Contestant(f"{OURS}, log1p read-out", ours(model.imputer(readout="log1p"))))
+        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws")))
     if settings.repaint_steps:
-        repaint = model.imputer("repaint", steps=settings.repaint_steps)
+        repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
     rows = store.rows("test")
     if not len(rows):
@@ -149,6 +167,24 @@ def evaluate_model(
         store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
         labels=tuple(model.spec.labels), groups=settings.cell_type,
     )  # fmt: skip
+
+
+def _shared(store: CountStore, model: Model) -> tuple[CountStore, Callable[[Imputer], Imputer]]:
+    """The store on the genes that the model knows, and the model's imputers for those genes."""
+    genes, have = model.spec.genes, set(store.genes)
+    panel = tuple(gene for gene in genes if gene in have)
+    if not panel:
+        raise ValueError(
+            f"none of the store's {len(have)} genes ({', '.join(store.genes[:3])}...) is among the model's "
+            f"{len(genes)} ({', '.join(genes[:3])}...); are both symbols or both Ensembl ids?"
+        )
+    if panel == tuple(store.genes) == tuple(genes):
+        return store, lambda imputer: imputer
+    log.warning(
+        "evaluate: %d genes are scored; %d of the store's are unknown to the model and left out, %d of the model's are "
+        "absent and count as not measured", len(panel), len(have) - len(panel), len(genes) - len(panel),
+    )  # fmt: skip
+    return store.panel(panel), lambda imputer: OnPanel(imputer, genes, panel) if len(panel) < len(genes) else imputer
 
 
 OURS = "distdiff"

@@ -279,7 +279,9 @@ class Model:
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
             values[block.start : block.stop] = reader.widen(block.given, new)
         out.layers[name] = values
-        out.uns["distdiff"] = self.provenance(task="denoise", readout=readout, depth=depth, shrink=shrink)
+        out.uns["distdiff"] = self.provenance(
+            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told()
+        )
         return out
 
     def deepen(
@@ -297,7 +299,7 @@ class Model:
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
             parts.append(sp.csr_matrix(reader.widen(block.given, new)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
-        out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed)
+        out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed, **reader.told())
         return out
 
     def likelihood(

@@ -281,3 +281,36 @@ def test_the_model_is_held_against_the_cheap_estimators(atlas):
     depth = build(Baseline, {"kind": "gene_mean", "depth": True}).label
     assert found["distdiff"] == pytest.approx(found[depth], rel=0.2)  # where it starts
     assert min(found.values()) < found["distdiff"]  # and something here knows better
+
+
+def test_a_store_with_other_genes_is_scored_on_those_that_both_know(atlas, counts, tmp_path, caplog):
+    """Another order: the same table. A subset and unknown genes: told, and every imputer sees the same genes."""
+    from distdiff.config import Evaluation
+    from distdiff.data.shard import shard
+    from distdiff.experiment import evaluate_model
+    from distdiff.model import Model
+
+    def table(store):
+        return evaluate_model(model, store, Evaluation(repaint_steps=0, draws=2), seed=1)
+
+    store = CountStore.open(atlas)
+    model = Model.new(store.spec(()), {"kind": "counts"}, {"kind": "transformer", "width": 8, "depth": 1, "heads": 2})
+    straight = _rows(table(store))["distdiff mean"].values
+    turned = counts[:, ::-1].copy()
+    turned.write_h5ad(tmp_path / "turned.h5ad")
+    shard([tmp_path / "turned.h5ad"], tmp_path / "turned.zarr", labels=("cell_type",), workers=0, progress=False)
+    other = _rows(table(CountStore.open(tmp_path / "turned.zarr")))["distdiff mean"].values
+    assert other["deviance"] == pytest.approx(straight["deviance"], rel=1e-4)
+
+    some = counts[:, :20].copy()
+    some.var_names = [*some.var_names[:15], *(f"new{i}" for i in range(5))]
+    some.write_h5ad(tmp_path / "some.h5ad")
+    shard([tmp_path / "some.h5ad"], tmp_path / "some.zarr", labels=("cell_type",), workers=0, progress=False)
+    report = table(CountStore.open(tmp_path / "some.zarr"))
+    assert report.setting["genes"] == 15
+    assert "15 genes are scored; 5 of the store's are unknown to the model" in caplog.text
+    some.var_names = [f"else{i}" for i in range(20)]
+    some.write_h5ad(tmp_path / "none.h5ad")
+    shard([tmp_path / "none.h5ad"], tmp_path / "none.zarr", labels=("cell_type",), workers=0, progress=False)
+    with pytest.raises(ValueError, match="none of the store's 20 genes"):
+        table(CountStore.open(tmp_path / "none.zarr"))

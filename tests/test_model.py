@@ -133,6 +133,46 @@ def test_genes_in_another_order_and_unknown_genes(model, counts, mask):
     assert np.allclose(out.layers["imputed_mean"][:, :-1], want, rtol=1e-5)
 
 
+SMALL_NETWORKS = [
+    {"kind": "mlp", "width": 16, "depth": 1, "rank": 8},
+    {"kind": "transformer", "width": 16, "depth": 1, "heads": 2},
+    {"kind": "transformer", "width": 16, "depth": 1, "heads": 2, "pack": True},
+    {"kind": "lsh", "width": 16, "depth": 1, "heads": 2, "bucket": 8},
+    {"kind": "latent", "width": 16, "depth": 1, "heads": 2, "latents": 4},
+    {"kind": "csdi", "width": 16, "depth": 1, "heads": 2, "gene_embedding": True},
+]
+
+
+@pytest.mark.parametrize("network", SMALL_NETWORKS, ids=lambda n: "-".join(map(str, n.values())))
+def test_every_network_does_every_task_and_survives_its_file(network, atlas, counts, mask, tmp_path, caplog):
+    """All tasks; genes in another order answer alike; unknown genes are told."""
+    spec = CountStore.open(atlas).spec(())
+    model = Model.new(spec, {"kind": "counts"}, network)
+    rng = torch.Generator().manual_seed(0)
+    for weight in model.denoiser.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=rng)
+    model.save(tmp_path / "m")
+    again = Model.load(tmp_path / "m")
+    some = counts[:20].copy()
+    want = model.impute(some, mask=mask[:20], steps=3)
+    got = again.impute(some, mask=mask[:20], steps=3)
+    for layer in ("imputed_mean", "imputed"):
+        assert np.array_equal(got.layers[layer], want.layers[layer])
+    order = np.random.default_rng(1).permutation(counts.n_vars)
+    turned = model.impute(some[:, order].copy(), mask=mask[:20][:, order])
+    assert np.allclose(turned.layers["imputed_mean"], want.layers["imputed_mean"][:, order], rtol=1e-4)
+    assert model.generate(5, steps=3).shape == counts[:5].shape
+    assert np.isfinite(model.likelihood(some, levels=4)["nats"]).all()
+    assert (model.deepen(some, 1.5, beyond="allow").layers["deepened"] - some.X).min() >= 0
+    assert "unknown" not in caplog.text
+    some.var_names = [*some.var_names[:-3], "x1", "x2", "x3"]
+    out = model.denoise(some)
+    assert out.uns["distdiff"]["genes_unknown_to_model"] == 3
+    assert out.uns["distdiff"]["genes_absent_from_input"] == 3
+    assert "3 of the input's 30 genes are unknown to the model (x1...)" in caplog.text
+    assert np.array_equal(out.layers["denoised"][:, -3:], some.X[:, -3:].toarray())
+
+
 def test_labels_condition_the_answer(model, counts, mask):
     model = Model.new(model.spec, *OPTIONS)
     for weight in model.denoiser.parameters():

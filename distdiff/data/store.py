@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class CountStore:
         self._cache: OrderedDict[int, _Block] = OrderedDict()
         self._room, self._cache_bytes = cache_bytes, cache_bytes
         self._lock = threading.Lock()
+        self._panel: np.ndarray | None = None
         self._wide = np.int64 if manifest.dtype == "uint32" else np.int32
 
     @classmethod
@@ -87,7 +88,7 @@ class CountStore:
         return cls(path, manifest, cache_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(CountStore.open, cache_bytes=self._cache_bytes), (str(self.path),)
+        return _reopen, (str(self.path), self._cache_bytes, None if self._panel is None else self.genes)
 
     def __repr__(self) -> str:
         return f"CountStore({str(self.path)!r}, {self.n_cells} cells x {len(self.genes)} genes)"
@@ -98,7 +99,27 @@ class CountStore:
 
     @property
     def genes(self) -> tuple[str, ...]:
-        return self.manifest.genes
+        if self._panel is None:
+            return self.manifest.genes
+        return tuple(self.manifest.genes[i] for i in self._panel)
+
+    def panel(self, genes: Sequence[str]) -> CountStore:
+        """Look at this store through some of its genes, in another order if need be; nothing is copied.
+
+        Raises
+        ------
+        ValueError
+            A gene that the store does not have, a gene named twice, no gene.
+        """
+        place = {gene: i for i, gene in enumerate(self.manifest.genes)}
+        for gene in genes:
+            if gene not in place:
+                raise ValueError(f"{self.path} has no gene {gene!r}{nearest(gene, place)}")
+        if not genes or len(set(genes)) < len(genes):
+            raise ValueError(f"a panel of {len(genes)} genes, {len(set(genes))} of them different: name each gene once")
+        seen = copy.copy(self)
+        seen._panel = np.array([place[gene] for gene in genes], dtype=np.int64)
+        return seen
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Counts of some cells.
@@ -118,9 +139,16 @@ class CountStore:
         ValueError
             Rows out of range, or a corrupt shard (named).
         """
-        rows = self._checked(rows)
+        counts = self._read(self._checked(rows))
+        if self._panel is None:
+            return counts
+        counts = counts[:, self._panel]
+        counts.sort_indices()
+        return counts
+
+    def _read(self, rows: np.ndarray) -> sparse.csr_matrix:
         if not len(rows):
-            return sparse.csr_matrix((0, len(self.genes)), dtype=self._wide)
+            return sparse.csr_matrix((0, len(self.manifest.genes)), dtype=self._wide)
         ascending = bool((rows[1:] >= rows[:-1]).all())
         order = None if ascending else np.argsort(rows, kind="stable")
         pieces = list(self._pieces(rows if order is None else rows[order]))
@@ -130,7 +158,7 @@ class CountStore:
                 np.concatenate([p[1] for p in pieces], dtype=np.int32),
                 np.concatenate([[0], np.cumsum(np.concatenate([p[2] for p in pieces]))]),
             ),
-            shape=(len(rows), len(self.genes)),
+            shape=(len(rows), len(self.manifest.genes)),
         )
         counts.has_canonical_format = True
         return counts if order is None else counts[np.argsort(order)]
@@ -193,12 +221,12 @@ class CountStore:
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Per gene over training cells, each ``float64 [g]``: ``mean``, ``var`` (molecules^2), ``nnz``, ``max``."""
-        return {name: self._column(f"genes/{name}").copy() for name in ("mean", "var", "nnz", "max")}
+        return {name: self._of_genes(name) for name in ("mean", "var", "nnz", "max")}
 
     def spec(self, labels: Sequence[str] | None = None) -> DataSpec:
         """What a denoiser must know: genes, the values of some covariates (None is all), mean counts."""
         values = {k: tuple(self.manifest.labels[k]) for k in self._label_keys(labels)}
-        return DataSpec(self.genes, values, self._column("genes/mean").astype(np.float32))
+        return DataSpec(self.genes, values, self._of_genes("mean").astype(np.float32))
 
     def verify(self) -> None:
         """Read everything once and compare it with the manifest's hashes.
@@ -211,7 +239,7 @@ class CountStore:
         for shard in self.manifest.shards:
             rows = np.arange(shard.start, shard.stop)
             codes = [*(self._column(f"labels/{k}")[rows] for k in sorted(self.manifest.labels))]
-            if combine(digest(self.read(rows)), [*codes, self._column("split")[rows]]) != shard.sha256:
+            if combine(digest(self._read(rows)), [*codes, self._column("split")[rows]]) != shard.sha256:
                 raise self._corrupt(shard.start // self.manifest.block, "its content differs from the manifest's hash")
 
     def _pieces(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -277,7 +305,7 @@ class CountStore:
             raise self._corrupt(number, "its counts do not fit its row starts")
         ascending = indices[1:nnz] > indices[: nnz - 1]
         ascending[starts[1:n] - 1] = True  # a cell's first gene may be below the last one of the cell before
-        if not ascending.all() or int(indices[:nnz].max()) >= len(self.genes):
+        if not ascending.all() or int(indices[:nnz].max()) >= len(self.manifest.genes):
             raise self._corrupt(number, "its gene numbers make no sense")
         return _Block(data[:nnz].copy(), indices[:nnz].copy(), starts)
 
@@ -326,6 +354,10 @@ class CountStore:
             self._columns[name] = self._values(name, self._array(name))
         return self._columns[name]
 
+    def _of_genes(self, name: str) -> np.ndarray:
+        column = self._column(f"genes/{name}")
+        return column.copy() if self._panel is None else column[self._panel]
+
     def _values(self, name: str, array: Any) -> np.ndarray:
         try:
             return array.read().result()
@@ -333,3 +365,8 @@ class CountStore:
             raise ValueError(
                 f"{self.path}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
             ) from e
+
+
+def _reopen(path: str, cache_bytes: int, genes: tuple[str, ...] | None) -> CountStore:
+    store = CountStore.open(path, cache_bytes=cache_bytes)
+    return store if genes is None else store.panel(genes)

@@ -47,11 +47,13 @@ class Latent(Denoiser):
         self.condition = Conditioning(spec, width)
         self.latents = nn.Parameter(torch.randn(latents, width))
         self.evidence = nn.Linear(spec.n_genes, width, bias=False) if linear else None
-        self.gene, self.ask = (nn.Parameter(torch.randn(spec.n_genes, width) * width**-0.5) for _ in range(2))
+        self.gene = nn.Parameter(torch.randn(spec.n_genes, width) * width**-0.5)
+        self.ask = nn.Parameter(torch.randn(spec.n_genes, width))
         self.cell = nn.Parameter(torch.randn(1, width) * width**-0.5)
         self.value, self.own = nn.Linear(4, width), nn.Linear(4, width)
-        self.norm_in, self.norm_ask = AdaptiveNorm(width, width), AdaptiveNorm(width, width)
-        self.read, self.tell = CrossAttention(width, heads), CrossAttention(width, heads)
+        self.norm_in, self.read = AdaptiveNorm(width, width), CrossAttention(width, heads)
+        self.norm_tell, self.tell = AdaptiveNorm(width, width), nn.Linear(width, 2 * width, bias=False)
+        self.heads = heads
         self.blocks = nn.ModuleList(Block(width, SelfAttention(width, heads)) for _ in range(depth))
         self.norm_out = AdaptiveNorm(width, width)
         self.answer = nn.Linear(width, outputs, bias=False)
@@ -71,10 +73,12 @@ class Latent(Denoiser):
         tokens = Whole(h.new_ones(h.shape[:2], dtype=torch.bool))
         for block in self.blocks:
             h = block(h, c, tokens)
-        # every gene asks with its embedding and what is known of it, and reads the latents
-        asked = self.ask + self.own(values)
-        y, gate = self.norm_ask(asked, c, tokens.spread)
-        y, _ = self.norm_out(asked + gate * self.tell(y, h, tokens.attend), c, tokens.spread)
+        # every gene asks the latents with its embedding, the same in all cells; what is known of it comes in after
+        h, _ = self.norm_tell(h, c, tokens.spread)
+        k, v = self.tell(h).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = self.ask.to(k.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1).expand(len(x), -1, -1, -1)
+        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y, _ = self.norm_out(read + self.own(values), c, tokens.spread)
         raw = self.answer(F.gelu(y)).float() + self.bias
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 

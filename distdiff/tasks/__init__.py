@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from distdiff.component import nearest
 from distdiff.data.source import check_counts, codes, dense
 from distdiff.types import Cells, Condition, DataSpec
+
+log = logging.getLogger("distdiff")
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,22 @@ class Reader:
             )
         self.measured = np.zeros(spec.n_genes, dtype=bool)
         self.measured[self.columns[self.known]] = True
+        self.unknown, self.absent = int((~self.known).sum()), int((~self.measured).sum())
+        """Genes of the input that the model does not know, and of the model that the input lacks."""
+        if self.unknown:
+            first = rows.genes[int(np.argmin(self.known))]
+            log.warning(
+                "%d of the input's %d genes are unknown to the model (%s...) and stay as they are; it misses %d of its "
+                "own %d", self.unknown, len(rows.genes), first, self.absent, spec.n_genes,
+            )  # fmt: skip
         self.labels = _labels(spec, rows) if use_labels else {}
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device
+
+    def told(self) -> dict[str, int]:
+        """What stands in ``uns`` about genes that only one of input and model knows."""
+        return {"genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent}
 
     def blocks(self, hidden: Any = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
         """All rows in order; ``hidden(start, stop, counts)`` says which entries are not to be looked at."""

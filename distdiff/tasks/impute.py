@@ -124,8 +124,8 @@ class Job:
         """Fill ``layers`` (array-likes ``[cells, genes + added]``: numpy, h5py or zarr) block by block."""
         began, filled, reader = time.perf_counter(), Filled(), self.reader
         filled.genes = len(reader.rows.genes) + len(self.added)
-        filled.genes_unknown_to_model = int((~reader.known).sum())
-        filled.genes_absent_from_input = int((~reader.measured).sum())
+        filled.genes_unknown_to_model = reader.unknown
+        filled.genes_absent_from_input = reader.absent
         for start, stop, answer in self._blocks(filled, progress):
             for name, values in zip(self.layers, answer, strict=True):
                 layers[name][start:stop] = values

@@ -57,6 +57,8 @@ class Training:
         ``auto``: bf16 where the device is a GPU that has it, else float32.
     compile
         ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
+    start
+        A trained model (folder, ``models:/`` address) whose weights to start from; those of genes follow their names.
     resume
         ``auto`` continues the newest checkpoint in ``out``; ``never``; or a checkpoint's path.
     """
@@ -71,6 +73,7 @@ class Training:
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    start: str = ""
     resume: str = "auto"
     seed: int = 0
 

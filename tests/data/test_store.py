@@ -87,6 +87,29 @@ def test_questions_it_cannot_answer(store):
         store.spec(["doner"])
 
 
+def test_a_panel_is_the_store_seen_through_some_genes(store, dense):
+    at = [4, 0, 7]
+    panel = store.panel([store.genes[i] for i in at])
+    rows = np.array([5, 2, 2, 9])
+    counts = panel.read(rows)
+    assert counts.has_sorted_indices
+    assert np.array_equal(counts.toarray(), dense[rows][:, at])
+    assert panel.genes == tuple(store.genes[i] for i in at)
+    assert np.array_equal(panel.spec(()).gene_mean, store.spec(()).gene_mean[at])
+    assert np.array_equal(panel.statistics()["nnz"], store.statistics()["nnz"][at])
+    assert panel.read(np.array([], dtype=np.int64)).shape == (0, 3)
+    panel.verify()
+    again = pickle.loads(pickle.dumps(panel))
+    assert np.array_equal(again.read(rows).toarray(), dense[rows][:, at])
+    assert len(store.genes) > 3
+    with pytest.raises(ValueError, match="has no gene 'nothing'"):
+        store.panel(["nothing"])
+    with pytest.raises(ValueError, match="a panel of 2 genes, 1 of them different"):
+        store.panel([store.genes[0]] * 2)
+    with pytest.raises(ValueError, match="a panel of 0 genes"):
+        store.panel([])
+
+
 def test_it_travels_to_another_process(store, dense):
     again = pickle.loads(pickle.dumps(store))
     assert np.array_equal(again.read(np.arange(9)).toarray(), dense[:9])

@@ -103,6 +103,32 @@ def test_every_step_is_logged_and_the_best_model_kept(atlas, tmp_path):
     assert (tmp_path / "run" / "training.png").stat().st_size > 1000
 
 
+def test_a_run_starts_from_a_trained_model_of_other_genes(atlas, counts, tmp_path, capsys):
+    """Genes that both have keep their weights, in any order; new ones start fresh; a wrong network is refused."""
+    from distdiff.data.shard import shard
+    from distdiff.model import Model
+
+    trained = Model.load(experiment.train(make(atlas, tmp_path / "first")).model)
+    other = counts[:, ::-1][:, :25].copy()
+    other.var_names = [*other.var_names[:-2], "new1", "new2"]
+    other.write_h5ad(tmp_path / "other.h5ad")
+    shard([tmp_path / "other.h5ad"], tmp_path / "other.zarr", labels=("cell_type",), workers=0, progress=False)
+    start = str(tmp_path / "first" / "model")
+    one_step = {"cells": 32, "eval_cells": 32, "start": start}
+    got = experiment.train(make(tmp_path / "other.zarr", tmp_path / "second", **one_step))
+    assert "23 of 25 genes start from" in capsys.readouterr().out
+    model = Model.load(got.model)
+    here = [g for g in model.spec.genes if g in trained.spec.genes]
+    there = [trained.spec.genes.index(g) for g in here]
+    mine = model.denoiser.evidence.weight[:, [model.spec.genes.index(g) for g in here]]
+    moved = (mine - trained.denoiser.evidence.weight[:, there]).abs().max()
+    assert moved < 0.01  # one warm-up step from where the other run ended
+    tree = {"denoiser": {"kind": "mlp", "width": 24, "depth": 1}}
+    odd = config.parse(make(atlas, tmp_path / "third", start=start).as_dict() | tree)
+    with pytest.raises(ValueError, match=r"train.start=.*has shape"):
+        experiment.train(odd)
+
+
 def test_early_stop(atlas, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})

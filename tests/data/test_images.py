@@ -1,0 +1,84 @@
+"""Images become counts and a UNet learns on them: the whole way on made pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distdiff import config, experiment
+from distdiff.data import images
+from distdiff.data.shard import shard
+from distdiff.model import Model
+
+
+def pictures(folder, n=24, size=12):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        name = ("dark", "bright")[i % 2]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        values = rng.integers(0, 60, (size, size + 4, 3)) + 180 * (i % 2)
+        Image.fromarray(values.astype(np.uint8)).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+def test_cifar_files(tmp_path):
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (7, 3073), dtype=np.uint8)
+    raw[:, 0] = [0, 9, 1, 1, 2, 3, 4]
+    raw[:4].tofile(tmp_path / "data_batch_1.bin")
+    raw[4:].tofile(tmp_path / "data_batch_2.bin")
+    data = images.cifar10(tmp_path)
+    assert data.shape == (7, 3072)
+    assert np.array_equal(data.X, raw[:, 1:])
+    assert list(data.obs["label"][:2]) == ["airplane", "truck"]
+    assert data.obs_names[4] == "data_batch_2-0"
+    assert data.var_names[32 * 32 + 32 + 1] == "c1y1x1"
+    raw[:1].tofile(tmp_path / "data_batch_3.bin")
+    (tmp_path / "data_batch_3.bin").write_bytes(raw.tobytes()[:-1])
+    with pytest.raises(ValueError, match=r"data_batch_3.bin is no CIFAR-10 binary file"):
+        images.cifar10(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-binary.tar.gz"):
+        images.cifar10(tmp_path / "nowhere")
+
+
+def test_a_folder_of_pictures(tmp_path):
+    from PIL import Image
+
+    data = images.folder(pictures(tmp_path / "p"), 4, crop=8)
+    assert data.shape == (24, 48)
+    assert data.obs["label"].value_counts().to_dict() == {"bright": 12, "dark": 12}
+    bright = data[data.obs["label"] == "bright"].X
+    assert bright.min() >= 180
+    with Image.open(tmp_path / "p" / "dark" / "00.png") as opened:
+        want = np.asarray(opened.crop((4, 2, 12, 10)))  # the middle 8 x 8 of 16 x 12
+    whole = images.folder(tmp_path / "p", 8, crop=8)
+    assert np.array_equal(whole["dark/00.png"].X.reshape(3, 8, 8), want.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="16 x 12 pixels, fewer than crop=13"):
+        images.folder(tmp_path / "p", 4, crop=13)
+    (tmp_path / "p" / "x.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"x.png cannot be read as an image"):
+        images.folder(tmp_path / "p", 4)
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        images.folder(tmp_path / "nowhere", 4)
+
+
+def test_a_unet_learns_bright_from_dark(tmp_path):
+    pytest.importorskip("diffusers", reason="the UNet needs the extra 'images'")
+    images.write(images.folder(pictures(tmp_path / "p", n=60), 4), tmp_path / "p.h5ad")
+    shard([tmp_path / "p.h5ad"], tmp_path / "p.zarr", labels=("label",), workers=0, progress=False)
+    settings = {
+        "data": {"store": str(tmp_path / "p.zarr"), "labels": ["label"]},
+        "process": {"kind": "counts", "head": "mean", "schedule": "fisher"},
+        "denoiser": {"kind": "unet", "shape": [3, 4, 4], "channels": [16, 16], "layers": 1, "groups": 4},
+        "survival": {"hidden": 0.0, "two_level": 0.0, "uniform": 1.0},
+        "optim": {"lr": 3e-3, "warmup_cells": 100, "ema": 0.9},
+        "train": {"out": str(tmp_path / "run"), "cells": 4800, "batch": 32, "eval_cells": 1600},
+        "evaluate": {"enabled": False}, "tracking": {"enabled": False},
+    }  # fmt: skip
+    model = Model.load(experiment.train(config.parse(settings)).model)
+    light = {
+        name: np.asarray(model.generate(8, {"label": name}, steps=8, seed=1).X.mean()) for name in ("dark", "bright")
+    }
+    assert light["bright"] > light["dark"] + 60  # 210 and 30 in truth
