@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--speed-genes", type=int, nargs="*", default=[200, 1000, 5000, 20_000])
     parser.add_argument("--patience", type=float, default=120)
+    parser.add_argument("--kinds", nargs="*", default=list(VARIANTS), help="some of: " + "; ".join(VARIANTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs="*")
@@ -219,11 +220,10 @@ def main() -> None:
     previous = json.loads(a.out.read_text()) if a.out.exists() else {}
     scores, speeds = previous.get("scores", {}), {}
     if a.data:
-        scores = {}
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "x.zarr"
             shard([a.data], store, genes=a.genes, workers=0, progress=False)
-            names = list(VARIANTS)
+            names = a.kinds
             for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
                 running = {n: child("train", n, str(store), str(a.seconds), str(a.seed)) for n in pair}
                 for name, process in running.items():
@@ -232,7 +232,7 @@ def main() -> None:
                     print(f"{name:<22} {scores[name]['weights']:>10,} weights {last['cells']:>8} cells "
                           f"log score {last['log score']:.4f} deviance {last['deviance']:.4f} rmse {last['rmse']:.3f}",
                           flush=True)  # fmt: skip
-    for name in VARIANTS if a.speed_genes else ():
+    for name in a.kinds if a.speed_genes else ():
         for genes in a.speed_genes:
             found = answer(child("speed", name, str(genes), str(a.seed)), a.patience)
             if found is None:

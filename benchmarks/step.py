@@ -1,6 +1,6 @@
 """Where a training step's time goes, and what thinning costs in other ways.
 
-    python benchmarks/step.py --out benchmarks/results/step.json [--genes 2000 --batch 128 --kind mlp]
+    python benchmarks/step.py --out benchmarks/results/step.json [--genes 2000 --batch 128 --kind mlp --compile]
 
 Made counts (gamma-Poisson, about 85 % zeros) in a store in a temporary folder, one thread. Every part of the step is
 timed alone, the parts in turn within each round, so that a busy machine slows all alike; medians of the rounds.
@@ -27,6 +27,7 @@ from distdiff.data.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator, numpy_generator
 from distdiff.rng.rows import Rows
+from distdiff.train.compiled import compile_denoiser
 from distdiff.train.ema import Ema
 from distdiff.train.loop import Training
 from distdiff.train.times import Times
@@ -45,13 +46,15 @@ def made(folder: Path, cells: int, genes: int) -> CountStore:
     return CountStore.open(folder / "x.zarr")
 
 
-def parts(store: CountStore, kind: str, batch: int) -> dict[str, Callable[[], Any]]:
+def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str, Callable[[], Any]]:
     """Each part of ``train.loop``'s step as a call without arguments."""
     raw = {"data": {"store": "-"}, "denoiser": {"kind": kind}}
     settings = config.parse(raw)
     model = Model.new(store.spec(()), settings.process, settings.denoiser)
     process, network, survival = model.process, model.denoiser, settings.survival
     training = Training(batch=batch)
+    if compiled and not compile_denoiser(network, batch, len(store.genes)):
+        raise SystemExit("torch.compile cannot run here")
     optimizer, ema = settings.optim.build(network), Ema(network, settings.optim.ema)
     index = store.rows("train")
     plan = Plan(n_cells=len(index), batch=batch, seed=0)
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--kind", default="mlp")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
@@ -160,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         store = made(Path(name), 4096, a.genes)
-        took = medians(parts(store, a.kind, a.batch), a.rounds)
+        took = medians(parts(store, a.kind, a.batch, a.compile), a.rounds)
         counts = store.cells(np.arange(256)).counts
         ways = medians(thinning(counts), 15)
     total = sum(took.values())
@@ -173,7 +177,8 @@ def main() -> None:
     for way, ns in ways.items():
         print(f"thinning, {way:<34} {ns:6.1f} ns an entry")
     _record.write(a.out, began, {
-        "genes": a.genes, "batch": a.batch, "denoiser": a.kind, "zeros": float((counts == 0).float().mean()),
+        "genes": a.genes, "batch": a.batch, "denoiser": a.kind, "compiled": a.compile,
+        "zeros": float((counts == 0).float().mean()),
         "milliseconds": {k: 1000 * v for k, v in took.items()}, "percent": shares, "outside_percent": outside,
         "thinning_ns_an_entry": ways,
     })  # fmt: skip

@@ -70,3 +70,17 @@ def test_the_variable_length_kernel_answers_as_the_padded_one():
 def test_why_flash_attention_cannot_run(capability, dtype, channels, built, words):
     reason = no_flash(capability, dtype, channels, built)
     assert words in reason if words else reason == ""
+
+
+def test_a_kernel_that_cannot_run_is_told_once(monkeypatch, caplog):
+    from distdiff.denoise import attention
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    attention._tell_kernel.cache_clear()
+    for _ in range(3):
+        attention._tell_kernel(torch.device("cuda", 0), torch.float16, 64)
+    attention._tell_kernel.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention: flash kernels cannot run (compute capability 7.0, they need 8.0); torch takes another kernel, slower"
+    ]

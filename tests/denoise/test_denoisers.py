@@ -250,6 +250,22 @@ def test_csdi_layer_is_torchs_encoder_layer():
     assert torch.allclose(mine(h, seen), theirs(h, src_key_padding_mask=~seen), atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_answers_as_the_cpu_does(kind):
+    network, (x, p, cond) = make(kind), batch()
+    want = network(x, p, cond)
+    network.cuda()
+    on_gpu = x.cuda(), p.cuda(), cond.to("cuda")
+    assert torch.allclose(network(*on_gpu).cpu(), want, atol=1e-3)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = network(*on_gpu)
+        out.square().sum().backward()
+    assert torch.allclose(out.cpu(), want, atol=0.05, rtol=0.05)
+    assert all(w.grad.isfinite().all() for w in network.parameters() if w.grad is not None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_near_float32(kind):
     network, inputs = make(kind), batch()
