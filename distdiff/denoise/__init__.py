@@ -64,7 +64,7 @@ def adopt(
     place = {gene: i for i, gene in enumerate(of)}
     pairs = [(i, place[gene]) for i, gene in enumerate(genes) if gene in place]
     here, there = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
-    left = []
+    left, buffers = [], dict(to.named_buffers())
     for name, tensor in mine.items():
         if name == "expectation.mean":  # measured on the new data
             continue
@@ -74,7 +74,7 @@ def adopt(
                 tensor.copy_(given)
             elif name.startswith(to.label_tables):
                 left.append(name)
-            else:
+            elif name not in buffers:  # a buffer (LSH's rotations) is drawn for its number of genes and taught nothing
                 raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here")
             continue
         new = tensor.movedim(axis, 0).unflatten(0, (-1, len(genes)))

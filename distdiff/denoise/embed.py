@@ -93,6 +93,28 @@ def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.Modul
     return out
 
 
+class Shortcut(nn.Module):
+    """From all evidence to one vector a cell, and from one vector a cell to all answers, each by one matrix.
+
+    A network of tokens with one read-out for all genes learns slowly what a gene has to itself; with this beside it,
+    it starts where the MLP is (docs/ANSWERS.md). The cost is that of two layers of the MLP.
+    """
+
+    def __init__(self, spec: DataSpec, outputs: int, width: int):
+        super().__init__()
+        self.outputs = outputs
+        self.evidence = nn.Linear(spec.n_genes, width, bias=False)
+        self.answer = nn.Linear(width, spec.n_genes * outputs, bias=False)
+        nn.init.zeros_(self.answer.weight)
+
+    def answers(self, h: Float[Tensor, "b d"]) -> Float[Tensor, "b g k"]:
+        """What a vector says of every gene; nothing at the start of training."""
+        return self.answer(h).float().unflatten(1, (self.outputs, -1)).transpose(1, 2)
+
+
+SHORTCUT_AXES = {"shortcut.evidence.weight": 1, "shortcut.answer.weight": 0}
+
+
 class AdaptiveNorm(nn.Module):
     """Layer norm whose scale, shift and gate come from the conditioning vector, zero at start (adaLN-Zero)."""
 

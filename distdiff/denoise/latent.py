@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from distdiff.denoise import Denoiser
 from distdiff.denoise.attention import Block, CrossAttention, Ragged, SelfAttention, Whole, check_heads
-from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation, start
+from distdiff.denoise.embed import SHORTCUT_AXES, AdaptiveNorm, Conditioning, Expectation, Shortcut, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
@@ -16,8 +16,7 @@ class Latent(Denoiser):
     """Tokens are the non-zero entries of x_p; ``latents`` of them read the cell, and every gene reads the latents.
 
     Thinned data are sparser than data, so an encoder over non-zero entries is cheap where attention among all genes is
-    not. What was looked for and not found reaches the latents through depth, the shares of p and a linear path from the
-    whole evidence (which costs as much as one layer of the MLP; ``linear: false`` leaves it out).
+    not. What was looked for and not found reaches the latents through depth, the shares of p and the shortcut.
 
     Parameters
     ----------
@@ -25,8 +24,8 @@ class Latent(Denoiser):
         Width of tokens and latents, blocks of the trunk among latents, attention heads.
     latents
         m.
-    linear
-        Add a linear image of the whole evidence to the latents.
+    shortcut
+        One matrix from all evidence to the latents and one from their mean to all answers, beside the tokens.
 
     Raises
     ------
@@ -36,17 +35,17 @@ class Latent(Denoiser):
 
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 128, depth: int = 3, heads: int = 4, latents: int = 32,
-        linear: bool = True,
+        shortcut: bool = True,
     ):  # fmt: skip
         super().__init__()
-        self.gene_axes = {"gene": 0, "ask": 0, "bias": 0, "evidence.weight": 1}
+        self.gene_axes = {"gene": 0, "ask": 0, "bias": 0, **SHORTCUT_AXES}
         check_heads("latent", width, heads)
         if latents < 1:
             raise ValueError(f"denoiser latent: latents must be at least 1, got {latents}")
         self.expectation = Expectation(spec)
         self.condition = Conditioning(spec, width)
         self.latents = nn.Parameter(torch.randn(latents, width))
-        self.evidence = nn.Linear(spec.n_genes, width, bias=False) if linear else None
+        self.shortcut = Shortcut(spec, outputs, width) if shortcut else None
         self.gene = nn.Parameter(torch.randn(spec.n_genes, width) * width**-0.5)
         self.ask = nn.Parameter(torch.randn(spec.n_genes, width))
         self.cell = nn.Parameter(torch.randn(1, width) * width**-0.5)
@@ -66,8 +65,8 @@ class Latent(Denoiser):
         """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
-        if self.evidence is not None:
-            c = c + self.evidence(surprise)
+        if self.shortcut is not None:
+            c = c + self.shortcut.evidence(surprise)
         values = torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1)
         h = self._encode(values, x, p, c)
         tokens = Whole(h.new_ones(h.shape[:2], dtype=torch.bool))
@@ -80,6 +79,8 @@ class Latent(Denoiser):
         read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         y, _ = self.norm_out(read + self.own(values), c, tokens.spread)
         raw = self.answer(F.gelu(y)).float() + self.bias
+        if self.shortcut is not None:
+            raw = raw + self.shortcut.answers(h.mean(1))
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def _encode(self, values: Tensor, x: Tensor, p: Tensor, c: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:

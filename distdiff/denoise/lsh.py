@@ -30,7 +30,7 @@ class LSH(Transformer):
 
     Parameters
     ----------
-    width, depth, heads, checkpoint
+    width, depth, heads, shortcut, checkpoint
         As for the transformer.
     bucket
         Keys in a chunk; a query looks at its chunk and the one before. More than the number of genes: full attention,
@@ -46,13 +46,13 @@ class LSH(Transformer):
 
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, bucket: int = 64,
-        rounds: int = 2, checkpoint: bool = False,
+        rounds: int = 2, shortcut: bool = True, checkpoint: bool = False,
     ):  # fmt: skip
         for name, value in (("bucket", bucket), ("rounds", rounds)):
             if value < 1:
                 raise ValueError(f"denoiser lsh: {name} must be at least 1, got {value}")
         self._hashing = {"bucket": bucket, "rounds": rounds}
-        super().__init__(spec, outputs, width=width, depth=depth, heads=heads, checkpoint=checkpoint)
+        super().__init__(spec, outputs, width=width, depth=depth, heads=heads, shortcut=shortcut, checkpoint=checkpoint)
 
     def attention(self, spec: DataSpec, width: int, heads: int) -> nn.Module:
         return HashedAttention(width, heads, spec.n_genes + 1, **self._hashing)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distdiff.denoise import Denoiser
 from distdiff.denoise.attention import Block, Packed, SelfAttention, Whole, check_heads
-from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation, start
+from distdiff.denoise.embed import SHORTCUT_AXES, AdaptiveNorm, Conditioning, Expectation, Shortcut, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
@@ -22,6 +22,8 @@ class Transformer(Denoiser):
     ----------
     width, depth, heads
         Token width, number of blocks, attention heads; ``heads`` must divide ``width``.
+    shortcut
+        One matrix from all evidence to the cell's vector and one from the cell token to all answers, beside the tokens.
     pack
         Compute only tokens that matter: what is asked (``p < 1``) and evidence that is not 0. An evidence of 0 is then
         told by the absence of its token. Saves most where few genes are asked; no use with ``train.compile``.
@@ -36,15 +38,16 @@ class Transformer(Denoiser):
     """
 
     def __init__(
-        self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, pack: bool = False,
-        checkpoint: bool = False,
+        self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4,
+        shortcut: bool = True, pack: bool = False, checkpoint: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.gene_axes = {"gene": 0, "bias": 0}
+        self.gene_axes = {"gene": 0, "bias": 0, **SHORTCUT_AXES}
         check_heads(type(self).__name__.lower(), width, heads)
         self.pack, self.checkpoint = pack, checkpoint
         self.expectation = Expectation(spec)
         self.condition = Conditioning(spec, width)
+        self.shortcut = Shortcut(spec, outputs, width) if shortcut else None
         self.cell = nn.Parameter(torch.randn(1, width) * 0.02)
         self.gene = nn.Parameter(torch.randn(spec.n_genes, width) * 0.02)
         self.value = nn.Linear(4, width)
@@ -64,6 +67,8 @@ class Transformer(Denoiser):
         """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
+        if self.shortcut is not None:
+            c = c + self.shortcut.evidence(surprise)
         values = F.pad(torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1), (0, 0, 1, 0))  # token 0: the cell's
         identity = torch.cat((self.cell, self.gene))
         seen = F.pad(p > 0, (1, 0), value=True)
@@ -77,10 +82,12 @@ class Transformer(Denoiser):
         for block in self.blocks:
             h = checkpoint(block, h, c, tokens, use_reentrant=False) if self._recompute() else block(h, c, tokens)
         h, _ = self.norm(h, c, tokens.spread)
-        raw = self.answer(h).float()
+        raw, told = self.answer(h).float(), h[place == 0] if self.pack else h[:, 0]
         if self.pack:
             raw = raw.new_zeros(*seen.shape, raw.shape[-1]).index_put((cell, place), raw)
         raw = raw[:, 1:] + self.bias
+        if self.shortcut is not None:
+            raw = raw + self.shortcut.answers(told)
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def _recompute(self) -> bool:
