@@ -34,7 +34,7 @@ class Latent(Denoiser):
     """
 
     def __init__(
-        self, spec: DataSpec, outputs: int, *, width: int = 128, depth: int = 3, heads: int = 4, latents: int = 32,
+        self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, latents: int = 32,
         shortcut: bool = True,
     ):  # fmt: skip
         super().__init__()
