@@ -21,6 +21,9 @@ class Denoiser(nn.Module, ABC):
     relative: bool = True
     """Whether answer 0 is added to the log of the cheap expectation (:class:`~distdiff.denoise.embed.Expectation`)."""
 
+    ragged: str = ""
+    """Why shapes inside differ from batch to batch, so that ``torch.compile`` has no use here; empty: they do not."""
+
     gene_axes: Mapping[str, int] = {}
     """Weights that belong to genes, by name, and the axis that counts the genes (a multiple of them, genes last)."""
 

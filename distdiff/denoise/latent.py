@@ -33,6 +33,8 @@ class Latent(Denoiser):
         ``heads`` does not divide ``width``, no latent.
     """
 
+    ragged = "it reads as many tokens as there are non-zero entries"
+
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, latents: int = 32,
         shortcut: bool = True,

@@ -44,6 +44,8 @@ class LSH(Transformer):
         ``bucket`` or ``rounds`` below 1; ``heads`` does not divide ``width``.
     """
 
+    ragged = "its queries fill as many blocks as their places ask"
+
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, bucket: int = 64,
         rounds: int = 2, shortcut: bool = True, checkpoint: bool = False,

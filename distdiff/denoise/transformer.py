@@ -45,6 +45,8 @@ class Transformer(Denoiser):
         self.gene_axes = {"gene": 0, "bias": 0, **SHORTCUT_AXES}
         check_heads(type(self).__name__.lower(), width, heads)
         self.pack, self.checkpoint = pack, checkpoint
+        if pack:
+            self.ragged = "denoiser.pack computes as many tokens as matter"
         self.expectation = Expectation(spec)
         self.condition = Conditioning(spec, width)
         self.shortcut = Shortcut(spec, outputs, width) if shortcut else None

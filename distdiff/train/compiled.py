@@ -25,8 +25,10 @@ def compile_denoiser(denoiser: Denoiser, cells: int, genes: int, labels: tuple[s
     bool
         Whether it is compiled now. If not, the reason was logged.
     """
-    if getattr(denoiser, "pack", False):
-        log.warning("train.compile: denoiser.pack gives every batch another shape; the network runs uncompiled")
+    if denoiser.ragged:
+        log.warning(
+            "train.compile: shapes differ from batch to batch (%s); the network runs uncompiled", denoiser.ragged
+        )
         return False
     device = next(denoiser.parameters()).device
     x, p = torch.zeros(cells, genes, device=device), torch.full((cells, genes), 0.5, device=device)

@@ -77,7 +77,15 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
     assert torch.equal(tried(*inputs()), plain(*inputs()))
 
 
-def test_packed_networks_are_not_compiled(caplog):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "transformer", "pack": True}, "denoiser.pack computes as many tokens as matter"),
+        ({"kind": "latent"}, "as many tokens as there are non-zero entries"),
+        ({"kind": "lsh"}, "as many blocks as"),
+    ],
+)
+def test_networks_whose_shapes_differ_are_not_compiled(options, words, caplog):
     with caplog.at_level(logging.WARNING, "distdiff"):
-        assert not compile_denoiser(network(kind="transformer", width=16, heads=2, pack=True), 2, 6)
-    assert "denoiser.pack" in caplog.text
+        assert not compile_denoiser(network(width=16, heads=2, **options), 2, 6)
+    assert words in caplog.text
