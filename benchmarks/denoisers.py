@@ -177,21 +177,51 @@ def answer(process: subprocess.Popen[str], patience: float | None = None) -> Any
 def draw(scores: dict[str, Any], speeds: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for number, name in enumerate(VARIANTS):
-        line = {"color": f"C{number}", "marker": "o", "ms": 3, "label": name}
-        curve = scores.get(name, {}).get("curve", [])
-        axes[0].plot([c["seconds"] for c in curve], [c["log score"] for c in curve], **line)
-        axes[1].plot([c["seconds"] for c in curve], [c["rmse"] for c in curve], **line)
-        found = speeds.get(name, [])
-        axes[2].loglog([s["genes"] for s in found], [s["train cells/s"] for s in found], **line)
-    titles = ("nats of a hidden count", "RMSE of hidden counts", "cells per second of training")
-    for a, title, x in zip(axes, titles, ("seconds of training", "seconds of training", "genes"), strict=True):
-        a.set_title(title, fontsize=10)
-        a.set_xlabel(x, fontsize=9)
-    axes[0].legend(fontsize=7)
+    panels = [("nats of a hidden count", "seconds", "log score"), ("RMSE of hidden counts", "seconds", "rmse")]
+    panels = panels if scores else []
+    if speeds:
+        panels += [
+            ("cells per second of training", "genes", "train cells/s"),
+            ("peak MiB a cell", "genes", "MiB a cell"),
+        ]
+    figure = Figure(figsize=(4.6 * len(panels), 4), layout="constrained")
+    for axes, (title, x, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, name in enumerate(VARIANTS):
+            rows = speeds.get(name, []) if x == "genes" else scores.get(name, {}).get("curve", [])
+            rows = [r | {"MiB a cell": r["peak MiB"] / r["batch"]} if "batch" in r else r for r in rows]
+            if rows:
+                axes.plot([r[x] for r in rows], [r[y] for r in rows], color=f"C{number}", marker="o", ms=3, label=name)
+        if x == "genes":
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("seconds of training" if x == "seconds" else x, fontsize=9)
+    figure.axes[0].legend(fontsize=7)
     _record.save(figure, path)
+
+
+def table(scores: dict[str, Any], speeds: dict[str, Any]) -> str:
+    """Both halves as Markdown."""
+    lines = ["| denoiser | weights | cells seen | log score | deviance | RMSE |", "| --- |" + " ---: |" * 5]
+    for name, found in scores.items():
+        last = found["curve"][-1]
+        lines.append(f"| {name} | {found['weights']:,} | {last['cells']:,} | {last['log score']:.4f} | "
+                     f"{last['deviance']:.3f} | {last['rmse']:.2f} |")  # fmt: skip
+    if not speeds:
+        return "\n".join(lines)
+    genes = sorted({row["genes"] for rows in speeds.values() for row in rows})
+    heads = [f"{n:,} genes: train, mean, MiB a cell" for n in genes]
+    lines += ["", "| denoiser | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(genes)]
+    for name, rows in speeds.items():
+        by_genes = {r["genes"]: r for r in rows}
+        cells = [
+            f"{r['train cells/s']:.3g}, {r['mean cells/s']:.3g}, {r['peak MiB'] / r['batch']:.2g}"
+            if (r := by_genes.get(n))
+            else "-"
+            for n in genes
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -246,6 +276,7 @@ def main() -> None:
     data = {"data": a.data.name, "genes": a.genes, "seconds": a.seconds} if a.data else previous.get("setting", {})
     _record.write(a.out, began, {"setting": data, "variants": VARIANTS, "scores": scores, "speeds": speeds})
     draw(scores, speeds, a.out.with_suffix(".png"))
+    print(table(scores, speeds))
 
 
 if __name__ == "__main__":

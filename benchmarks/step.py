@@ -1,4 +1,4 @@
-"""Where a training step's time goes, and what thinning costs in other ways.
+"""Where a training step's time goes, and what thinning and the first layer cost in other ways.
 
     python benchmarks/step.py --out benchmarks/results/step.json [--genes 2000 --batch 128 --kind mlp --compile]
 
@@ -18,6 +18,7 @@ from typing import Any
 import _record
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from distdiff import config
 from distdiff.data.loader import loader
@@ -136,6 +137,27 @@ def thinning(counts: torch.Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
+def first_layer(cells: int, genes: int, nonzero: float, width: int = 256) -> dict[str, Callable[[], Any]]:
+    """Ways through the MLP's first layer and back to its weights, for rows of which a share is not zero."""
+    chance = torch.Generator().manual_seed(0)
+    x = torch.rand(cells, genes, generator=chance) + 0.7
+    x = torch.where(torch.rand(cells, genes, generator=chance) < nonzero, x, 0.0)
+    across, along = torch.randn(width, genes).requires_grad_(), torch.randn(genes, width).requires_grad_()
+    above = torch.ones(cells, width)
+
+    def dense() -> None:
+        torch.autograd.grad(F.linear(x, across), across, above)
+
+    def bag() -> None:
+        cell, gene = x.nonzero(as_tuple=True)
+        starts = torch.bincount(cell, minlength=cells).cumsum(0)
+        starts = F.pad(starts, (1, 0))[:-1]
+        summed = F.embedding_bag(gene, along, starts, mode="sum", per_sample_weights=x[cell, gene])
+        torch.autograd.grad(summed, along, above)
+
+    return {f"dense, {genes} genes": dense, f"non-zero entries, {genes} genes": bag}
+
+
 def draw(shares: dict[str, float], ways: dict[str, float], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -167,6 +189,9 @@ def main() -> None:
         took = medians(parts(store, a.kind, a.batch, a.compile), a.rounds)
         counts = store.cells(np.arange(256)).counts
         ways = medians(thinning(counts), 15)
+    layers: dict[str, float] = {}
+    for genes, nonzero in ((2000, 0.1), (5000, 0.08), (20_000, 0.03)):
+        layers |= medians(first_layer(a.batch, genes, nonzero), 15)
     total = sum(took.values())
     shares = {part: 100 * seconds / total for part, seconds in took.items()}
     outside = 100 - shares["loader"] - shares["network forward"] - shares["network backward"]
@@ -176,11 +201,14 @@ def main() -> None:
     print(f"outside network and loader: {outside:.1f} %; {a.batch / total:.0f} cells/s")
     for way, ns in ways.items():
         print(f"thinning, {way:<34} {ns:6.1f} ns an entry")
+    for way, seconds in layers.items():
+        print(f"first layer and its gradient, {way:<30} {1000 * seconds:6.1f} ms")
     _record.write(a.out, began, {
         "genes": a.genes, "batch": a.batch, "denoiser": a.kind, "compiled": a.compile,
         "zeros": float((counts == 0).float().mean()),
         "milliseconds": {k: 1000 * v for k, v in took.items()}, "percent": shares, "outside_percent": outside,
         "thinning_ns_an_entry": ways,
+        "first_layer_ms": {k: 1000 * v for k, v in layers.items()},
     })  # fmt: skip
     draw(shares, ways, a.out.with_suffix(".png"))
 
