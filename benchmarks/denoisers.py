@@ -5,7 +5,7 @@
 Scores: every network has the same seconds of training on one thread (as many cells as it then sees; the schedule of the
 learning rate spans them; validation is not counted), the same law, mixture, optimiser and seed; two networks run at a
 time. Half of the entries of held-out cells are hidden: ``log score`` in nats of a hidden entry under the one-call law,
-``deviance`` and ``rmse`` of the mean. Speed: made counts (90 % zeros), one thread, nothing beside it: cells per second
+``deviance`` and ``rmse`` of the mean. Speed: made counts (90 % zeros), one thread: cells per second
 of a training step (draw, forward, loss, backward, optimiser) and of the posterior mean, half of the genes hidden; MiB
 by which a training step raises the process's peak memory. What takes longer than ``--patience`` seconds is left out.
 """
