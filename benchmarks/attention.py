@@ -173,10 +173,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         figure.subplots(1, 3), ("forward s", "both s", "both MiB"),
         ("forward, s", "forward and backward, s", "forward and backward, MiB"), strict=True,
     ):  # fmt: skip
-        for name in METHODS:
+        for number, name in enumerate(METHODS):
             points = [(r["tokens"], r[key]) for r in rows if r["method"] == name and r.get(key, 0) > 0]
             if points:
-                axes.loglog(*zip(*points, strict=True), marker="o", ms=3, label=name)
+                axes.loglog(*zip(*points, strict=True), color=f"C{number}", marker="o", ms=3, label=name)
         axes.set_title(f"{title}, by tokens", fontsize=10)
     figure.axes[0].legend(fontsize=8)
     _record.save(figure, path)
