@@ -10,6 +10,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextlib.contextmanager
 def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -50,12 +52,73 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         _remove(temporary)
 
 
-def _publish(temporary: Path, target: Path) -> None:
+@contextlib.contextmanager
+def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
+
+    What is to become ``target`` is made in its subfolder ``store``. A killed or interrupted process leaves the folder;
+    one that fails over its input (ValueError) does not. One process at a time may work there.
+
+    Parameters
+    ----------
+    target
+        Folder to make.
+    identity
+        What must be equal for the work to go on; other work that was left is thrown away.
+
+    Raises
+    ------
+    FileExistsError
+        ``target`` exists and ``overwrite`` is false, or another process is at work on it.
+    OSError
+        The disk is full: says that the same command goes on where this one stopped.
+    """
+    target = Path(target)
+    if os.path.lexists(target) and not overwrite:
+        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.building")
+    work.mkdir(exist_ok=True)
+    lock = FileLock(work / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"{target} is being written by another process now; wait for it, or choose another name"
+        ) from None
+    try:
+        mark = work / "identity"
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
+            for left in work.iterdir():
+                if left.name != "lock":
+                    _remove(left)
+            partial = work / "identity.part"
+            partial.write_text(identity, encoding="utf-8")
+            os.replace(partial, mark)
+        yield work
+        _publish(work / "store", target, work / "old")
+    except ValueError:
+        _remove(work)
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, f"the disk is full: {target} is not finished; free space and run the same command again, "
+                f"it goes on from {work} (or remove that folder)",
+            ) from error  # fmt: skip
+        raise
+    else:
+        _remove(work)
+    finally:
+        lock.release()
+
+
+def _publish(temporary: Path, target: Path, old: Path | None = None) -> None:
     """Give the new one its name; an old folder of that name goes only then."""
     if not target.is_dir():
         os.replace(temporary, target)
         return
-    old = temporary.with_name(f"{temporary.name}.old")
+    old = old or temporary.with_name(f"{temporary.name}.old")
     os.replace(target, old)
     try:
         os.replace(temporary, target)

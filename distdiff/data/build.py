@@ -1,32 +1,48 @@
-"""The steps of a build: open the sources, scan, split, choose genes, write shards, describe.
+"""The steps of a build: open the sources, scatter their cells, choose genes, write shards, describe.
 
 `Build` says what to do and in which order; who runs the tasks is a function that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from distdiff.component import nearest
 from distdiff.data import manifest as about
 from distdiff.data import split as splits
+from distdiff.data import turn as turning
+from distdiff.data.choose import Choice
+from distdiff.data.coding import narrowest
 from distdiff.data.layout import Layout, create, encode_names, write_column
-from distdiff.data.manifest import Manifest, ShardInfo, SourceInfo, SplitInfo
-from distdiff.data.scan import Job, Moments, ShardTask, Span, Written, moments, scan, write
+from distdiff.data.manifest import Manifest, OrderInfo, ShardInfo, SourceInfo, SplitInfo
+from distdiff.data.scan import Job, Moments, Scanned, ShardTask, Span, Written, clipped, measure, scatter, stamp, write
 from distdiff.data.source import Source, codes
+from distdiff.rng import numpy_generator
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-SCAN_CELLS = 1 << 16
-"""Cells a scanning task reads at most."""
+SPAN_BYTES = 96 << 20
+"""Memory that the cells of one scattering task take at least, if there are so many; three times this while it runs."""
+
+SPANS = 512
+"""Scattering tasks aimed at: a shard takes a slice from each."""
+
+SLAB_BYTES = 512 << 20
+"""Memory that turning a part of a matrix stored gene by gene takes."""
+
+GROUPS = ("panel", "rest")
+"""Names of the column groups; a store without a panel has one, ``all``."""
 
 
 class Run(Protocol):
@@ -41,197 +57,310 @@ class Wanted:
 
     layer: str | None
     genes: str | Sequence[str]
+    panel: str | Sequence[str] | None
+    join: str
     labels: tuple[str, ...]
     split: tuple[float, float, float]
     split_by: str | None
+    strata: str | None
+    shuffle: bool
     seed: int
+    quality: Mapping[str, float]
+    counts: bool
+    codec: str
     block: int
     blocks_per_shard: int | None
-    say: Callable[[str], None]
 
 
 class Build:
     """The sources of one build and the steps from them to a store."""
 
-    def __init__(self, paths: Sequence[str | Path], wanted: Wanted) -> None:
+    def __init__(self, paths: Sequence[str | Path], wanted: Wanted, say: Callable[[str], None]) -> None:
         if not paths:
             raise ValueError("no input files; give at least one h5ad file or AnnData zarr folder")
         if len(set(wanted.labels)) < len(wanted.labels):
             raise ValueError(f"labels {list(wanted.labels)}: one is named twice")
-        self.wanted, self.say = wanted, wanted.say
-        self.sources = [Source.open(p, wanted.layer) for p in paths]
+        if wanted.join not in ("inner", "outer"):
+            raise ValueError(f"join {wanted.join!r}: 'inner' (genes in every file) or 'outer' (in any) is wanted")
+        self.wanted, self.say = wanted, say
         self.paths = tuple(str(Path(p).absolute()) for p in paths)
+        self.sources = [Source.open(p, wanted.layer) for p in paths]
+        self.stamps = tuple(stamp(p) for p in self.paths)
         self.n_cells = sum(s.n_cells for s in self.sources)
-        self.shared = _shared_genes(self.sources)
-        self.not_shared = len(set().union(*(s.genes for s in self.sources))) - len(self.shared)
-        self.chosen_by, self.top, self.named = _parse_genes(wanted.genes, self.shared)
+        if not self.n_cells:
+            raise ValueError(f"{', '.join(s.where for s in self.sources)}: no cells at all")
+        self.known = _joined(self.sources, wanted.join)
+        self.not_shared = len(set().union(*(s.genes for s in self.sources))) - len(self.known)
+        self.genes = Choice.parse(wanted.genes, self.known, "genes")
+        self.panel = None if wanted.panel is None else Choice.parse(wanted.panel, self.known, "panel")
         self.names = _unique_names([s.obs_names for s in self.sources])
-        keys = dict.fromkeys([*wanted.labels, *([wanted.split_by] if wanted.split_by else [])])
-        self.obs = {k: np.concatenate([s.obs(k) for s in self.sources]) for k in keys}
+        extra = [k for k in (wanted.split_by, wanted.strata) if k]
+        self.obs = {k: np.concatenate([s.obs(k) for s in self.sources]) for k in dict.fromkeys([*wanted.labels, *extra])}
         self.file = np.repeat(np.arange(len(self.sources), dtype=np.int32), [s.n_cells for s in self.sources])
         self.row = np.concatenate([np.arange(s.n_cells, dtype=np.int64) for s in self.sources])
+
+    def identity(self) -> str:
+        """What must be equal for a build to be continued: the sources as they are, and what is wanted."""
+        content = [about.FORMAT, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
+                   self.panel and self.panel.names]  # fmt: skip
+        return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
+
+    def tell(self) -> None:
+        """Say what will surprise."""
         for note in filter(None, (s.note for s in self.sources)):
             self.say(note)
         if self.not_shared:
-            self.say(f"{self.not_shared} genes left out: some file lacks them; {len(self.shared)} are shared")
+            self.say(f"{self.not_shared} genes left out: some file lacks them; {len(self.known)} are shared")
+        for s in self.sources:
+            if lacks := len(self.known) - len(set(self.known).intersection(s.genes)):
+                self.say(f"{s.where} lacks {lacks} of the {len(self.known)} genes: its cells get zeros there")
 
-    def run(self, root: Path, run: Run) -> Manifest:
-        """Scan, split, choose, write into ``root``; the manifest comes last."""
-        genes = self.named or self.shared
-        nnz, gene_nnz, largest = self.scan(run, genes, "scan")
-        if not nnz.any():
-            raise ValueError(f"{', '.join(s.where for s in self.sources)}: no counts at all in the {len(genes)} genes")
-        code = self.split_codes(np.flatnonzero(nnz))
-        never = () if self.named else tuple(g for g, n in zip(genes, gene_nnz, strict=True) if n == 0)
-        if self.top is not None:
-            genes = self.most_variable(run, genes, gene_nnz, code)
-            nnz, _, largest = self.scan(run, genes, "count")
-        elif never:
-            genes = tuple(g for g, n in zip(genes, gene_nnz, strict=True) if n > 0)
-        kept = np.flatnonzero(nnz)
-        code = code[kept]
-        if not (code == 0).any():
+    def run(self, work: Path, run: Run, memory: int) -> Manifest:
+        """Scatter, choose, write into ``work/store``; the manifest comes last.
+
+        Parameters
+        ----------
+        work
+            Folder of the build; what an earlier run of the same build finished there is not done again.
+        run
+            Runs a pass.
+        memory
+            Bytes that a worker has.
+        """
+        for folder in ("spill", "done", "turned"):
+            (work / folder).mkdir(exist_ok=True)
+        memory = _as_before(work / "memory", memory)
+        job = self.job(work, self.turn(work, run, memory))
+        code = self.split_codes()
+        order = self.order(code)
+        rank = np.empty(self.n_cells, np.int64)
+        rank[order] = np.arange(self.n_cells)
+        spans = self.spans(rank, code == 0, memory)
+        found = run(scatter, spans, job, "scatter")
+        if not any((f.nnz > 0).any() for f in found):
+            raise ValueError(f"{', '.join(s.where for s in self.sources)}: no counts at all in the {job.n_genes} genes")
+        job = self.with_genes(job, found, run)
+        measured = run(measure, range(len(spans)), job, "measure")
+        entries = np.zeros((len(job_groups(job)), self.n_cells), np.int32)
+        for m in measured:
+            entries[:, m.rank] = m.entries
+        kept = np.flatnonzero(entries.sum(0))  # by rank
+        cells = order[kept]  # by place in the sources
+        if not (code[cells] == 0).any():
             raise ValueError("no training cell has a count of the chosen genes; choose more genes or another split")
-        self.say(f"{len(kept)} cells kept, {self.n_cells - len(kept)} without counts dropped; {len(genes)} genes kept")
-        if never:
-            self.say(f"{len(never)} genes dropped: never counted")
-        layout = Layout.fit(nnz[kept], len(genes), largest, self.wanted.block, self.wanted.blocks_per_shard)
-        create(root, layout)
-        job = replace(self.job(genes), root=str(root), layout=layout)
-        written = run(write, self.shard_tasks(layout, kept, code), job, "write")
-        made = self.describe(layout, genes, kept, code, written, never)
-        self.write_columns(root, made, kept, code, written)
-        (root / about.FILE).write_text(made.to_json(), encoding="utf-8")
+        failed = np.concatenate([f.nnz for f in found]) == -1
+        self.say(
+            f"{len(kept)} cells kept, {self.n_cells - len(kept) - int(failed.sum())} without counts dropped"
+            + (f", {int(failed.sum())} under a threshold dropped" if self.wanted.quality else "")
+        )
+        names, sizes = zip(*job_groups(job), strict=True)
+        layout = Layout.fit(
+            entries[:, kept], names, sizes, block=self.wanted.block, blocks_per_shard=self.wanted.blocks_per_shard,
+            dtype=job.dtype, codec=self.wanted.codec,
+        )  # fmt: skip
+        job = replace(job, layout=layout)
+        self.check_room(work, found, layout)
+        create(job.store, layout)
+        written = run(write, shard_tasks(layout, kept, code[cells] == 0, len(spans)), job, "write")
+        made = self.describe(job, found, cells, code[cells], written)
+        self.write_columns(job, made, cells, code[cells], written, found)
+        (job.store / about.FILE).write_text(made.to_json(), encoding="utf-8")
         return made
 
-    def job(self, genes: Sequence[str]) -> Job:
-        """The job whose output columns are ``genes``."""
-        at = {g: i for i, g in enumerate(genes)}
+    def turn(self, work: Path, run: Run, memory: int) -> tuple[str | None, ...]:
+        """Bring matrices that are stored gene by gene into row order; the folder of each, None where there is no need."""
+        turned: list[str | None] = []
+        for number, source in enumerate(self.sources):
+            folder = work / "turned" / str(number)
+            turned.append(str(folder) if source.by_gene else None)
+            if source.by_gene:
+                folder.mkdir(exist_ok=True)
+                tasks = turning.slabs(self.paths[number], self.wanted.layer, min(memory // 4, SLAB_BYTES))
+                run(partial(_turn, folder=str(folder)), tasks, self.job(work, (None,) * len(self.sources)), "turn")
+        return tuple(turned)
+
+    def job(self, work: Path, turned: tuple[str | None, ...]) -> Job:
+        """What the tasks share: spills hold the genes that can be chosen."""
+        known = self.genes.names or self.known
+        at = {g: i for i, g in enumerate(known)}
         columns = tuple(np.array([at.get(g, -1) for g in s.genes], dtype=np.int32) for s in self.sources)
-        return Job(self.paths, self.wanted.layer, columns, len(genes))
+        mito = np.char.startswith(np.char.upper(np.array(known, dtype=str)), "MT-")
+        if "max_mito" in self.wanted.quality and not mito.any():
+            raise ValueError("max_mito: no gene's name starts with MT-; mitochondrial genes cannot be told, leave it out")
+        return Job(
+            str(work), self.paths, self.wanted.layer, self.stamps, turned, columns, len(known), self.wanted.quality,
+            mito, self.wanted.counts,
+        )  # fmt: skip
 
-    def spans(self) -> list[Span]:
-        """All rows of all sources, cut for scanning."""
-        return [
-            Span(f, start, min(start + SCAN_CELLS, s.n_cells))
-            for f, s in enumerate(self.sources)
-            for start in range(0, s.n_cells, SCAN_CELLS)
-        ]
+    def spans(self, rank: np.ndarray, train: np.ndarray, memory: int) -> list[Span]:
+        """All rows of all sources, cut into scattering tasks."""
+        whole = sum(s.n_cells * s.bytes_per_cell for s in self.sources)
+        budget = max(min(SPAN_BYTES, memory // 6), min(int(whole / SPANS), memory // 6))
+        spans, first = [], 0
+        for f, s in enumerate(self.sources):
+            step = max(1, int(budget / max(s.bytes_per_cell, 1)))
+            for start in range(0, s.n_cells, step):
+                stop = min(start + step, s.n_cells)
+                at = slice(first + start, first + stop)
+                spans.append(Span(len(spans), f, start, stop, rank[at], train[at]))
+            first += s.n_cells
+        return spans
 
-    def scan(self, run: Run, genes: Sequence[str], what: str) -> tuple[np.ndarray, np.ndarray, int]:
-        """Stored counts per cell ``[n_cells]`` and per gene ``[g]``, and the largest count."""
-        found = run(scan, self.spans(), self.job(genes), what)
-        if not found:
-            return np.zeros(0, np.int32), np.zeros(len(genes), np.int64), 0
-        nnz = np.concatenate([s.nnz for s in found])
-        return nnz, reduce(add, [s.gene_nnz for s in found]), max(s.largest for s in found)
+    def split_codes(self) -> np.ndarray:
+        """Split code of every cell ``uint8 [n_cells]``."""
+        w = self.wanted
+        if w.split_by is None:
+            return splits.by_cell(self.n_cells, w.split, w.seed)
+        return splits.by_group(self.obs[w.split_by], w.split, w.seed, w.split_by)
 
-    def split_codes(self, counted: np.ndarray) -> np.ndarray:
-        """Split code of every cell ``uint8 [n_cells]``; those not in ``counted`` get no share of the cells."""
-        code = np.full(self.n_cells, len(about.SPLITS), np.uint8)
-        if self.wanted.split_by is None:
-            code[counted] = splits.by_cell(len(counted), self.wanted.split, self.wanted.seed)
-        else:
-            code[counted] = splits.by_group(
-                self.obs[self.wanted.split_by][counted], self.wanted.split, self.wanted.seed, self.wanted.split_by
-            )
-        return code
+    def order(self, code: np.ndarray) -> np.ndarray:
+        """Cells in store order ``int64 [n_cells]``: by split, within it by stratum, within that at random."""
+        if not self.wanted.shuffle:
+            return np.arange(self.n_cells)
+        lot = numpy_generator(self.wanted.seed, "order").permutation(self.n_cells)
+        strata = () if self.wanted.strata is None else (codes(self.obs[self.wanted.strata]),)
+        return np.lexsort((lot, *strata, code))
 
-    def most_variable(self, run: Run, genes: Sequence[str], gene_nnz: np.ndarray, code: np.ndarray) -> tuple[str, ...]:
-        """The ``top`` genes by variance / mean over training cells, in source order."""
-        counted = int((gene_nnz > 0).sum())
-        top = self.top or 0
-        if top > counted:
-            raise ValueError(f"genes 'hvg:{top}': only {counted} genes have a count; ask for at most that many")
-        first = np.cumsum([0, *(s.n_cells for s in self.sources)])
-        spans = [replace(s, keep=code[first[s.file] + s.start : first[s.file] + s.stop] == 0) for s in self.spans()]
-        sums = reduce(add, run(moments, spans, self.job(genes), "variance"))
-        fano = np.divide(sums.var, sums.mean, out=np.full(len(genes), -1.0), where=sums.mean > 0)
-        fano[gene_nnz == 0] = -2.0
-        best = np.sort(np.argsort(-fano, kind="stable")[:top])
-        return tuple(genes[i] for i in best)
+    def with_genes(self, job: Job, found: Sequence[Scanned], run: Run) -> Job:
+        """The job once genes are chosen: where each gene of the spills goes, and how wide values are."""
+        known = self.genes.names or self.known
+        gene_nnz = reduce(add, [f.gene_nnz for f in found])
+        moments = reduce(add, [f.moments for f in found])
 
-    def shard_tasks(self, layout: Layout, kept: np.ndarray, code: np.ndarray) -> list[ShardTask]:
-        """One task a shard: the spans of source rows that hold its cells."""
-        tasks = []
-        for number in range(layout.n_shards):
-            start, stop = layout.rows(number)
-            cells = kept[start:stop]
-            spans = []
-            for f in np.unique(self.file[cells]):
-                rows = self.row[cells[self.file[cells] == f]]
-                lo, hi = int(rows[0]), int(rows[-1]) + 1
-                keep = None
-                if hi - lo > len(rows):
-                    keep = np.zeros(hi - lo, bool)
-                    keep[rows - lo] = True
-                spans.append(Span(int(f), lo, hi, keep))
-            tasks.append(ShardTask(number, tuple(spans), code[start:stop] == 0))
-        return tasks
+        def clip(limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            parts = run(clipped, range(len(found)), replace(job, limit=limit), "variance")
+            return reduce(add, [p[0] for p in parts]), reduce(add, [p[1] for p in parts])
 
-    def codes(self, values: Sequence[str], key: str, kept: np.ndarray) -> np.ndarray:
-        """Label codes ``int32 [len(kept)]`` of one obs column, -1 where missing."""
-        return codes(self.obs[key][kept], values).astype(np.int32)
+        enough = gene_nnz >= max(1, self.wanted.quality.get("min_cells", 1))
+        genes = self.genes.pick(known, enough, moments, clip)
+        among = np.zeros(len(known), bool)
+        among[genes] = True
+        panel = genes if self.panel is None else self.panel.pick(known, among, moments, clip)
+        if not among[panel].all():
+            lost = known[int(panel[~among[panel]][0])]
+            raise ValueError(f"panel: gene {lost!r} is not among the genes of the store (never counted, or not chosen)")
+        if len(panel) == len(genes):
+            panel = genes
+        place, group = np.full(len(known), -1, np.int32), np.zeros(len(known), np.int8)
+        rest = np.setdiff1d(genes, panel)
+        for number, columns in enumerate((panel, rest)):
+            place[columns], group[columns] = np.arange(len(columns)), number
+        self.say(f"{len(genes)} genes kept" + (f", {len(panel)} of them in the panel" if len(rest) else ""))
+        if never := int((gene_nnz == 0).sum()) if self.genes.names is None else 0:
+            self.say(f"{never} genes dropped: never counted")
+        sums = [sum(f.needed[i] for f in found) for i in range(2)]
+        largest = max(f.largest for f in found)
+        width = "float32"
+        if self.wanted.counts:
+            width = narrowest(int(gene_nnz.sum()), dict(zip(("uint8", "uint16"), sums, strict=True)), largest)
+        return replace(job, place=place, group=group, dtype=width)
+
+    def check_room(self, work: Path, found: Sequence[Scanned], layout: Layout) -> None:
+        """Refuse to write what the disk cannot hold."""
+        nnz = sum(int(f.gene_nnz.sum()) for f in found)
+        least = int(0.3 * nnz * (1 + np.dtype(layout.dtype).itemsize))  # smaller than any count matrix was compressed to
+        if (free := shutil.disk_usage(work).free) < least:
+            raise OSError(28, f"the disk is full: {work.parent} has {free >> 20} MiB, the store needs {least >> 20} or more")
 
     def describe(
-        self,
-        layout: Layout,
-        genes: tuple[str, ...],
-        kept: np.ndarray,
-        code: np.ndarray,
-        written: Sequence[Written],
-        never: tuple[str, ...],
+        self, job: Job, found: Sequence[Scanned], cells: np.ndarray, code: np.ndarray, written: Sequence[Written]
     ) -> Manifest:
-        """The manifest of what was written."""
-        values = {k: tuple(sorted({v for v in self.obs[k][kept] if v is not None})) for k in self.wanted.labels}
-        columns = [*(self.codes(values[k], k, kept) for k in sorted(self.wanted.labels)), code]
+        """The manifest of what was written; ``cells`` are the kept cells' places in the sources."""
+        w, layout = self.wanted, job.layout
+        if layout is None:
+            raise ValueError("describe needs a job with a layout")
+        known = np.array(self.genes.names or self.known, dtype=object)
+        genes = tuple(known[columns_of(job)].tolist())
+        values = {k: tuple(sorted({v for v in self.obs[k][cells] if v is not None})) for k in w.labels}
+        columns = [*(self.codes(values[k], k, cells) for k in sorted(w.labels)), code]
         shards = []
-        for number, w in enumerate(written):
+        for number, one in enumerate(written):
             start, stop = layout.rows(number)
-            sha = about.combine(w.sha256, [c[start:stop] for c in columns])
-            shards.append(ShardInfo(number, start, stop, int(w.nnz), sha))
-        n_kept = np.bincount(self.file[kept], minlength=len(self.sources))
+            sha = about.combine(one.sha256, [c[start:stop] for c in columns])
+            shards.append(ShardInfo(number, start, stop, int(one.nnz), sha))
+        n_kept = np.bincount(self.file[cells], minlength=len(self.sources))
+        n_failed = np.bincount(self.file[np.concatenate([f.nnz for f in found]) == -1], minlength=len(self.sources))
         sources = tuple(
-            SourceInfo(Path(p).name, s.n_cells, int(n), s.n_cells - int(n))
-            for p, s, n in zip(self.paths, self.sources, n_kept, strict=True)
-        )
+            SourceInfo(Path(p).name, s.n_cells, int(n), s.n_cells - int(n) - int(bad), int(bad),
+                       tuple(sorted(set(genes) - set(s.genes))))
+            for p, s, n, bad in zip(self.paths, self.sources, n_kept, n_failed, strict=True)
+        )  # fmt: skip
         train, val, test = (int(n) for n in np.bincount(code, minlength=3))
+        gene_nnz = reduce(add, [f.gene_nnz for f in found])
         return Manifest(
-            format=about.FORMAT,
-            n_cells=layout.n_cells,
-            genes=genes,
-            labels=values,
-            block=layout.block,
-            cap=layout.cap,
-            blocks_per_shard=layout.blocks_per_shard,
-            dtype=layout.dtype,
-            index_dtype=layout.index_dtype,
-            split=SplitInfo(self.wanted.split, self.wanted.split_by, self.wanted.seed, (train, val, test)),
-            sources=sources,
-            shards=tuple(shards),
-            chosen_by=self.chosen_by,
-            layer=self.wanted.layer,
-            never_counted=never,
-            not_shared=self.not_shared,
+            format=about.FORMAT, n_cells=layout.n_cells, genes=genes, labels=values, block=layout.block,
+            blocks_per_shard=layout.blocks_per_shard, groups=layout.groups, dtype=layout.dtype, codec=layout.codec,
+            largest=float(max(f.largest for f in found)),
+            order=OrderInfo(w.shuffle, w.seed, w.strata), split=SplitInfo(w.split, w.split_by, w.seed, (train, val, test)),
+            sources=sources, shards=tuple(shards), chosen_by=self.genes.how, panel_by=self.panel and self.panel.how,
+            join=w.join, quality=dict(w.quality), layer=w.layer,
+            never_counted=() if self.genes.names else tuple(known[gene_nnz == 0].tolist()), not_shared=self.not_shared,
             fingerprint=about.fingerprint(genes, values, shards),
-        )
+        )  # fmt: skip
+
+    def codes(self, values: Sequence[str], key: str, cells: np.ndarray) -> np.ndarray:
+        """Label codes ``int32 [len(cells)]`` of one obs column, -1 where missing."""
+        return codes(self.obs[key][cells], values).astype(np.int32)
 
     def write_columns(
-        self, root: Path, made: Manifest, kept: np.ndarray, code: np.ndarray, written: Sequence[Written]
-    ) -> None:
+        self, job: Job, made: Manifest, cells: np.ndarray, code: np.ndarray, written: Sequence[Written],
+        found: Sequence[Scanned],
+    ) -> None:  # fmt: skip
         """Everything a cell or a gene has one of."""
-        for key, values in made.labels.items():
-            write_column(root, f"labels/{key}", self.codes(values, key, kept))
-        write_column(root, "split", code)
-        write_column(root, "source/file", self.file[kept])
-        write_column(root, "source/row", self.row[kept])
-        write_column(root, "names", encode_names(self.names[kept]))
         sums: Moments = reduce(add, [w.moments for w in written])
-        for name, value in {"mean": sums.mean, "var": sums.var, "nnz": sums.nnz, "max": sums.largest}.items():
-            write_column(root, f"genes/{name}", value)
+        columns: dict[str, np.ndarray] = {
+            **{f"labels/{key}": self.codes(values, key, cells) for key, values in made.labels.items()},
+            "split": code,
+            "source/file": self.file[cells],
+            "source/row": self.row[cells],
+            "names": encode_names(self.names[cells]),
+            "cells/total": np.concatenate([f.total for f in found])[cells],
+            "cells/nnz": np.concatenate([f.nnz for f in found])[cells],
+            "genes/mean": sums.mean,
+            "genes/var": sums.var,
+            "genes/nnz": sums.nnz,
+            "genes/max": sums.largest,
+            "genes/source": columns_of(job),
+        }
+        for name, value in columns.items():
+            write_column(job.store, name, value)
 
 
-def _shared_genes(sources: Sequence[Source]) -> tuple[str, ...]:
+def job_groups(job: Job) -> list[tuple[str, int]]:
+    """Name and number of genes of each column group."""
+    sizes = [int(((job.group == g) & (job.place >= 0)).sum()) for g in range(2)]
+    return list(zip(GROUPS, sizes, strict=True)) if sizes[1] else [("all", sizes[0])]
+
+
+def columns_of(job: Job) -> np.ndarray:
+    """Genes of the spills in store order, ``int64 [n_genes]``: group after group."""
+    kept = np.flatnonzero(job.place >= 0)
+    return kept[np.lexsort((job.place[kept], job.group[kept]))]
+
+
+def shard_tasks(layout: Layout, rank: np.ndarray, train: np.ndarray, spills: int) -> list[ShardTask]:
+    """One task a shard."""
+    rows = [layout.rows(number) for number in range(layout.n_shards)]
+    return [ShardTask(n, rank[a:b], train[a:b], spills) for n, (a, b) in enumerate(rows)]
+
+
+def _as_before(file: Path, memory: int) -> int:
+    """The memory that the first run of a build had: tasks are cut by it, and must be cut alike when it goes on."""
+    if not file.is_file():
+        partial_file = file.with_suffix(".part")
+        partial_file.write_text(str(memory))
+        partial_file.replace(file)
+    return int(file.read_text())
+
+
+def _turn(slab: turning.Slab, job: Any, folder: str) -> int:
+    return turning.turn(slab, folder)
+
+
+def _joined(sources: Sequence[Source], join: str) -> tuple[str, ...]:
+    """Genes of all sources, or those that all have, in the order of the first (then of the others)."""
+    if join == "outer":
+        return tuple(dict.fromkeys(g for s in sources for g in s.genes))
     common = set(sources[0].genes).intersection(*(s.genes for s in sources[1:]))
     if not common:
         raise ValueError(
@@ -239,37 +368,6 @@ def _shared_genes(sources: Sequence[Source]) -> tuple[str, ...]:
             "are some named by symbol and some by Ensembl id?"
         )
     return tuple(g for g in sources[0].genes if g in common)
-
-
-def _parse_genes(genes: str | Sequence[str], shared: Sequence[str]) -> tuple[str, int | None, tuple[str, ...] | None]:
-    """How genes are chosen (for the manifest), N of ``hvg:N`` if that, names if they are given."""
-    if genes == "all":
-        return "all", None, None
-    if isinstance(genes, str) and genes.startswith("hvg:"):
-        if not genes[4:].isdigit() or int(genes[4:]) < 1:
-            raise ValueError(f"genes {genes!r}: a whole number of genes is wanted after 'hvg:', for example hvg:2000")
-        return genes, int(genes[4:]), None
-    if isinstance(genes, str | Path):
-        file = Path(genes)
-        if not file.is_file():
-            raise FileNotFoundError(f"genes {str(genes)!r} is neither 'all', 'hvg:N' nor a text file of gene names")
-        how, where = file.name, str(file)
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        how, where, names = "names", "genes", list(genes)
-    if not names:
-        raise ValueError(f"{where} names no gene; write one a line")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{where} names gene {next(g for g in names if names.count(g) > 1)!r} more than once")
-    known = set(shared)
-    if unknown := [g for g in names if g not in known]:
-        near = nearest(unknown[0], shared) if len(shared) <= 100_000 else ""
-        near = near if near.startswith("; did") else ""
-        raise ValueError(
-            f"{where}: {len(unknown)} of {len(names)} genes are not in every input: "
-            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}{near}"
-        )
-    return how, None, tuple(names)
 
 
 def _unique_names(names: Sequence[np.ndarray]) -> np.ndarray:

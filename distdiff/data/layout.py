@@ -1,26 +1,11 @@
-"""How counts lie on disk: block-aligned CSR in plain zarr v3, one inner chunk a block of cells.
+"""How counts lie on disk: coded blocks of cells in plain zarr v3, one inner chunk a block (docs/STORE.md).
 
-::
-
-    counts/data      uint16|uint32 [n_blocks, cap]     counts of a block, its cells one after the other, then zeros
-    counts/indices   uint16|uint32 [n_blocks, cap]     their gene numbers, ascending within a cell
-    counts/indptr    uint32 [n_blocks, block + 1]      where each cell of the block starts
-    labels/<key>     int32 [n_cells]                   codes, -1 where missing
-    split            uint8 [n_cells]                   0 train, 1 val, 2 test
-    source/file      int32 [n_cells]                   input file of a cell
-    source/row       int64 [n_cells]                   its row there
-    names            uint8 [n_cells, width]            cell names, UTF-8, padded with zero bytes
-    genes/<stat>     float64 [n_genes]                 mean, var, nnz, max over training cells
-    manifest.json    written last
-
-A block holds ``block`` cells in row order of the sources; the last may be short. Every inner chunk and every shard
-index ends in a crc32c, so a flipped byte is an error and not a count. Two writers in one shard lose data in silence:
-one task writes one shard, whole.
+One task writes one shard, whole: two writers in one shard lose data in silence.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,50 +13,63 @@ from typing import Any
 import numpy as np
 import zarr
 from scipy import sparse
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from distdiff.data.coding import Slots, encode
+from distdiff.data.manifest import CODECS, GroupInfo
 
 CHUNK = 1 << 18
 """Cells a chunk of the per-cell arrays."""
 
 SHARD_BYTES = 64 << 20
-"""Raw bytes of counts and indices that a shard holds by default."""
-
+"""Bytes of coded counts that a shard holds by default, before compression."""
 
 @dataclass(frozen=True)
 class Layout:
     """Shape of the counts on disk; the fields are those of `Manifest`."""
 
     n_cells: int
-    n_genes: int
+    groups: tuple[GroupInfo, ...]
     block: int
-    cap: int
     blocks_per_shard: int
     dtype: str
-    index_dtype: str
+    codec: str
 
     @classmethod
-    def fit(cls, nnz: np.ndarray, n_genes: int, largest: int, block: int, blocks_per_shard: int | None) -> Layout:
+    def fit(
+        cls,
+        entries: Sequence[np.ndarray],
+        names: Sequence[str],
+        n_genes: Sequence[int],
+        *,
+        block: int,
+        blocks_per_shard: int | None,
+        dtype: str,
+        codec: str,
+    ) -> Layout:
         """The narrowest layout for these cells.
 
         Parameters
         ----------
-        nnz
-            ``int [n_cells]``, stored counts of each cell.
-        n_genes, largest
-            Number of genes; largest count.
-        block
-            Cells a block.
-        blocks_per_shard
-            Blocks a shard; None aims at 64 MiB of raw counts.
+        entries
+            For each column group ``int [n_cells]``, entries of each cell in store order.
+        names, n_genes
+            Name and number of genes of each group.
+        block, blocks_per_shard
+            Cells a block; blocks a shard (None aims at 64 MiB of coded counts).
+        dtype, codec
+            Of the values; ``local`` or ``compact``.
         """
-        dtype = "uint16" if largest <= np.iinfo(np.uint16).max else "uint32"
-        index_dtype = "uint16" if n_genes <= 1 << 16 else "uint32"
-        per_block = np.add.reduceat(nnz.astype(np.int64), np.arange(0, len(nnz), block))
-        cap = -(-int(per_block.max()) // 64) * 64
+        caps = []
+        for each in entries:
+            per_block = np.add.reduceat(each.astype(np.int64), np.arange(0, len(each), block))
+            caps.append(max(64, -(-int(per_block.max()) // 64) * 64))
+        n_blocks = -(-len(entries[0]) // block)
         if blocks_per_shard is None:
-            entry = np.dtype(dtype).itemsize + np.dtype(index_dtype).itemsize
-            blocks_per_shard = max(1, min(len(per_block), SHARD_BYTES // (cap * entry)))
-        return cls(len(nnz), n_genes, block, cap, blocks_per_shard, dtype, index_dtype)
+            bytes_a_block = sum(caps) * (1 + np.dtype(dtype).itemsize)
+            blocks_per_shard = max(1, min(n_blocks, SHARD_BYTES // bytes_a_block))
+        groups = tuple(GroupInfo(*of) for of in zip(names, n_genes, caps, strict=True))
+        return cls(len(entries[0]), groups, block, blocks_per_shard, dtype, codec)
 
     @property
     def n_blocks(self) -> int:
@@ -88,24 +86,28 @@ class Layout:
 
 
 def create(root: Path, layout: Layout) -> None:
-    """Make the group and the three empty arrays of counts under ``root``."""
-    group = zarr.create_group(str(root), zarr_format=3)
-    counts = group.create_group("counts", attributes={"encoding": "block-aligned CSR", "block": layout.block})
-    widths = {"data": layout.cap, "indices": layout.cap, "indptr": layout.block + 1}
-    dtypes = {"data": layout.dtype, "indices": layout.index_dtype, "indptr": "uint32"}
-    for name, width in widths.items():
-        counts.create_array(
-            name,
-            shape=(layout.n_blocks, width),
-            dtype=dtypes[name],
-            chunks=(1, width),
-            shards=(layout.blocks_per_shard, width),
-            compressors=_codecs(),
-            fill_value=0,
-        )
+    """Make the group and the empty arrays of counts under ``root``; what is there already stays."""
+    group = zarr.open_group(str(root), mode="a", zarr_format=3, use_consolidated=False)
+    for info in layout.groups:
+        about = {"encoding": "gap-coded counts", "block": layout.block, "n_genes": info.n_genes}
+        counts = group.require_group(f"counts/{info.name}")
+        counts.update_attributes(about)
+        widths = {"gaps": info.cap, "values": info.cap, "starts": layout.block + 1}
+        dtypes = {"gaps": "uint8", "values": layout.dtype, "starts": "uint32"}
+        for name, width in widths.items():
+            if name not in counts:
+                counts.create_array(
+                    name,
+                    shape=(layout.n_blocks, width),
+                    dtype=dtypes[name],
+                    chunks=(1, width),
+                    shards=(layout.blocks_per_shard, width),
+                    compressors=_codecs(layout.codec, dtypes[name]),
+                    fill_value=0 if name != "starts" else np.iinfo(np.uint32).max,  # a chunk that is gone makes no sense
+                )
 
 
-def write_shard(root: Path, layout: Layout, shard: int, counts: sparse.csr_matrix) -> None:
+def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequence[sparse.csr_matrix]]) -> None:
     """Write one whole shard; doing it again gives the same files.
 
     Parameters
@@ -114,8 +116,9 @@ def write_shard(root: Path, layout: Layout, shard: int, counts: sparse.csr_matri
         Folder that `create` made, and its layout.
     shard
         Number of the shard.
-    counts
-        ``[n, n_genes]``, its cells in store order, canonical.
+    pieces
+        Its cells in store order, whole blocks at a time (the last may be short); for each column group ``[n, n_genes]``,
+        canonical.
 
     Raises
     ------
@@ -123,41 +126,50 @@ def write_shard(root: Path, layout: Layout, shard: int, counts: sparse.csr_matri
         Another number of cells than the shard has, or a block over the cap.
     """
     start, stop = layout.rows(shard)
-    if counts.shape[0] != stop - start:
-        raise ValueError(f"shard {shard} has {stop - start} cells, {counts.shape[0]} were given")
+    first, k = start // layout.block, -(-(stop - start) // layout.block)
+    whole = [Slots.zeros(k, g.cap, layout.block, layout.dtype) for g in layout.groups]
+    cells = 0
+    for parts in pieces:
+        b = cells // layout.block
+        for slots, part in zip(whole, parts, strict=True):
+            _fill(Slots(*(array[b:] for array in slots)), part, layout)
+        cells += parts[0].shape[0]
+    if cells != stop - start:
+        raise ValueError(f"shard {shard} has {stop - start} cells, {cells} were given")
     group = zarr.open_group(str(root), mode="r+", use_consolidated=False)
-    first = start // layout.block
-    for name, blocks in encode(counts, layout).items():
-        array: Any = group[f"counts/{name}"]
-        array = array.with_config({"write_empty_chunks": True})  # a shard that is absent is then always a fault
-        array[first : first + len(blocks)] = blocks
+    for info, slots in zip(layout.groups, whole, strict=True):
+        for name, blocks in zip(Slots._fields, slots, strict=True):
+            array: Any = group[f"counts/{info.name}/{name}"]
+            array = array.with_config({"write_empty_chunks": True})  # a shard that is absent is then always a fault
+            array[first : first + k] = blocks
 
 
-def encode(counts: sparse.csr_matrix, layout: Layout) -> dict[str, np.ndarray]:
-    """Cut CSR rows into padded blocks: ``data`` and ``indices`` ``[k, cap]``, ``indptr`` ``[k, block + 1]``."""
-    edges = np.minimum(np.arange(0, counts.shape[0] + layout.block, layout.block), counts.shape[0])
-    starts = counts.indptr[edges].astype(np.int64)
-    k = len(edges) - 1
-    if (widest := int(np.diff(starts).max())) > layout.cap:
-        raise ValueError(f"a block holds {widest} counts, the store was laid out for {layout.cap}; a source changed")
-    data = np.zeros((k, layout.cap), layout.dtype)
-    indices = np.zeros((k, layout.cap), layout.index_dtype)
-    for b, (lo, hi) in enumerate(itertools.pairwise(starts)):
-        data[b, : hi - lo] = counts.data[lo:hi]
-        indices[b, : hi - lo] = counts.indices[lo:hi]
+def _fill(slots: Slots, counts: sparse.csr_matrix, layout: Layout) -> None:
+    """Cut CSR rows into coded blocks, each padded with zeros."""
+    coded = encode(counts, layout.dtype)
+    k = -(-counts.shape[0] // layout.block)
     at = np.minimum(np.arange(k)[:, None] * layout.block + np.arange(layout.block + 1), counts.shape[0])
-    indptr = (counts.indptr[at] - starts[:-1, None]).astype(np.uint32)
-    return {"data": data, "indices": indices, "indptr": indptr}
+    starts = coded.starts[at]
+    lengths, cap = starts[:, -1] - starts[:, 0], slots.gaps.shape[1]
+    if (widest := int(lengths.max())) > cap:
+        raise ValueError(f"a block holds {widest} entries, the store was laid out for {cap}; a source changed")
+    for b, (first, n) in enumerate(zip(starts[:, 0], lengths, strict=True)):
+        slots.gaps[b, :n] = coded.gaps[first : first + n]
+        slots.values[b, :n] = coded.values[first : first + n]
+    slots.starts[:k] = starts - starts[:, :1]
 
 
 def write_column(root: Path, name: str, values: np.ndarray) -> None:
-    """Write one small array (a value or a row a cell or gene) under ``root``."""
+    """Write one small array (a value or a row a cell or gene) under ``root``, in place of one that is there."""
     group = zarr.open_group(str(root), mode="r+", use_consolidated=False)
     parent, _, leaf = name.rpartition("/")
     if parent:
         group = group.require_group(parent)
-    chunks = (max(1, min(CHUNK, len(values))), *values.shape[1:])
-    array = group.create_array(leaf, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=_codecs())
+    chunks = (max(1, min(CHUNK, len(values))), *(max(1, n) for n in values.shape[1:]))
+    array = group.create_array(
+        leaf, shape=values.shape, dtype=values.dtype, chunks=chunks, overwrite=True,
+        compressors=_codecs("local", str(values.dtype)),
+    )  # fmt: skip
     array[:] = values
 
 
@@ -168,5 +180,11 @@ def encode_names(names: np.ndarray) -> np.ndarray:
     return fixed.astype(f"S{width}").view(np.uint8).reshape(len(names), width)
 
 
-def _codecs() -> list[Any]:
-    return [BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"), Crc32cCodec()]
+def _codecs(codec: str, dtype: str) -> list[Any]:
+    """Compression of one array, then a checksum of every chunk."""
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r}: {' or '.join(CODECS)} is wanted")
+    if codec == "compact":
+        return [ZstdCodec(level=1), Crc32cCodec()]
+    shuffle = "noshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle"
+    return [BloscCodec(cname="lz4", clevel=3, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ from scipy import sparse
 
 from distdiff.component import nearest
 
-FORMAT = 1
-"""Version of the layout that this code writes, and the newest one it reads."""
+FORMAT = 2
+"""Version of the layout that this code writes and reads."""
 
 FILE = "manifest.json"
 BLOCK = 256
@@ -29,15 +29,39 @@ BLOCK = 256
 SPLITS = ("train", "val", "test")
 """Split names in code order."""
 
+CODECS = ("local", "compact")
+"""Compression profiles: blosc-lz4 for a disk at hand, zstd for a small or far one."""
+
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One input file: base name, its cells, how many were kept and how many held no count of the chosen genes."""
+    """One input file: base name, its cells, those kept, without a count of the chosen genes, and failing the quality
+    thresholds; ``absent`` are the genes of the store that the file lacks (zeros there say nothing)."""
 
     path: str
     n_cells: int
     kept: int
     empty: int
+    failed: int
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """One column group: name, genes, entries a block has room for."""
+
+    name: str
+    n_genes: int
+    cap: int
+
+
+@dataclass(frozen=True)
+class OrderInfo:
+    """How the rows lie: in source order, or by split, within it by ``strata`` (a label), within that shuffled."""
+
+    shuffled: bool
+    seed: int
+    strata: str | None
 
 
 @dataclass(frozen=True)
@@ -70,17 +94,25 @@ class Manifest:
     format
         Layout version.
     n_cells, genes
-        Shape of the counts; genes in column order.
+        Shape of the counts; genes in column order, group after group.
     labels
         Covariate -> its values in code order (sorted, over all files).
-    block, cap, blocks_per_shard
-        Cells a block, entries a block has room for, blocks a shard.
-    dtype, index_dtype
-        Stored dtype of the counts and of the gene indices.
-    split, sources, shards
+    block, blocks_per_shard, groups
+        Cells a block, blocks a shard, column groups.
+    dtype
+        Stored dtype of the values; float32 for a store of measurements that are no counts.
+    codec
+        Compression profile.
+    largest
+        Largest count.
+    order, split, sources, shards
         See the classes of those names.
-    chosen_by
-        The ``genes`` choice of the build: ``all``, ``hvg:N`` or a file's base name.
+    chosen_by, panel_by
+        The ``genes`` and ``panel`` choice of the build: ``all``, ``hvg:N`` or a file's base name; None is no panel.
+    join
+        ``inner``: genes in every file; ``outer``: in any.
+    quality
+        Thresholds a cell or gene had to pass.
     layer
         The layer read, None for X.
     never_counted
@@ -96,14 +128,19 @@ class Manifest:
     genes: tuple[str, ...]
     labels: Mapping[str, tuple[str, ...]]
     block: int
-    cap: int
     blocks_per_shard: int
+    groups: tuple[GroupInfo, ...]
     dtype: str
-    index_dtype: str
+    codec: str
+    largest: float
+    order: OrderInfo
     split: SplitInfo
     sources: tuple[SourceInfo, ...]
     shards: tuple[ShardInfo, ...]
     chosen_by: str
+    panel_by: str | None
+    join: str
+    quality: Mapping[str, float]
     layer: str | None
     never_counted: tuple[str, ...]
     not_shared: int
@@ -140,16 +177,21 @@ class Manifest:
         version = raw.get("format") if isinstance(raw, dict) else None
         if not isinstance(version, int):
             raise ValueError(f"{where} has no format version; it is not the manifest of a distdiff store")
-        if version > FORMAT:
+        if version != FORMAT:
+            what = "upgrade distdiff, or rebuild the store with this version" if version > FORMAT else "rebuild the store"
             raise ValueError(
-                f"{where} has format {version}, this distdiff reads up to {FORMAT}: upgrade distdiff, "
-                "or rebuild the store with this version"
+                f"{where} has format {version}, this distdiff reads format {FORMAT}: {what} (distdiff shard --overwrite)"
             )
         top = _checked(raw, cls, where)
         top["genes"] = tuple(raw["genes"])
         top["labels"] = {k: tuple(v) for k, v in raw["labels"].items()}
         top["never_counted"] = tuple(raw["never_counted"])
-        top["sources"] = tuple(SourceInfo(**_checked(s, SourceInfo, f"{where}: sources")) for s in raw["sources"])
+        top["sources"] = tuple(
+            SourceInfo(**_checked(s, SourceInfo, f"{where}: sources") | {"absent": tuple(s["absent"])})
+            for s in raw["sources"]
+        )
+        top["groups"] = tuple(GroupInfo(**_checked(g, GroupInfo, f"{where}: groups")) for g in raw["groups"])
+        top["order"] = OrderInfo(**_checked(raw["order"], OrderInfo, f"{where}: order"))
         top["shards"] = tuple(ShardInfo(**_checked(s, ShardInfo, f"{where}: shards")) for s in raw["shards"])
         split = _checked(raw["split"], SplitInfo, f"{where}: split")
         top["split"] = SplitInfo(**split | {k: tuple(split[k]) for k in ("shares", "n_cells")})
@@ -186,22 +228,39 @@ def _checked(raw: Any, cls: type, where: str) -> dict[str, Any]:
     return dict(raw)
 
 
-def digest(counts: sparse.csr_matrix) -> str:
-    """sha256 of canonical CSR content: row lengths, gene indices and counts as little-endian uint32.
+def digest(counts: sparse.csr_matrix, block: int) -> list[str]:
+    """sha256 of the canonical CSR content of every block of cells.
+
+    Over row lengths, gene indices and counts as little-endian uint32 (or float32).
 
     Parameters
     ----------
     counts
-        ``[n, g]``, sorted indices, no duplicates, no stored zeros; any integer dtype.
+        ``[n, g]``, sorted indices, no duplicates, no stored zeros; any integer dtype, or float for measurements.
+    block
+        Cells a block; the first row begins one.
     """
-    content = hashlib.sha256()
-    for part in (np.diff(counts.indptr), counts.indices, counts.data):
-        content.update(np.ascontiguousarray(part, "<u4").data)
-    return content.hexdigest()
+    lengths = np.ascontiguousarray(np.diff(counts.indptr), "<u4")
+    indices = np.ascontiguousarray(counts.indices, "<u4")
+    data = np.ascontiguousarray(counts.data, "<f4" if counts.data.dtype.kind == "f" else "<u4")
+    made = []
+    for first in range(0, counts.shape[0], block):
+        last = min(first + block, counts.shape[0])
+        a, b = counts.indptr[first], counts.indptr[last]
+        content = hashlib.sha256(lengths[first:last].data)
+        content.update(indices[a:b].data)
+        content.update(data[a:b].data)
+        made.append(content.hexdigest())
+    return made
+
+
+def combine_digests(digests: Sequence[str]) -> str:
+    """sha256 of a shard's counts, from those of its blocks."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def combine(counts_sha: str, codes: Sequence[np.ndarray]) -> str:
-    """sha256 of one shard: its counts' `digest` and its cells' codes (labels in key order, then split)."""
+    """sha256 of one shard: its counts' `combine_digests` and its cells' codes (labels in key order, then split)."""
     content = hashlib.sha256(counts_sha.encode())
     for code in codes:
         content.update(np.ascontiguousarray(code, "<i4").data)

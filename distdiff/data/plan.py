@@ -2,21 +2,84 @@
 
 An epoch reads every cell once: blocks of neighbouring cells are permuted, cut into windows of a few blocks, and the
 cells of each window are permuted. Epochs follow each other without a gap, so a batch may straddle two windows or two
-epochs. Resuming, and any number of ranks, need only the step.
+epochs. Resuming, and any number of ranks, need only the step. `Mixed` does the same for each of several strata, and
+takes them in given proportions.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from distdiff.rng import numpy_generator
 
+TURNS = 1 << 14
+"""Places in the cycle of a `Mixed` plan: proportions are kept to one in so many."""
+
+
+class Order(ABC):
+    """What a loader asks of a plan: ``batch`` cells a step, ``n_cells`` cells in all, ``window`` blocks shuffled
+    together."""
+
+    batch: int
+    n_cells: int
+    block: int
+    window: int
+
+    @abstractmethod
+    def rows(self, step: int) -> np.ndarray:
+        """The cells of a step.
+
+        Which cells these are is random; within the step they are ascending, so that neighbours in the store go to the
+        same rank and each rank decodes few blocks.
+
+        Returns
+        -------
+        int64 [batch]
+            Positions ``0 .. n_cells - 1`` in the training set.
+
+        Raises
+        ------
+        ValueError
+            A negative step.
+        """
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many cells are read as there are."""
+        return self.n_cells / self.batch
+
+    def rank_rows(self, step: int, rank: int, world: int) -> np.ndarray:
+        """The contiguous slice of `rows` that one rank reads, ``int64 [batch / world]``.
+
+        Raises
+        ------
+        ValueError
+            The batch cannot be dealt evenly (the nearest numbers of ranks that divide it are named), or no such rank.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}: 0 to {world - 1} is wanted")
+        if self.batch % world:
+            fits = [w for w in range(1, self.batch + 1) if self.batch % w == 0]
+            near = [max(w for w in fits if w < world), *[w for w in fits if w > world][:1]]
+            raise ValueError(
+                f"batch {self.batch} is no multiple of {world} ranks; use {' or '.join(map(str, near))} ranks, "
+                f"or a batch of {-(-self.batch // world) * world}"
+            )
+        share = self.batch // world
+        return self.rows(step)[rank * share : (rank + 1) * share]
+
+    def turn(self, step: int) -> int:
+        """Which stretch of about ``block * window`` cells a step lies in: steps of one stretch read the same blocks."""
+        return step * self.batch // (self.block * self.window)
+
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Order):
     """The reading order of a training set.
 
     Attributes
@@ -47,64 +110,24 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ValueError(f"Plan {name}={getattr(self, name)}: at least 1 is wanted")
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every cell is read once on average."""
-        return self.n_cells / self.batch
-
     def epoch(self, step: int) -> int:
         """Epoch of the first cell of a step."""
-        return self._start(step) // self.n_cells
+        return _start(step, self.batch) // self.n_cells
 
     def rows(self, step: int) -> np.ndarray:
-        """The cells of a step.
+        first = _start(step, self.batch)
+        return np.sort(self.stretch(first, first + self.batch))
 
-        Which cells these are is random; within the step they are ascending, so that neighbours in the store go to the
-        same rank and each rank decodes few blocks.
-
-        Returns
-        -------
-        int64 [batch]
-            Positions ``0 .. n_cells - 1`` in the training set.
-
-        Raises
-        ------
-        ValueError
-            A negative step.
-        """
-        at, parts, wanted = self._start(step), [], self.batch
-        while wanted:
+    def stretch(self, first: int, last: int) -> np.ndarray:
+        """Cells number ``first`` to ``last`` (exclusive) of the endless order, in reading order, ``int64``."""
+        at, parts = first, [np.empty(0, np.int64)]
+        while at < last:
             epoch, offset = divmod(at, self.n_cells)
             start, cells = self._window_at(epoch, offset)
-            part = cells[offset - start : offset - start + wanted]
+            part = cells[offset - start : offset - start + last - at]
             parts.append(part)
-            at, wanted = at + len(part), wanted - len(part)
-        return np.sort(np.concatenate(parts))
-
-    def rank_rows(self, step: int, rank: int, world: int) -> np.ndarray:
-        """The contiguous slice of `rows` that one rank reads, ``int64 [batch / world]``.
-
-        Raises
-        ------
-        ValueError
-            The batch cannot be dealt evenly (the nearest numbers of ranks that divide it are named), or no such rank.
-        """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}: 0 to {world - 1} is wanted")
-        if self.batch % world:
-            fits = [w for w in range(1, self.batch + 1) if self.batch % w == 0]
-            near = [max(w for w in fits if w < world), *[w for w in fits if w > world][:1]]
-            raise ValueError(
-                f"batch {self.batch} is no multiple of {world} ranks; use {' or '.join(map(str, near))} ranks, "
-                f"or a batch of {-(-self.batch // world) * world}"
-            )
-        share = self.batch // world
-        return self.rows(step)[rank * share : (rank + 1) * share]
-
-    def _start(self, step: int) -> int:
-        if step < 0:
-            raise ValueError(f"step {step}: 0 or more is wanted")
-        return step * self.batch
+            at += len(part)
+        return np.concatenate(parts)
 
     def _window_at(self, epoch: int, offset: int) -> tuple[int, np.ndarray]:
         """Where in its epoch the window that covers ``offset`` starts, and its cells in reading order."""
@@ -117,20 +140,123 @@ class Plan:
         return number * size - (missing if short < number else 0), _window(self, epoch, number)
 
 
-@functools.lru_cache(maxsize=4)
+class Mixed(Order):
+    """Several strata in given proportions, each read like a `Plan` of its own: without replacement, epoch after epoch.
+
+    The strata take turns in a fixed cycle in which each is spread evenly, so every batch has its share of each to
+    within one cell.
+
+    Parameters
+    ----------
+    strata
+        For each stratum the positions of its cells in the training set, ``int64``; together every position once.
+    weights
+        Share of the cells read that comes from each; scaled to sum 1. None is equal shares.
+    batch, block, window, seed
+        As in `Plan`; the window is shared out among the strata.
+
+    Raises
+    ------
+    ValueError
+        An empty stratum, weights that are negative, not finite, all 0, or too many.
+    """
+
+    def __init__(
+        self, strata: Sequence[np.ndarray], weights: Sequence[float] | None = None, *, batch: int, block: int = 256,
+        window: int = 64, seed: int = 0,
+    ) -> None:  # fmt: skip
+        if any(not len(s) for s in strata) or not strata:
+            raise ValueError(f"strata of {[len(s) for s in strata]} cells: each needs at least 1")
+        share = np.ones(len(strata)) if weights is None else np.asarray(weights, np.float64)
+        if share.shape != (len(strata),) or not np.isfinite(share).all() or (share < 0).any() or not share.sum():
+            raise ValueError(f"weights {share.tolist()} for {len(strata)} strata: one each, 0 or more, not all 0")
+        self.strata = [np.asarray(s, np.int64) for s in strata]
+        self.batch, self.block, self.window, self.seed = batch, block, window, seed
+        self.n_cells = sum(map(len, self.strata))
+        each = max(1, window // len(strata))
+        self.plans = [Plan(len(s), batch, block, each, _seed(seed, i)) for i, s in enumerate(self.strata)]
+        self._places = _cycle(share / share.sum())
+
+    def rows(self, step: int) -> np.ndarray:
+        first = _start(step, self.batch)
+        parts = []
+        for cells, plan, places in zip(self.strata, self.plans, self._places, strict=True):
+            a, b = (n // TURNS * len(places) + int(np.searchsorted(places, n % TURNS)) for n in
+                    (first, first + self.batch))  # fmt: skip
+            parts.append(cells[plan.stretch(a, b)])
+        return np.sort(np.concatenate(parts))
+
+    @classmethod
+    def of(
+        cls, codes: np.ndarray, values: Sequence[str], weights: Mapping[str, float] | float, *, batch: int,
+        block: int = 256, window: int = 64, seed: int = 0,
+    ) -> Mixed:  # fmt: skip
+        """Strata from label codes.
+
+        Parameters
+        ----------
+        codes
+            ``int64 [n_cells]``, label of each training cell; cells without one (-1) are a stratum of their own.
+        values
+            Name of each code.
+        weights
+            Share of each value, 1 where it is not named; or one power: a value with n cells has the weight n^power
+            (1: as they are, 0: balanced).
+
+        Raises
+        ------
+        ValueError
+            A weight for a value that no cell has.
+        """
+        found = np.unique(codes)
+        names = {int(c): values[c] if c >= 0 else "" for c in found}
+        strata = [np.flatnonzero(codes == c) for c in found]
+        if isinstance(weights, Mapping):
+            if unknown := [w for w in weights if w not in names.values()]:
+                raise ValueError(f"weights: no training cell has {unknown[0]!r}; known: {', '.join(names.values())}")
+            share = [float(weights.get(names[int(c)], 1.0)) for c in found]
+        else:
+            share = [float(len(s)) ** weights for s in strata]
+        return cls(strata, share, batch=batch, block=block, window=window, seed=seed)
+
+
+def _cycle(share: np.ndarray) -> list[np.ndarray]:
+    """Places of each stratum in a cycle of `TURNS`, ascending: as many as its share (largest remainders), evenly."""
+    exact = share * TURNS
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: TURNS - int(quota.sum())]] += 1
+    quota[(quota == 0) & (share > 0)] += 1  # whoever has a share gets a turn, at the cost of the largest
+    quota[np.argmax(quota)] -= int(quota.sum()) - TURNS
+    when = np.concatenate([(np.arange(q) + 0.5) / q for q in quota])
+    order = np.argsort(when, kind="stable")
+    whose = np.repeat(np.arange(len(quota)), quota)[order]
+    return [np.flatnonzero(whose == i) for i in range(len(quota))]
+
+
+def _seed(seed: int, stratum: int) -> int:
+    return int(numpy_generator(seed, "stratum", stratum).integers(2**62))
+
+
+def _start(step: int, batch: int) -> int:
+    if step < 0:
+        raise ValueError(f"step {step}: 0 or more is wanted")
+    return step * batch
+
+
+@functools.lru_cache(maxsize=64)
 def _blocks(plan: Plan, epoch: int) -> np.ndarray:
     """Order of the blocks in an epoch, ``int64 [n_blocks]``."""
     return numpy_generator(plan.seed, "blocks", epoch).permutation(-(-plan.n_cells // plan.block))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _short_block_window(plan: Plan, epoch: int) -> int:
     """Number of the window that holds the last block, the one that may be short."""
     order = _blocks(plan, epoch)
     return int(np.argmax(order == len(order) - 1)) // plan.window
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _window(plan: Plan, epoch: int, number: int) -> np.ndarray:
     """Cells of one window in reading order, ``int64 [<= block * window]``."""
     blocks = _blocks(plan, epoch)[number * plan.window : (number + 1) * plan.window]

@@ -1,25 +1,31 @@
 """The tasks of a build: read rows of the sources, choose columns, count, and write one shard.
 
-Each is a plain function of a small task and a shared `Job`, so it runs the same in this process and on a dask worker.
+Each is a plain function of a small task and a shared `Job`, so it runs the same in this process and on a dask worker,
+and running it twice leaves what running it once leaves.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
+from distdiff.data import coding, spill
 from distdiff.data.layout import Layout, write_shard
-from distdiff.data.manifest import digest
+from distdiff.data.manifest import combine_digests, digest
 from distdiff.data.source import Source, check_counts, first_bad
 
-READ_BYTES = 128 << 20
+READ_BYTES = 64 << 20
 """Memory that one read of a source takes at most."""
+
+PIECE = 4 << 20
+"""Counts of a shard that are decoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,41 +34,81 @@ class Job:
 
     Attributes
     ----------
-    paths, layer
-        Sources.
+    work
+        Folder of the build: spills, and the store under construction.
+    paths, layer, stamps
+        Sources; size and time of each when the build began.
+    turned
+        For each source the folder that holds it row by row, or None.
     columns
-        For each source ``int32 [its genes]``: output column, or -1 for a gene that is not wanted.
+        For each source ``int32 [its genes]``: gene in the spills, or -1 for one that is not wanted.
     n_genes
-        Output columns.
-    root, layout
-        The store under construction (only for `write`).
+        Genes in the spills.
+    quality
+        Thresholds of a cell: ``min_counts``, ``min_genes``, ``max_mito`` (percent).
+    mito
+        ``bool [n_genes]``, mitochondrial genes.
+    counts
+        False takes any finite number.
+    place, group
+        For each gene of the spills its column in the store's group (-1: dropped), and the group (for `measure`,
+        `write`).
+    limit
+        ``float64 [n_genes]``, where `clipped` cuts counts.
+    dtype
+        Of the values (for `measure`).
+    layout
+        Of the store (for `write`).
     """
 
+    work: str
     paths: tuple[str, ...]
     layer: str | None
+    stamps: tuple[tuple[int, int], ...]
+    turned: tuple[str | None, ...]
     columns: tuple[np.ndarray, ...]
     n_genes: int
-    root: str = ""
+    quality: Mapping[str, float]
+    mito: np.ndarray
+    counts: bool
+    place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
+    limit: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    dtype: str = "uint8"
     layout: Layout | None = None
+
+    @property
+    def store(self) -> Path:
+        return Path(self.work) / "store"
+
+    def spill(self, number: int) -> Path:
+        """Folder of one span's cells."""
+        return Path(self.work) / "spill" / f"{number:06d}"
+
+    def groups(self, of: coding.Coded, which: np.ndarray) -> list[sparse.csr_matrix]:
+        """Some cells of the spills, a matrix for each of the store's column groups."""
+        places = [np.where(self.group == g, self.place, -1).astype(np.int32) for g in range(int(self.group.max()) + 1)]
+        return [spill.cells(of, which, place, int((place >= 0).sum())) for place in places]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows ``start <= row < stop`` of source ``file``; ``keep`` (``bool [stop - start]``) picks among them."""
+    """Rows ``start <= row < stop`` of source ``file``.
 
+    Attributes
+    ----------
+    rank
+        ``int64 [stop - start]``, place of each cell in the new order.
+    train
+        ``bool [stop - start]``, training cells.
+    """
+
+    number: int
     file: int
     start: int
     stop: int
-    keep: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """``nnz`` ``int32 [rows]`` per cell, ``gene_nnz`` ``int64 [g]`` and the largest count of a span."""
-
-    nnz: np.ndarray
-    gene_nnz: np.ndarray
-    largest: int
+    rank: np.ndarray
+    train: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -101,21 +147,56 @@ class Moments:
     @property
     def mean(self) -> np.ndarray:
         """Molecules per cell, ``float64 [g]``."""
-        return self.total / self.n
+        return self.total / max(self.n, 1)
 
     @property
     def var(self) -> np.ndarray:
         """Population variance, molecules^2, ``float64 [g]``."""
-        return np.maximum(self.squares / self.n - self.mean**2, 0.0)
+        return np.maximum(self.squares / max(self.n, 1) - self.mean**2, 0.0)
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What pass 1 found in a span.
+
+    Attributes
+    ----------
+    nnz, total
+        ``int32``, ``float64 [rows]`` per cell over the genes of the spills; nnz is -1 for a cell under a threshold.
+    moments
+        Over its training cells.
+    gene_nnz
+        ``int64 [g]`` over all its kept cells.
+    needed
+        Entries that its counts need in values of one and of two bytes.
+    largest
+        Largest count.
+    """
+
+    nnz: np.ndarray
+    total: np.ndarray
+    moments: Moments
+    gene_nnz: np.ndarray
+    needed: tuple[int, int]
+    largest: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Entries of a span's cells in each column group ``int64 [groups, n]``, and the cells' ranks ``int64 [n]``."""
+
+    rank: np.ndarray
+    entries: np.ndarray
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: the spans that hold its cells in order, and which of its cells are for training."""
+    """One shard to write: ranks of its cells, ascending (``int64 [n]``), which of them are for training, how many spills."""
 
     shard: int
-    spans: tuple[Span, ...]
+    rank: np.ndarray
     train: np.ndarray
+    spills: int
 
 
 @dataclass(frozen=True)
@@ -127,39 +208,134 @@ class Written:
     moments: Moments
 
 
-def scan(span: Span, job: Job) -> Scanned:
-    """Pass 1: check every entry of a span and count what the chosen genes hold.
+def scatter(span: Span, job: Job) -> Scanned:
+    """Pass 1: check every entry of a span, write its cells to a spill, sum up what they hold.
 
     Raises
     ------
     ValueError
-        An entry that is no count.
+        An entry that is no count; a source that changed since the build began.
     """
+    folder = job.spill(span.number)
+    if not folder.is_dir():
+        _scatter(span, job, folder)
+    return _scanned(folder)
+
+
+def _scatter(span: Span, job: Job, folder: Path) -> None:
     source = _source(job, span.file)
-    nnz, gene_nnz, largest = [], np.zeros(job.n_genes, np.int64), 0
+    parts, nnz, total = [], [], []
     for start, rows in _pieces(source, span):
+        check(rows, source, start, job.counts)
+        chosen = select(rows, job.columns[span.file], job.n_genes)
+        chosen = chosen.astype(np.uint32 if job.counts else np.float32)
+        n, sums = np.diff(chosen.indptr).astype(np.int32), np.asarray(chosen.sum(1, dtype=np.float64)).ravel()
+        good = _good(chosen, n, sums, job)
+        parts.append(chosen[np.flatnonzero(good & (n > 0))])
+        nnz.append(np.where(good, n, -1))
+        total.append(sums)
+    same(job, span.file)  # nobody wrote to it while we read
+    cells, n = sparse.vstack(parts, format="csr"), np.concatenate(nnz)
+    kept = np.flatnonzero(n > 0)
+    train = span.train[kept]
+    moments = Moments.of(cells[np.flatnonzero(train)])
+    wide = [coding.needed(cells.data, d) if job.counts else 0 for d in ("uint8", "uint16")]
+    spill.write(
+        folder, cells, span.rank[kept], nnz=n, total=np.concatenate(total),
+        train=train[np.argsort(span.rank[kept])],
+        moments=np.stack([moments.total, moments.squares, moments.nnz, moments.largest]),
+        gene_nnz=np.bincount(cells.indices, minlength=job.n_genes),
+        numbers=np.array([moments.n, *wide, cells.data.max(initial=0)], np.float64),
+    )  # fmt: skip
+
+
+def _scanned(folder: Path) -> Scanned:
+    n, one, two, largest = spill.load(folder, "numbers").tolist()
+    moments = Moments(int(n), *np.array(spill.load(folder, "moments")))
+    nnz, total, gene_nnz = (np.array(spill.load(folder, name)) for name in ("nnz", "total", "gene_nnz"))
+    return Scanned(nnz, total, moments, gene_nnz, (int(one), int(two)), largest)
+
+
+def _good(counts: sparse.csr_matrix, nnz: np.ndarray, total: np.ndarray, job: Job) -> np.ndarray:
+    """Cells that pass the thresholds, ``bool [n]``."""
+    good = (total >= job.quality.get("min_counts", 0)) & (nnz >= job.quality.get("min_genes", 0))
+    if (most := job.quality.get("max_mito", 100.0)) < 100:
+        good &= counts @ job.mito.astype(np.float64) <= most / 100 * total
+    return good
+
+
+def check(rows: sparse.csr_matrix, source: Source, start: int, counts: bool) -> None:
+    """Refuse what is no count, or for measurements what is not finite."""
+    if counts:
         if first_bad(rows) is not None:
             check_counts(rows, source.genes, source.obs_names[start:], source.where)
-        chosen = select(rows, job.columns[span.file], job.n_genes)
-        nnz.append(np.diff(chosen.indptr).astype(np.int32))
-        gene_nnz += np.bincount(chosen.indices, minlength=job.n_genes)
-        largest = max(largest, int(chosen.data.max(initial=0)))
-    return Scanned(np.concatenate(nnz), gene_nnz, largest)
+        return
+    bad = ~np.isfinite(rows.data)
+    if bad.any():
+        at = int(np.argmax(bad))
+        row = int(np.searchsorted(rows.indptr, at, side="right")) - 1
+        raise ValueError(
+            f"{source.where}: cell {str(source.obs_names[start + row])!r}, gene {source.genes[rows.indices[at]]!r}: "
+            f"{rows.data[at]!r} is not finite; repair the file"
+        )
 
 
-def moments(span: Span, job: Job) -> Moments:
-    """Gene sums over the rows that a span keeps (its training cells)."""
-    zero = Moments.of(sparse.csr_matrix((0, job.n_genes)))
-    return sum((Moments.of(m) for m in _chosen(span, job)), zero)
+def clipped(number: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and squares of the training cells' counts cut at ``job.limit``, ``float64 [n_genes]`` each."""
+    folder = job.spill(number)
+    _, of = spill.coded(folder)
+    everything = np.arange(job.n_genes, dtype=np.int32)
+    cells = spill.cells(of, np.flatnonzero(spill.load(folder, "train")), everything, job.n_genes)
+    values = np.minimum(cells.data, job.limit[cells.indices])
+    return (np.bincount(cells.indices, values, minlength=job.n_genes),
+            np.bincount(cells.indices, values**2, minlength=job.n_genes))  # fmt: skip
+
+
+def measure(number: int, job: Job) -> Measured:
+    """Between the passes: how many entries each cell of a spill takes in each column group."""
+    rank, of = spill.coded(job.spill(number))
+    parts = job.groups(of, np.arange(len(rank)))
+    return Measured(rank, np.stack([coding.entries(part, job.dtype) for part in parts]))
 
 
 def write(task: ShardTask, job: Job) -> Written:
-    """Pass 2: read the cells of one shard, write it whole, tell what it holds."""
+    """Pass 2: gather the cells of one shard from all spills, write it whole, tell what it holds."""
     if job.layout is None:
         raise ValueError("write needs a job with a layout")
-    counts = sparse.vstack([m for span in task.spans for m in _chosen(span, job)], format="csr")
-    write_shard(Path(job.root), job.layout, task.shard, counts)
-    return Written(counts.nnz, digest(counts), Moments.of(counts[np.flatnonzero(task.train)]))
+    done = Path(job.work) / "done" / f"{task.shard:06d}"
+    if not done.is_dir():
+        _write(task, job, job.layout, done)
+    about = json.loads(bytes(spill.load(done, "about")).decode())
+    return Written(about["nnz"], about["sha256"], Moments(about["n"], *np.array(spill.load(done, "moments"))))
+
+
+def _write(task: ShardTask, job: Job, layout: Layout, done: Path) -> None:
+    rank, of = spill.gather([job.spill(n) for n in range(task.spills)], int(task.rank[0]), int(task.rank[-1]) + 1)
+    order = np.argsort(rank)
+    which = order[np.searchsorted(rank[order], task.rank)]
+    if not np.array_equal(rank[which], task.rank):
+        raise ValueError(f"shard {task.shard}: cells are missing from {job.work}/spill; remove {job.work}, start again")
+    step = max(1, int(PIECE * len(which) // max(1, len(of.gaps)) // layout.block)) * layout.block
+    found = Written(0, "", Moments.of(sparse.csr_matrix((0, sum(g.n_genes for g in layout.groups)))))
+    digests: list[str] = []
+
+    def pieces() -> Iterator[list[sparse.csr_matrix]]:
+        nonlocal found
+        for a in range(0, len(which), step):
+            parts = job.groups(of, which[a : a + step])
+            whole = parts[0] if len(parts) == 1 else sparse.hstack(parts, format="csr")
+            train = np.flatnonzero(task.train[a : a + step])
+            found = Written(found.nnz + int(whole.nnz), "", found.moments + Moments.of(whole[train]))
+            digests.extend(digest(whole, layout.block))
+            yield parts
+
+    write_shard(job.store, layout, task.shard, pieces())
+    m = found.moments
+    about = {"nnz": found.nnz, "sha256": combine_digests(digests), "n": m.n}
+    spill.publish(done, {
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "moments": np.stack([m.total, m.squares, m.nnz, m.largest]),
+    })  # fmt: skip
 
 
 def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> sparse.csr_matrix:
@@ -181,19 +357,13 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     """
     column = columns[counts.indices]
     keep = (column >= 0) & (counts.data != 0)
-    indptr = np.concatenate([[0], np.cumsum(keep)])[counts.indptr]
-    chosen = sparse.csr_matrix((counts.data[keep], column[keep], indptr), shape=(counts.shape[0], n_genes))
+    if keep.all():
+        chosen = sparse.csr_matrix((counts.data, column, counts.indptr), shape=(counts.shape[0], n_genes))
+    else:
+        indptr = np.concatenate([[0], np.cumsum(keep)])[counts.indptr]
+        chosen = sparse.csr_matrix((counts.data[keep], column[keep], indptr), shape=(counts.shape[0], n_genes))
     chosen.sum_duplicates()
     return chosen
-
-
-def _chosen(span: Span, job: Job) -> Iterator[sparse.csr_matrix]:
-    """The kept rows of a span, chosen columns, as uint32, piece by piece."""
-    for start, rows in _pieces(_source(job, span.file), span):
-        if span.keep is not None:
-            keep = span.keep[start - span.start : start - span.start + rows.shape[0]]
-            rows = rows[np.flatnonzero(keep)]
-        yield select(rows, job.columns[span.file], job.n_genes).astype(np.uint32)
 
 
 def _pieces(source: Source, span: Span) -> Iterator[tuple[int, sparse.csr_matrix]]:
@@ -202,15 +372,33 @@ def _pieces(source: Source, span: Span) -> Iterator[tuple[int, sparse.csr_matrix
         yield start, source.read(start, min(start + step, span.stop))
 
 
+def stamp(path: str) -> tuple[int, int]:
+    """Size and time of change of a source (of a folder: of everything in it), to see that it stays the same."""
+    if not os.path.isdir(path):
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    found = [e.stat() for folder, _, names in os.walk(path) for e in map(Path(folder).joinpath, names)]
+    return sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)
+
+
+def same(job: Job, file: int) -> None:
+    """Refuse a source that is not what it was when the build began."""
+    if (now := stamp(job.paths[file])) != tuple(job.stamps[file]):
+        raise ValueError(
+            f"{job.paths[file]} changed while the store was built ({job.stamps[file][0]} bytes, now {now[0]}): "
+            "wait until it is written, then run the command again"
+        )
+
+
 def _source(job: Job, file: int) -> Source:
-    stat = os.stat(job.paths[file])
-    return _open(job.paths[file], job.layer, stat.st_mtime_ns, stat.st_size)
+    same(job, file)
+    return _open(job.paths[file], job.layer, job.turned[file], tuple(job.stamps[file]))
 
 
 @functools.lru_cache(maxsize=8)
-def _open(path: str, layer: str | None, mtime: int, size: int) -> Source:
+def _open(path: str, layer: str | None, turned: str | None, version: tuple[int, int]) -> Source:
     """One open file per process and version of the file."""
-    return Source.open(path, layer)
+    return Source.open(path, layer) if turned is None else Source.open(path, layer, turned=turned)
 
 
 def forget() -> None:

@@ -1,7 +1,8 @@
 """Build a store: a few files of counts in, one folder that any cell can be read from out.
 
-Pass 1 scans the sources, pass 2 writes; each is a list of independent tasks that run in this process, on worker
-processes of this machine, or on any dask cluster that sees the same files. The result does not depend on which.
+Pass 1 scatters the cells of the sources, pass 2 gathers and writes them, shard by shard; each is a list of independent
+tasks that run in this process, on worker processes of this machine, or on any dask cluster that sees the same files. The
+result does not depend on which.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from tqdm import tqdm
 
 from distdiff import files
 from distdiff.data import manifest as about
-from distdiff.data.build import SCAN_CELLS, Build, Run, Wanted
+from distdiff.data.build import Build, Run, Wanted
 from distdiff.data.manifest import Manifest
 from distdiff.data.scan import Job, forget
 from distdiff.data.split import shares as checked_shares
+from distdiff.data.store import cores
+
+ALONE = 1 << 16
+"""Cells up to which this process builds a store faster than workers start."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,10 +41,20 @@ def shard(
     *,
     layer: str | None = None,
     genes: str | Sequence[str] = "all",
+    panel: str | Sequence[str] | None = None,
+    join: str = "inner",
     labels: Sequence[str] = (),
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     split_by: str | None = None,
+    strata: str | None = None,
+    shuffle: bool = True,
     seed: int = 0,
+    min_counts: float = 0,
+    min_genes: int = 0,
+    min_cells: int = 0,
+    max_mito: float = 100.0,
+    counts: bool = True,
+    codec: str = "local",
     workers: int | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,
@@ -48,36 +64,55 @@ def shard(
 ) -> Manifest:
     """Turn files of counts into a store that `CountStore` reads.
 
-    Cells stay in the order of the sources; those without a count of the chosen genes are dropped. Files that differ in
-    their genes are joined on the genes they share, in the order of the first. The store appears under its name only
-    when it is whole.
+    Cells are shuffled, training cells first; those without a count of the chosen genes are dropped. The store appears
+    under its name only when it is whole. A build that was killed or interrupted goes on when it is called again with
+    the same arguments.
 
     Parameters
     ----------
     inputs
-        h5ad files or AnnData zarr folders.
+        h5ad files, AnnData zarr folders, 10x h5 files or mtx folders.
     out
         Folder to make.
     layer
         Where the raw counts are: None is ``X``, ``"raw"`` is ``raw.X``, else a layer.
     genes
         ``"all"`` that have a count; ``"hvg:N"``, the N with the largest variance / mean (Fano factor of the raw
-        molecules over training cells; 1 for Poisson noise); a text file with one gene a line; or the names.
+        molecules over training cells; 1 for Poisson noise); ``"cv:N"``, with the largest coefficient of variation
+        (CountsDiff); ``"seurat_v3:N"``; a text file with one gene a line; or the names.
+    panel
+        Genes to store apart from the rest (same choices), so that training on them reads nothing else.
+    join
+        ``"inner"``: genes that every file has, in the order of the first; ``"outer"``: genes of any, zero where a file
+        lacks one.
     labels
         obs columns to keep as covariates.
     split, split_by, seed
-        Shares of train, val and test; the obs column whose values stay whole (None splits by cell); seed. By cell the
-        shares are exact over the cells that have a count of any shared (or named) gene; ``hvg`` may then drop a few.
+        Shares of train, val and test; the obs column whose values stay whole (None splits by cell); seed of split and
+        order. By cell the shares are exact over all cells, before any is dropped.
+    strata
+        obs column (kept as a label) whose values lie together, for training in given proportions.
+    shuffle
+        False keeps the cells in the order of the sources.
+    min_counts, min_genes, max_mito
+        Cells with fewer molecules, fewer genes, or a larger percentage of molecules from genes named ``MT-`` are
+        dropped.
+    min_cells
+        Genes that fewer cells have are dropped (not those chosen by name).
+    counts
+        False takes any finite numbers and keeps them as float32, for models of measurements that are no counts.
+    codec
+        ``"local"`` (lz4, fastest) or ``"compact"`` (zstd, smallest).
     workers
         Worker processes of a LocalCluster; None is one a core (this process up to 65,536 cells, where starting workers
         takes longer than the work), 0 is this process. Scripts that start workers need the
         ``if __name__ == "__main__"`` guard.
     scheduler
-        Address of a running dask scheduler instead.
+        Address of a running dask scheduler instead; its workers must see the inputs and the folder of ``out``.
     overwrite
         Replace a store of that name, once the new one is whole.
     block, blocks_per_shard
-        Cells a block; blocks a shard (None aims at 64 MiB of raw counts).
+        Cells a block; blocks a shard (None aims at 64 MiB of coded counts).
     progress
         Show a bar and what was left out.
 
@@ -89,24 +124,39 @@ def shard(
     Raises
     ------
     FileExistsError
-        ``out`` exists.
+        ``out`` exists, or another process is building it.
     ValueError, FileNotFoundError
-        Inputs, layer, genes, labels or split cannot be used; something is no count.
+        Inputs, layer, genes, labels or split cannot be used; something is no count; a source changed meanwhile.
     OSError
         The disk is full.
     """
     shares = checked_shares(split)
     if block < 1 or (blocks_per_shard is not None and blocks_per_shard < 1):
         raise ValueError(f"block={block}, blocks_per_shard={blocks_per_shard}: both must be at least 1")
+    if codec not in about.CODECS:
+        raise ValueError(f"codec {codec!r}: {' or '.join(about.CODECS)} is wanted")
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     out = Path(out).absolute()
     _refuse_foreign(out)
     say = partial(print, flush=True) if progress else lambda text: None
-    wanted = Wanted(layer, genes, tuple(labels), shares, split_by, seed, block, blocks_per_shard, say)
-    build = Build(paths, wanted)
-    with files.whole(out, overwrite=overwrite) as root, _runner(workers, scheduler, progress, build.n_cells) as run:
+    kept_labels = tuple(labels) + ((strata,) if strata and strata not in labels else ())
+    bounds = {"min_counts": (min_counts, 0), "min_genes": (min_genes, 0), "min_cells": (min_cells, 0),
+              "max_mito": (max_mito, 100.0)}  # fmt: skip
+    quality = {name: float(value) for name, (value, off) in bounds.items() if value != off}
+    wanted = Wanted(
+        layer, genes, panel, join, kept_labels, shares, split_by, strata, shuffle, seed, quality, counts, codec, block,
+        blocks_per_shard,
+    )  # fmt: skip
+    build = Build(paths, wanted, say)
+    with (
+        files.resumable(out, build.identity(), overwrite=overwrite) as work,
+        _runner(workers, scheduler, progress, build.n_cells) as runner,
+    ):
+        if (work / "spill").is_dir():
+            say(f"going on with the build in {work}")
+        build.tell()
         try:
-            return build.run(root, run)
+            return build.run(work, *runner)
         finally:
             forget()
 
@@ -118,12 +168,15 @@ def _refuse_foreign(out: Path) -> None:
 
 
 @contextmanager
-def _runner(workers: int | None, scheduler: str | None, progress: bool, n_cells: int) -> Iterator[Run]:
-    """What runs a pass: this process, worker processes here, or a cluster elsewhere."""
+def _runner(
+    workers: int | None, scheduler: str | None, progress: bool, n_cells: int
+) -> Iterator[tuple[Run, int]]:
+    """What runs a pass (this process, worker processes here, or a cluster elsewhere), and the bytes a worker has."""
     if workers is not None and workers < 0:
         raise ValueError(f"workers={workers}: 0 is this process, 1 or more are worker processes")
-    if scheduler is None and (workers == 0 or (workers is None and n_cells <= SCAN_CELLS)):
-        yield lambda fn, tasks, job, what: [fn(t, job) for t in _bar(tasks, what, progress)]
+    if scheduler is None and (workers == 0 or (workers is None and n_cells <= ALONE)):
+        memory = psutil.virtual_memory().available
+        yield lambda fn, tasks, job, what: [fn(t, job) for t in _bar(tasks, what, progress)], memory
         return
     from dask.distributed import Client, LocalCluster
 
@@ -134,12 +187,11 @@ def _runner(workers: int | None, scheduler: str | None, progress: bool, n_cells:
         except (OSError, TimeoutError) as e:
             raise OSError(f"no dask scheduler with workers answers at {scheduler} ({e}); start one first") from e
         with client:
-            yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress)
+            yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress), _memory(client)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
         LocalCluster(
-            n_workers=workers or max(1, min(cores, -(-n_cells // SCAN_CELLS))),
+            n_workers=workers or max(1, min(cores(), -(-n_cells // ALONE))),
             threads_per_worker=1,
             processes=True,
             dashboard_address="127.0.0.1:0",
@@ -150,7 +202,13 @@ def _runner(workers: int | None, scheduler: str | None, progress: bool, n_cells:
         if progress:
             hint = "" if importlib.util.find_spec("bokeh") else " (pip install bokeh to see it)"
             print(f"{len(cluster.workers)} worker processes; dashboard: {client.dashboard_link}{hint}", flush=True)
-        yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress)
+        yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress), _memory(client)
+
+
+def _memory(client: Any) -> int:
+    """Bytes that the smallest worker has."""
+    limits = [w["memory_limit"] for w in client.scheduler_info(n_workers=-1)["workers"].values()]
+    return min([int(limit) for limit in limits if limit] or [psutil.virtual_memory().available])
 
 
 def _run_dask(

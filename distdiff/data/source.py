@@ -1,4 +1,4 @@
-"""One input file of counts, read by row slices and never whole: h5ad, AnnData zarr, or an AnnData in memory."""
+"""One input file of counts, read by row slices: h5ad, AnnData zarr, 10x h5 or mtx, or an AnnData in memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 from scipy import sparse
 
 from distdiff.component import nearest
+from distdiff.data import tenx
+from distdiff.data.turn import ByGene, Csc, Turned, reading, stamp
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,7 +41,9 @@ class Source:
     n_cells
         Number of rows.
     note
-        Why the matrix sits in memory whole, or empty.
+        What to know of how it is read (why the matrix sits in memory whole, what was left out), or empty.
+    stored
+        The matrix on disk where it is stored gene by gene or as a list of entries, else None.
     """
 
     where: str
@@ -49,10 +53,14 @@ class Source:
     _matrix: Any = field(repr=False)
     _obs: Any = field(repr=False)
     _file: Any = field(default=None, repr=False)
+    stored: ByGene | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, layer: str | None = None) -> Source:
-        """Open an h5ad file or an AnnData zarr folder.
+    def open(cls, path: str | Path, layer: str | None = None, turned: str | Path | None = None) -> Source:
+        """Open an h5ad file, an AnnData zarr folder, a 10x h5 file, or a 10x mtx folder (or its .mtx itself).
+
+        The matrix is not read yet. 10x: genes are named by symbol and cells by barcode, there is no column of obs,
+        and of several kinds of features only Gene Expression is read; `note` tells what was left out or renamed.
 
         Parameters
         ----------
@@ -60,28 +68,41 @@ class Source:
             File or folder.
         layer
             Name in ``layers``; None is ``X``; ``"raw"`` is ``raw.X`` unless a layer has that name.
+        turned
+            Folder in which `turn.turn` brought the matrix into row order; None reads it as it is, and one that is
+            stored `by_gene` is then loaded whole at the first `read`.
 
         Raises
         ------
         FileNotFoundError
             No such file.
         ValueError
-            Not AnnData, truncated, layer missing, or duplicate gene names.
+            Not such a file, truncated, layer missing, duplicate gene names, or ``turned`` of another or unfinished.
         """
         path = Path(path)
+        if mtx := tenx.mtx_of(path):
+            refuse_layer(path, layer)
+            matrix, features, barcodes = tenx.open_mtx(mtx)
+            return cls._tenx(str(path), features, matrix, barcodes, turned=_turned(matrix, path, layer, turned))
         root = _open_zarr(path) if path.is_dir() else _open_h5(path)
         if not ("obs" in root and "var" in root):
+            if not path.is_dir() and tenx.is_h5(root):
+                refuse_layer(path, layer)
+                group, shape, features, barcodes = tenx.open_h5(root, str(path))
+                rows = _CsrRows(group, shape)
+                return cls._tenx(str(path), features, rows, barcodes, root, _turned(None, path, layer, turned))
             hint = "; it is a distdiff store already" if (path / "manifest.json").exists() else ""
-            raise ValueError(f"{path} is no AnnData: it has no obs or no var{hint}; give an h5ad file or a zarr folder")
+            raise ValueError(f"{path} is no AnnData: it has no obs or no var{hint}; give {_KINDS}")
         holder, var = _layer(root, layer, str(path))
         where = str(path) if layer is None else f"{path} (layer {layer!r})"
-        try:
-            matrix, note = _rows_of(holder, where)
+        with reading(where):
+            rows = _rows_of(holder, where)
             genes = _frame_index(root[var])
-        except (OSError, KeyError, RuntimeError) as e:
-            raise ValueError(f"{where} cannot be read ({e}): the file is truncated or damaged; copy it again") from e
+        stored = rows if isinstance(rows, ByGene) else None
+        other = _turned(stored, path, layer, turned)
+        note = "" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"
         obs = root["obs"] if hasattr(root["obs"], "keys") else _read_elem(root["obs"])  # a table: h5ad before 0.7
-        return cls._checked(where, genes, matrix, note, obs, root)
+        return cls._checked(where, genes, other or rows, note, obs, root, stored)
 
     @classmethod
     def from_anndata(cls, adata: AnnData, layer: str | None = None) -> Source:
@@ -109,12 +130,46 @@ class Source:
         return cls._checked(where, np.asarray(genes, dtype=str), x, note, adata.obs)
 
     @classmethod
-    def _checked(cls, where: str, genes: np.ndarray, matrix: Any, note: str, obs: Any, file: Any = None) -> Source:
+    def _tenx(
+        cls,
+        where: str,
+        features: tenx.Features,
+        matrix: Any,
+        barcodes: np.ndarray,
+        file: Any = None,
+        turned: Turned | None = None,
+    ) -> Source:
+        import pandas as pd
+
+        stored = matrix if isinstance(matrix, ByGene) else None
+        loaded = f"{where}: stored as a list of entries (mtx), {_WHOLE}" if stored and not turned else ""
+        rows = turned or matrix
+        if features.keep is not None:
+            rows = _Columns(rows, features.keep)
+        note = "; ".join(filter(None, (loaded, features.note)))
+        return cls._checked(where, features.genes, rows, note, pd.DataFrame(index=barcodes), file, stored)
+
+    @classmethod
+    def _checked(
+        cls,
+        where: str,
+        genes: np.ndarray,
+        matrix: Any,
+        note: str,
+        obs: Any,
+        file: Any = None,
+        stored: ByGene | None = None,
+    ) -> Source:
         if matrix.shape[1] != len(genes):
             raise ValueError(f"{where}: {matrix.shape[1]} columns but {len(genes)} genes in var; the file is damaged")
         if (twice := _first_duplicate(genes)) is not None:
             raise ValueError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
-        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file)
+        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored)
+
+    @property
+    def by_gene(self) -> bool:
+        """Whether rows need the matrix whole, unless it was turned before (`turn.slabs`, `turn.turn`)."""
+        return self.stored is not None
 
     @cached_property
     def obs_names(self) -> np.ndarray:
@@ -195,6 +250,18 @@ class Source:
         """Close the file, if there is one."""
         if hasattr(self._file, "close"):
             self._file.close()
+
+
+def refuse_layer(path: str | Path, layer: str | None) -> None:
+    """Refuse a layer of a 10x matrix.
+
+    Raises
+    ------
+    ValueError
+        There is one.
+    """
+    if layer is not None:
+        raise ValueError(f"{path} is a 10x matrix and has no layers, {layer!r} was asked; leave --layer out")
 
 
 def codes(values: np.ndarray, vocabulary: Sequence[str] | None = None) -> np.ndarray:
@@ -278,6 +345,24 @@ def dense(counts: sparse.csr_matrix) -> np.ndarray:
     return counts.astype(np.float32).toarray()
 
 
+_KINDS = "an h5ad file, an AnnData zarr folder, a 10x h5 file or a folder with a matrix.mtx"
+_WHOLE = "so it is read whole into memory by every worker"
+
+
+class _Columns:
+    """The same rows, some of the columns (``keep``, ascending) of ``matrix``."""
+
+    def __init__(self, matrix: Any, keep: np.ndarray) -> None:
+        self._matrix, self._keep = matrix, keep
+        self.shape, self.dtype, self.nnz = (matrix.shape[0], len(keep)), matrix.dtype, matrix.nnz
+
+    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
+        counts = self._matrix[rows]
+        if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < counts.shape[1]:
+            raise OSError(f"an entry of feature {counts.indices.max()}, there are {counts.shape[1]}")
+        return counts[:, self._keep]
+
+
 class _CsrRows:
     """Row slices of a CSR group on disk (h5py or zarr): ``matrix[start:stop]``."""
 
@@ -299,11 +384,11 @@ def _open_h5(path: Path) -> Any:
     import h5py
 
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give an h5ad file or an AnnData zarr folder")
+        raise FileNotFoundError(f"{path} does not exist; give {_KINDS}")
     try:
         return h5py.File(path, "r")
     except OSError as e:
-        raise ValueError(f"{path} cannot be opened as h5ad ({e}): truncated, or not an h5ad file") from e
+        raise ValueError(f"{path} cannot be opened as h5ad ({e}): truncated, or not an h5ad file; give {_KINDS}") from e
 
 
 def _open_zarr(path: Path) -> Any:
@@ -312,7 +397,7 @@ def _open_zarr(path: Path) -> Any:
     try:
         return zarr.open_group(str(path), mode="r", use_consolidated=False)
     except (FileNotFoundError, ValueError, KeyError) as e:
-        raise ValueError(f"{path} cannot be opened as a zarr folder ({e}); give an h5ad file or a zarr folder") from e
+        raise ValueError(f"{path} cannot be opened as a zarr folder ({e}); give {_KINDS}") from e
 
 
 def _layer(root: Any, layer: str | None, path: str) -> tuple[Any, str]:
@@ -334,19 +419,28 @@ def _encoding(element: Any) -> str:
     return str(element.attrs.get("encoding-type", ""))
 
 
-def _rows_of(element: Any, where: str) -> tuple[Any, str]:
-    """Something whose ``[start:stop]`` gives rows, and a note if it had to be loaded whole."""
+def _rows_of(element: Any, where: str) -> Any:
+    """Something whose ``[start:stop]`` gives rows."""
     from anndata.io import sparse_dataset
 
     if not (_encoding(element).endswith("_matrix") or "h5sparse_format" in element.attrs):
         if len(getattr(element, "shape", ())) != 2:
             raise ValueError(f"{where}: encoding {_encoding(element)!r} is neither a sparse nor a dense matrix")
-        return element, ""
+        return element
     backed = sparse_dataset(element)
-    if backed.format == "csr":
-        return _CsrRows(element, backed.shape), ""
-    whole = sparse.csr_matrix(backed.to_memory())
-    return whole, f"{where}: stored gene by gene (CSC), so it is read whole into memory by every worker"
+    return _CsrRows(element, backed.shape) if backed.format == "csr" else Csc(element, backed.shape, where)
+
+
+def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | Path | None) -> Turned | None:
+    """The rows of a matrix that was turned, if it was turned from this one."""
+    if folder is None:
+        return None
+    if stored is None:
+        raise ValueError(f"{path} is stored cell by cell, it cannot have been turned in {folder}; leave turned= out")
+    turned = Turned(folder, stored.shape)
+    if (turned.stamp, turned.layer, turned.nnz, turned.dtype) != (stamp(path), layer, stored.nnz, stored.dtype):
+        raise ValueError(f"{folder} was turned from another file, layer or version than {path}; delete it")
+    return turned
 
 
 def _read_elem(element: Any) -> Any:

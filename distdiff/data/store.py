@@ -1,41 +1,48 @@
-"""Read cells of a store in any order: blocks through tensorstore, cells out of blocks by arithmetic."""
+"""Read cells of a store in any order: coded blocks through a reader into memory, cells out of them by compiled loops."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-import threading
-from collections import OrderedDict
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import torch
 from scipy import sparse
 
 from distdiff.component import nearest
-from distdiff.data.manifest import SPLITS, Manifest, combine, digest
-from distdiff.data.source import dense
+from distdiff.data import coding
+from distdiff.data.coding import Slots
+from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_digests, digest
+from distdiff.data.pool import Lease, Pool
+from distdiff.data.readers import Reader, open_array, open_kvstore, reader_class
+from distdiff.data.source import LAST_EXACT, dense
 from distdiff.types import Cells, Condition, DataSpec
 
 GROUP = 64
-"""Blocks fetched in one request."""
-
-PARTS = ("data", "indices", "indptr")
+"""Blocks asked for at once."""
 
 
-class _Block(NamedTuple):
-    """One decoded block: counts and gene numbers ``[nnz]``, starts of its cells ``int64 [block + 1]``."""
+@dataclass(frozen=True)
+class Columns:
+    """One column group as a store is looked at: where its genes go.
 
-    data: np.ndarray
-    indices: np.ndarray
-    indptr: np.ndarray
+    Attributes
+    ----------
+    pool
+        Its blocks in memory.
+    place
+        ``int32 [genes of the group]``, column of the view, -1 where the view does not have the gene.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self)
+    pool: Pool
+    place: np.ndarray
 
 
 class CountStore:
@@ -43,55 +50,73 @@ class CountStore:
 
     Attributes
     ----------
-    path, manifest
+    url, manifest
         Where it is and what it says about itself.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, cache_bytes: int) -> None:
-        self.path, self.manifest = path, manifest
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 16 << 20}})
-        self._counts = {part: self._array(f"counts/{part}") for part in PARTS}
-        self._columns: dict[str, np.ndarray] = {}
-        self._cache: OrderedDict[int, _Block] = OrderedDict()
-        self._room, self._cache_bytes = cache_bytes, cache_bytes
-        self._lock = threading.Lock()
+    def __init__(self, url: str, manifest: Manifest, cache_bytes: int, reader: str, threads: int) -> None:
+        self.url, self.manifest = url, manifest
+        self._options = {"cache_bytes": cache_bytes, "reader": reader, "threads": threads}
+        self._small: dict[str, np.ndarray] = {}
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="distdiff-decode")
+        room = cache_bytes // sum(self._slot_bytes(g.cap) for g in manifest.groups)
+        self._pools = []
+        for info in manifest.groups:
+            slots = Slots.empty(min(room, manifest.n_blocks), info.cap, manifest.block, manifest.dtype)
+            opened = self._opened(reader_class(reader, url), info.name)
+            self._pools.append(Pool(slots, functools.partial(self._fetch, opened, slots, info.n_genes), self._threads))
         self._panel: np.ndarray | None = None
-        self._wide = np.int64 if manifest.dtype == "uint32" else np.int32
+        self._wide = {"uint32": np.int64, "float32": np.float32}.get(manifest.dtype, np.int32)
+        self.columns = self._columns()
 
     @classmethod
-    def open(cls, path: str | Path, *, cache_bytes: int = 512 << 20) -> CountStore:
+    def open(
+        cls, path: str | Path, *, cache_bytes: int = 512 << 20, reader: str = "auto", threads: int | None = None
+    ) -> CountStore:
         """Open a store.
 
         Parameters
         ----------
         path
-            Folder of the store.
+            Folder of the store, or its URL (``s3://``, ``gs://``, ``http://``).
         cache_bytes
-            Memory for decoded blocks; a training window (64 blocks or so) should fit.
+            Memory for coded blocks; two windows (of 64 blocks or so) should fit.
+        reader
+            ``direct``, ``tensorstore``, ``zarr``; ``auto`` is the first for a local folder, else the second.
+        threads
+            Threads that read and decompress; None is one a core, at most 4.
 
         Raises
         ------
         FileNotFoundError
             No finished store there, or a file of a shard is gone.
         ValueError
-            A manifest that cannot be used, or a damaged array.
+            A manifest that cannot be used, a damaged array, or no such reader.
         """
-        path = Path(path).absolute()
-        manifest = Manifest.read(path)
-        for shard, part in itertools.product(manifest.shards, PARTS):
-            file = path / "counts" / part / "c" / str(shard.index) / "0"
+        url = str(path) if "://" in str(path) else str(Path(path).absolute())
+        threads = threads or max(1, min(4, cores()))
+        if "://" in url:
+            return cls(url, _remote_manifest(url), cache_bytes, reader, threads)
+        about = Manifest.read(Path(url))
+        for shard, info, part in itertools.product(about.shards, about.groups, Slots._fields):
+            file = Path(url) / "counts" / info.name / part / "c" / str(shard.index) / "0"
             if not file.exists():
                 raise FileNotFoundError(
-                    f"{path}: shard {shard.index} (rows {shard.start} to {shard.stop}) is missing ({file}); "
+                    f"{url}: shard {shard.index} (rows {shard.start} to {shard.stop}) is missing ({file}); "
                     "restore it or rebuild the store: distdiff shard --overwrite"
                 )
-        return cls(path, manifest, cache_bytes)
+        return cls(url, about, cache_bytes, reader, threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self._cache_bytes, None if self._panel is None else self.genes)
+        return _reopen, (self.url, self._options, None if self._panel is None else self.genes)
 
     def __repr__(self) -> str:
-        return f"CountStore({str(self.path)!r}, {self.n_cells} cells x {len(self.genes)} genes)"
+        return f"CountStore({self.url!r}, {self.n_cells} cells x {len(self.genes)} genes)"
+
+    @property
+    def path(self) -> PurePosixPath | Path:
+        """Its folder; of a remote store the path in its URL."""
+        return PurePosixPath(self.url.split("://", 1)[1]) if "://" in self.url else Path(self.url)
 
     @property
     def n_cells(self) -> int:
@@ -103,22 +128,32 @@ class CountStore:
             return self.manifest.genes
         return tuple(self.manifest.genes[i] for i in self._panel)
 
-    def panel(self, genes: Sequence[str]) -> CountStore:
+    def panel(self, genes: Sequence[str] | None = None) -> CountStore:
         """Look at this store through some of its genes, in another order if need be; nothing is copied.
+
+        Column groups that hold none of them are not read.
+
+        Parameters
+        ----------
+        genes
+            Names; None is the panel that the store was built with (all genes where it has none).
 
         Raises
         ------
         ValueError
             A gene that the store does not have, a gene named twice, no gene.
         """
+        if genes is None:
+            genes = self.manifest.genes[: self.manifest.groups[0].n_genes]
         place = {gene: i for i, gene in enumerate(self.manifest.genes)}
         for gene in genes:
             if gene not in place:
-                raise ValueError(f"{self.path} has no gene {gene!r}{nearest(gene, place)}")
+                raise ValueError(f"{self.url} has no gene {gene!r}{nearest(gene, place)}")
         if not genes or len(set(genes)) < len(genes):
             raise ValueError(f"a panel of {len(genes)} genes, {len(set(genes))} of them different: name each gene once")
         seen = copy.copy(self)
         seen._panel = np.array([place[gene] for gene in genes], dtype=np.int64)
+        seen.columns = seen._columns()
         return seen
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
@@ -132,34 +167,27 @@ class CountStore:
         Returns
         -------
         csr_matrix [n, g]
-            Molecules, int32 (int64 where the store holds uint32), in the order asked; gene indices ascending.
+            Molecules, int32 (int64 where the store holds uint32, float32 where it holds measurements), in the order
+            asked; gene indices ascending.
 
         Raises
         ------
         ValueError
             Rows out of range, or a corrupt shard (named).
         """
-        counts = self._read(self._checked(rows))
-        if self._panel is None:
-            return counts
-        counts = counts[:, self._panel]
-        counts.sort_indices()
-        return counts
-
-    def _read(self, rows: np.ndarray) -> sparse.csr_matrix:
+        rows = self._checked(rows)
         if not len(rows):
-            return sparse.csr_matrix((0, len(self.manifest.genes)), dtype=self._wide)
+            return sparse.csr_matrix((0, len(self.genes)), dtype=self._wide)
         ascending = bool((rows[1:] >= rows[:-1]).all())
         order = None if ascending else np.argsort(rows, kind="stable")
-        pieces = list(self._pieces(rows if order is None else rows[order]))
-        counts = sparse.csr_matrix(
-            (
-                np.concatenate([p[0] for p in pieces], dtype=self._wide),
-                np.concatenate([p[1] for p in pieces], dtype=np.int32),
-                np.concatenate([[0], np.cumsum(np.concatenate([p[2] for p in pieces]))]),
-            ),
-            shape=(len(rows), len(self.manifest.genes)),
-        )
+        pieces = [
+            functools.reduce(
+                lambda a, b: a + b,
+                [coding.csr(*at, c.place, len(self.genes), self._wide) for c, at in zip(self.columns, held, strict=True)],
+            )
+            for _, _, held in self._held(rows if order is None else rows[order])
+        ]
+        counts = pieces[0] if len(pieces) == 1 else sparse.vstack(pieces, format="csr")
         counts.has_canonical_format = True
         return counts if order is None else counts[np.argsort(order)]
 
@@ -180,8 +208,11 @@ class CountStore:
         """
         rows = self._checked(rows)
         codes = self.labels(rows, labels)
-        counts = torch.from_numpy(dense(self.read(rows)))
-        return Cells(counts, Condition({k: torch.from_numpy(v) for k, v in codes.items()}), torch.from_numpy(rows))
+        return Cells(
+            torch.from_numpy(self._dense(rows)),
+            Condition({k: torch.from_numpy(v) for k, v in codes.items()}),
+            torch.from_numpy(rows),
+        )
 
     def labels(self, rows: np.ndarray, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Label codes ``int64 [n]`` per covariate (None is all), -1 where missing.
@@ -192,7 +223,7 @@ class CountStore:
             Rows out of range, or no such covariate (the nearest one is named).
         """
         rows = self._checked(rows)
-        return {k: self._column(f"labels/{k}")[rows].astype(np.int64) for k in self._label_keys(keys)}
+        return {k: self._array_of(f"labels/{k}")[rows].astype(np.int64) for k in self._label_keys(keys)}
 
     def rows(self, split: str = "all") -> np.ndarray:
         """Rows of ``"train"``, ``"val"``, ``"test"`` or ``"all"``, ascending ``int64``.
@@ -206,18 +237,18 @@ class CountStore:
             return np.arange(self.n_cells, dtype=np.int64)
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}{nearest(split, [*SPLITS, 'all'])}")
-        return np.flatnonzero(self._column("split") == SPLITS.index(split)).astype(np.int64)
+        return np.flatnonzero(self._array_of("split") == SPLITS.index(split)).astype(np.int64)
 
     def names(self, rows: np.ndarray) -> np.ndarray:
         """Cell names, ``str [n]``."""
         rows = self._checked(rows)
-        raw = self._values("names", self._array("names")[rows])
+        raw = self._values("names", self._open_array("names")[rows])
         return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
 
     def origin(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Input file ``int32 [n]`` (place in ``manifest.sources``) and row there ``int64 [n]`` of some cells."""
         rows = self._checked(rows)
-        return self._column("source/file")[rows], self._column("source/row")[rows]
+        return self._array_of("source/file")[rows], self._array_of("source/row")[rows]
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Per gene over training cells, each ``float64 [g]``: ``mean``, ``var`` (molecules^2), ``nnz``, ``max``."""
@@ -228,7 +259,7 @@ class CountStore:
         values = {k: tuple(self.manifest.labels[k]) for k in self._label_keys(labels)}
         return DataSpec(self.genes, values, self._of_genes("mean").astype(np.float32))
 
-    def verify(self) -> None:
+    def verify(self, progress: bool = False) -> None:
         """Read everything once and compare it with the manifest's hashes.
 
         Raises
@@ -236,83 +267,133 @@ class CountStore:
         ValueError
             A shard differs from what was built (it is named).
         """
-        for shard in self.manifest.shards:
+        from tqdm import tqdm
+
+        whole = self if self._panel is None else CountStore.open(self.url, **self._options)
+        for shard in tqdm(self.manifest.shards, desc="verify", unit="shard", disable=not progress, ascii=True):
             rows = np.arange(shard.start, shard.stop)
-            codes = [*(self._column(f"labels/{k}")[rows] for k in sorted(self.manifest.labels))]
-            if combine(digest(self._read(rows)), [*codes, self._column("split")[rows]]) != shard.sha256:
+            codes = [*(self._array_of(f"labels/{k}")[rows] for k in sorted(self.manifest.labels))]
+            counts = combine_digests(digest(whole.read(rows), self.manifest.block))
+            if combine(counts, [*codes, self._array_of("split")[rows]]) != shard.sha256:
                 raise self._corrupt(shard.start // self.manifest.block, "its content differs from the manifest's hash")
 
-    def _pieces(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Counts, gene numbers and row lengths of ascending rows, block by block."""
-        numbers, first = np.unique(rows // self.manifest.block, return_index=True)
-        last = [*first[1:], len(rows)]
-        for lo in range(0, len(numbers), GROUP):
-            group = numbers[lo : lo + GROUP].tolist()
-            for number, block, a, b in zip(group, self._blocks(group), first[lo:], last[lo:], strict=False):
-                local = rows[a:b] - number * self.manifest.block
-                starts = block.indptr[local]
-                lengths = block.indptr[local + 1] - starts
-                if (np.diff(local) == 1).all():
-                    run = slice(int(starts[0]), int(starts[0] + lengths.sum()))
-                    yield block.data[run], block.indices[run], lengths
-                else:
-                    ends = np.cumsum(lengths)
-                    at = np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])
-                    yield block.data[at], block.indices[at], lengths
+    def lease(self, rows: np.ndarray) -> list[Lease] | None:
+        """Start to read the blocks of some rows and hold them, one lease a column group; None if there is no room."""
+        blocks = np.unique(rows // self.manifest.block)
+        leases: list[Lease] = []
+        for columns in self.columns:
+            if (lease := columns.pool.lease(blocks)) is None:
+                for other in leases:
+                    other.release()
+                return None
+            leases.append(lease)
+        return leases
 
-    def _blocks(self, numbers: Sequence[int]) -> list[_Block]:
-        """Decoded blocks, from the cache or the disk."""
-        with self._lock:
-            found = {n: self._cache[n] for n in numbers if n in self._cache}
-            for n in found:
-                self._cache.move_to_end(n)
-        missing = [n for n in numbers if n not in found]
-        if missing:
-            found |= self._fetch(missing)
-            with self._lock:
-                for n in missing:
-                    if n not in self._cache:
-                        self._cache[n] = found[n]
-                        self._room -= found[n].nbytes
-                while self._room < 0 and self._cache:
-                    self._room += self._cache.popitem(last=False)[1].nbytes
-        return [found[n] for n in numbers]
+    def dense_of(self, rows: np.ndarray, leases: Sequence[Lease]) -> np.ndarray:
+        """Counts float32 ``[n, g]`` of rows whose blocks are held."""
+        out = np.zeros((len(rows), len(self.genes)), np.float32)
+        for columns, lease in zip(self.columns, leases, strict=True):
+            slot = lease.slots()[np.searchsorted(lease.blocks, rows // self.manifest.block)]
+            coding.add_dense(columns.pool.memory, slot, rows % self.manifest.block, columns.place, out)
+        return out
 
-    def _fetch(self, numbers: Sequence[int]) -> dict[int, _Block]:
-        """Read and check blocks from the disk, all in one batch of requests."""
+    @property
+    def slots(self) -> int:
+        """Blocks that this view has memory for."""
+        return min(c.pool.size for c in self.columns)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Memory that all blocks of this view take, coded."""
+        return self.manifest.n_blocks * sum(c.pool.memory.gaps.shape[1] for c in self.columns) * self._entry_bytes
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 tells every count of the store apart."""
+        return self.manifest.largest < LAST_EXACT
+
+    def _dense(self, rows: np.ndarray) -> np.ndarray:
+        if not self.exact:
+            return dense(self.read(rows))
+        out = np.zeros((len(rows), len(self.genes)), np.float32)
+        order = np.argsort(rows, kind="stable")
+        for a, b, held in self._held(rows[order]):
+            part = out[a:b] if (np.diff(order[a:b]) == 1).all() else np.zeros((b - a, len(self.genes)), np.float32)
+            for columns, at in zip(self.columns, held, strict=True):
+                coding.add_dense(*at, columns.place, part)
+            out[order[a:b]] = part
+        return out
+
+    def _held(self, rows: np.ndarray) -> Iterator[tuple[int, int, list[tuple[Slots, np.ndarray, np.ndarray]]]]:
+        """Ascending rows in pieces: first and last, and for each column group the memory, slots and places in them."""
+        blocks, first = np.unique(rows // self.manifest.block, return_index=True)
+        step = min(GROUP, max(1, self.slots // 2))
+        edges = [*first[::step].tolist(), len(rows)]
+        groups = [blocks[i : i + step] for i in range(0, len(blocks), step)]
+        ahead = [c.pool.lease(groups[0]) for c in self.columns]
+        for i, (a, b) in enumerate(itertools.pairwise(edges)):
+            leases = ahead
+            ahead = [c.pool.lease(groups[i + 1]) for c in self.columns] if i + 1 < len(groups) else []
+            local = rows[a:b] % self.manifest.block
+            which = np.searchsorted(groups[i], rows[a:b] // self.manifest.block)
+            try:
+                held = []
+                for columns, lease in zip(self.columns, leases, strict=True):
+                    memory, slots = columns.pool.borrow(groups[i]) if lease is None else (
+                        columns.pool.memory, lease.slots())  # fmt: skip
+                    held.append((memory, slots[which], local))
+                yield a, b, held
+            except BaseException:
+                _release(ahead)
+                raise
+            finally:
+                _release(leases)
+
+    def _fetch(self, reader: Reader, memory: Slots, n_genes: int, blocks: Sequence[int], slots: Sequence[int],
+               into: Slots | None = None) -> None:  # fmt: skip
+        """Read and check some blocks; a fault names the block."""
+        memory = memory if into is None else into
         try:
-            data, indices, indptr = self._request(numbers)
-        except ValueError as e:
-            for n in numbers if len(numbers) > 1 else ():
-                self._fetch([n])  # raises for the block that is at fault
-            raise self._corrupt(numbers[0], str(e)) from e
-        return {n: self._trim(n, data[i], indices[i], indptr[i]) for i, n in enumerate(numbers)}
+            reader.read(blocks, memory, slots)
+        except (ValueError, OSError, RuntimeError) as error:
+            for block, slot in zip(blocks, slots, strict=True) if len(blocks) > 1 else ():
+                self._fetch(reader, memory, n_genes, [block], [slot])  # raises for the block that is at fault
+            raise self._corrupt(blocks[0], str(error)) from error
+        for block, slot in zip(blocks, slots, strict=True):
+            n = min(self.manifest.block, self.n_cells - block * self.manifest.block)
+            if why := coding.fault(memory, slot, n, n_genes):
+                raise self._corrupt(block, why)
 
-    def _request(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        at = np.asarray(numbers, np.int64)
-        with ts.Batch() as batch:
-            futures = [self._counts[part][at].read(batch=batch) for part in PARTS]
-        return [f.result() for f in futures]
+    def _columns(self) -> list[Columns]:
+        """The column groups that this view needs."""
+        groups = self.manifest.groups
+        place = np.full(len(self.manifest.genes), -1, np.int32)
+        seen = np.arange(len(place)) if self._panel is None else self._panel
+        place[seen] = np.arange(len(seen), dtype=np.int32)
+        parts = np.split(place, np.cumsum([g.n_genes for g in groups])[:-1])
+        return [Columns(pool, part) for pool, part in zip(self._pools, parts, strict=True) if (part >= 0).any()]
 
-    def _trim(self, number: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> _Block:
-        """A block without its padding, checked: zarr reads a chunk that is not there as zeros."""
-        starts = indptr.astype(np.int64)
-        nnz, n = int(starts[-1]), min(self.manifest.block, self.n_cells - number * self.manifest.block)
-        lengths = np.diff(starts)
-        if starts[0] != 0 or nnz > len(data) or (lengths[:n] < 1).any() or (lengths[n:] != 0).any():
-            raise self._corrupt(number, "its row starts make no sense")
-        if not data[:nnz].all() or data[nnz:].any():
-            raise self._corrupt(number, "its counts do not fit its row starts")
-        ascending = indices[1:nnz] > indices[: nnz - 1]
-        ascending[starts[1:n] - 1] = True  # a cell's first gene may be below the last one of the cell before
-        if not ascending.all() or int(indices[:nnz].max()) >= len(self.manifest.genes):
-            raise self._corrupt(number, "its gene numbers make no sense")
-        return _Block(data[:nnz].copy(), indices[:nnz].copy(), starts)
+    def _opened(self, kind: type[Reader], group: str) -> Reader:
+        try:
+            return kind(self.url, group)
+        except (ValueError, KeyError) as error:
+            if "reader 'direct'" in str(error):
+                raise
+            raise ValueError(
+                f"{self.url}: counts/{group} is damaged ({error}); rebuild the store: distdiff shard --overwrite"
+            ) from error
+
+    @property
+    def _entry_bytes(self) -> int:
+        return 1 + np.dtype(self.manifest.dtype).itemsize
+
+    def _slot_bytes(self, cap: int) -> int:
+        return cap * self._entry_bytes + 4 * (self.manifest.block + 1)
 
     def _corrupt(self, block: int, why: str) -> ValueError:
         shard = self.manifest.shards[block // self.manifest.blocks_per_shard]
         return ValueError(
-            f"{self.path}: shard {shard.index} (rows {shard.start} to {shard.stop}) is corrupt in block {block} "
+            f"{self.url}: shard {shard.index} (rows {shard.start} to {shard.stop}) is corrupt in block {block} "
             f"({why}); rebuild the store: distdiff shard --overwrite"
         )
 
@@ -323,39 +404,33 @@ class CountStore:
         rows = rows.astype(np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.n_cells:
             wrong = rows[(rows < 0) | (rows >= self.n_cells)][0]
-            raise ValueError(f"row {wrong} asked of {self.path}, it has rows 0 to {self.n_cells - 1}")
+            raise ValueError(f"row {wrong} asked of {self.url}, it has rows 0 to {self.n_cells - 1}")
         return rows
 
     def _label_keys(self, keys: Sequence[str] | None) -> list[str]:
         known = self.manifest.labels
         for k in keys or ():
             if k not in known:
-                raise ValueError(f"{self.path} has no label {k!r}{nearest(k, known)}")
+                raise ValueError(f"{self.url} has no label {k!r}{nearest(k, known)}")
         return list(known if keys is None else keys)
 
-    def _array(self, name: str) -> Any:
-        """Open one array of the store."""
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self.path / name}/"}}
+    def _open_array(self, name: str) -> Any:
+        """Open one small array of the store."""
         try:
-            return ts.open(
-                spec | {"recheck_cached_data": False, "recheck_cached_metadata": False},
-                context=self._context,
-                open=True,
-                read=True,
-            ).result()
+            return open_array(self.url, name)
         except ValueError as e:
             raise ValueError(
-                f"{self.path}: {name} is damaged ({e}); rebuild the store: distdiff shard --overwrite"
+                f"{self.url}: {name} is damaged ({e}); rebuild the store: distdiff shard --overwrite"
             ) from e
 
-    def _column(self, name: str) -> np.ndarray:
+    def _array_of(self, name: str) -> np.ndarray:
         """A small array, read once and kept."""
-        if name not in self._columns:
-            self._columns[name] = self._values(name, self._array(name))
-        return self._columns[name]
+        if name not in self._small:
+            self._small[name] = self._values(name, self._open_array(name))
+        return self._small[name]
 
     def _of_genes(self, name: str) -> np.ndarray:
-        column = self._column(f"genes/{name}")
+        column = self._array_of(f"genes/{name}")
         return column.copy() if self._panel is None else column[self._panel]
 
     def _values(self, name: str, array: Any) -> np.ndarray:
@@ -363,10 +438,31 @@ class CountStore:
             return array.read().result()
         except ValueError as e:
             raise ValueError(
-                f"{self.path}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
+                f"{self.url}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
             ) from e
 
 
-def _reopen(path: str, cache_bytes: int, genes: tuple[str, ...] | None) -> CountStore:
-    store = CountStore.open(path, cache_bytes=cache_bytes)
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _release(leases: Sequence[Lease | None]) -> None:
+    for lease in leases:
+        if lease is not None:
+            lease.release()
+
+
+def _remote_manifest(url: str) -> Manifest:
+    try:
+        found = open_kvstore(url).read(FILE).result()
+    except ValueError as error:
+        raise ValueError(f"{url} cannot be read ({error})") from error
+    if found.state != "value":
+        raise FileNotFoundError(f"{url} is not a distdiff store, or a build that did not finish (no {FILE})")
+    return Manifest.from_json(found.value.decode(), f"{url}/{FILE}")
+
+
+def _reopen(url: str, options: dict[str, Any], genes: tuple[str, ...] | None) -> CountStore:
+    store = CountStore.open(url, **options)
     return store if genes is None else store.panel(genes)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import importlib
 import signal
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_what_goes_in_comes_out(tmp_path, dense, name, kind):
     assert np.array_equal(everything(store), dense)
     assert store.genes == tuple(f"g{i}" for i in range(40))
     assert store.names(store.rows("all")).tolist() == [f"c{i}" for i in range(150)]
-    assert (made.dtype, made.index_dtype, len(made.shards), made.n_blocks) == ("uint16", "uint16", 5, 10)
+    assert (made.dtype, [g.name for g in made.groups], len(made.shards), made.n_blocks) == ("uint8", ["all"], 5, 10)
     assert sum(s.nnz for s in made.shards) == np.count_nonzero(dense)
     store.verify()
 
@@ -151,12 +151,15 @@ def test_shards_whose_bytes_are_all_zero_are_written(tmp_path):
 
 
 def test_anyone_can_read_it_with_zarr(folder, dense):
-    counts = zarr.open_group(str(folder), mode="r")["counts"]
+    counts = zarr.open_group(str(folder), mode="r")["counts/all"]
     block = 4
-    data, indices, indptr = (counts[k][block] for k in ("data", "indices", "indptr"))
-    got = sparse.csr_matrix((data[: indptr[-1]], indices[: indptr[-1]], indptr), shape=(16, 40))
-    assert np.array_equal(got.toarray(), dense[64:80])
-    assert counts["data"].shards == (2, counts["data"].shape[1])
+    gaps, values, starts = (counts[k][block].astype(np.int64) for k in ("gaps", "values", "starts"))
+    got = np.zeros((16, 40), np.int64)
+    for cell in range(16):  # docs/STORE.md
+        entries = slice(starts[cell], starts[cell + 1])
+        np.add.at(got[cell], gaps[entries].cumsum(), values[entries])
+    assert np.array_equal(got, dense[64:80])
+    assert counts["gaps"].shards == (2, counts["gaps"].shape[1])
 
 
 def test_split_by_donor_keeps_donors_whole(tmp_path):
@@ -173,12 +176,11 @@ def test_split_by_donor_keeps_donors_whole(tmp_path):
 
 def test_codec_and_shard_count_do_not_matter_content_does(tmp_path, one, dense, monkeypatch):
     base = build(one, tmp_path / "a").fingerprint
-    with monkeypatch.context() as m:
-        m.setattr("distdiff.data.layout._codecs", lambda: [zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()])
-        assert build(one, tmp_path / "b").fingerprint == base
+    assert build(one, tmp_path / "b", codec="compact").fingerprint == base
     with monkeypatch.context() as m:
         m.setattr(scanning, "READ_BYTES", 1000)  # many small reads
-        m.setattr("distdiff.data.build.SCAN_CELLS", 7)
+        m.setattr(scanning, "PIECE", 100)
+        m.setattr("distdiff.data.build.SPAN_BYTES", 3000)
         assert build(one, tmp_path / "c").fingerprint == base
     assert np.array_equal(everything(CountStore.open(tmp_path / "b")), dense)
     assert build(one, tmp_path / "d", seed=1).fingerprint != base  # another split: not the data a model was trained on
@@ -190,7 +192,7 @@ def test_codec_and_shard_count_do_not_matter_content_does(tmp_path, one, dense, 
 
 @pytest.mark.distributed
 def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monkeypatch):
-    monkeypatch.setattr("distdiff.data.build.SCAN_CELLS", 40)
+    monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
     alone = build(one, tmp_path / "alone", genes="hvg:30")
     made = build(one, tmp_path / "many", genes="hvg:30", workers=2, progress=True)
     assert made == alone
@@ -226,11 +228,13 @@ def test_an_output_that_exists(tmp_path, one):
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("where", ["distdiff.data.spill.publish", "distdiff.data.scan.write_shard"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left"), RuntimeError("x")])
-def test_a_build_that_fails_leaves_nothing_and_the_old_store_alone(tmp_path, one, monkeypatch, error):
+def test_a_build_that_stops_goes_on_with_the_same_command(tmp_path, one, monkeypatch, error, where, capsys):
+    monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
     first = build(one, tmp_path / "out")
-    before = sorted(p.name for p in tmp_path.iterdir())
-    real, calls = scanning.write_shard, []
+    module, name = where.rsplit(".", 1)
+    real, calls = getattr(importlib.import_module(module), name), []
 
     def fail(*args):
         calls.append(args)
@@ -238,39 +242,62 @@ def test_a_build_that_fails_leaves_nothing_and_the_old_store_alone(tmp_path, one
             raise error
         real(*args)
 
-    monkeypatch.setattr(scanning, "write_shard", fail)
-    with pytest.raises(type(error)) as e:
-        build(one, tmp_path / "out", overwrite=True, seed=1)
+    with monkeypatch.context() as m:
+        m.setattr(where, fail)
+        with pytest.raises(type(error)) as e:
+            build(one, tmp_path / "out", overwrite=True, seed=1)
     if isinstance(error, OSError):
-        assert "out could not be written and nothing of it was left; free space or write elsewhere" in str(e.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
-    assert CountStore.open(tmp_path / "out").manifest.fingerprint == first.fingerprint
+        assert "the disk is full" in str(e.value)
+        assert "run the same command again, it goes on from" in str(e.value)
+    assert CountStore.open(tmp_path / "out").manifest.fingerprint == first.fingerprint  # the old one is as it was
+    calls.clear()
+    monkeypatch.setattr(where, lambda *args: (calls.append(args), real(*args)))
+    made = build(one, tmp_path / "out", overwrite=True, seed=1, progress=True)
+    assert "going on with the build in" in capsys.readouterr().out
+    fresh = len(calls)
+    assert made == build(one, tmp_path / "again", seed=1)
+    assert fresh == len(calls) - fresh - 2  # the two that were finished were not done again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "one.h5ad", "out"]
 
 
-def test_a_killed_build_is_invisible_and_swept_by_the_next(tmp_path, one):
+def test_work_of_another_command_is_not_taken_up(tmp_path, one, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(scanning, "write_shard", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(one, tmp_path / "out", seed=1)
+    assert build(one, tmp_path / "out", seed=2) == build(one, tmp_path / "fresh", seed=2)
+
+
+def killed_build(one, out, where):
+    """A build in another process that is killed when it comes to ``where``."""
+    module, name = where.rsplit(".", 1)
     code = (
-        "import sys, time, distdiff.data.scan as s; from distdiff.data.shard import shard\n"
-        "s.write_shard = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
-        f"shard({str(one)!r}, {str(tmp_path / 'out')!r}, workers=0, progress=False)\n"
+        f"import sys, time, {module} as m; from distdiff.data.shard import shard; import distdiff.data.build as b\n"
+        f"b.SPAN_BYTES = 8000; real, n = m.{name}, []\n"
+        "def slow(*a):\n"
+        "    n.append(0)\n"
+        "    if len(n) == 3: print('there', flush=True); time.sleep(60)\n"
+        "    return real(*a)\n"
+        f"m.{name} = slow\n"
+        f"shard({str(one)!r}, {str(out)!r}, workers=0, progress=False, block=16, blocks_per_shard=2)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
+    assert process.stdout.readline() == "there\n"
+    return process
+
+
+@pytest.mark.parametrize("where", ["distdiff.data.spill.publish", "distdiff.data.scan.write_shard"])
+def test_a_killed_build_is_invisible_and_goes_on(tmp_path, one, where, monkeypatch):
+    process = killed_build(one, tmp_path / "out", where)
+    with pytest.raises(FileExistsError, match="out is being written by another process now"):  # two on one output
+        build(one, tmp_path / "out", shuffle=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert not (tmp_path / "out").exists()
-    assert any(p.name.startswith(".out.tmp-") for p in tmp_path.iterdir())
-    build(one, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5ad", "out"]
-
-
-def test_the_temporary_folder_of_a_running_build_is_left_alone(tmp_path, one):
-    import socket
-
-    theirs = tmp_path / f".out.tmp-{socket.gethostname()}-{os.getppid()}"
-    theirs.mkdir()
-    build(one, tmp_path / "out")
-    assert theirs.exists()
+    monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
+    assert build(one, tmp_path / "out", shuffle=True) == build(one, tmp_path / "fresh", shuffle=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "one.h5ad", "out"]
 
 
 def test_inputs_that_cannot_be_used(tmp_path, one):
@@ -286,7 +313,7 @@ def test_inputs_that_cannot_be_used(tmp_path, one):
         (log, {}, ValueError, r"log.h5ad: cell '.*', gene '.*': .* is not a whole number: was this log-normalised\?"),
         ([one, other], {}, ValueError, r"no gene is in all 2 files; are some named by symbol"),
         ([], {}, ValueError, "no input files"),
-        (one, {"genes": "hgv:20"}, FileNotFoundError, "neither 'all', 'hvg:N' nor a text file"),
+        (one, {"genes": "hgv:20"}, FileNotFoundError, "neither 'all', 'hvg:N', 'cv:N', .* nor a text file"),
         (one, {"genes": "hvg:many"}, ValueError, "a whole number of genes is wanted after 'hvg:'"),
         (one, {"genes": "hvg:900"}, ValueError, "only 40 genes have a count"),
         (one, {"genes": str(tmp_path / "genes.txt")}, ValueError, r"1 of 3 genes are not in every input: G3"),

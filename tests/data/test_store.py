@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from distdiff.data.coding import Slots
 from distdiff.data.loader import loader
 from distdiff.data.manifest import Manifest
 from distdiff.data.plan import Plan
+from distdiff.data.readers import READERS
 from distdiff.data.store import CountStore
+
+PARTS = Slots._fields
 
 
 @pytest.fixture
@@ -28,9 +32,10 @@ def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("cache", [0, 2000, 1 << 20])
-def test_rows_in_the_order_asked(folder, dense, cache):
-    store, rng = CountStore.open(folder, cache_bytes=cache), np.random.default_rng(0)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("cache", [0, 3000, 1 << 20])
+def test_rows_in_the_order_asked(folder, dense, cache, reader):
+    store, rng = CountStore.open(folder, cache_bytes=cache, reader=reader), np.random.default_rng(0)
     asked = [rng.integers(0, 150, n) for n in (1, 7, 200)]
     asked += [np.arange(150), np.arange(149, -1, -1), np.array([5, 5, 7]), np.arange(30, 50), np.empty(0, int)]
     for rows in [*asked, *asked]:
@@ -146,7 +151,8 @@ def test_no_store_there(tmp_path, copy):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 2}, "format 2, this distdiff reads up to 1: upgrade distdiff"),
+        ({"format": 3}, "format 3, this distdiff reads format 2: upgrade distdiff"),
+        ({"format": 1}, "format 1, this distdiff reads format 2: rebuild the store"),
         ({"format": None}, "no format version"),
         ({"genes": ...}, "lacks genes"),
         ({"gene": []}, r"unknown key 'gene'; did you mean 'genes'\?"),
@@ -163,10 +169,11 @@ def test_manifests_it_refuses(folder, change, said):
         Manifest.from_json(json.dumps(raw)[:-9], "x.json")
 
 
-@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
-def test_a_missing_shard(copy, part):
-    file = copy / "counts" / part / "c" / "3" / "0"
-    store = CountStore.open(copy, cache_bytes=0)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_shard(copy, part, reader):
+    file = copy / "counts" / "all" / part / "c" / "3" / "0"
+    store = CountStore.open(copy, cache_bytes=0, reader=reader)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"shard 3 \(rows 96 to 128\) is missing .*distdiff shard --overwrite"):
         CountStore.open(copy)
@@ -175,24 +182,25 @@ def test_a_missing_shard(copy, part):
         store.read(np.arange(150))
 
 
-@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
-def test_every_flipped_byte_is_found(copy, part):
-    file = copy / "counts" / part / "c" / "1" / "0"
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_flipped_byte_is_found(copy, part, reader):
+    file = copy / "counts" / "all" / part / "c" / "1" / "0"
     whole = file.read_bytes()
     for at in np.linspace(0, len(whole) - 1, 40).astype(int):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
         with pytest.raises(ValueError, match=r"shard 1 \(rows 32 to 64\) is corrupt in block [23] .*rebuild the store"):
-            CountStore.open(copy).read(np.arange(150))
+            CountStore.open(copy, reader=reader).read(np.arange(150))
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"shard 1 .* is corrupt"):
-        CountStore.open(copy).read(np.arange(40, 50))
+        CountStore.open(copy, reader=reader).read(np.arange(40, 50))
     file.write_bytes(whole)
     CountStore.open(copy).verify()
 
 
 def test_exchanged_shards_fail_verification(copy):
-    for part in ("data", "indices", "indptr"):
-        shards = copy / "counts" / part / "c"
+    for part in PARTS:
+        shards = copy / "counts" / "all" / part / "c"
         os.rename(shards / "0", shards / "x")
         os.rename(shards / "1", shards / "0")
         os.rename(shards / "x", shards / "1")
@@ -264,8 +272,8 @@ def test_leaving_early_leaks_no_thread(store):
 
 def test_what_goes_wrong_in_the_thread_is_raised_here(copy):
     store = CountStore.open(copy)
-    for part in ("data", "indices", "indptr"):
-        (copy / "counts" / part / "c" / "2" / "0").write_bytes(b"short")
+    for part in PARTS:
+        (copy / "counts" / "all" / part / "c" / "2" / "0").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"shard 2 .* is corrupt"):
         list(batches(store))
     assert not loader_threads()

@@ -1,0 +1,315 @@
+"""Counts in two bytes: the gap to the next gene, and the count; compiled loops that write and read them.
+
+A cell is a run of entries ``(gap, value)``. Its gene numbers are the running sums of its gaps from 0, and its counts
+are the sums of the values that fall on one gene: an entry ``(255, 0)`` only moves on, an entry ``(0, value)`` adds to
+the gene before. So any count fits any width of value, without loss, and the sum is all that a reader has to know.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from scipy import sparse
+from torch import Tensor
+
+GAP = 255
+"""Largest gap of one entry."""
+
+
+class Coded(NamedTuple):
+    """Coded cells: ``gaps`` uint8 ``[e]``, ``values`` ``[e]``, ``starts`` of the cells in them, int64 ``[n + 1]``."""
+
+    gaps: np.ndarray
+    values: np.ndarray
+    starts: np.ndarray
+
+
+class Slots(NamedTuple):
+    """Blocks of coded cells side by side: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``."""
+
+    gaps: np.ndarray
+    values: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def zeros(cls, n: int, cap: int, block: int, dtype: str) -> Slots:
+        """``n`` blocks without cells."""
+        return cls(np.zeros((n, cap), np.uint8), np.zeros((n, cap), dtype), np.zeros((n, block + 1), np.uint32))
+
+    @classmethod
+    def empty(cls, n: int, cap: int, block: int, dtype: str) -> Slots:
+        """Room for ``n`` blocks; memory is taken when it is first written."""
+        return cls(np.empty((n, cap), np.uint8), np.empty((n, cap), dtype), np.empty((n, block + 1), np.uint32))
+
+
+def encode(counts: sparse.csr_matrix, dtype: str | np.dtype) -> Coded:
+    """Code the cells of canonical CSR (genes ascending, none twice, no zeros stored).
+
+    Parameters
+    ----------
+    counts
+        ``[n, g]``; whole numbers of 1 or more, or any float for a float ``dtype``.
+    dtype
+        Of the values: uint8, uint16, uint32, or float32.
+    """
+    top = _top(dtype)
+    data = counts.data.astype(np.float32 if top == 0 else np.int64, copy=False)
+    starts = np.zeros(counts.shape[0] + 1, np.int64)
+    _lengths(counts.indptr, counts.indices, data, top, starts)
+    np.cumsum(starts, out=starts)
+    coded = Coded(np.empty(starts[-1], np.uint8), np.empty(starts[-1], dtype), starts)
+    _encode(counts.indptr, counts.indices, data, top, coded.gaps, coded.values)
+    return coded
+
+
+def entries(counts: sparse.csr_matrix, dtype: str | np.dtype) -> np.ndarray:
+    """Number of entries that `encode` makes of each cell, ``int64 [n]``."""
+    top = _top(dtype)
+    lengths = np.zeros(counts.shape[0] + 1, np.int64)
+    data = counts.data.astype(np.float32 if top == 0 else np.int64, copy=False)
+    _lengths(counts.indptr, counts.indices, data, top, lengths)
+    return lengths[1:]
+
+
+def decode(coded: Coded, n_genes: int, dtype: str | np.dtype) -> sparse.csr_matrix:
+    """Canonical CSR ``[n, n_genes]`` of `dtype`: the inverse of `encode`."""
+    n = len(coded.starts) - 1
+    slots = Slots(coded.gaps[None], coded.values[None], coded.starts[None])
+    return csr(slots, np.zeros(n, np.int64), np.arange(n), np.arange(n_genes, dtype=np.int32), n_genes, dtype)
+
+
+def csr(
+    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, n_genes: int, dtype: str | np.dtype
+) -> sparse.csr_matrix:
+    """Some cells of some blocks as canonical CSR.
+
+    Parameters
+    ----------
+    slots
+        The blocks, checked by `fault`.
+    slot, local
+        ``int64 [n]``, block and place in it of each cell.
+    place
+        ``int32 [genes of the blocks]``, output column of each gene, -1 where it is not wanted.
+    n_genes, dtype
+        Columns and dtype of the answer.
+    """
+    room = int(_room(slots.starts, slot, local))
+    indptr = np.zeros(len(slot) + 1, np.int64)
+    indices, data = np.empty(room, np.int32), np.empty(room, dtype)
+    nnz = _csr(slots.gaps, slots.values, slots.starts, slot, local, place, indptr, indices, data)
+    if nnz < room:
+        indices, data = indices[:nnz].copy(), data[:nnz].copy()
+    made = sparse.csr_matrix((data, indices, indptr), shape=(len(slot), n_genes), copy=False)
+    if (np.diff(place[place >= 0]) > 0).all():
+        made.has_canonical_format = True
+    else:
+        made.sort_indices()
+    return made
+
+
+def add_dense(slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, out: np.ndarray) -> None:
+    """Add some cells of some blocks to ``out`` float32 ``[n, g]``; the other arguments are those of `csr`."""
+    _dense(slots.gaps, slots.values, slots.starts, slot, local, place, out)
+
+
+def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarray, np.ndarray] | None = None) -> Coded:
+    """Some cells of some blocks, still coded, one after the other.
+
+    Parameters
+    ----------
+    into
+        Buffers to write to, when they are long enough (``gaps``, ``values``), so that pinned memory is reused.
+    """
+    lengths = slots.starts[slot, local + 1].astype(np.int64) - slots.starts[slot, local]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    total = int(starts[-1])
+    if into is None or len(into[0]) < total:
+        into = np.empty(total, np.uint8), np.empty(total, slots.values.dtype)
+    gaps, values = into[0][:total], into[1][:total]
+    _cut(slots.gaps, slots.values, slots.starts, slot, local, starts, gaps, values)
+    return Coded(gaps, values, starts)
+
+
+def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, place: Tensor, n_genes: int) -> Tensor:
+    """Coded cells as float32 ``[n, n_genes]`` on the device they are on, by torch alone.
+
+    Parameters
+    ----------
+    gaps, values
+        ``uint8 [e]`` and ``[e]``.
+    starts
+        ``int64 [n + 1]``.
+    place
+        ``int64 [genes of the blocks]``, output column of each, ``n_genes`` where it is not wanted.
+    n_genes
+        Columns of the answer.
+    """
+    n = len(starts) - 1
+    run = gaps.cumsum(0, dtype=torch.int64)
+    before = torch.cat([run.new_zeros(1), run])[starts[:-1]]
+    row = torch.repeat_interleave(torch.arange(n, device=gaps.device), starts.diff(), output_size=len(gaps))
+    column = place[run - before[row]]
+    out = torch.zeros(n * (n_genes + 1), device=gaps.device)
+    wide = values.to(torch.float32) if values.dtype != torch.uint32 else values.to(torch.int64).to(torch.float32)
+    out.index_add_(0, row * (n_genes + 1) + column, wide)
+    return out.view(n, n_genes + 1)[:, :n_genes]
+
+
+def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
+    """Why a block cannot be what a build wrote (zarr reads a chunk that is not there as its fill value), or ``""``.
+
+    Parameters
+    ----------
+    slot
+        Which of ``slots``.
+    n
+        Cells the block holds; those after them must be empty.
+    n_genes
+        Genes of the blocks.
+    """
+    kind = _fault(slots.gaps[slot], slots.values[slot], slots.starts[slot], n, n_genes, _top(slots.values.dtype))
+    return ("", "its cell starts make no sense", "its gene numbers make no sense", "its entries make no sense")[kind]
+
+
+def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
+    """The width of value that takes the fewest bytes.
+
+    Parameters
+    ----------
+    nnz
+        Counts stored.
+    sums
+        ``uint8``, ``uint16`` -> entries that they would need in all.
+    largest
+        Largest count; one count may take 64 entries at most.
+    """
+    needed = {**sums, "uint32": nnz}
+    fits = [d for d in needed if largest <= 64 * np.iinfo(d).max]
+    return min(fits, key=lambda d: needed[d] * (1 + np.dtype(d).itemsize))
+
+
+def needed(data: np.ndarray, dtype: str) -> int:
+    """Entries that counts need in values of ``dtype``."""
+    top = np.iinfo(dtype).max
+    large = data[data > top].astype(np.int64)
+    return len(data) + int(((large - 1) // top).sum())
+
+
+def _top(dtype: str | np.dtype) -> int:
+    """Largest value of one entry; 0 for floats, of which any fits."""
+    return 0 if np.dtype(dtype).kind == "f" else int(np.iinfo(dtype).max)
+
+
+@njit(nogil=True, cache=True)
+def _lengths(indptr, indices, data, top, out):  # type: ignore[no-untyped-def]
+    for i in range(len(indptr) - 1):
+        last, k = 0, 0
+        for j in range(indptr[i], indptr[i + 1]):
+            gap = indices[j] - last
+            last = indices[j]
+            if gap > GAP:
+                k += (gap - 1) // GAP
+            k += 1
+            if top > 0 and data[j] > top:
+                k += int((data[j] - 1) // top)
+        out[i + 1] = k
+
+
+@njit(nogil=True, cache=True)
+def _encode(indptr, indices, data, top, gaps, values):  # type: ignore[no-untyped-def]
+    k = 0
+    for i in range(len(indptr) - 1):
+        last = 0
+        for j in range(indptr[i], indptr[i + 1]):
+            gap = indices[j] - last
+            last = indices[j]
+            while gap > GAP:
+                gaps[k] = GAP
+                values[k] = 0
+                gap -= GAP
+                k += 1
+            value = data[j]
+            while top > 0 and value > top:
+                gaps[k] = gap
+                values[k] = top
+                gap = 0
+                value -= top
+                k += 1
+            gaps[k] = gap
+            values[k] = value
+            k += 1
+
+
+@njit(nogil=True, cache=True)
+def _room(starts, slot, local):  # type: ignore[no-untyped-def]
+    total = 0
+    for i in range(len(slot)):
+        total += np.int64(starts[slot[i], local[i] + 1]) - np.int64(starts[slot[i], local[i]])
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _csr(gaps, values, starts, slot, local, place, indptr, indices, data):  # type: ignore[no-untyped-def]
+    k = 0
+    for i in range(len(slot)):
+        s = slot[i]
+        gene, last = 0, -1
+        for e in range(starts[s, local[i]], starts[s, local[i] + 1]):
+            gene += gaps[s, e]
+            value = values[s, e]
+            if value == 0:
+                continue
+            at = place[gene]
+            if at >= 0:
+                if gene == last:
+                    data[k - 1] += value
+                else:
+                    indices[k] = at
+                    data[k] = value
+                    k += 1
+            last = gene
+        indptr[i + 1] = k
+    return k
+
+
+@njit(nogil=True, cache=True)
+def _dense(gaps, values, starts, slot, local, place, out):  # type: ignore[no-untyped-def]
+    for i in range(len(slot)):
+        s = slot[i]
+        gene = 0
+        for e in range(starts[s, local[i]], starts[s, local[i] + 1]):
+            gene += gaps[s, e]
+            at = place[gene]
+            if at >= 0:
+                out[i, at] += values[s, e]
+
+
+@njit(nogil=True, cache=True)
+def _cut(gaps, values, starts, slot, local, to, out_gaps, out_values):  # type: ignore[no-untyped-def]
+    for i in range(len(slot)):
+        a, b = starts[slot[i], local[i]], starts[slot[i], local[i] + 1]
+        out_gaps[to[i] : to[i + 1]] = gaps[slot[i], a:b]
+        out_values[to[i] : to[i + 1]] = values[slot[i], a:b]
+
+
+@njit(nogil=True, cache=True)
+def _fault(gaps, values, starts, n, n_genes, top):  # type: ignore[no-untyped-def]
+    if starts[0] != 0 or starts[len(starts) - 1] > len(gaps):
+        return 1
+    for i in range(len(starts) - 1):
+        if starts[i + 1] < starts[i] or (i >= n and starts[i + 1] != starts[i]):
+            return 1
+    wrong = 0
+    for i in range(n):
+        gene = 0
+        for e in range(starts[i], starts[i + 1]):
+            gene += gaps[e]
+            wrong += values[e] == 0 and gaps[e] != GAP
+            wrong += gaps[e] == 0 and e > starts[i] and values[e - 1] != top  # only a full value is added to
+        if gene >= n_genes and starts[i + 1] > starts[i]:
+            return 2
+    return 3 if wrong else 0

@@ -1,0 +1,405 @@
+"""Turn a matrix that is stored gene by gene, or as a list of entries, into row order on disk with bounded memory.
+
+`slabs` cuts it into tasks, `turn` carries one out (in this process or on any worker that sees the files), and `Turned`
+reads rows from what they wrote. A task writes one folder, which appears only when it is complete: a folder that is
+there is finished, and tasks can be repeated or resumed in any order.
+
+    folder/slab-000003/slab.json                 which part of which file this is, and how many slabs there are
+    folder/slab-000003/{0,1,...}-rows.npy        [k] rows that have entries, ascending
+    folder/slab-000003/{0,1,...}-starts.npy      [k + 1] where the entries of each of them start
+    folder/slab-000003/{0,1,...}-columns.npy     [e]
+    folder/slab-000003/{0,1,...}-values.npy      [e] in the narrowest dtype that holds them exactly
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from distdiff import files
+
+ENTRY_BYTES = 64
+"""Memory that one entry takes at most while it is turned."""
+
+Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Rows, columns and values of some entries, each ``[e]``."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One task: a part of a file to bring into row order.
+
+    Attributes
+    ----------
+    path, layer
+        As in `Source.open`.
+    number, of
+        Which one of how many.
+    start, stop
+        Its part ``start <= . < stop``: stored entries (CSC), bytes (mtx), entries (gzipped mtx, one slab for all).
+    entries
+        How many entries to hold in memory at once.
+    stamp
+        Which version of the file was cut.
+    """
+
+    path: str
+    layer: str | None
+    number: int
+    of: int
+    start: int
+    stop: int
+    entries: int
+    stamp: str
+
+
+class ByGene(ABC):
+    """A matrix on disk in which the entries of a cell are scattered: parts of it, or rows once it is loaded whole.
+
+    Attributes
+    ----------
+    where
+        For messages.
+    shape
+        Cells, genes.
+    dtype
+        Of the values.
+    nnz
+        Stored entries.
+    """
+
+    where: str
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    nnz: int
+    _whole: sparse.csr_matrix | None = None
+
+    @abstractmethod
+    def cuts(self, entries: int) -> list[tuple[int, int]]:
+        """Starts and stops of parts of about ``entries`` entries, in file order; at least one."""
+
+    @abstractmethod
+    def pieces(self, start: int, stop: int, entries: int) -> Iterator[Triplets]:
+        """The entries of one part in file order, checked, at most ``entries`` at once; the next ones overwrite them."""
+
+    def load(self) -> sparse.csr_matrix:
+        """All of it by row."""
+        cuts = self.cuts(max(self.nnz, 1))
+        parts = list(self.pieces(cuts[0][0], cuts[-1][1], max(self.nnz, 1)))
+        if not parts:
+            return sparse.csr_matrix(self.shape, dtype=self.dtype)
+        rows, columns, values = (p[0] if len(p) == 1 else np.concatenate(p) for p in zip(*parts, strict=True))
+        rows, order = by_row(rows)
+        indptr = np.searchsorted(rows, np.arange(self.shape[0] + 1))
+        return sparse.csr_matrix((values[order], columns[order], indptr), shape=self.shape)
+
+    def check(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """Refuse entries outside of the matrix.
+
+        Raises
+        ------
+        ValueError
+            The first one is named.
+        """
+        n, g = self.shape
+        for what, index, size in (("cell", rows, n), ("gene", columns, g)):
+            if index.size and not 0 <= index.min() <= index.max() < size:
+                at = int(np.argmax((index < 0) | (index >= size)))
+                raise ValueError(
+                    f"{self.where}: an entry is of {what} {int(index[at]) + 1}, counted from 1, but there are {size}; "
+                    "the file is damaged: copy or write it again"
+                )
+
+    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
+        if self._whole is None:
+            self._whole = self.load()
+        return self._whole[rows]
+
+
+class Csc(ByGene):
+    """A CSC group of h5py or zarr, ``[cells, genes]``; nothing is read before it is asked for."""
+
+    def __init__(self, group: Any, shape: tuple[int, int], where: str) -> None:
+        self.where, self.shape = where, shape
+        self._data, self._indices, self._indptr = group["data"], group["indices"], group["indptr"]
+        self.dtype, self.nnz = np.dtype(self._data.dtype), int(self._data.shape[0])
+
+    def cuts(self, entries: int) -> list[tuple[int, int]]:
+        self._starts()
+        return [(at, min(at + entries, self.nnz)) for at in range(0, self.nnz, entries)] or [(0, 0)]
+
+    def pieces(self, start: int, stop: int, entries: int) -> Iterator[Triplets]:
+        indptr = self._starts()
+        for at in range(start, stop, entries):
+            end = min(at + entries, stop)
+            columns = np.repeat(np.arange(self.shape[1], dtype=np.int32), np.diff(indptr.clip(at, end)))
+            with reading(self.where):
+                rows, values = np.asarray(self._indices[at:end]), np.asarray(self._data[at:end])
+            self.check(rows, columns)
+            yield rows, columns, values
+
+    def load(self) -> sparse.csr_matrix:
+        indptr = self._starts()
+        with reading(self.where):
+            rows, values = np.asarray(self._indices[:]), np.asarray(self._data[:])
+        self.check(rows, rows[:0])
+        return sparse.csc_matrix((values, rows, indptr), shape=self.shape).tocsr()
+
+    def _starts(self) -> np.ndarray:
+        with reading(self.where):
+            indptr, indices = np.asarray(self._indptr[:]).astype(np.int64), int(self._indices.shape[0])
+        if len(indptr) != self.shape[1] + 1 or indptr[0] or (np.diff(indptr) < 0).any():
+            raise ValueError(f"{self.where}: indptr does not fit {self.shape[1]} genes; the file is damaged")
+        if not indptr[-1] == indices == self.nnz:
+            raise ValueError(
+                f"{self.where}: {indptr[-1]} entries promised, {indices} indices and {self.nnz} values found; "
+                "truncated or damaged: copy the file again"
+            )
+        return indptr
+
+
+class Turned:
+    """Rows of a turned matrix: ``turned[start:stop]`` is CSR with ascending columns, duplicates as in the file.
+
+    Parameters
+    ----------
+    folder
+        What every `turn` wrote to.
+    shape
+        Cells, genes.
+
+    Attributes
+    ----------
+    shape, dtype, nnz
+        Of the matrix; dtype is that of the file.
+    stamp, layer
+        Which version of the file was turned, and which layer.
+
+    Raises
+    ------
+    ValueError
+        Slabs are missing, or are not of one file of this shape.
+    """
+
+    def __init__(self, folder: str | Path, shape: tuple[int, int]) -> None:
+        folder = Path(folder)
+        found = sorted(folder.glob("slab-*/slab.json"))
+        slabs = [json.loads(f.read_text()) for f in found]
+        of = slabs[0]["of"] if slabs else 1
+        if [s["number"] for s in slabs] != list(range(of)):
+            raise ValueError(f"{folder} holds {len(slabs)} of {of} slabs; carry out `turn` on the others first")
+        first = slabs[0]
+        if any(s[k] != first[k] for s in slabs for k in ("of", "stamp", "layer", "shape", "dtype")):
+            raise ValueError(f"{folder} holds slabs of several files or layers; delete it and turn the file again")
+        if tuple(first["shape"]) != tuple(shape):
+            raise ValueError(f"{folder} holds {first['shape']} cells and genes, {list(shape)} wanted; delete it")
+        self.shape, self.dtype = tuple(shape), np.dtype(first["dtype"])
+        self.stamp, self.layer, self.nnz = first["stamp"], first["layer"], sum(s["nnz"] for s in slabs)
+        if self.nnz != first["promised"]:
+            raise ValueError(
+                f"{first['path']}: {first['promised']} entries promised, {self.nnz} found; truncated or damaged: copy "
+                f"the file again and delete {folder}"
+            )
+        names = [f.parent / str(i) for f, s in zip(found, slabs, strict=True) for i in range(s["pieces"])]
+        self._pieces = [tuple(_load(f"{name}-{part}.npy") for part in _PARTS) for name in names]
+
+    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
+        start, stop, _ = rows.indices(self.shape[0])
+        n = max(stop - start, 0)
+        found = []
+        for piece_rows, starts, columns, values in self._pieces:
+            first, last = np.searchsorted(piece_rows, np.array([start, start + n], piece_rows.dtype))
+            ends = starts[first : last + 1].astype(np.int64)
+            if last > first:
+                at = slice(ends[0], ends[-1])
+                found.append((piece_rows[first:last].astype(np.int64) - start, np.diff(ends), columns[at], values[at]))
+        indptr = np.zeros(n + 1, np.int64)
+        for row, counts, _, _ in found:
+            indptr[row + 1] += counts
+        indptr = np.cumsum(indptr)
+        indices, data = np.empty(indptr[-1], _index_dtype(self.shape[1])), np.empty(indptr[-1], self.dtype)
+        free = indptr[:-1].copy()
+        for row, counts, columns, values in found:
+            to = np.repeat(free[row] - (np.cumsum(counts) - counts), counts) + np.arange(len(columns))
+            indices[to], data[to] = columns, values
+            free[row] += counts
+        counts = sparse.csr_matrix((data, indices, indptr), shape=(n, self.shape[1]))
+        return counts if counts.has_sorted_indices else _sorted(counts)
+
+
+def slabs(path: str | Path, layer: str | None, budget_bytes: int) -> list[Slab]:
+    """Cut the matrix of a file into tasks for `turn`.
+
+    Parameters
+    ----------
+    path, layer
+        As in `Source.open`: an h5ad or AnnData zarr whose matrix is CSC, or a 10x mtx.
+    budget_bytes
+        Memory that one task may take, besides one number a gene: 64 bytes an entry, so 1 GiB is 16 million entries.
+
+    Raises
+    ------
+    ValueError
+        A budget below 64 bytes, a matrix that is stored cell by cell (read it as it is), or a damaged file.
+    """
+    if budget_bytes < ENTRY_BYTES:
+        raise ValueError(f"budget_bytes={budget_bytes} is too little, one entry takes {ENTRY_BYTES}; give it more")
+    entries = budget_bytes // ENTRY_BYTES
+    with _opened(path, layer) as matrix:
+        cuts = matrix.cuts(entries)
+    version = stamp(path)
+    return [Slab(str(path), layer, i, len(cuts), *cut, entries, version) for i, cut in enumerate(cuts)]
+
+
+def turn(slab: Slab, folder: str | Path) -> int:
+    """Bring one slab into row order: writes ``folder/slab-NUMBER``, or leaves it if it is finished already.
+
+    Parameters
+    ----------
+    slab
+        One of `slabs`.
+    folder
+        The same for all slabs of a file, and for no other file.
+
+    Returns
+    -------
+    int
+        Entries of the slab.
+
+    Raises
+    ------
+    ValueError
+        The file changed since it was cut or is damaged, or the finished slab is of another version or cut otherwise.
+    OSError
+        The disk is full.
+    """
+    target = Path(folder) / f"slab-{slab.number:06d}"
+    if (target / "slab.json").exists():
+        done = json.loads((target / "slab.json").read_text())
+        if any(done[k] != v for k, v in asdict(slab).items() if k != "path"):
+            raise ValueError(
+                f"{target} was turned from another version of {slab.path}, or with another budget; delete {folder} and "
+                "turn it all again"
+            )
+        return done["nnz"]
+    if stamp(slab.path) != slab.stamp:
+        raise ValueError(f"{slab.path} changed while it was being turned; delete {folder} and turn it all again")
+    with _opened(slab.path, slab.layer) as matrix, files.whole(target, overwrite=True) as temporary:
+        temporary.mkdir()
+        pieces = nnz = 0
+        for rows, columns, values in matrix.pieces(slab.start, slab.stop, slab.entries):
+            _write(temporary / str(pieces), rows, columns, values, matrix.shape)
+            pieces, nnz = pieces + 1, nnz + len(rows)
+        told = {"pieces": pieces, "nnz": nnz, "promised": matrix.nnz, "shape": matrix.shape, "dtype": matrix.dtype.str}
+        (temporary / "slab.json").write_text(json.dumps(asdict(slab) | told, indent=1))
+    return nnz
+
+
+def stamp(path: str | Path) -> str:
+    """Which version of a file or folder this is: sizes and the latest change of what is directly in it."""
+    path = Path(path)
+    stats = [f.stat() for f in (path.iterdir() if path.is_dir() else [path])]
+    return f"{sum(s.st_size for s in stats)}-{max((s.st_mtime_ns for s in stats), default=0)}"
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Tell an error of a file library as one of the file.
+
+    Raises
+    ------
+    ValueError
+        Where, and what to do.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, EOFError, zlib.error) as e:
+        raise ValueError(f"{where} cannot be read ({e}): truncated or damaged; copy the file again") from e
+
+
+def by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in ascending order and the stable order that brings them there, both ``int64 [e]``."""
+    bits = max(len(rows) - 1, 1).bit_length()
+    keys = rows.astype(np.int64)
+    if int(keys.max(initial=0)) >= 2 ** (63 - bits):
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
+    keys <<= bits
+    keys += np.arange(len(rows))
+    keys.sort()  # of row and place at once: several times faster than a stable argsort
+    order = keys & ((1 << bits) - 1)
+    keys >>= bits
+    return keys, order
+
+
+_PARTS = ("rows", "starts", "columns", "values")
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, layer: str | None) -> Iterator[ByGene]:
+    """The matrix alone: no names of cells, which may be many."""
+    from distdiff.data import source, tenx  # both build on this module
+
+    if mtx := tenx.mtx_of(Path(path)):
+        source.refuse_layer(path, layer)
+        yield tenx.Mtx(mtx)
+        return
+    opened = source.Source.open(path, layer)
+    try:
+        if opened.stored is None:
+            raise ValueError(f"{opened.where} is stored cell by cell; there is nothing to turn, read it as it is")
+        yield opened.stored
+    finally:
+        opened.close()
+
+
+def _write(name: Path, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> None:
+    """Sort one piece by row and save its parts."""
+    rows, order = by_row(rows)
+    new = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
+    starts = np.concatenate([new, [len(rows)]]).astype(np.min_scalar_type(len(rows)))
+    parts = (rows[new].astype(np.min_scalar_type(shape[0])), starts)
+    del rows, new
+    for part, array in zip(_PARTS[:2], parts, strict=True):
+        np.save(f"{name}-{part}.npy", array, allow_pickle=False)
+    np.save(f"{name}-columns.npy", columns.astype(np.min_scalar_type(max(shape[1] - 1, 0)))[order], allow_pickle=False)
+    np.save(f"{name}-values.npy", _narrow(values)[order], allow_pickle=False)
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """Whole numbers in the narrowest unsigned dtype, anything else as it is."""
+    if values.dtype.kind not in "uif" or not values.size:
+        return values
+    largest = values.max()
+    if not (values.min() >= 0 and largest < 2**32):  # false of nan, too
+        return values
+    narrow = values.astype(np.min_scalar_type(math.ceil(largest)))
+    return narrow if narrow.itemsize < values.itemsize and (narrow == values).all() else values
+
+
+def _load(name: str) -> np.ndarray:
+    try:
+        return np.load(name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{name} cannot be read ({e}); delete its folder and turn the file again") from e
+
+
+def _index_dtype(size: int) -> type[np.signedinteger[Any]]:
+    return np.int32 if size < 2**31 else np.int64
+
+
+def _sorted(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Columns ascending within each row; duplicates stay in their order."""
+    row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    _, order = by_row(row * counts.shape[1] + counts.indices)
+    return sparse.csr_matrix((counts.data[order], counts.indices[order], counts.indptr), shape=counts.shape)
