@@ -28,9 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +38,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 POOL = 16_384
+CACHE = 256 << 20  # bytes that distdiff may hold of coded blocks
 CASES = {"A csr": 4096, "A dense": 4096, "B csr": 4096, "B dense": 512, "B panel": 512}
 READERS = ("direct", "tensorstore", "zarr", "dask", "resident")
 SPEED, COST = ("cells / cpu s", "cells / s"), ("p50 ms", "p99 ms", "first batch s", "private MB")
@@ -57,48 +56,38 @@ def build_command(atlas: Path, out: Path, codec: str, panel: bool) -> list[str]:
 
 def ours(a: argparse.Namespace) -> peers.Source:
     """distdiff as a `peers.Source`; X alone, as the others."""
-    from distdiff.data.loader import loader
+    from distdiff.data.loader import batches, loader
     from distdiff.data.plan import Plan
     from distdiff.data.store import CountStore
 
     names = [f"gene{i}" for i in np.load(a.panel)] if a.panel else None
 
     def store_of() -> CountStore:
-        if a.reader == "auto":
-            store = CountStore.open(a.data)
-        elif a.reader == "resident":  # all blocks stay in memory
-            store = CountStore.open(a.data, cache_bytes=1 << 40)
-        else:
-            store = CountStore.open(a.data, reader=a.reader)
+        options: dict[str, Any] = {} if a.reader in ("dask", "resident") else {"reader": a.reader}
+        store = CountStore.open(a.data, cache_bytes=(1 << 40) if a.reader == "resident" else CACHE, **options)
         return store.panel(names) if names else store
-
-    def csr(store: CountStore, plan: Plan, index: np.ndarray, ahead: int = 2) -> Iterator[Any]:
-        def read(step: int) -> Any:
-            batch = store.read(index[plan.rows(step)])
-            return batch if batch.dtype == np.float32 else batch.astype(np.float32)
-
-        with ThreadPoolExecutor(1) as thread:
-            coming = deque(thread.submit(read, step) for step in range(ahead))
-            for step in itertools.count(ahead):
-                coming.append(thread.submit(read, step))
-                yield coming.popleft().result()
 
     @contextlib.contextmanager
     def opened() -> Iterator[Iterator[Any]]:
         with contextlib.ExitStack() as stack:
+            scheduler = ""
             if a.reader == "dask":
-                from dask.distributed import Client, LocalCluster
+                from dask.distributed import LocalCluster
 
                 cluster = stack.enter_context(LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None))
-                stack.enter_context(Client(cluster))
+                scheduler = cluster.scheduler_address
             store = store_of()
             index = store.rows("all")
             plan = Plan(len(index), a.batch, block=256, window=a.pool // 256, seed=0)
-            batches: Any = csr(store, plan, index) if a.contract == "csr" else loader(store, plan, index, labels=())
+            if a.contract == "csr" and not scheduler:
+                feed = ((step, index[plan.rows(step)]) for step in itertools.count())
+                made: Any = batches(store, plan, feed, lambda rows, held: store.csr_of(rows, held, np.float32))
+            else:
+                made = loader(store, plan, index, labels=(), scheduler=scheduler)
             try:
-                yield batches if a.contract == "csr" else (cells.counts for _, cells in batches)
+                yield (x if a.contract == "csr" and not scheduler else x.counts for _, x in made)
             finally:
-                batches.close()
+                made.close()
 
     return peers.Source(opened, len(CountStore.open(a.data).rows("all")))
 
@@ -134,7 +123,8 @@ def run(command: list[str], patience: float) -> dict[str, Any]:
     lines = [line for line in out.splitlines() if line.startswith("{")]
     found = json.loads(lines[-1]) if lines and not child.returncode else {}
     if child.returncode:
-        found["note"] = (err.strip().splitlines() or [f"ended with {child.returncode}"])[-1][:300]
+        said = [line.strip(" │|") for line in err.splitlines() if any(map(str.isalnum, line))]
+        found["note"] = (said or [f"ended with {child.returncode}"])[-1][:300]
     if memory:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         reaped = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
@@ -232,6 +222,8 @@ def candidates(case: str, atlas: Path, stores: dict[str, dict[str, Any]], a: arg
         add("RAM CSR u16, u16 out", [sys.executable, script, "memory", "--contract", "native"], atlas, batch)
     for codec in a.codecs:
         for reader in a.readers if codec == a.codecs[0] else a.readers[:1]:
+            if reader == "dask" and contract == "csr":
+                continue  # dask hands over dense batches
             for suffix in ("", " panel store") if panel and codec == a.codecs[0] else ("",):
                 if path := of(f"distdiff {codec}{suffix[:6]}"):
                     command = [sys.executable, str(HERE / "loader.py"), "ours", "--reader", reader]
@@ -292,7 +284,7 @@ def store_ratios(stores: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str,
     """Builds over annbatch's with its defaults: cells per CPU second and wall second, memory, bytes."""
     found = []
     for atlas, rows in stores.items():
-        for name, row in rows.items():
+        for name, row in ((n, r) for n, r in rows.items() if "note" not in r):
             base = rows.get("annbatch panel" if name.startswith("annbatch") and "panel" in name else "annbatch", {})
             keys = [k for k in (*SPEED, "private MB", "resident MB", "bytes") if k in row and k in base]
             found.append({"atlas": atlas, "store": name, **{k: row[k] / base[k] for k in keys}})
@@ -316,10 +308,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         colors = ["C0" if n.startswith("distdiff") else "C1" if n.startswith("annbatch") else "0.6" for n in names]
         for axes, metric in zip(line, metrics, strict=True):
             values = [[r[metric] for r in here if r["candidate"] == n] for n in names]
-            axes.barh(names, [np.median(v) for v in values], color=colors)
+            bars = axes.barh(names, [np.median(v) for v in values], color=colors)
+            axes.bar_label(bars, [f"{np.median(v):,.3g}" for v in values], fontsize=7, padding=3)
             for y, v in enumerate(values):
                 axes.plot(v, [y] * len(v), "k.", ms=3)
-            axes.set_xscale("log")
+            axes.margins(x=0.12)
+            axes.ticklabel_format(axis="x", scilimits=(-3, 4))
             axes.tick_params(labelsize=7, labelleft=axes is line[0])
             axes.set_title(f"{case}, {mode}: {metric}", fontsize=8)
     _record.save(figure, path)

@@ -20,19 +20,29 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 @app.command()
 def shard(
-    inputs: Annotated[list[Path], typer.Argument(help="h5ad files or AnnData zarr folders.")],
+    inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:2000, or a file with one gene a line.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, or a file with one gene a line.")] = "all",
+    panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
+    join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
     split: Annotated[str, typer.Option(help="Shares of training, validation, test cells.")] = "0.8,0.1,0.1",
     split_by: Annotated[str | None, typer.Option(help="obs column whose groups stay together (donor).")] = None,
+    strata: Annotated[str | None, typer.Option(help="obs column whose values lie together (loader.strata).")] = None,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the cells, training cells first.")] = True,
+    min_counts: Annotated[float, typer.Option(help="Drop cells with fewer molecules.")] = 0,
+    min_genes: Annotated[int, typer.Option(help="Drop cells with fewer genes.")] = 0,
+    min_cells: Annotated[int, typer.Option(help="Drop genes that fewer cells have.")] = 0,
+    max_mito: Annotated[float, typer.Option(help="Drop cells with more percent of molecules from MT- genes.")] = 100.0,
+    measurements: Annotated[bool, typer.Option("--measurements", help="Take any numbers, as float32.")] = False,
+    codec: Annotated[str, typer.Option(help="local (lz4, fastest) or compact (zstd, smallest).")] = "local",
     workers: Annotated[int | None, typer.Option(help="Dask processes (0: none, work in this process).")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://...")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of split and order.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Build a sharded zarr store from count matrices."""
+    """Build a sharded zarr store from count matrices; the same command goes on with a build that was stopped."""
     from distdiff.data.shard import shard as build
 
     try:
@@ -40,7 +50,9 @@ def shard(
     except ValueError:
         raise ValueError(f"--split {split!r} must be three numbers such as 0.8,0.1,0.1") from None
     manifest = build(
-        inputs, out, layer=layer, genes=genes, labels=_words(labels), split=(first, second, third), split_by=split_by,
+        inputs, out, layer=layer, genes=genes, panel=panel, join=join, labels=_words(labels),
+        split=(first, second, third), split_by=split_by, strata=strata, shuffle=shuffle, min_counts=min_counts,
+        min_genes=min_genes, min_cells=min_cells, max_mito=max_mito, counts=not measurements, codec=codec,
         workers=workers, scheduler=scheduler, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(

@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distdiff.component import build, complete, nearest
+from distdiff.data.loader import Loading
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
@@ -24,9 +25,14 @@ from distdiff.train.optim import Optim
 
 @dataclass(frozen=True)
 class Data:
-    """``store``: a folder written by ``distdiff shard``; ``labels``: covariates the model is conditioned on."""
+    """What is trained on.
+
+    ``store``: a folder written by ``distdiff shard``, or its URL; ``genes``: all, or the panel that it was built with;
+    ``labels``: covariates the model is conditioned on.
+    """
 
     store: str
+    genes: Literal["all", "panel"] = "all"
     labels: tuple[str, ...] = ()
 
 
@@ -66,6 +72,7 @@ class Config:
     survival: Survival = field(default_factory=Survival)
     optim: Optim = field(default_factory=Optim)
     train: Training = field(default_factory=Training)
+    loader: Loading = field(default_factory=Loading)
     evaluate: Evaluation = field(default_factory=Evaluation)
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -79,7 +86,8 @@ class Config:
         for name in ("out", "resume", "compile", "eval_cells", "checkpoint_cells"):
             whole["train"].pop(name)
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
-            "labels": whole["data"]["labels"]
+            "data": {k: whole["data"][k] for k in ("genes", "labels")},
+            "loader": {k: whole["loader"][k] for k in ("window", "strata", "weights")},
         }
 
     def digest(self) -> str:

@@ -56,7 +56,9 @@ def train(config: Config) -> Outcome:
         The launcher was asked for several processes but only one runs.
     """
     began = time.perf_counter()
-    store = CountStore.open(config.data.store)
+    store = config.loader.open(config.data.store)
+    if config.data.genes == "panel":
+        store = store.panel()
     fingerprint = store.manifest.fingerprint
     for label in config.data.labels:
         if label not in store.manifest.labels:
@@ -71,7 +73,7 @@ def train(config: Config) -> Outcome:
     main = accelerator.is_main_process
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     model.info = {
-        "name": config.tracking.model, "data": fingerprint, "store": Path(config.data.store).name,
+        "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
     if config.train.start:
@@ -93,7 +95,8 @@ def train(config: Config) -> Outcome:
 
         progress = fit(
             store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
-            identity={"config": config.identity(), "data": fingerprint}, labels=config.data.labels,
+            identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
+            labels=config.data.labels,
             save_best=save_best, on_log=lambda seen, numbers: run.metrics(numbers, seen),
         )  # fmt: skip
         accelerator.wait_for_everyone()

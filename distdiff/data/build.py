@@ -95,7 +95,9 @@ class Build:
         self.panel = None if wanted.panel is None else Choice.parse(wanted.panel, self.known, "panel")
         self.names = _unique_names([s.obs_names for s in self.sources])
         extra = [k for k in (wanted.split_by, wanted.strata) if k]
-        self.obs = {k: np.concatenate([s.obs(k) for s in self.sources]) for k in dict.fromkeys([*wanted.labels, *extra])}
+        self.obs = {
+            k: np.concatenate([s.obs(k) for s in self.sources]) for k in dict.fromkeys([*wanted.labels, *extra])
+        }
         self.file = np.repeat(np.arange(len(self.sources), dtype=np.int32), [s.n_cells for s in self.sources])
         self.row = np.concatenate([np.arange(s.n_cells, dtype=np.int64) for s in self.sources])
 
@@ -155,7 +157,8 @@ class Build:
         )
         names, sizes = zip(*job_groups(job), strict=True)
         layout = Layout.fit(
-            entries[:, kept], names, sizes, block=self.wanted.block, blocks_per_shard=self.wanted.blocks_per_shard,
+            list(entries[:, kept]), names, sizes, block=self.wanted.block,
+            blocks_per_shard=self.wanted.blocks_per_shard,
             dtype=job.dtype, codec=self.wanted.codec,
         )  # fmt: skip
         job = replace(job, layout=layout)
@@ -168,7 +171,7 @@ class Build:
         return made
 
     def turn(self, work: Path, run: Run, memory: int) -> tuple[str | None, ...]:
-        """Bring matrices that are stored gene by gene into row order; the folder of each, None where there is no need."""
+        """Bring matrices that are stored gene by gene into row order; the folder of each, None where no need is."""
         turned: list[str | None] = []
         for number, source in enumerate(self.sources):
             folder = work / "turned" / str(number)
@@ -186,7 +189,9 @@ class Build:
         columns = tuple(np.array([at.get(g, -1) for g in s.genes], dtype=np.int32) for s in self.sources)
         mito = np.char.startswith(np.char.upper(np.array(known, dtype=str)), "MT-")
         if "max_mito" in self.wanted.quality and not mito.any():
-            raise ValueError("max_mito: no gene's name starts with MT-; mitochondrial genes cannot be told, leave it out")
+            raise ValueError(
+                "max_mito: no gene's name starts with MT-; mitochondrial genes cannot be told, leave it out"
+            )
         return Job(
             str(work), self.paths, self.wanted.layer, self.stamps, turned, columns, len(known), self.wanted.quality,
             mito, self.wanted.counts,
@@ -196,7 +201,8 @@ class Build:
         """All rows of all sources, cut into scattering tasks."""
         whole = sum(s.n_cells * s.bytes_per_cell for s in self.sources)
         budget = max(min(SPAN_BYTES, memory // 6), min(int(whole / SPANS), memory // 6))
-        spans, first = [], 0
+        spans: list[Span] = []
+        first = 0
         for f, s in enumerate(self.sources):
             step = max(1, int(budget / max(s.bytes_per_cell, 1)))
             for start in range(0, s.n_cells, step):
@@ -258,9 +264,13 @@ class Build:
     def check_room(self, work: Path, found: Sequence[Scanned], layout: Layout) -> None:
         """Refuse to write what the disk cannot hold."""
         nnz = sum(int(f.gene_nnz.sum()) for f in found)
-        least = int(0.3 * nnz * (1 + np.dtype(layout.dtype).itemsize))  # smaller than any count matrix was compressed to
+        least = int(
+            0.3 * nnz * (1 + np.dtype(layout.dtype).itemsize)
+        )  # smaller than any count matrix was compressed to
         if (free := shutil.disk_usage(work).free) < least:
-            raise OSError(28, f"the disk is full: {work.parent} has {free >> 20} MiB, the store needs {least >> 20} or more")
+            raise OSError(
+                28, f"the disk is full: {work.parent} has {free >> 20} MiB, the store needs {least >> 20} or more"
+            )
 
     def describe(
         self, job: Job, found: Sequence[Scanned], cells: np.ndarray, code: np.ndarray, written: Sequence[Written]
@@ -291,8 +301,10 @@ class Build:
             format=about.FORMAT, n_cells=layout.n_cells, genes=genes, labels=values, block=layout.block,
             blocks_per_shard=layout.blocks_per_shard, groups=layout.groups, dtype=layout.dtype, codec=layout.codec,
             largest=float(max(f.largest for f in found)),
-            order=OrderInfo(w.shuffle, w.seed, w.strata), split=SplitInfo(w.split, w.split_by, w.seed, (train, val, test)),
-            sources=sources, shards=tuple(shards), chosen_by=self.genes.how, panel_by=self.panel and self.panel.how,
+            order=OrderInfo(w.shuffle, w.seed, w.strata),
+            split=SplitInfo(w.split, w.split_by, w.seed, (train, val, test)),
+            sources=sources, shards=tuple(shards), chosen_by=self.genes.how,
+            panel_by=self.panel.how if self.panel else None,
             join=w.join, quality=dict(w.quality), layer=w.layer,
             never_counted=() if self.genes.names else tuple(known[gene_nnz == 0].tolist()), not_shared=self.not_shared,
             fingerprint=about.fingerprint(genes, values, shards),

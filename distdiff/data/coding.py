@@ -7,13 +7,11 @@ the gene before. So any count fits any width of value, without loss, and the sum
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
 from scipy import sparse
-from torch import Tensor
 
 GAP = 255
 """Largest gap of one entry."""
@@ -28,7 +26,7 @@ class Coded(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Blocks of coded cells side by side: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``."""
+    """Blocks of coded cells: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``."""
 
     gaps: np.ndarray
     values: np.ndarray
@@ -45,7 +43,7 @@ class Slots(NamedTuple):
         return cls(np.empty((n, cap), np.uint8), np.empty((n, cap), dtype), np.empty((n, block + 1), np.uint32))
 
 
-def encode(counts: sparse.csr_matrix, dtype: str | np.dtype) -> Coded:
+def encode(counts: sparse.csr_matrix, dtype: Any) -> Coded:
     """Code the cells of canonical CSR (genes ascending, none twice, no zeros stored).
 
     Parameters
@@ -65,7 +63,7 @@ def encode(counts: sparse.csr_matrix, dtype: str | np.dtype) -> Coded:
     return coded
 
 
-def entries(counts: sparse.csr_matrix, dtype: str | np.dtype) -> np.ndarray:
+def entries(counts: sparse.csr_matrix, dtype: Any) -> np.ndarray:
     """Number of entries that `encode` makes of each cell, ``int64 [n]``."""
     top = _top(dtype)
     lengths = np.zeros(counts.shape[0] + 1, np.int64)
@@ -74,7 +72,7 @@ def entries(counts: sparse.csr_matrix, dtype: str | np.dtype) -> np.ndarray:
     return lengths[1:]
 
 
-def decode(coded: Coded, n_genes: int, dtype: str | np.dtype) -> sparse.csr_matrix:
+def decode(coded: Coded, n_genes: int, dtype: Any) -> sparse.csr_matrix:
     """Canonical CSR ``[n, n_genes]`` of `dtype`: the inverse of `encode`."""
     n = len(coded.starts) - 1
     slots = Slots(coded.gaps[None], coded.values[None], coded.starts[None])
@@ -82,7 +80,7 @@ def decode(coded: Coded, n_genes: int, dtype: str | np.dtype) -> sparse.csr_matr
 
 
 def csr(
-    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, n_genes: int, dtype: str | np.dtype
+    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, n_genes: int, dtype: Any
 ) -> sparse.csr_matrix:
     """Some cells of some blocks as canonical CSR.
 
@@ -134,31 +132,6 @@ def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarra
     return Coded(gaps, values, starts)
 
 
-def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, place: Tensor, n_genes: int) -> Tensor:
-    """Coded cells as float32 ``[n, n_genes]`` on the device they are on, by torch alone.
-
-    Parameters
-    ----------
-    gaps, values
-        ``uint8 [e]`` and ``[e]``.
-    starts
-        ``int64 [n + 1]``.
-    place
-        ``int64 [genes of the blocks]``, output column of each, ``n_genes`` where it is not wanted.
-    n_genes
-        Columns of the answer.
-    """
-    n = len(starts) - 1
-    run = gaps.cumsum(0, dtype=torch.int64)
-    before = torch.cat([run.new_zeros(1), run])[starts[:-1]]
-    row = torch.repeat_interleave(torch.arange(n, device=gaps.device), starts.diff(), output_size=len(gaps))
-    column = place[run - before[row]]
-    out = torch.zeros(n * (n_genes + 1), device=gaps.device)
-    wide = values.to(torch.float32) if values.dtype != torch.uint32 else values.to(torch.int64).to(torch.float32)
-    out.index_add_(0, row * (n_genes + 1) + column, wide)
-    return out.view(n, n_genes + 1)[:, :n_genes]
-
-
 def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
     """Why a block cannot be what a build wrote (zarr reads a chunk that is not there as its fill value), or ``""``.
 
@@ -199,7 +172,7 @@ def needed(data: np.ndarray, dtype: str) -> int:
     return len(data) + int(((large - 1) // top).sum())
 
 
-def _top(dtype: str | np.dtype) -> int:
+def _top(dtype: Any) -> int:
     """Largest value of one entry; 0 for floats, of which any fits."""
     return 0 if np.dtype(dtype).kind == "f" else int(np.iinfo(dtype).max)
 

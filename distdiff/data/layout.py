@@ -24,6 +24,7 @@ CHUNK = 1 << 18
 SHARD_BYTES = 64 << 20
 """Bytes of coded counts that a shard holds by default, before compression."""
 
+
 @dataclass(frozen=True)
 class Layout:
     """Shape of the counts on disk; the fields are those of `Manifest`."""
@@ -103,7 +104,9 @@ def create(root: Path, layout: Layout) -> None:
                     chunks=(1, width),
                     shards=(layout.blocks_per_shard, width),
                     compressors=_codecs(layout.codec, dtypes[name]),
-                    fill_value=0 if name != "starts" else np.iinfo(np.uint32).max,  # a chunk that is gone makes no sense
+                    fill_value=0
+                    if name != "starts"
+                    else np.iinfo(np.uint32).max,  # a chunk that is gone makes no sense
                 )
 
 
@@ -117,8 +120,8 @@ def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequenc
     shard
         Number of the shard.
     pieces
-        Its cells in store order, whole blocks at a time (the last may be short); for each column group ``[n, n_genes]``,
-        canonical.
+        Its cells in store order, whole blocks at a time (the last may be short); for each column group
+        ``[n, n_genes]``, canonical.
 
     Raises
     ------

@@ -178,9 +178,12 @@ class Manifest:
         if not isinstance(version, int):
             raise ValueError(f"{where} has no format version; it is not the manifest of a distdiff store")
         if version != FORMAT:
-            what = "upgrade distdiff, or rebuild the store with this version" if version > FORMAT else "rebuild the store"
+            what = (
+                "upgrade distdiff, or rebuild the store with this version" if version > FORMAT else "rebuild the store"
+            )
             raise ValueError(
-                f"{where} has format {version}, this distdiff reads format {FORMAT}: {what} (distdiff shard --overwrite)"
+                f"{where} has format {version}, this distdiff reads format {FORMAT}: {what} "
+                "(distdiff shard --overwrite)"
             )
         top = _checked(raw, cls, where)
         top["genes"] = tuple(raw["genes"])

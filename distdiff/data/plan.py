@@ -243,20 +243,20 @@ def _start(step: int, batch: int) -> int:
     return step * batch
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _blocks(plan: Plan, epoch: int) -> np.ndarray:
     """Order of the blocks in an epoch, ``int64 [n_blocks]``."""
     return numpy_generator(plan.seed, "blocks", epoch).permutation(-(-plan.n_cells // plan.block))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _short_block_window(plan: Plan, epoch: int) -> int:
     """Number of the window that holds the last block, the one that may be short."""
     order = _blocks(plan, epoch)
     return int(np.argmax(order == len(order) - 1)) // plan.window
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _window(plan: Plan, epoch: int, number: int) -> np.ndarray:
     """Cells of one window in reading order, ``int64 [<= block * window]``."""
     blocks = _blocks(plan, epoch)[number * plan.window : (number + 1) * plan.window]

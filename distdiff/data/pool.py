@@ -21,6 +21,7 @@ class Lease:
 
     def __init__(self, pool: Pool, blocks: np.ndarray) -> None:
         self.pool, self.blocks = pool, blocks
+        self._slots: np.ndarray | None = None
 
     def slots(self) -> np.ndarray:
         """Slot of each of ``blocks`` ``int64``, once all are read.
@@ -30,7 +31,9 @@ class Lease:
         ValueError, OSError
             What reading one of them raised.
         """
-        return self.pool._wait(self.blocks)
+        if self._slots is None:
+            self._slots = self.pool._wait(self.blocks)
+        return self._slots
 
     def release(self) -> None:
         """Give them back; they stay readable until their slot is needed."""
@@ -68,9 +71,7 @@ class Pool:
         Threads that read and decompress.
     """
 
-    def __init__(
-        self, slots: Slots, read: Callable[..., None], threads: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, slots: Slots, read: Callable[..., None], threads: ThreadPoolExecutor) -> None:
         self.memory, self._read, self._threads = slots, read, threads
         self._held: dict[int, _Held] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # blocks that nobody holds, oldest first

@@ -1,13 +1,14 @@
 """Blocks from disk into memory: one small interface, four ways.
 
-``direct`` reads shards of a local folder itself (a shard's index once, then one read and one decompression a chunk, into
-memory that is there already), ``tensorstore`` reads anything tensorstore can (local, S3, GCS, HTTP), ``zarr`` is
+``direct`` reads shards of a local folder itself (a shard's index once, then one read and one decompression a chunk,
+into memory that is there already), ``tensorstore`` reads anything tensorstore can (local, S3, GCS, HTTP), ``zarr`` is
 zarr-python, in Rust where ``zarrs`` is installed. All check the crc32c of what they read.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import threading
@@ -98,7 +99,7 @@ class ZarrReader(Reader):
         order = np.argsort(blocks)
         numbers, to = np.asarray(blocks)[order], np.asarray(slots)[order]
         edges = np.flatnonzero(np.diff(numbers, prepend=-2, append=-2) != 1)
-        for a, b in zip(edges[:-1], edges[1:], strict=True):  # runs of neighbours: only slices are fast
+        for a, b in itertools.pairwise(edges):  # runs of neighbours: only slices are fast
             for array, out in zip(self._arrays, into, strict=True):
                 out[to[a:b]] = array[int(numbers[a]) : int(numbers[b - 1]) + 1]
 

@@ -191,7 +191,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: ranks of its cells, ascending (``int64 [n]``), which of them are for training, how many spills."""
+    """One shard to write: ranks of its cells, ascending (``int64 [n]``), which are for training, how many spills."""
 
     shard: int
     rank: np.ndarray

@@ -1,8 +1,8 @@
 """Build a store: a few files of counts in, one folder that any cell can be read from out.
 
 Pass 1 scatters the cells of the sources, pass 2 gathers and writes them, shard by shard; each is a list of independent
-tasks that run in this process, on worker processes of this machine, or on any dask cluster that sees the same files. The
-result does not depend on which.
+tasks that run in this process, on worker processes of this machine, or on any dask cluster that sees the same files.
+The result does not depend on which.
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ def _refuse_foreign(out: Path) -> None:
 
 
 @contextmanager
-def _runner(
-    workers: int | None, scheduler: str | None, progress: bool, n_cells: int
-) -> Iterator[tuple[Run, int]]:
+def _runner(workers: int | None, scheduler: str | None, progress: bool, n_cells: int) -> Iterator[tuple[Run, int]]:
     """What runs a pass (this process, worker processes here, or a cluster elsewhere), and the bytes a worker has."""
     if workers is not None and workers < 0:
         raise ValueError(f"workers={workers}: 0 is this process, 1 or more are worker processes")

@@ -1,4 +1,4 @@
-"""Read cells of a store in any order: coded blocks through a reader into memory, cells out of them by compiled loops."""
+"""Read cells of a store in any order: coded blocks come into memory, compiled loops cut cells out of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scipy import sparse
 
 from distdiff.component import nearest
 from distdiff.data import coding
-from distdiff.data.coding import Slots
+from distdiff.data.coding import Coded, Slots
 from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_digests, digest
 from distdiff.data.pool import Lease, Pool
 from distdiff.data.readers import Reader, open_array, open_kvstore, reader_class
@@ -56,7 +56,7 @@ class CountStore:
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int, reader: str, threads: int) -> None:
         self.url, self.manifest = url, manifest
-        self._options = {"cache_bytes": cache_bytes, "reader": reader, "threads": threads}
+        self._options: dict[str, Any] = {"cache_bytes": cache_bytes, "reader": reader, "threads": threads}
         self._small: dict[str, np.ndarray] = {}
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="distdiff-decode")
         room = cache_bytes // sum(self._slot_bytes(g.cap) for g in manifest.groups)
@@ -180,13 +180,7 @@ class CountStore:
             return sparse.csr_matrix((0, len(self.genes)), dtype=self._wide)
         ascending = bool((rows[1:] >= rows[:-1]).all())
         order = None if ascending else np.argsort(rows, kind="stable")
-        pieces = [
-            functools.reduce(
-                lambda a, b: a + b,
-                [coding.csr(*at, c.place, len(self.genes), self._wide) for c, at in zip(self.columns, held, strict=True)],
-            )
-            for _, _, held in self._held(rows if order is None else rows[order])
-        ]
+        pieces = [self._csr(held, self._wide) for _, _, held in self._held(rows if order is None else rows[order])]
         counts = pieces[0] if len(pieces) == 1 else sparse.vstack(pieces, format="csr")
         counts.has_canonical_format = True
         return counts if order is None else counts[np.argsort(order)]
@@ -223,7 +217,7 @@ class CountStore:
             Rows out of range, or no such covariate (the nearest one is named).
         """
         rows = self._checked(rows)
-        return {k: self._array_of(f"labels/{k}")[rows].astype(np.int64) for k in self._label_keys(keys)}
+        return {k: self._array_of(f"labels/{k}")[rows].astype(np.int64) for k in self.label_keys(keys)}
 
     def rows(self, split: str = "all") -> np.ndarray:
         """Rows of ``"train"``, ``"val"``, ``"test"`` or ``"all"``, ascending ``int64``.
@@ -256,7 +250,7 @@ class CountStore:
 
     def spec(self, labels: Sequence[str] | None = None) -> DataSpec:
         """What a denoiser must know: genes, the values of some covariates (None is all), mean counts."""
-        values = {k: tuple(self.manifest.labels[k]) for k in self._label_keys(labels)}
+        values = {k: tuple(self.manifest.labels[k]) for k in self.label_keys(labels)}
         return DataSpec(self.genes, values, self._of_genes("mean").astype(np.float32))
 
     def verify(self, progress: bool = False) -> None:
@@ -297,6 +291,45 @@ class CountStore:
             coding.add_dense(columns.pool.memory, slot, rows % self.manifest.block, columns.place, out)
         return out
 
+    def csr_of(self, rows: np.ndarray, leases: Sequence[Lease], dtype: str | np.dtype) -> sparse.csr_matrix:
+        """Counts of rows whose blocks are held as CSR ``[n, g]``."""
+        held = [
+            (c.pool.memory, lease.slots()[np.searchsorted(lease.blocks, rows // self.manifest.block)],
+             rows % self.manifest.block)
+            for c, lease in zip(self.columns, leases, strict=True)
+        ]  # fmt: skip
+        return self._csr(held, dtype)
+
+    def coded_of(self, rows: np.ndarray, leases: Sequence[Lease]) -> list[Coded]:
+        """The same cells coded, for each column group of the view (its genes, not those of the view)."""
+        return [
+            coding.cut(
+                columns.pool.memory, lease.slots()[np.searchsorted(lease.blocks, rows // self.manifest.block)],
+                rows % self.manifest.block,
+            )
+            for columns, lease in zip(self.columns, leases, strict=True)
+        ]  # fmt: skip
+
+    def coded(self, rows: np.ndarray) -> list[Coded]:
+        """Ascending rows coded, for each column group of the view."""
+        pieces = [[coding.cut(*at) for at in held] for _, _, held in self._held(rows)]
+        made = []
+        for group in range(len(self.columns)):
+            of = [piece[group] for piece in pieces]
+            starts = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(c.starts) for c in of]))])
+            made.append(Coded(np.concatenate([c.gaps for c in of]), np.concatenate([c.values for c in of]), starts))
+        return made
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether this is a view of some genes."""
+        return self._panel is not None
+
+    @property
+    def cache_for_all(self) -> int:
+        """``cache_bytes`` with which this view stays in memory whole."""
+        return self.manifest.n_blocks * sum(self._slot_bytes(g.cap) for g in self.manifest.groups)
+
     @property
     def slots(self) -> int:
         """Blocks that this view has memory for."""
@@ -323,6 +356,10 @@ class CountStore:
                 coding.add_dense(*at, columns.place, part)
             out[order[a:b]] = part
         return out
+
+    def _csr(self, held: Sequence[tuple[Slots, np.ndarray, np.ndarray]], dtype: Any) -> sparse.csr_matrix:
+        parts = [coding.csr(*at, c.place, len(self.genes), dtype) for c, at in zip(self.columns, held, strict=True)]
+        return functools.reduce(lambda a, b: a + b, parts)
 
     def _held(self, rows: np.ndarray) -> Iterator[tuple[int, int, list[tuple[Slots, np.ndarray, np.ndarray]]]]:
         """Ascending rows in pieces: first and last, and for each column group the memory, slots and places in them."""
@@ -407,7 +444,14 @@ class CountStore:
             raise ValueError(f"row {wrong} asked of {self.url}, it has rows 0 to {self.n_cells - 1}")
         return rows
 
-    def _label_keys(self, keys: Sequence[str] | None) -> list[str]:
+    def label_keys(self, keys: Sequence[str] | None = None) -> list[str]:
+        """Labels asked for (None is all), checked.
+
+        Raises
+        ------
+        ValueError
+            No such label (the nearest one is named).
+        """
         known = self.manifest.labels
         for k in keys or ():
             if k not in known:

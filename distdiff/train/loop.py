@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +16,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from distdiff.data.loader import loader
+from distdiff.data.loader import Loading, loader
 from distdiff.data.masks import mcar
-from distdiff.data.plan import Plan
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
@@ -117,6 +117,7 @@ def train(
     accelerator: Accelerator,
     *,
     identity: dict[str, Any],
+    loading: Loading | None = None,
     labels: tuple[str, ...] = (),
     save_best: Callable[[Denoiser, dict[str, float]], None],
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
@@ -128,6 +129,8 @@ def train(
     ----------
     identity
         What must be equal for a checkpoint to be continued (config, data fingerprint).
+    loading
+        How cells come in, and in which proportions.
     save_best
         Called on the main process with the averaged weights whenever validation improves.
     on_log, on_step
@@ -157,10 +160,15 @@ def train(
         progress = Progress(**state["progress"])
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
 
-    plan = Plan(n_cells=len(index), batch=settings.batch, seed=settings.seed)
+    loading = loading or Loading()
+    plan = loading.plan(store, index, settings.batch, settings.seed)
+    store, resident, said = loading.keep(store, accelerator.device, _local_ranks())
+    if said:
+        accelerator.print(f"distdiff train: {said}")
     batches = loader(
         store, plan, index, start=progress.step, stop=settings.steps, rank=accelerator.process_index,
-        world=accelerator.num_processes, labels=labels,
+        world=accelerator.num_processes, labels=labels, ahead=loading.ahead, device=accelerator.device,
+        resident=resident, scheduler=loading.scheduler,
     )  # fmt: skip
     bar = tqdm(
         total=total, initial=progress.step * settings.batch, unit=" cells", unit_scale=True, desc="train",
@@ -219,6 +227,11 @@ def _splits(store: CountStore) -> tuple[np.ndarray, np.ndarray]:
     if not len(index) or not len(held_out):
         raise ValueError(f"{len(index)} training and {len(held_out)} validation cells: rebuild with another --split")
     return index, held_out
+
+
+def _local_ranks() -> int:
+    """Processes on this machine, as the launcher tells."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _share(settings: Training, world: int) -> int:

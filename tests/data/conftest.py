@@ -37,7 +37,9 @@ def save(adata: ad.AnnData, path: Path) -> Path:
 
 def build(inputs, out, **options):
     """shard() in this process, in silence, several small shards."""
-    return shard(inputs, out, **{"workers": 0, "progress": False, "block": 16, "blocks_per_shard": 2, "shuffle": False} | options)
+    return shard(
+        inputs, out, **{"workers": 0, "progress": False, "block": 16, "blocks_per_shard": 2, "shuffle": False} | options
+    )
 
 
 @pytest.fixture(scope="session")

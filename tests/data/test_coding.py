@@ -9,6 +9,7 @@ from scipy import sparse
 
 from distdiff.data import coding
 from distdiff.data.coding import Coded, Slots
+from distdiff.data.resident import to_dense
 
 
 @st.composite
@@ -54,7 +55,7 @@ def test_cells_cut_dense_and_by_torch_agree_with_slicing(counts, data):
     assert np.array_equal(out, want)
     piece = coding.cut(slots, zero, which)
     onto = torch.from_numpy(np.where(place < 0, len(columns), place).astype(np.int64))
-    there = coding.to_dense(*(torch.from_numpy(a) for a in piece), onto, len(columns))
+    there = to_dense(*(torch.from_numpy(a) for a in piece), onto, len(columns))
     assert np.array_equal(there.numpy(), want)
 
 
