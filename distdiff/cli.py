@@ -1,4 +1,4 @@
-"""The command line: shard, train, impute, evaluate, quickstart."""
+"""The command line: shard, store, train, impute, evaluate, quickstart."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ app = typer.Typer(
     name="distdiff", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Diffusion models on single-cell counts: impute, denoise, deepen, complete and generate cells.",
 )  # fmt: skip
+
+stores = typer.Typer(no_args_is_help=True, help="Look at a store, check it, turn it back into AnnData.")
+app.add_typer(stores, name="store")
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -58,6 +61,40 @@ def shard(
     typer.echo(
         f"{out}: {manifest.n_cells} cells x {len(manifest.genes)} genes, fingerprint {manifest.fingerprint[:12]}"
     )
+
+
+@stores.command()
+def info(path: Annotated[str, typer.Argument(help="Folder or URL of a store.")]) -> None:
+    """What a store holds."""
+    from distdiff.data.store import CountStore
+
+    typer.echo(CountStore.open(path).describe())
+
+
+@stores.command()
+def verify(path: Annotated[str, typer.Argument(help="Folder or URL of a store.")]) -> None:
+    """Read every count once and compare it with what was built."""
+    from distdiff.data.store import CountStore
+
+    store = CountStore.open(path)
+    store.verify(progress=True)
+    typer.echo(f"{path}: {len(store.manifest.shards)} shards are as built, fingerprint {store.manifest.fingerprint}")
+
+
+@stores.command()
+def export(
+    path: Annotated[str, typer.Argument(help="Folder or URL of a store.")],
+    out: Annotated[Path, typer.Option(help="Output, .h5ad or .zarr.")],
+    panel: Annotated[bool, typer.Option("--panel", help="Only the genes of the panel.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a store as AnnData, cells in the order of their sources."""
+    from distdiff.data.export import export as write
+    from distdiff.data.store import CountStore
+
+    store = CountStore.open(path)
+    write(store.panel() if panel else store, out, overwrite=overwrite)
+    typer.echo(f"{out}: {store.n_cells} cells, fingerprint {store.manifest.fingerprint[:12]}")
 
 
 @app.command()

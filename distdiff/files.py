@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def scratch(target: str | Path) -> Iterator[Path]:
+    """A hidden folder beside ``target`` for what is needed meanwhile; it goes in the end."""
+    target = Path(target)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.stem}.scratch-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        _remove(folder)
 
 
 @contextlib.contextmanager

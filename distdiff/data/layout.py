@@ -103,7 +103,7 @@ def create(root: Path, layout: Layout) -> None:
                     dtype=dtypes[name],
                     chunks=(1, width),
                     shards=(layout.blocks_per_shard, width),
-                    compressors=_codecs(layout.codec, dtypes[name]),
+                    compressors=_codecs(layout.codec, dtypes[name], name),
                     fill_value=0
                     if name != "starts"
                     else np.iinfo(np.uint32).max,  # a chunk that is gone makes no sense
@@ -183,11 +183,13 @@ def encode_names(names: np.ndarray) -> np.ndarray:
     return fixed.astype(f"S{width}").view(np.uint8).reshape(len(names), width)
 
 
-def _codecs(codec: str, dtype: str) -> list[Any]:
+def _codecs(codec: str, dtype: str, part: str = "") -> list[Any]:
     """Compression of one array, then a checksum of every chunk."""
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r}: {' or '.join(CODECS)} is wanted")
     if codec == "compact":
         return [ZstdCodec(level=1), Crc32cCodec()]
+    if part == "values" and np.dtype(dtype).itemsize == 1:  # small numbers: their high bits are runs of zeros
+        return [BloscCodec(cname="lz4", clevel=3, shuffle="bitshuffle", blocksize=1 << 17), Crc32cCodec()]
     shuffle = "noshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle"
-    return [BloscCodec(cname="lz4", clevel=3, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]
+    return [BloscCodec(cname="lz4", clevel=3, shuffle=shuffle, blocksize=1 << 20), Crc32cCodec()]  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 
 from distdiff.component import nearest
-from distdiff.data import coding
+from distdiff.data import coding, recycle
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_digests, digest
 from distdiff.data.pool import Lease, Pool
@@ -244,6 +244,19 @@ class CountStore:
         rows = self._checked(rows)
         return self._array_of("source/file")[rows], self._array_of("source/row")[rows]
 
+    def splits(self, rows: np.ndarray) -> np.ndarray:
+        """Split code of some cells ``uint8 [n]``: place in ``manifest.SPLITS``."""
+        return self._array_of("split")[self._checked(rows)]
+
+    def quality(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Molecules ``float64 [n]`` and genes ``int64 [n]`` of some cells, before genes were chosen."""
+        rows = self._checked(rows)
+        return self._array_of("cells/total")[rows], self._array_of("cells/nnz")[rows].astype(np.int64)
+
+    def source_columns(self) -> np.ndarray:
+        """Columns of this view in the order that the genes had in the sources, ``int64 [g]``."""
+        return np.argsort(self._of_genes("source"))
+
     def statistics(self) -> dict[str, np.ndarray]:
         """Per gene over training cells, each ``float64 [g]``: ``mean``, ``var`` (molecules^2), ``nnz``, ``max``."""
         return {name: self._of_genes(name) for name in ("mean", "var", "nnz", "max")}
@@ -252,6 +265,31 @@ class CountStore:
         """What a denoiser must know: genes, the values of some covariates (None is all), mean counts."""
         values = {k: tuple(self.manifest.labels[k]) for k in self.label_keys(labels)}
         return DataSpec(self.genes, values, self._of_genes("mean").astype(np.float32))
+
+    def describe(self) -> str:
+        """What the store holds, in a few lines."""
+        about = self.manifest
+        nnz = sum(s.nnz for s in about.shards)
+        lines = [
+            f"{self.url}: {self.n_cells:,} cells x {len(about.genes):,} genes ({about.chosen_by}, {about.join}), "
+            f"{nnz:,} counts ({nnz / max(1, self.n_cells * len(about.genes)):.1%}), largest {about.largest:g}",
+            "split: " + ", ".join(f"{n:,} {name}" for name, n in zip(SPLITS, about.split.n_cells, strict=True))
+            + (f", whole by {about.split.by}" if about.split.by else "") + f", seed {about.split.seed}",
+            "order: " + ("shuffled" if about.order.shuffled else "as in the sources")
+            + (f" within {about.order.strata}" if about.order.strata else ""),
+            *(f"label {k}: {len(v)} values ({', '.join(v[:6])}{', ...' if len(v) > 6 else ''})"
+              for k, v in about.labels.items()),
+            *(f"genes {g.name}: {g.n_genes:,}, up to {g.cap:,} entries a block of {about.block} cells"
+              for g in about.groups),
+            f"{len(about.shards)} shards of {about.blocks_per_shard} blocks, {about.dtype} values, codec {about.codec}",
+            *(f"source {s.path}: {s.kept:,} of {s.n_cells:,} cells, {s.empty:,} empty, {s.failed:,} under a threshold"
+              + (f", {len(s.absent):,} genes absent" if s.absent else "") for s in about.sources),
+            f"fingerprint {about.fingerprint}",
+        ]  # fmt: skip
+        if "://" not in self.url:
+            size = sum(f.stat().st_size for f in Path(self.url).rglob("*") if f.is_file())
+            lines.insert(-1, f"{size:,} bytes on disk, {size / max(1, nnz):.2f} a count")
+        return "\n".join(lines)
 
     def verify(self, progress: bool = False) -> None:
         """Read everything once and compare it with the manifest's hashes.
@@ -285,10 +323,11 @@ class CountStore:
 
     def dense_of(self, rows: np.ndarray, leases: Sequence[Lease]) -> np.ndarray:
         """Counts float32 ``[n, g]`` of rows whose blocks are held."""
-        out = np.zeros((len(rows), len(self.genes)), np.float32)
-        for columns, lease in zip(self.columns, leases, strict=True):
+        out = recycle.empty((len(rows), len(self.genes)), np.float32)
+        for first, (columns, lease) in enumerate(zip(self.columns, leases, strict=True)):
             slot = lease.slots()[np.searchsorted(lease.blocks, rows // self.manifest.block)]
-            coding.add_dense(columns.pool.memory, slot, rows % self.manifest.block, columns.place, out)
+            local = rows % self.manifest.block
+            coding.add_dense(columns.pool.memory, slot, local, columns.place, out, clear=first == 0)
         return out
 
     def csr_of(self, rows: np.ndarray, leases: Sequence[Lease], dtype: str | np.dtype) -> sparse.csr_matrix:
@@ -348,13 +387,15 @@ class CountStore:
     def _dense(self, rows: np.ndarray) -> np.ndarray:
         if not self.exact:
             return dense(self.read(rows))
-        out = np.zeros((len(rows), len(self.genes)), np.float32)
+        out = recycle.empty((len(rows), len(self.genes)), np.float32)
         order = np.argsort(rows, kind="stable")
         for a, b, held in self._held(rows[order]):
-            part = out[a:b] if (np.diff(order[a:b]) == 1).all() else np.zeros((b - a, len(self.genes)), np.float32)
-            for columns, at in zip(self.columns, held, strict=True):
-                coding.add_dense(*at, columns.place, part)
-            out[order[a:b]] = part
+            neighbours = bool((np.diff(order[a:b]) == 1).all())
+            part = out[order[a] : order[a] + b - a] if neighbours else np.empty((b - a, len(self.genes)), np.float32)
+            for first, (columns, at) in enumerate(zip(self.columns, held, strict=True)):
+                coding.add_dense(*at, columns.place, part, clear=first == 0)
+            if not neighbours:
+                out[order[a:b]] = part
         return out
 
     def _csr(self, held: Sequence[tuple[Slots, np.ndarray, np.ndarray]], dtype: Any) -> sparse.csr_matrix:

@@ -99,8 +99,8 @@ def test_what_is_no_block_is_told():
     assert said(starts=(2, 9)) == "its cell starts make no sense"
     assert said(starts=(1, 4)) == "its cell starts make no sense"
     assert said(gaps=(1, 200)) == "its gene numbers make no sense"
-    assert said(values=(1, 0)) == "its entries make no sense"
-    assert said(gaps=(1, 0)) == "its entries make no sense"
+    assert said(values=(slice(None), 0)) == "its entries are all 0"
+    assert said(gaps=(slice(None), 0)) == "its entries are all 0"
     gone = Slots(np.zeros((1, 4), np.uint8), np.zeros((1, 4), np.uint8), np.full((1, 3), 2**32 - 1, np.uint32))
     assert coding.fault(gone, 0, 2, 3)
     assert isinstance(coded, Coded)

@@ -1,0 +1,123 @@
+"""A store back as AnnData: the cells in the order of their sources, every count as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+from tqdm import tqdm
+
+from distdiff import files
+from distdiff.data import spill
+from distdiff.data.manifest import SPLITS
+from distdiff.data.source import LAST_EXACT
+from distdiff.data.store import CountStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PIECE = 16 << 20
+"""Counts in memory at a time."""
+
+
+def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
+    """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read back in that order.
+
+    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, the split, molecules and genes of
+    each cell before genes were chosen, and the source file; ``var`` which genes are in the panel; ``uns['distdiff']``
+    the fingerprint. Cells and genes that the build dropped are not in it.
+
+    Parameters
+    ----------
+    store
+        Whole or seen through a panel.
+    out
+        ``.h5ad`` or ``.zarr``; needs as much room beside it for a while as the counts take coded.
+
+    Raises
+    ------
+    FileExistsError
+        ``out`` exists and ``overwrite`` is false.
+    ValueError
+        Another suffix, or a corrupt shard (named).
+    """
+    out = Path(out)
+    if out.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    everyone = store.rows("all")
+    file, row = store.origin(everyone)
+    order = np.lexsort((row, file))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    columns = store.source_columns()
+    dtype = np.float32 if store.manifest.dtype == "float32" or store.manifest.largest < LAST_EXACT else np.float64
+    with files.whole(out, overwrite=overwrite) as temporary, files.scratch(out) as scratch:
+        spills = []
+        for shard in tqdm(store.manifest.shards, desc="read", unit="shard", disable=not progress, ascii=True):
+            rows = np.arange(shard.start, shard.stop)
+            spills.append(scratch / f"{shard.index:06d}")
+            counts = store.read(rows)
+            wide = counts.astype(np.float32 if counts.dtype.kind == "f" else np.uint32)
+            spill.write(spills[-1], wide, rank[rows])
+        with _opened(temporary) as root:
+            _frames(root, store, order, columns)
+            matrix = _matrix(root, len(store.genes), dtype)
+            nnz = sum(s.nnz for s in store.manifest.shards)
+            step = max(1, int(PIECE * len(order) / max(nnz, 1)))
+            place = np.arange(len(columns), dtype=np.int32)
+            for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
+                ranks, coded = spill.gather(spills, a, min(a + step, len(order)))
+                counts = spill.cells(coded, np.argsort(ranks), place, len(columns)).astype(dtype)
+                if (np.diff(columns) < 0).any():
+                    counts = counts[:, columns]
+                    counts.sort_indices()
+                matrix.append(counts)
+
+
+def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> None:
+    """Everything but the counts."""
+    import anndata as ad
+    import pandas as pd
+
+    about = store.manifest
+    obs: pd.DataFrame = pd.DataFrame(index=pd.Index(store.names(order).astype(str)))
+    for key, code in store.labels(order).items():
+        obs[key] = pd.Categorical.from_codes(code, categories=list(about.labels[key]))
+    file, _ = store.origin(order)
+    obs["distdiff_split"] = pd.Categorical.from_codes(store.splits(order), categories=list(SPLITS))
+    obs["distdiff_source"] = pd.Categorical([about.sources[f].path for f in file])
+    obs["n_counts"], obs["n_genes"] = store.quality(order)
+    var = pd.DataFrame(index=pd.Index(np.array(store.genes, dtype=object)[columns].astype(str)))
+    var["panel"] = columns < about.groups[0].n_genes if len(about.groups) > 1 else True
+    uns = {"distdiff": {"fingerprint": about.fingerprint, "layer": about.layer or "X", "chosen_by": about.chosen_by}}
+    adata = ad.AnnData(obs=obs, var=var, uns=uns)
+    ad.io.write_elem(root, "/", adata)
+
+
+def _matrix(root: Any, n_genes: int, dtype: Any) -> Any:
+    """``X`` without rows yet."""
+    import anndata as ad
+
+    empty = sparse.csr_matrix((0, n_genes), dtype=dtype)
+    empty.indptr = empty.indptr.astype(np.int64)
+    if "X" in root:
+        del root["X"]
+    ad.io.write_elem(root, "X", empty)
+    return ad.io.sparse_dataset(root["X"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix == ".h5ad":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            yield file
+        return
+    import zarr
+
+    yield zarr.open_group(str(path), mode="w", zarr_format=3)

@@ -1,0 +1,65 @@
+"""Memory of batches that are gone, for batches to come.
+
+The system hands out large arrays page by page as they are first written, which takes longer than decoding cells into
+them. So an array from `empty` gives its memory back to a shelf when the last view of it is gone, torch tensors included.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+SMALL = 1 << 18
+"""Arrays below so many bytes come from the system: it reuses these itself."""
+
+KEEP = 512 << 20
+"""Bytes on the shelf at most."""
+
+
+class _Shelf:
+    """Free memory by size, a power of two."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._kept = 0
+        self._lock = threading.RLock()  # a __del__ may run inside of take
+
+    def take(self, size: int) -> np.ndarray:
+        with self._lock:
+            if free := self._free.get(size):
+                self._kept -= size
+                return free.pop()
+        return np.empty(size, np.uint8)
+
+    def put(self, memory: np.ndarray) -> None:
+        with self._lock:
+            if self._kept + len(memory) <= KEEP:
+                self._kept += len(memory)
+                self._free.setdefault(len(memory), []).append(memory)
+
+
+_shelf = _Shelf()
+
+
+class _Lent:
+    """Owner of an array's memory; numpy keeps it alive as long as any view."""
+
+    def __init__(self, memory: np.ndarray, shelf: _Shelf) -> None:
+        self._memory, self._shelf = memory, shelf
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._shelf.put(self._memory)
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array as `numpy.empty` gives it."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    n = math.prod(shape) * np.dtype(dtype).itemsize
+    if n < SMALL:
+        return np.empty(shape, dtype)
+    memory = _shelf.take(1 << (n - 1).bit_length())
+    return np.asarray(_Lent(memory, _shelf))[:n].view(dtype).reshape(shape)
