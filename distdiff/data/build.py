@@ -32,7 +32,7 @@ from distdiff.rng import numpy_generator
 T = TypeVar("T")
 R = TypeVar("R")
 
-SPAN_BYTES = 96 << 20
+SPAN_BYTES = 48 << 20
 """Memory that the cells of one scattering task take at least, if there are so many; three times this while it runs."""
 
 SPANS = 512
@@ -164,9 +164,9 @@ class Build:
         job = replace(job, layout=layout)
         self.check_room(work, found, layout)
         create(job.store, layout)
-        written = run(write, shard_tasks(layout, kept, code[cells] == 0, len(spans)), job, "write")
+        written = run(write, shard_tasks(layout, kept, len(spans)), job, "write")
         made = self.describe(job, found, cells, code[cells], written)
-        self.write_columns(job, made, cells, code[cells], written, found)
+        self.write_columns(job, made, cells, code[cells], found)
         (job.store / about.FILE).write_text(made.to_json(), encoding="utf-8")
         return made
 
@@ -315,11 +315,12 @@ class Build:
         return codes(self.obs[key][cells], values).astype(np.int32)
 
     def write_columns(
-        self, job: Job, made: Manifest, cells: np.ndarray, code: np.ndarray, written: Sequence[Written],
-        found: Sequence[Scanned],
-    ) -> None:  # fmt: skip
+        self, job: Job, made: Manifest, cells: np.ndarray, code: np.ndarray, found: Sequence[Scanned]
+    ) -> None:
         """Everything a cell or a gene has one of."""
-        sums: Moments = reduce(add, [w.moments for w in written])
+        every, genes = reduce(add, [f.moments for f in found]), columns_of(job)
+        of = (every.total, every.squares, every.nnz, every.largest)  # a cell that was dropped has none of these genes
+        sums = Moments(int((code == 0).sum()), *(sums[genes] for sums in of))
         columns: dict[str, np.ndarray] = {
             **{f"labels/{key}": self.codes(values, key, cells) for key, values in made.labels.items()},
             "split": code,
@@ -332,7 +333,7 @@ class Build:
             "genes/var": sums.var,
             "genes/nnz": sums.nnz,
             "genes/max": sums.largest,
-            "genes/source": columns_of(job),
+            "genes/source": genes,
         }
         for name, value in columns.items():
             write_column(job.store, name, value)
@@ -350,10 +351,10 @@ def columns_of(job: Job) -> np.ndarray:
     return kept[np.lexsort((job.place[kept], job.group[kept]))]
 
 
-def shard_tasks(layout: Layout, rank: np.ndarray, train: np.ndarray, spills: int) -> list[ShardTask]:
+def shard_tasks(layout: Layout, rank: np.ndarray, spills: int) -> list[ShardTask]:
     """One task a shard."""
     rows = [layout.rows(number) for number in range(layout.n_shards)]
-    return [ShardTask(n, rank[a:b], train[a:b], spills) for n, (a, b) in enumerate(rows)]
+    return [ShardTask(n, rank[a:b], spills) for n, (a, b) in enumerate(rows)]
 
 
 def _as_before(file: Path, memory: int) -> int:

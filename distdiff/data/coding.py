@@ -45,7 +45,7 @@ class Slots(NamedTuple):
         return cls(np.empty((n, cap), np.uint8), np.empty((n, cap), dtype), np.empty((n, block + 1), np.uint32))
 
 
-def encode(counts: sparse.csr_matrix, dtype: Any) -> Coded:
+def encode(counts: sparse.csr_matrix, dtype: Any, order: np.ndarray | None = None) -> Coded:
     """Code the cells of canonical CSR (genes ascending, none twice, no zeros stored).
 
     Parameters
@@ -54,24 +54,34 @@ def encode(counts: sparse.csr_matrix, dtype: Any) -> Coded:
         ``[n, g]``; whole numbers of 1 or more, or any float for a float ``dtype``.
     dtype
         Of the values: uint8, uint16, uint32, or float32.
+    order
+        ``int64 [m]``, the cells to code, in this order; None is all as they come.
     """
     top = _top(dtype)
-    data = counts.data.astype(np.float32 if top == 0 else np.int64, copy=False)
-    starts = np.zeros(counts.shape[0] + 1, np.int64)
-    _lengths(counts.indptr, counts.indices, data, top, starts)
+    order = np.arange(counts.shape[0]) if order is None else order
+    starts = np.zeros(len(order) + 1, np.int64)
+    _lengths(counts.indptr, counts.indices, counts.data, order, top, starts)
     np.cumsum(starts, out=starts)
     coded = Coded(np.empty(starts[-1], np.uint8), np.empty(starts[-1], dtype), starts)
-    _encode(counts.indptr, counts.indices, data, top, coded.gaps, coded.values)
+    _encode(counts.indptr, counts.indices, counts.data, order, top, coded.gaps, coded.values)
     return coded
 
 
-def entries(counts: sparse.csr_matrix, dtype: Any) -> np.ndarray:
-    """Number of entries that `encode` makes of each cell, ``int64 [n]``."""
-    top = _top(dtype)
-    lengths = np.zeros(counts.shape[0] + 1, np.int64)
-    data = counts.data.astype(np.float32 if top == 0 else np.int64, copy=False)
-    _lengths(counts.indptr, counts.indices, data, top, lengths)
-    return lengths[1:]
+def recoded(of: Coded, place: np.ndarray, group: np.ndarray, dtype: Any) -> np.ndarray:
+    """Entries that cells will take once their genes have other places, ``int64 [groups, n]``.
+
+    Parameters
+    ----------
+    of
+        The cells.
+    place, group
+        For each gene its column in its column group (ascending within a group; -1: dropped), and the group.
+    dtype
+        Of the values.
+    """
+    out = np.zeros((int(group.max(initial=0)) + 1, len(of.starts) - 1), np.int64)
+    _recoded(of.gaps, of.values, of.starts, place, group, _top(dtype), _top(of.values.dtype), out)
+    return out
 
 
 def decode(coded: Coded, n_genes: int, dtype: Any) -> sparse.csr_matrix:
@@ -114,7 +124,7 @@ def csr(
 def add_dense(
     slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, out: np.ndarray, *, clear: bool = False
 ) -> None:
-    """Add some cells of some blocks to ``out`` float32 ``[n, g]``, cleared before if wanted; other arguments as of `csr`."""
+    """Add some cells of some blocks to ``out`` float32 ``[n, g]`` (cleared first); the rest is as of `csr`."""
     _dense(slots.gaps, slots.values, slots.starts, slot, local, place, _same(place), clear, out)
 
 
@@ -170,11 +180,40 @@ def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
     return min(fits, key=lambda d: needed[d] * (1 + np.dtype(d).itemsize))
 
 
-def needed(data: np.ndarray, dtype: str) -> int:
-    """Entries that counts need in values of ``dtype``."""
-    top = np.iinfo(dtype).max
-    large = data[data > top].astype(np.int64)
-    return len(data) + int(((large - 1) // top).sum())
+def uncounted(data: np.ndarray, most: int) -> bool:
+    """Whether any number is no count: negative, fractional, not finite, or above ``most``."""
+    return bool(_uncounted(data, most))
+
+
+def sums(
+    counts: sparse.csr_matrix, rows: np.ndarray, train: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int, float]]:
+    """Everything that a build adds up, in one pass over some rows.
+
+    Parameters
+    ----------
+    counts
+        ``[n, g]`` canonical.
+    rows, train
+        ``int64 [m]`` rows, and whether each is a training cell ``bool [m]``.
+
+    Returns
+    -------
+    float64 [4, g], int64 [g], (int, int, float)
+        Sum, sum of squares, number and largest of the training cells' counts of each gene; number over all rows;
+        entries needed in values of one and of two bytes, and the largest count.
+    """
+    g = counts.shape[1]
+    moments, nnz, numbers = np.zeros((4, g)), np.zeros(g, np.int64), np.zeros(3)
+    _sums(counts.indptr, counts.indices, counts.data, rows, train, moments, nnz, numbers)
+    return moments, nnz, (int(numbers[0]), int(numbers[1]), float(numbers[2]))
+
+
+def totals(counts: sparse.csr_matrix) -> np.ndarray:
+    """Sum of each row, ``float64 [n]``."""
+    out = np.zeros(counts.shape[0])
+    _totals(counts.indptr, counts.data, out)
+    return out
 
 
 def _same(place: np.ndarray) -> bool:
@@ -188,26 +227,94 @@ def _top(dtype: Any) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _lengths(indptr, indices, data, top, out):  # type: ignore[no-untyped-def]
-    for i in range(len(indptr) - 1):
-        last, k = 0, 0
+def _uncounted(data, most):  # type: ignore[no-untyped-def]
+    for x in data:  # noqa: SIM110, numba has no generators
+        if not (0 <= x <= most) or x != np.floor(x):
+            return True
+    return False
+
+
+@njit(nogil=True, cache=True)
+def _sums(indptr, indices, data, rows, train, moments, nnz, numbers):  # type: ignore[no-untyped-def]
+    one, two, largest = 0, 0, 0.0
+    for i in range(len(rows)):
+        for j in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            gene, x = indices[j], float(data[j])
+            nnz[gene] += 1
+            if train[i]:
+                moments[0, gene] += x
+                moments[1, gene] += x * x
+                moments[2, gene] += 1
+                moments[3, gene] = max(moments[3, gene], x)
+            one += 1
+            two += 1
+            if x > 255:
+                one += int((x - 1) // 255)
+                two += int((x - 1) // 65535)
+            largest = max(largest, x)
+    numbers[0], numbers[1], numbers[2] = one, two, largest
+
+
+@njit(nogil=True, cache=True)
+def _totals(indptr, data, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
         for j in range(indptr[i], indptr[i + 1]):
+            out[i] += data[j]
+
+
+@njit(nogil=True, cache=True)
+def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignore[no-untyped-def]
+    last = np.zeros(len(out), np.int64)
+    for i in range(len(starts) - 1):
+        last[:] = 0
+        gene, e = 0, starts[i]
+        while e < starts[i + 1]:
+            gene += gaps[e]
+            value = values[e]
+            e += 1
+            if value == 0:
+                continue
+            count = np.int64(1)
+            if full > 0 and value == full:  # more of this count may follow
+                count = np.int64(value)
+                while e < starts[i + 1] and gaps[e] == 0:
+                    count += np.int64(values[e])
+                    e += 1
+            elif full > 0:
+                count = np.int64(value)
+            at, g = place[gene], group[gene]
+            if at < 0:
+                continue
+            gap = at - last[g]
+            last[g] = at
+            if gap > GAP:
+                out[g, i] += (gap - 1) // GAP
+            out[g, i] += 1
+            if top > 0 and count > top:
+                out[g, i] += (count - 1) // top
+
+
+@njit(nogil=True, cache=True)
+def _lengths(indptr, indices, data, order, top, out):  # type: ignore[no-untyped-def]
+    for i in range(len(order)):
+        last, k = 0, 0
+        for j in range(indptr[order[i]], indptr[order[i] + 1]):
             gap = indices[j] - last
             last = indices[j]
             if gap > GAP:
                 k += (gap - 1) // GAP
             k += 1
             if top > 0 and data[j] > top:
-                k += int((data[j] - 1) // top)
+                k += (np.int64(data[j]) - 1) // top
         out[i + 1] = k
 
 
 @njit(nogil=True, cache=True)
-def _encode(indptr, indices, data, top, gaps, values):  # type: ignore[no-untyped-def]
+def _encode(indptr, indices, data, order, top, gaps, values):  # type: ignore[no-untyped-def]
     k = 0
-    for i in range(len(indptr) - 1):
+    for i in range(len(order)):
         last = 0
-        for j in range(indptr[i], indptr[i + 1]):
+        for j in range(indptr[order[i]], indptr[order[i] + 1]):
             gap = indices[j] - last
             last = indices[j]
             while gap > GAP:
@@ -215,15 +322,19 @@ def _encode(indptr, indices, data, top, gaps, values):  # type: ignore[no-untype
                 values[k] = 0
                 gap -= GAP
                 k += 1
-            value = data[j]
-            while top > 0 and value > top:
+            if top > 0 and data[j] > top:
+                left = np.int64(data[j])
+                while left > top:
+                    gaps[k] = gap
+                    values[k] = top
+                    gap = 0
+                    left -= top
+                    k += 1
                 gaps[k] = gap
-                values[k] = top
-                gap = 0
-                value -= top
-                k += 1
-            gaps[k] = gap
-            values[k] = value
+                values[k] = left
+            else:
+                gaps[k] = gap
+                values[k] = data[j]
             k += 1
 
 

@@ -21,7 +21,7 @@ from distdiff.data.manifest import CODECS, GroupInfo
 CHUNK = 1 << 18
 """Cells a chunk of the per-cell arrays."""
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 32 << 20
 """Bytes of coded counts that a shard holds by default, before compression."""
 
 
@@ -57,7 +57,7 @@ class Layout:
         names, n_genes
             Name and number of genes of each group.
         block, blocks_per_shard
-            Cells a block; blocks a shard (None aims at 64 MiB of coded counts).
+            Cells a block; blocks a shard (None aims at 32 MiB of coded counts).
         dtype, codec
             Of the values; ``local`` or ``compact``.
         """

@@ -243,9 +243,8 @@ def digest(counts: sparse.csr_matrix, block: int) -> list[str]:
     block
         Cells a block; the first row begins one.
     """
-    lengths = np.ascontiguousarray(np.diff(counts.indptr), "<u4")
-    indices = np.ascontiguousarray(counts.indices, "<u4")
-    data = np.ascontiguousarray(counts.data, "<f4" if counts.data.dtype.kind == "f" else "<u4")
+    lengths, indices = _four_bytes(np.diff(counts.indptr)), _four_bytes(counts.indices)
+    data = _four_bytes(counts.data)
     made = []
     for first in range(0, counts.shape[0], block):
         last = min(first + block, counts.shape[0])
@@ -255,6 +254,13 @@ def digest(counts: sparse.csr_matrix, block: int) -> list[str]:
         content.update(data[a:b].data)
         made.append(content.hexdigest())
     return made
+
+
+def _four_bytes(numbers: np.ndarray) -> np.ndarray:
+    """Little-endian uint32 or float32; no copy where the bytes are these already."""
+    if numbers.dtype.kind != "f" and numbers.dtype.itemsize == 4:
+        return numbers.view(np.uint32).astype("<u4", copy=False)
+    return np.ascontiguousarray(numbers, "<f4" if numbers.dtype.kind == "f" else "<u4")
 
 
 def combine_digests(digests: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """Memory of batches that are gone, for batches to come.
 
 The system hands out large arrays page by page as they are first written, which takes longer than decoding cells into
-them. So an array from `empty` gives its memory back to a shelf when the last view of it is gone, torch tensors included.
+them. So an array from `empty` gives its memory back to a shelf when the last view of it is gone, torch tensors
+included.
 """
 
 from __future__ import annotations

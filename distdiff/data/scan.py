@@ -21,7 +21,7 @@ from distdiff.data.layout import Layout, write_shard
 from distdiff.data.manifest import combine_digests, digest
 from distdiff.data.source import Source, check_counts, first_bad
 
-READ_BYTES = 64 << 20
+READ_BYTES = 128 << 20
 """Memory that one read of a source takes at most."""
 
 PIECE = 4 << 20
@@ -191,21 +191,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: ranks of its cells, ascending (``int64 [n]``), which are for training, how many spills."""
+    """One shard to write: ranks of its cells, ascending (``int64 [n]``), and how many spills there are."""
 
     shard: int
     rank: np.ndarray
-    train: np.ndarray
     spills: int
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a written shard holds: stored counts, `digest` of them, moments over its training cells."""
+    """What a written shard holds: stored counts, and the hash of them."""
 
     nnz: int
     sha256: str
-    moments: Moments
 
 
 def scatter(span: Span, job: Job) -> Scanned:
@@ -224,28 +222,23 @@ def scatter(span: Span, job: Job) -> Scanned:
 
 def _scatter(span: Span, job: Job, folder: Path) -> None:
     source = _source(job, span.file)
-    parts, nnz, total = [], [], []
+    parts = []
     for start, rows in _pieces(source, span):
         check(rows, source, start, job.counts)
         chosen = select(rows, job.columns[span.file], job.n_genes)
-        chosen = chosen.astype(np.uint32 if job.counts else np.float32)
-        n, sums = np.diff(chosen.indptr).astype(np.int32), np.asarray(chosen.sum(1, dtype=np.float64)).ravel()
-        good = _good(chosen, n, sums, job)
-        parts.append(chosen[np.flatnonzero(good & (n > 0))])
-        nnz.append(np.where(good, n, -1))
-        total.append(sums)
+        parts.append(chosen if job.counts else chosen.astype(np.float32))
     same(job, span.file)  # nobody wrote to it while we read
-    cells, n = sparse.vstack(parts, format="csr"), np.concatenate(nnz)
-    kept = np.flatnonzero(n > 0)
+    cells = parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
+    del parts
+    nnz, total = np.diff(cells.indptr).astype(np.int32), coding.totals(cells)
+    good = _good(cells, nnz, total, job)
+    kept = np.flatnonzero(good & (nnz > 0))
     train = span.train[kept]
-    moments = Moments.of(cells[np.flatnonzero(train)])
-    wide = [coding.needed(cells.data, d) if job.counts else 0 for d in ("uint8", "uint16")]
+    moments, gene_nnz, (one, two, largest) = coding.sums(cells, kept, train)
     spill.write(
-        folder, cells, span.rank[kept], nnz=n, total=np.concatenate(total),
-        train=train[np.argsort(span.rank[kept])],
-        moments=np.stack([moments.total, moments.squares, moments.nnz, moments.largest]),
-        gene_nnz=np.bincount(cells.indices, minlength=job.n_genes),
-        numbers=np.array([moments.n, *wide, cells.data.max(initial=0)], np.float64),
+        folder, cells, span.rank[kept], rows=kept, largest=largest if job.counts else None,
+        train=train[np.argsort(span.rank[kept])], nnz=np.where(good, nnz, -1), total=total, moments=moments,
+        gene_nnz=gene_nnz, numbers=np.array([train.sum(), one, two, largest], np.float64),
     )  # fmt: skip
 
 
@@ -294,8 +287,7 @@ def clipped(number: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
 def measure(number: int, job: Job) -> Measured:
     """Between the passes: how many entries each cell of a spill takes in each column group."""
     rank, of = spill.coded(job.spill(number))
-    parts = job.groups(of, np.arange(len(rank)))
-    return Measured(rank, np.stack([coding.entries(part, job.dtype) for part in parts]))
+    return Measured(rank, coding.recoded(of, job.place, job.group, job.dtype))
 
 
 def write(task: ShardTask, job: Job) -> Written:
@@ -305,8 +297,7 @@ def write(task: ShardTask, job: Job) -> Written:
     done = Path(job.work) / "done" / f"{task.shard:06d}"
     if not done.is_dir():
         _write(task, job, job.layout, done)
-    about = json.loads(bytes(spill.load(done, "about")).decode())
-    return Written(about["nnz"], about["sha256"], Moments(about["n"], *np.array(spill.load(done, "moments"))))
+    return Written(**json.loads(bytes(spill.load(done, "about")).decode()))
 
 
 def _write(task: ShardTask, job: Job, layout: Layout, done: Path) -> None:
@@ -316,26 +307,21 @@ def _write(task: ShardTask, job: Job, layout: Layout, done: Path) -> None:
     if not np.array_equal(rank[which], task.rank):
         raise ValueError(f"shard {task.shard}: cells are missing from {job.work}/spill; remove {job.work}, start again")
     step = max(1, int(PIECE * len(which) // max(1, len(of.gaps)) // layout.block)) * layout.block
-    found = Written(0, "", Moments.of(sparse.csr_matrix((0, sum(g.n_genes for g in layout.groups)))))
     digests: list[str] = []
+    nnz = 0
 
     def pieces() -> Iterator[list[sparse.csr_matrix]]:
-        nonlocal found
+        nonlocal nnz
         for a in range(0, len(which), step):
             parts = job.groups(of, which[a : a + step])
             whole = parts[0] if len(parts) == 1 else sparse.hstack(parts, format="csr")
-            train = np.flatnonzero(task.train[a : a + step])
-            found = Written(found.nnz + int(whole.nnz), "", found.moments + Moments.of(whole[train]))
+            nnz += int(whole.nnz)
             digests.extend(digest(whole, layout.block))
             yield parts
 
     write_shard(job.store, layout, task.shard, pieces())
-    m = found.moments
-    about = {"nnz": found.nnz, "sha256": combine_digests(digests), "n": m.n}
-    spill.publish(done, {
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-        "moments": np.stack([m.total, m.squares, m.nnz, m.largest]),
-    })  # fmt: skip
+    about = {"nnz": nnz, "sha256": combine_digests(digests)}
+    spill.publish(done, {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)})
 
 
 def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> sparse.csr_matrix:
@@ -355,6 +341,8 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     csr_matrix [n, n_genes]
         Same dtype; indices ascending, duplicates summed, no stored zeros.
     """
+    if _same(columns) and counts.data.all() and counts.has_canonical_format:
+        return counts
     column = columns[counts.indices]
     keep = (column >= 0) & (counts.data != 0)
     if keep.all():
@@ -364,6 +352,11 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
         chosen = sparse.csr_matrix((counts.data[keep], column[keep], indptr), shape=(counts.shape[0], n_genes))
     chosen.sum_duplicates()
     return chosen
+
+
+def _same(columns: np.ndarray) -> bool:
+    """Whether the genes of the file are the genes wanted, in the same order."""
+    return bool(np.array_equal(columns, np.arange(len(columns))))
 
 
 def _pieces(source: Source, span: Span) -> Iterator[tuple[int, sparse.csr_matrix]]:

@@ -24,9 +24,9 @@ from distdiff import files
 from distdiff.data import manifest as about
 from distdiff.data.build import Build, Run, Wanted
 from distdiff.data.manifest import Manifest
+from distdiff.data.pool import cores
 from distdiff.data.scan import Job, forget
 from distdiff.data.split import shares as checked_shares
-from distdiff.data.store import cores
 
 ALONE = 1 << 16
 """Cells up to which this process builds a store faster than workers start."""
@@ -112,7 +112,7 @@ def shard(
     overwrite
         Replace a store of that name, once the new one is whole.
     block, blocks_per_shard
-        Cells a block; blocks a shard (None aims at 64 MiB of coded counts).
+        Cells a block; blocks a shard (None aims at 32 MiB of coded counts).
     progress
         Show a bar and what was left out.
 

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from distdiff.component import nearest
 from distdiff.data import tenx
+from distdiff.data.coding import uncounted
 from distdiff.data.turn import ByGene, Csc, Turned, reading, stamp
 
 if TYPE_CHECKING:
@@ -284,16 +285,21 @@ def first_bad(counts: sparse.csr_matrix) -> tuple[int, int, float] | None:
     data = counts.data
     if data.dtype.kind in "bu" and data.dtype.itemsize <= 4:
         return None
-    bad = data < 0
-    if data.dtype.kind == "f":
-        bad |= ~np.isfinite(data) | (data != np.floor(data))
-    if data.dtype.itemsize > 2:
-        bad |= data > MAX_COUNT
-    at = int(np.argmax(bad)) if bad.size else 0
-    if not bad.size or not bad[at]:
+    at = (
+        -1 if data.dtype.kind in "fiu" and data.dtype.itemsize > 2 and not uncounted(data, MAX_COUNT) else _search(data)
+    )
+    if at < 0:
         return None
     row = int(np.searchsorted(counts.indptr, at, side="right")) - 1
     return row, int(counts.indices[at]), float(data[at])
+
+
+def _search(data: np.ndarray) -> int:
+    """Place of the first entry that is no count, or -1."""
+    bad = (data < 0) | (data.astype(np.float64) > MAX_COUNT)
+    if data.dtype.kind == "f":
+        bad |= ~np.isfinite(data) | (data != np.floor(data))
+    return int(np.argmax(bad)) if bad.any() else -1
 
 
 def check_counts(

@@ -17,7 +17,10 @@ from scipy import sparse
 from distdiff.data.coding import Coded, Slots, csr, encode
 
 
-def write(folder: Path, counts: sparse.csr_matrix, rank: np.ndarray, **more: np.ndarray) -> None:
+def write(
+    folder: Path, counts: sparse.csr_matrix, rank: np.ndarray, *, rows: np.ndarray | None = None,
+    largest: float | None = None, **more: np.ndarray,
+) -> None:  # fmt: skip
     """Write cells and whatever else is to be known of them.
 
     Parameters
@@ -25,15 +28,18 @@ def write(folder: Path, counts: sparse.csr_matrix, rank: np.ndarray, **more: np.
     folder
         To make; its parent must exist.
     counts
-        ``[n, g]`` canonical; uint32, or float32 for measurements.
+        ``[n, g]`` canonical; whole numbers in any dtype, or float32 for measurements if ``largest`` is None.
     rank
-        ``int64 [n]``, place of each cell in the new order, none twice.
+        ``int64 [m]``, place of each cell in the new order, none twice.
+    rows
+        ``int64 [m]``, their rows in ``counts``; None is all.
+    largest
+        Largest count, where they are whole numbers in floating point.
     more
         Other arrays to keep beside them, for `load`.
     """
     order = np.argsort(rank)
-    counts = counts[order]
-    coded = encode(counts, _dtype(counts.data))
+    coded = encode(counts, _dtype(counts.data, largest), order if rows is None else rows[order])
     publish(folder, {
         "rank": rank[order], "starts": coded.starts, "gaps": coded.gaps, "values": coded.values, **more
     })  # fmt: skip
@@ -87,8 +93,8 @@ def cells(of: Coded, which: np.ndarray, place: np.ndarray, n_genes: int) -> spar
     return csr(slots, np.zeros(len(which), np.int64), which, place, n_genes, dtype)
 
 
-def _dtype(data: np.ndarray) -> str:
-    if data.dtype.kind == "f":
+def _dtype(data: np.ndarray, largest: float | None) -> str:
+    if data.dtype.kind == "f" and largest is None:
         return "float32"
-    largest = int(data.max(initial=0))
+    largest = int(data.max(initial=0)) if largest is None else largest
     return next(d for d in ("uint8", "uint16", "uint32") if largest <= np.iinfo(d).max)

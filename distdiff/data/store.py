@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from distdiff.component import nearest
 from distdiff.data import coding, recycle
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_digests, digest
-from distdiff.data.pool import Lease, Pool
+from distdiff.data.pool import Lease, Pool, cores
 from distdiff.data.readers import Reader, open_array, open_kvstore, reader_class
 from distdiff.data.source import LAST_EXACT, dense
 from distdiff.types import Cells, Condition, DataSpec
@@ -525,11 +524,6 @@ class CountStore:
             raise ValueError(
                 f"{self.url}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
             ) from e
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _release(leases: Sequence[Lease | None]) -> None:

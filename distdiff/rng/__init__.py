@@ -3,18 +3,24 @@
 Nothing in distdiff touches global random state. Two calls with the same address give the same numbers on the same
 device, whatever ran before, so a resumed run, another number of ranks and another batch order see the same noise.
 
-A law asks a :class:`Rng` for draws and does not know where they come from: :class:`Stream` is a torch generator, the
-fastest source, for training; :class:`~distdiff.rng.rows.Rows` gives each (row, draw) numbers of its own, for sampling.
+A law asks a :class:`Rng` for draws and does not know where they come from: :class:`~distdiff.rng.stream.Stream` is a
+torch generator, the fastest source, for training; :class:`~distdiff.rng.rows.Rows` gives each (row, draw) numbers of its
+own, for sampling.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from distdiff.rng.stream import Stream
 
 
 def key(seed: int, *address: int | str) -> int:
@@ -60,36 +66,12 @@ class Rng(ABC):
         """Negative binomial of this mean and size (variance ``mean + mean^2 / size``): a Poisson with a Gamma rate."""
 
 
-class Stream(Rng):
-    """torch's own draws from one generator: fast, but a draw depends on all that came before it in the batch."""
-
-    def __init__(self, generator: torch.Generator):
-        self.generator, self.device = generator, generator.device
-
-    def uniform(self, *shape: int) -> Tensor:
-        """See :class:`Rng`."""
-        return torch.rand(shape, generator=self.generator, device=self.device)
-
-    def normal(self, *shape: int) -> Tensor:
-        """See :class:`Rng`."""
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
-        """See :class:`Rng`; exact for small and large counts."""
-        return torch.binomial(n.contiguous(), p.expand_as(n).contiguous(), generator=self.generator)
-
-    def poisson(self, rate: Tensor) -> Tensor:
-        """See :class:`Rng`."""
-        return torch.poisson(rate, generator=self.generator)
-
-    def nb(self, mean: Tensor, log_size: Tensor) -> Tensor:
-        """See :class:`Rng`; 0 where the mean is 0."""
-        size = log_size.exp()
-        return self.poisson(torch._standard_gamma(size, generator=self.generator) / size * mean)
-
-
 def generator(seed: int, *address: int | str, device: torch.device | str = "cpu") -> Stream:
     """The torch stream on ``device`` for this address."""
+    import torch
+
+    from distdiff.rng.stream import Stream
+
     return Stream(torch.Generator(device=device).manual_seed(key(seed, *address)))
 
 

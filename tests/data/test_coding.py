@@ -26,13 +26,21 @@ def matrices(draw):
 def test_decoding_undoes_encoding(counts, dtype):
     coded = coding.encode(counts, dtype)
     assert coded.values.dtype == dtype
-    assert np.array_equal(np.diff(coded.starts), coding.entries(counts, dtype))
+    g = counts.shape[1]
+    group = np.random.default_rng(0).integers(-1, 2, g).astype(np.int8)
+    place = np.where(group < 0, -1, np.where(group == 0, np.cumsum(group == 0), np.cumsum(group == 1)) - 1)
+    for spilled in ("uint8", "uint32"):
+        once = coding.encode(counts, spilled)
+        got = coding.recoded(once, place.astype(np.int32), np.maximum(group, 0), dtype)
+        for k in range(len(got)):
+            assert np.array_equal(got[k], np.diff(coding.encode(counts[:, group == k], dtype).starts))
     back = coding.decode(coded, counts.shape[1], np.uint32)
     assert (back != counts).nnz == 0
     assert np.array_equal(back.indptr, counts.indptr)
     assert np.array_equal(back.indices, counts.indices)
-    if dtype != "uint32":
-        assert coding.needed(counts.data, dtype) <= coded.starts[-1]
+    order = np.random.default_rng(0).permutation(counts.shape[0])
+    other = coding.decode(coding.encode(counts, dtype, order), counts.shape[1], np.uint32)
+    assert (other != counts[order]).nnz == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,3 +112,25 @@ def test_what_is_no_block_is_told():
     gone = Slots(np.zeros((1, 4), np.uint8), np.zeros((1, 4), np.uint8), np.full((1, 3), 2**32 - 1, np.uint32))
     assert coding.fault(gone, 0, 2, 3)
     assert isinstance(coded, Coded)
+
+
+def test_one_pass_adds_up_what_numpy_adds_up():
+    rng = np.random.default_rng(3)
+    x = rng.poisson(rng.gamma(0.3, 300, (30, 9))).astype(np.float32)
+    rows = np.array([0, 3, 4, 17, 29])
+    train = np.array([True, False, True, True, False])
+    moments, nnz, (one, two, largest) = coding.sums(sparse.csr_matrix(x), rows, train)
+    some = x[rows][train].astype(np.float64)
+    want = np.stack([some.sum(0), (some**2).sum(0), (some > 0).sum(0), some.max(0)])
+    np.testing.assert_array_equal(moments, want)
+    assert nnz.tolist() == (x[rows] > 0).sum(0).tolist()
+    assert largest == x[rows].max()
+    coded = sparse.csr_matrix(x[rows])
+    assert one == coding.encode(coded, "uint8").starts[-1]
+    assert two == coding.encode(coded, "uint16").starts[-1]
+    np.testing.assert_array_equal(coding.totals(sparse.csr_matrix(x)), x.sum(1))
+
+
+@pytest.mark.parametrize(("value", "bad"), [(3, 0), (0.5, 1), (-1, 1), (np.nan, 1), (np.inf, 1), (2**32, 1)])
+def test_what_is_no_count(value, bad):
+    assert coding.uncounted(np.array([1, value, 2], np.float64), 2**32 - 1) == bad
