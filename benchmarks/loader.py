@@ -51,7 +51,7 @@ def build_command(atlas: Path, out: Path, codec: str, panel: bool) -> list[str]:
     command = [sys.executable, "-m", "distdiff.cli", "shard", str(atlas), "--out", str(out), "--split", "1,0,0"]
     command += ["--codec", codec] if codec != "default" else []
     command += ["--panel", str(atlas.with_suffix(".panel.txt"))] if panel else []
-    return [*command, "--workers", "2"]
+    return command
 
 
 def ours(a: argparse.Namespace) -> peers.Source:

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from distdiff import files
 from distdiff.component import nearest
+from distdiff.data.export import zarr_v3
 from distdiff.data.masks import load_mask
 from distdiff.data.source import Source
 from distdiff.data.store import CountStore
@@ -123,15 +124,10 @@ def _whole(rows: Any, data: Path, is_store: bool) -> Any:
 
 def write(adata: Any, path: Path) -> None:
     """Write an AnnData by its suffix: ``.h5ad``, or zarr v3 whatever the version's default is."""
-    import anndata as ad
-
     if path.suffix == ".h5ad":
         adata.write_h5ad(path)
         return
-    options: dict[str, Any] = {"zarr_write_format": 3}
-    if hasattr(ad.settings, "auto_shard_zarr_v3"):
-        options["auto_shard_zarr_v3"] = False
-    with ad.settings.override(**options), _no_word_on_consolidation():
+    with zarr_v3(), _no_word_on_consolidation():
         adata.write_zarr(path)
 
 

@@ -87,6 +87,7 @@ class Build:
         self.sources = [Source.open(p, wanted.layer) for p in paths]
         self.stamps = tuple(stamp(p) for p in self.paths)
         self.n_cells = sum(s.n_cells for s in self.sources)
+        self.n_bytes = sum(s.n_cells * s.bytes_per_cell for s in self.sources)
         if not self.n_cells:
             raise ValueError(f"{', '.join(s.where for s in self.sources)}: no cells at all")
         self.known = _joined(self.sources, wanted.join)
@@ -199,8 +200,7 @@ class Build:
 
     def spans(self, rank: np.ndarray, train: np.ndarray, memory: int) -> list[Span]:
         """All rows of all sources, cut into scattering tasks."""
-        whole = sum(s.n_cells * s.bytes_per_cell for s in self.sources)
-        budget = max(min(SPAN_BYTES, memory // 6), min(int(whole / SPANS), memory // 6))
+        budget = max(min(SPAN_BYTES, memory // 6), min(int(self.n_bytes / SPANS), memory // 6))
         spans: list[Span] = []
         first = 0
         for f, s in enumerate(self.sources):

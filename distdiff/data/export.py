@@ -111,6 +111,18 @@ def _matrix(root: Any, n_genes: int, dtype: Any) -> Any:
 
 
 @contextmanager
+def zarr_v3() -> Iterator[None]:
+    """AnnData writes zarr v3, unsharded, whatever the default of its version is."""
+    import anndata as ad
+
+    options: dict[str, Any] = {"zarr_write_format": 3}
+    if hasattr(ad.settings, "auto_shard_zarr_v3"):
+        options["auto_shard_zarr_v3"] = False
+    with ad.settings.override(**options):
+        yield
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if path.suffix == ".h5ad":
         import h5py
@@ -120,4 +132,5 @@ def _opened(path: Path) -> Iterator[Any]:
         return
     import zarr
 
-    yield zarr.open_group(str(path), mode="w", zarr_format=3)
+    with zarr_v3():
+        yield zarr.open_group(str(path), mode="w", zarr_format=3)

@@ -7,12 +7,14 @@ of this process, from memory of this process or of the GPU (`distdiff.data.resid
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Full, Queue
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -244,30 +246,41 @@ def batches(
     ahead
         Batches made before they are asked for.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="distdiff-loader")
-    pending: deque[tuple[int, Future[B]]] = deque()
-    scout = _Scout(store, feed, 3 * plan.window + 2)
+    done: Queue[tuple[int, B] | BaseException | None] = Queue(ahead)
+    left = threading.Event()
 
-    def work(rows: np.ndarray, bundle: _Bundle) -> B:
+    def put(what: tuple[int, B] | BaseException | None) -> None:
+        while not left.is_set():
+            with contextlib.suppress(Full):
+                done.put(what, timeout=0.1)
+                return
+
+    def produce() -> None:
+        scout = _Scout(store, feed, 3 * plan.window + 2)
         try:
-            return make(rows, bundle.leases)
+            for step, rows, bundle in scout:
+                put((step, make(rows, bundle.leases)))
+                bundle.left -= 1
+                if not bundle.left:
+                    scout.release(bundle)
+                if left.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # whatever it is, it belongs to whoever waits for the batch
+            put(error)
         finally:
-            bundle.left -= 1
-            if not bundle.left:
-                scout.release(bundle)
+            scout.close()
 
+    thread = threading.Thread(target=produce, name="distdiff-loader", daemon=True)
+    thread.start()
     try:
-        for step, rows, bundle in scout:
-            pending.append((step, thread.submit(work, rows, bundle)))
-            if len(pending) > ahead:
-                done, batch = pending.popleft()
-                yield done, batch.result()
-        while pending:
-            done, batch = pending.popleft()
-            yield done, batch.result()
+        while (found := done.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found
     finally:
-        thread.shutdown(wait=True, cancel_futures=True)
-        scout.close()
+        left.set()
+        thread.join()
 
 
 class _Scout:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,9 @@ from distdiff.data.split import shares as checked_shares
 
 ALONE = 1 << 16
 """Cells up to which this process builds a store faster than workers start."""
+
+MODEST = 16 << 30
+"""Bytes of counts up to which threads of this process do it: the work holds no interpreter lock for long."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,9 +108,9 @@ def shard(
     codec
         ``"local"`` (lz4, fastest) or ``"compact"`` (zstd, smallest).
     workers
-        Worker processes of a LocalCluster; None is one a core (this process up to 65,536 cells, where starting workers
-        takes longer than the work), 0 is this process. Scripts that start workers need the
-        ``if __name__ == "__main__"`` guard.
+        Worker processes of a LocalCluster, which goes on if one is killed; 0 is this process; None is threads of this
+        process up to 16 GiB of counts, where starting workers takes longer than it saves, else one process a core.
+        Scripts that start workers need the ``if __name__ == "__main__"`` guard.
     scheduler
         Address of a running dask scheduler instead; its workers must see the inputs and the folder of ``out``.
     overwrite
@@ -150,7 +154,7 @@ def shard(
     build = Build(paths, wanted, say)
     with (
         files.resumable(out, build.identity(), overwrite=overwrite) as work,
-        _runner(workers, scheduler, progress, build.n_cells) as runner,
+        _runner(workers, scheduler, progress, build.n_cells, build.n_bytes) as runner,
     ):
         if (work / "spill").is_dir():
             say(f"going on with the build in {work}")
@@ -168,13 +172,20 @@ def _refuse_foreign(out: Path) -> None:
 
 
 @contextmanager
-def _runner(workers: int | None, scheduler: str | None, progress: bool, n_cells: int) -> Iterator[tuple[Run, int]]:
+def _runner(
+    workers: int | None, scheduler: str | None, progress: bool, n_cells: int, n_bytes: float
+) -> Iterator[tuple[Run, int]]:
     """What runs a pass (this process, worker processes here, or a cluster elsewhere), and the bytes a worker has."""
     if workers is not None and workers < 0:
         raise ValueError(f"workers={workers}: 0 is this process, 1 or more are worker processes")
     if scheduler is None and (workers == 0 or (workers is None and n_cells <= ALONE)):
         memory = psutil.virtual_memory().available
         yield lambda fn, tasks, job, what: [fn(t, job) for t in _bar(tasks, what, progress)], memory
+        return
+    if scheduler is None and workers is None and n_bytes <= MODEST:
+        with ThreadPoolExecutor(cores(), thread_name_prefix="distdiff-build") as threads:
+            memory = psutil.virtual_memory().available // cores()
+            yield lambda fn, tasks, job, what: _run_threads(threads, fn, tasks, job, what, progress), memory
         return
     from dask.distributed import Client, LocalCluster
 
@@ -209,17 +220,35 @@ def _memory(client: Any) -> int:
     return min([int(limit) for limit in limits if limit] or [psutil.virtual_memory().available])
 
 
+def _run_threads(
+    threads: ThreadPoolExecutor, fn: Callable[[T, Job], R], tasks: Sequence[T], job: Job, what: str, progress: bool
+) -> list[R]:
+    """Run one pass on threads; the first error ends it."""
+    futures = [threads.submit(fn, task, job) for task in tasks]
+    try:
+        with _bar(tasks, what, progress) as bar:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return [future.result() for future in futures]
+
+
 def _run_dask(
     client: Any, fn: Callable[[T, Job], R], tasks: Sequence[T], job: Job, what: str, progress: bool
 ) -> list[R]:
     """Run one pass on a cluster, a few tasks ahead of the workers, results in order of the tasks."""
-    from dask.distributed import KilledWorker, as_completed
+    from dask.distributed import KilledWorker
+    from dask.distributed import as_completed as finished
 
     shared = client.submit(_itself, job, pure=False)  # a task, so dask makes it again if its worker dies
     results: dict[int, R] = {}
     number: dict[str, int] = {}
     todo = iter(enumerate(tasks))
-    done = as_completed()
+    done = finished()
 
     def feed(n: int) -> None:
         for i, task in itertools.islice(todo, n):

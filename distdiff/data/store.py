@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -150,7 +149,8 @@ class CountStore:
                 raise ValueError(f"{self.url} has no gene {gene!r}{nearest(gene, place)}")
         if not genes or len(set(genes)) < len(genes):
             raise ValueError(f"a panel of {len(genes)} genes, {len(set(genes))} of them different: name each gene once")
-        seen = copy.copy(self)
+        seen = object.__new__(CountStore)  # everything is shared: the memory, the files, the threads
+        seen.__dict__.update(self.__dict__)
         seen._panel = np.array([place[gene] for gene in genes], dtype=np.int64)
         seen.columns = seen._columns()
         return seen

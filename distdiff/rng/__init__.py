@@ -3,9 +3,9 @@
 Nothing in distdiff touches global random state. Two calls with the same address give the same numbers on the same
 device, whatever ran before, so a resumed run, another number of ranks and another batch order see the same noise.
 
-A law asks a :class:`Rng` for draws and does not know where they come from: :class:`~distdiff.rng.stream.Stream` is a
-torch generator, the fastest source, for training; :class:`~distdiff.rng.rows.Rows` gives each (row, draw) numbers of its
-own, for sampling.
+A law asks a :class:`Rng` for draws and does not know where they come from: :class:`~distdiff.rng.stream.Stream` is
+a torch generator, the fastest source, for training; :class:`~distdiff.rng.rows.Rows` gives each (row, draw) numbers of
+its own, for sampling.
 """
 
 from __future__ import annotations

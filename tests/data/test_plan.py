@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdiff.data.plan import Plan
+from distdiff.data.plan import TURNS, Mixed, Plan
 
 plans = st.builds(
     Plan,
@@ -95,3 +95,42 @@ def test_numbers_that_make_no_sense():
         Plan(10, 2).rows(-1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Plan(10, 2).rank_rows(0, 2, 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_strata_are_read_in_proportion_without_replacement_by_any_number_of_ranks(data):
+    sizes = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=5))
+    weights = data.draw(st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes)).filter(any))
+    batch = data.draw(st.sampled_from([4, 12, 60]))
+    codes = np.random.default_rng(sum(sizes)).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    strata = [np.flatnonzero(codes == c) for c in range(len(sizes))]
+    plan = Mixed(strata, weights, batch=batch, block=8, window=4, seed=3)
+    steps = 50
+    rows = [plan.rows(step) for step in range(steps)]
+    share = np.array(weights) / sum(weights)
+    for step, cells in enumerate(rows):
+        assert len(cells) == batch
+        assert (np.diff(cells) >= 0).all()
+        world = data.draw(st.sampled_from([1, 2, 4]))
+        assert np.array_equal(np.concatenate([plan.rank_rows(step, r, world) for r in range(world)]), cells)
+        got = np.bincount(codes[cells], minlength=len(sizes))
+        assert (
+            np.abs(got - share * batch) < 1.01 + len(sizes) * batch / TURNS
+        ).all()  # to within a cell in every batch
+    seen = np.bincount(np.concatenate(rows), minlength=sum(sizes))
+    for cells in strata:
+        assert seen[cells].max() - seen[cells].min() <= 1  # nobody twice before everybody once
+
+
+def test_strata_that_make_no_sense():
+    one = np.arange(3)
+    for strata, weights, said in [
+        ([one, np.empty(0, int)], None, "strata of .3, 0. cells"),
+        ([one], [0.0], "weights .0.0. for 1 strata"),
+        ([one], [-1.0], "weights"),
+        ([one], [1.0, 2.0], "for 1 strata"),
+        ([one], [np.nan], "weights"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Mixed(strata, weights, batch=4)

@@ -344,3 +344,216 @@ def test_it_is_quick(tmp_path):
     start = time.perf_counter()
     build(save(make_adata(make_counts(4000, 300)), tmp_path / "a.h5ad"), tmp_path / "out", block=256)
     assert time.perf_counter() - start < 20
+
+
+def by_source(store: CountStore) -> np.ndarray:
+    """Counts in the order of the sources, and columns in that of the files."""
+    file, row = store.origin(store.rows("all"))
+    return store.read(np.lexsort((row, file))).toarray()[:, store.source_columns()]
+
+
+def test_shuffling_moves_cells_and_nothing_else(tmp_path, one, dense):
+    made = build(one, tmp_path / "out", shuffle=True, seed=4)
+    store = CountStore.open(tmp_path / "out")
+    assert np.array_equal(by_source(store), dense)
+    assert [store.rows(s)[0] for s in ("train", "val", "test")] == [0, 120, 135]  # each split lies together
+    _, row = store.origin(store.rows("all"))
+    assert np.array_equal(store.names(store.rows("all")), [f"c{i}" for i in row])
+    assert abs(np.corrcoef(np.arange(120), row[:120])[0, 1]) < 0.35
+    assert build(one, tmp_path / "again", shuffle=True, seed=4) == made
+    assert build(one, tmp_path / "other", shuffle=True, seed=5).fingerprint != made.fingerprint
+
+
+def test_strata_lie_together(tmp_path, dense):
+    kind = np.array(["b", "a", None, "c", "b"], dtype=object)[np.arange(150) % 5]
+    path = save(make_adata(sparse.csr_matrix(dense.astype(np.float32)), kind=kind), tmp_path / "a.h5ad")
+    made = build(path, tmp_path / "out", shuffle=True, strata="kind")
+    store = CountStore.open(tmp_path / "out")
+    assert made.order.strata == "kind"
+    for split in ("train", "val", "test"):
+        code = store.labels(store.rows(split))["kind"]
+        assert (np.diff(code) >= 0).all()
+    assert np.array_equal(by_source(store), dense)
+
+
+def test_a_panel_lies_apart(tmp_path, one, dense):
+    whole = build(one, tmp_path / "whole")
+    made = build(one, tmp_path / "out", panel="hvg:7", shuffle=True)
+    store = CountStore.open(tmp_path / "out")
+    assert [(g.name, g.n_genes) for g in made.groups] == [("panel", 7), ("rest", 33)]
+    assert set(store.panel().genes) == set(build(one, tmp_path / "seven", genes="hvg:7").genes)
+    assert sorted(made.genes) == sorted(whole.genes)
+    assert np.array_equal(by_source(store), dense)
+    store.verify()
+    columns = [int(g[1:]) for g in store.panel().genes]
+    _, row = store.origin(store.rows("all"))
+    assert np.array_equal(store.panel().read(store.rows("all")).toarray(), dense[row][:, columns])
+    (tmp_path / "list.txt").write_text("g3\ng1\n")
+    assert build(one, tmp_path / "named", panel=str(tmp_path / "list.txt")).genes[:2] == ("g3", "g1")
+    with pytest.raises(ValueError, match="panel: gene 'g3' is not among the genes of the store"):
+        build(one, tmp_path / "no", genes=["g1", "g2"], panel=["g3"])
+
+
+def test_genes_by_coefficient_of_variation(tmp_path, one, dense):
+    made = build(one, tmp_path / "out", genes="cv:9")
+    train = dense[CountStore.open(tmp_path / "out").rows("train")].astype(float)
+    best = np.argsort(-(train.std(0) / train.mean(0)), kind="stable")[:9]
+    assert made.genes == tuple(f"g{i}" for i in np.sort(best))
+
+
+def test_genes_as_seurat_v3_chooses_them(tmp_path, one, dense):
+    pytest.importorskip("skmisc", reason="scikit-misc is not installed")
+    import scanpy as sc
+
+    made = build(one, tmp_path / "out", genes="seurat_v3:12", split=(1, 0, 0))
+    found = sc.pp.highly_variable_genes(
+        make_adata(sparse.csr_matrix(dense.astype(np.float32))), flavor="seurat_v3", n_top_genes=12, inplace=False
+    )
+    assert set(made.genes) == {f"g{i}" for i in np.flatnonzero(found["highly_variable"])}
+
+
+def test_thresholds(tmp_path, capsys):
+    x = make_counts(80, 30).toarray()
+    x[:, 29] = 0
+    x[:3, 29] = 1
+    genes = [f"g{i}" for i in range(28)] + ["MT-1", "rare"]
+    path = save(make_adata(sparse.csr_matrix(x), genes=genes), tmp_path / "a.h5ad")
+    total, n, mito = x.sum(1), (x > 0).sum(1), x[:, 28] / np.maximum(x.sum(1), 1)
+    least, few, most = np.quantile(total, 0.2), int(np.quantile(n, 0.1)), float(np.quantile(mito, 0.9) * 100)
+    made = build(path, tmp_path / "out", min_counts=least, min_genes=few, max_mito=most, min_cells=4, progress=True)
+    good = (total >= least) & (n >= few) & (x[:, 28] <= most / 100 * total)
+    store = CountStore.open(tmp_path / "out")
+    assert np.array_equal(store.origin(store.rows("all"))[1], np.flatnonzero(good))
+    assert made.sources[0].failed == (~good).sum()
+    assert "rare" not in made.genes
+    assert "under a threshold dropped" in capsys.readouterr().out
+    assert np.array_equal(store.quality(store.rows("all"))[0], total[good])
+    with pytest.raises(ValueError, match="max_mito: no gene's name starts with MT-"):
+        build(path, tmp_path / "no", max_mito=5, genes=["g1", "g2"])
+
+
+def test_genes_of_any_file(tmp_path, capsys):
+    a, b, empty = make_counts(40, 6, 1), make_counts(30, 5, 2), sparse.csr_matrix((0, 6), dtype=np.float32)
+    paths = [
+        save(make_adata(a, genes=list("abcdef")), tmp_path / "a.h5ad"),
+        save(make_adata(empty, genes=list("abcdef")), tmp_path / "empty.h5ad"),  # an empty file among many
+        save(make_adata(b, genes=list("fexba")), tmp_path / "b.h5ad"),
+    ]
+    made = build(paths, tmp_path / "out", join="outer", progress=True)
+    store = CountStore.open(tmp_path / "out")
+    assert made.genes == tuple("abcdefx")
+    file, row = store.origin(store.rows("all"))
+    want = np.zeros((len(file), 7))
+    want[file == 0, :6] = a.toarray()[row[file == 0]]
+    want[file == 2] = b.toarray()[row[file == 2]][:, [4, 3, 0, 0, 1, 0, 2]] * [1, 1, 0, 0, 1, 1, 1]
+    assert np.array_equal(everything(store), want)
+    assert [s.absent for s in made.sources] == [("x",), ("x",), ("c", "d")]
+    assert "b.h5ad lacks 2 of the 7 genes: its cells get zeros there" in capsys.readouterr().out
+    assert build(paths, tmp_path / "inner").genes == tuple("abef")
+    with pytest.raises(ValueError, match="join 'left'"):
+        build(paths, tmp_path / "no", join="left")
+
+
+def test_measurements_are_kept_as_they_are(tmp_path):
+    x = np.log1p(make_counts(60, 20).toarray()) - 0.5 * (make_counts(60, 20, 3).toarray() > 1)
+    path = save(make_adata(sparse.csr_matrix(x.astype(np.float32))), tmp_path / "a.h5ad")
+    made = build(path, tmp_path / "out", counts=False)
+    store = CountStore.open(tmp_path / "out")
+    assert made.dtype == "float32"
+    assert np.array_equal(everything(store), x.astype(np.float32))
+    assert np.array_equal(store.cells(np.arange(60)).counts.numpy(), x.astype(np.float32))
+    store.verify()
+    x[5, 3] = np.inf
+    save(make_adata(sparse.csr_matrix(x.astype(np.float32))), path)
+    with pytest.raises(ValueError, match=r"cell 'c5', gene 'g3': .*inf.* is not finite"):
+        build(path, tmp_path / "no", counts=False)
+
+
+@pytest.mark.parametrize("when", ["distdiff.data.scan._scatter", "distdiff.data.scan._write"])
+def test_a_source_that_changes_between_the_passes(tmp_path, one, dense, monkeypatch, when):
+    """It is told; what was spilled before it changed is never mixed with what came after."""
+    monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
+    module, name = when.rsplit(".", 1)
+    real, calls = getattr(importlib.import_module(module), name), []
+
+    def change(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            changed = dense.copy()
+            changed[:, 1] += 1
+            save(make_adata(sparse.csr_matrix(changed.astype(np.float32))), one)
+        return real(*args)
+
+    monkeypatch.setattr(when, change)
+    if name == "_scatter":
+        with pytest.raises(ValueError, match=r"one.h5ad changed while the store was built"):
+            build(one, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:  # pass 2 reads spills alone
+        build(one, tmp_path / "out")
+        assert np.array_equal(everything(CountStore.open(tmp_path / "out")), dense)
+
+
+def test_a_source_that_changed_while_the_build_was_down(tmp_path, one, dense, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(scanning, "write_shard", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(one, tmp_path / "out")
+    save(make_adata(sparse.csr_matrix(dense.astype(np.float32)[:100])), one)
+    assert build(one, tmp_path / "out").n_cells == 100  # begins anew
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["distdiff.data.scan._scatter", "distdiff.data.scan._write"])
+def test_a_worker_killed_in_either_pass_costs_its_task(tmp_path, one, where, monkeypatch):
+    alone = build(one, tmp_path / "alone", shuffle=True)
+    preload = tmp_path / "deadly.py"
+    module, name = where.rsplit(".", 1)
+    preload.write_text(
+        f"import os, signal, pathlib, {module} as m\n"
+        f"real, flag = m.{name}, pathlib.Path({str(tmp_path / 'killed')!r})\n"
+        "def once(*a):\n"
+        "    if not flag.exists():\n"
+        "        flag.touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*a)\n"
+        f"m.{name} = once\n"
+    )
+    import dask
+
+    monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
+    with dask.config.set({"distributed.worker.preload": [str(preload)]}):
+        made = build(one, tmp_path / "out", shuffle=True, workers=2)
+    assert (tmp_path / "killed").exists()
+    assert made == alone
+
+
+def test_a_full_disk_is_told_before_writing(tmp_path, one, monkeypatch):
+    import collections
+    import shutil
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(OSError, match="the disk is full"):
+        build(one, tmp_path / "out")
+    monkeypatch.undo()
+    build(one, tmp_path / "out")
+
+
+def test_threads_give_the_same_store(tmp_path, one, monkeypatch):
+    alone = build(one, tmp_path / "alone", shuffle=True)
+    monkeypatch.setattr("distdiff.data.shard.ALONE", 0)
+    monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
+    assert build(one, tmp_path / "many", shuffle=True, workers=None) == alone
+
+
+def test_a_matrix_by_gene_takes_little_memory(tmp_path):
+    """Its dense shape is 50 GB; what is read is bounded by the tasks, not by the shape."""
+    rng, n, g, nnz = np.random.default_rng(0), 250_000, 50_000, 400_000
+    x = sparse.csc_matrix((np.ones(nnz, np.float32), (rng.integers(0, n, nnz), rng.integers(0, g, nnz))), shape=(n, g))
+    path = save(make_adata(x), tmp_path / "x.h5ad")
+    made = build(path, tmp_path / "out", block=256, blocks_per_shard=None, shuffle=True)
+    store = CountStore.open(tmp_path / "out")
+    assert sum(s.nnz for s in made.shards) == x.nnz
+    _, row = store.origin(np.arange(500))
+    columns = [int(name[1:]) for name in store.genes]
+    assert (store.read(np.arange(500)) != x.tocsr()[row][:, columns]).nnz == 0
