@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from distdiff import files
 from distdiff.data import manifest as about
 from distdiff.data import split as splits
 from distdiff.data import turn as turning
@@ -25,7 +26,7 @@ from distdiff.data.choose import Choice
 from distdiff.data.coding import narrowest
 from distdiff.data.layout import Layout, create, encode_names, write_column
 from distdiff.data.manifest import Manifest, OrderInfo, ShardInfo, SourceInfo, SplitInfo
-from distdiff.data.scan import Job, Moments, Scanned, ShardTask, Span, Written, clipped, measure, scatter, stamp, write
+from distdiff.data.scan import Job, Moments, Scanned, ShardTask, Span, Written, clipped, measure, scatter, write
 from distdiff.data.source import Source, codes
 from distdiff.rng import numpy_generator
 
@@ -85,7 +86,7 @@ class Build:
         self.wanted, self.say = wanted, say
         self.paths = tuple(str(Path(p).absolute()) for p in paths)
         self.sources = [Source.open(p, wanted.layer) for p in paths]
-        self.stamps = tuple(stamp(p) for p in self.paths)
+        self.stamps = tuple(files.stamp(p) for p in self.paths)
         self.n_cells = sum(s.n_cells for s in self.sources)
         self.n_bytes = sum(s.n_cells * s.bytes_per_cell for s in self.sources)
         if not self.n_cells:
@@ -241,10 +242,11 @@ class Build:
         genes = self.genes.pick(known, enough, moments, clip)
         among = np.zeros(len(known), bool)
         among[genes] = True
+        if self.panel and (lost := [g for g in self.panel.names or () if g not in {known[i] for i in genes}]):
+            raise ValueError(
+                f"panel: gene {lost[0]!r} is not among the genes of the store (never counted, or not chosen)"
+            )
         panel = genes if self.panel is None else self.panel.pick(known, among, moments, clip)
-        if not among[panel].all():
-            lost = known[int(panel[~among[panel]][0])]
-            raise ValueError(f"panel: gene {lost!r} is not among the genes of the store (never counted, or not chosen)")
         if len(panel) == len(genes):
             panel = genes
         place, group = np.full(len(known), -1, np.int32), np.zeros(len(known), np.int8)

@@ -99,7 +99,7 @@ def _fano(moments: Moments, clip: Clip) -> np.ndarray:
 
 
 def _cv(moments: Moments, clip: Clip) -> np.ndarray:
-    return np.sqrt(moments.var + 1e-12) / (moments.mean + 1e-8)
+    return np.divide(np.sqrt(moments.var), moments.mean, out=np.full(len(moments.total), -1.0), where=moments.mean > 0)
 
 
 def _seurat_v3(moments: Moments, clip: Clip) -> np.ndarray:

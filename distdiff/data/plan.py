@@ -143,8 +143,8 @@ class Plan(Order):
 class Mixed(Order):
     """Several strata in given proportions, each read like a `Plan` of its own: without replacement, epoch after epoch.
 
-    The strata take turns in a fixed cycle in which each is spread evenly, so every batch has its share of each to
-    within one cell.
+    The strata take turns in a fixed cycle in which, after any number of cells, each has had its share to within one
+    cell; so every batch has its share of each to within two.
 
     Parameters
     ----------
@@ -221,15 +221,26 @@ class Mixed(Order):
 
 
 def _cycle(share: np.ndarray) -> list[np.ndarray]:
-    """Places of each stratum in a cycle of `TURNS`, ascending: as many as its share (largest remainders), evenly."""
+    """Places of each stratum in a cycle of `TURNS`, ascending: as many as its share (largest remainders).
+
+    Tijdeman's rule (The chairman assignment problem, 1980): of the strata that are far enough behind their share, the
+    turn is for the one that would be a whole turn behind first; none is ever a whole turn off.
+    """
     exact = share * TURNS
     quota = np.floor(exact).astype(np.int64)
     quota[np.argsort(quota - exact, kind="stable")[: TURNS - int(quota.sum())]] += 1
     quota[(quota == 0) & (share > 0)] += 1  # whoever has a share gets a turn, at the cost of the largest
     quota[np.argmax(quota)] -= int(quota.sum()) - TURNS
-    when = np.concatenate([(np.arange(q) + 0.5) / q for q in quota])
-    order = np.argsort(when, kind="stable")
-    whose = np.repeat(np.arange(len(quota)), quota)[order]
+    taking = np.flatnonzero(quota)
+    rate = quota[taking] / TURNS
+    slack = 1 / max(1, 2 * len(taking) - 2)
+    behind, whose = np.zeros(len(taking)), np.empty(TURNS, np.int64)
+    for turn in range(TURNS):
+        behind += rate
+        wait = np.where(behind >= slack - 1e-9, (1 - slack - behind) / rate, np.inf)
+        who = int(np.argmin(wait))
+        whose[turn] = taking[who]
+        behind[who] -= 1
     return [np.flatnonzero(whose == i) for i in range(len(quota))]
 
 

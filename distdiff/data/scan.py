@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from distdiff.data import coding, spill
 from distdiff.data.layout import Layout, write_shard
 from distdiff.data.manifest import combine_digests, digest
 from distdiff.data.source import Source, check_counts, first_bad
+from distdiff.files import stamp
 
 READ_BYTES = 128 << 20
 """Memory that one read of a source takes at most."""
@@ -37,7 +37,7 @@ class Job:
     work
         Folder of the build: spills, and the store under construction.
     paths, layer, stamps
-        Sources; size and time of each when the build began.
+        Sources; version (`files.stamp`) of each when the build began.
     turned
         For each source the folder that holds it row by row, or None.
     columns
@@ -64,7 +64,7 @@ class Job:
     work: str
     paths: tuple[str, ...]
     layer: str | None
-    stamps: tuple[tuple[int, int], ...]
+    stamps: tuple[str, ...]
     turned: tuple[str | None, ...]
     columns: tuple[np.ndarray, ...]
     n_genes: int
@@ -341,7 +341,7 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     csr_matrix [n, n_genes]
         Same dtype; indices ascending, duplicates summed, no stored zeros.
     """
-    if _same(columns) and counts.data.all() and counts.has_canonical_format:
+    if len(columns) == n_genes and _same(columns) and counts.data.all() and counts.has_canonical_format:
         return counts
     column = columns[counts.indices]
     keep = (column >= 0) & (counts.data != 0)
@@ -365,31 +365,21 @@ def _pieces(source: Source, span: Span) -> Iterator[tuple[int, sparse.csr_matrix
         yield start, source.read(start, min(start + step, span.stop))
 
 
-def stamp(path: str) -> tuple[int, int]:
-    """Size and time of change of a source (of a folder: of everything in it), to see that it stays the same."""
-    if not os.path.isdir(path):
-        stat = os.stat(path)
-        return stat.st_size, stat.st_mtime_ns
-    found = [e.stat() for folder, _, names in os.walk(path) for e in map(Path(folder).joinpath, names)]
-    return sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)
-
-
 def same(job: Job, file: int) -> None:
     """Refuse a source that is not what it was when the build began."""
-    if (now := stamp(job.paths[file])) != tuple(job.stamps[file]):
+    if stamp(job.paths[file]) != job.stamps[file]:
         raise ValueError(
-            f"{job.paths[file]} changed while the store was built ({job.stamps[file][0]} bytes, now {now[0]}): "
-            "wait until it is written, then run the command again"
+            f"{job.paths[file]} changed while the store was built: wait until it is written, then run the command again"
         )
 
 
 def _source(job: Job, file: int) -> Source:
     same(job, file)
-    return _open(job.paths[file], job.layer, job.turned[file], tuple(job.stamps[file]))
+    return _open(job.paths[file], job.layer, job.turned[file], job.stamps[file])
 
 
 @functools.lru_cache(maxsize=8)
-def _open(path: str, layer: str | None, turned: str | None, version: tuple[int, int]) -> Source:
+def _open(path: str, layer: str | None, turned: str | None, version: str) -> Source:
     """One open file per process and version of the file."""
     return Source.open(path, layer) if turned is None else Source.open(path, layer, turned=turned)
 

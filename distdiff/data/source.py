@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from distdiff import files
 from distdiff.component import nearest
 from distdiff.data import tenx
 from distdiff.data.coding import uncounted
-from distdiff.data.turn import ByGene, Csc, Turned, reading, stamp
+from distdiff.data.turn import ByGene, Csc, Turned, reading
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -444,7 +445,7 @@ def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | 
     if stored is None:
         raise ValueError(f"{path} is stored cell by cell, it cannot have been turned in {folder}; leave turned= out")
     turned = Turned(folder, stored.shape)
-    if (turned.stamp, turned.layer, turned.nnz, turned.dtype) != (stamp(path), layer, stored.nnz, stored.dtype):
+    if (turned.stamp, turned.layer, turned.nnz, turned.dtype) != (files.stamp(path), layer, stored.nnz, stored.dtype):
         raise ValueError(f"{folder} was turned from another file, layer or version than {path}; delete it")
     return turned
 

@@ -257,7 +257,7 @@ def slabs(path: str | Path, layer: str | None, budget_bytes: int) -> list[Slab]:
     entries = budget_bytes // ENTRY_BYTES
     with _opened(path, layer) as matrix:
         cuts = matrix.cuts(entries)
-    version = stamp(path)
+    version = files.stamp(path)
     return [Slab(str(path), layer, i, len(cuts), *cut, entries, version) for i, cut in enumerate(cuts)]
 
 
@@ -292,7 +292,7 @@ def turn(slab: Slab, folder: str | Path) -> int:
                 "turn it all again"
             )
         return done["nnz"]
-    if stamp(slab.path) != slab.stamp:
+    if files.stamp(slab.path) != slab.stamp:
         raise ValueError(f"{slab.path} changed while it was being turned; delete {folder} and turn it all again")
     with _opened(slab.path, slab.layer) as matrix, files.whole(target, overwrite=True) as temporary:
         temporary.mkdir()
@@ -303,13 +303,6 @@ def turn(slab: Slab, folder: str | Path) -> int:
         told = {"pieces": pieces, "nnz": nnz, "promised": matrix.nnz, "shape": matrix.shape, "dtype": matrix.dtype.str}
         (temporary / "slab.json").write_text(json.dumps(asdict(slab) | told, indent=1))
     return nnz
-
-
-def stamp(path: str | Path) -> str:
-    """Which version of a file or folder this is: sizes and the latest change of what is directly in it."""
-    path = Path(path)
-    stats = [f.stat() for f in (path.iterdir() if path.is_dir() else [path])]
-    return f"{sum(s.st_size for s in stats)}-{max((s.st_mtime_ns for s in stats), default=0)}"
 
 
 @contextlib.contextmanager

@@ -397,7 +397,7 @@ def test_a_panel_lies_apart(tmp_path, one, dense):
 def test_genes_by_coefficient_of_variation(tmp_path, one, dense):
     made = build(one, tmp_path / "out", genes="cv:9")
     train = dense[CountStore.open(tmp_path / "out").rows("train")].astype(float)
-    best = np.argsort(-(train.std(0) / train.mean(0)), kind="stable")[:9]
+    best = np.argsort(-train.std(0) / np.maximum(train.mean(0), 1e-300), kind="stable")[:9]
     assert made.genes == tuple(f"g{i}" for i in np.sort(best))
 
 
@@ -460,8 +460,9 @@ def test_measurements_are_kept_as_they_are(tmp_path):
     made = build(path, tmp_path / "out", counts=False)
     store = CountStore.open(tmp_path / "out")
     assert made.dtype == "float32"
-    assert np.array_equal(everything(store), x.astype(np.float32))
-    assert np.array_equal(store.cells(np.arange(60)).counts.numpy(), x.astype(np.float32))
+    kept = x[x.any(1)][:, x.any(0)].astype(np.float32)
+    assert np.array_equal(everything(store), kept)
+    assert np.array_equal(store.cells(np.arange(len(kept))).counts.numpy(), kept)
     store.verify()
     x[5, 3] = np.inf
     save(make_adata(sparse.csr_matrix(x.astype(np.float32))), path)
@@ -481,7 +482,7 @@ def test_a_source_that_changes_between_the_passes(tmp_path, one, dense, monkeypa
         if len(calls) == 2:
             changed = dense.copy()
             changed[:, 1] += 1
-            save(make_adata(sparse.csr_matrix(changed.astype(np.float32))), one)
+            save(make_adata(sparse.csr_matrix(changed.astype(np.float32))), tmp_path / "new.h5ad").replace(one)
         return real(*args)
 
     monkeypatch.setattr(when, change)
