@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PIECE = 16 << 20
 """Counts in memory at a time."""
 
+CHUNK = 1 << 20
+"""Numbers of a chunk on disk."""
+
 
 def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
     """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read back in that order.
@@ -56,17 +59,18 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
     columns = store.source_columns()
     dtype = np.float32 if store.manifest.dtype == "float32" or store.manifest.largest < LAST_EXACT else np.float64
     with files.whole(out, overwrite=overwrite) as temporary, files.scratch(out) as scratch:
-        spills = []
+        spills: list[Path] = []
+        nnz = 0
         for shard in tqdm(store.manifest.shards, desc="read", unit="shard", disable=not progress, ascii=True):
             rows = np.arange(shard.start, shard.stop)
             spills.append(scratch / f"{shard.index:06d}")
             counts = store.read(rows)
             wide = counts.astype(np.float32 if counts.dtype.kind == "f" else np.uint32)
             spill.write(spills[-1], wide, rank[rows])
+            nnz += counts.nnz
         with _opened(temporary) as root:
             _frames(root, store, order, columns)
-            matrix = _matrix(root, len(store.genes), dtype)
-            nnz = sum(s.nnz for s in store.manifest.shards)
+            matrix = _Csr(root, (len(order), len(columns)), nnz, dtype)
             step = max(1, int(PIECE * len(order) / max(nnz, 1)))
             place = np.arange(len(columns), dtype=np.int32)
             for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
@@ -98,16 +102,33 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
     ad.io.write_elem(root, "/", adata)
 
 
-def _matrix(root: Any, n_genes: int, dtype: Any) -> Any:
-    """``X`` without rows yet."""
-    import anndata as ad
+class _Csr:
+    """``X`` on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row."""
 
-    empty = sparse.csr_matrix((0, n_genes), dtype=dtype)
-    empty.indptr = empty.indptr.astype(np.int64)
-    if "X" in root:
-        del root["X"]
-    ad.io.write_elem(root, "X", empty)
-    return ad.io.sparse_dataset(root["X"])
+    def __init__(self, root: Any, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
+        if "X" in root:
+            del root["X"]
+        group = root.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
+        create = group.create_array if hasattr(group, "create_array") else group.create_dataset
+        small = np.iinfo(np.int32).max
+        self._data, self._indices, self._indptr = (
+            create(name, shape=(length,), dtype=kind, chunks=(min(length, CHUNK) or 1,))
+            for name, length, kind in (
+                ("data", nnz, dtype),
+                ("indices", nnz, np.int32),
+                ("indptr", shape[0] + 1, np.int32 if nnz <= small else np.int64),
+            )
+        )
+        self._rows = self._nnz = 0
+
+    def append(self, counts: sparse.csr_matrix) -> None:
+        """Write the next rows."""
+        rows, nnz = self._rows + counts.shape[0], self._nnz + counts.nnz
+        self._data[self._nnz : nnz] = counts.data
+        self._indices[self._nnz : nnz] = counts.indices
+        self._indptr[self._rows + 1 : rows + 1] = counts.indptr[1:].astype(np.int64) + self._nnz
+        self._rows, self._nnz = rows, nnz
 
 
 @contextmanager

@@ -90,10 +90,10 @@ class ZarrReader(Reader):
     def __init__(self, url: str, group: str) -> None:
         import zarr
 
-        if importlib.util.find_spec("zarrs"):
-            zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
-        opened: Any = zarr.open_group(url, mode="r", use_consolidated=False)
-        self._arrays = [opened[f"counts/{group}/{part}"] for part in Slots._fields]
+        rust = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if importlib.util.find_spec("zarrs") else {}
+        with zarr.config.set(rust):
+            opened: Any = zarr.open_group(url, mode="r", use_consolidated=False)
+            self._arrays = [opened[f"counts/{group}/{part}"] for part in Slots._fields]
 
     def read(self, blocks: Sequence[int], into: Slots, slots: Sequence[int]) -> None:
         order = np.argsort(blocks)

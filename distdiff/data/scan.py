@@ -251,7 +251,7 @@ def _scanned(folder: Path) -> Scanned:
 
 def _good(counts: sparse.csr_matrix, nnz: np.ndarray, total: np.ndarray, job: Job) -> np.ndarray:
     """Cells that pass the thresholds, ``bool [n]``."""
-    good = (total >= job.quality.get("min_counts", 0)) & (nnz >= job.quality.get("min_genes", 0))
+    good = (total >= job.quality.get("min_counts", -np.inf)) & (nnz >= job.quality.get("min_genes", 0))
     if (most := job.quality.get("max_mito", 100.0)) < 100:
         good &= counts @ job.mito.astype(np.float64) <= most / 100 * total
     return good

@@ -432,9 +432,14 @@ class CountStore:
         memory = memory if into is None else into
         try:
             reader.read(blocks, memory, slots)
-        except (ValueError, OSError, RuntimeError) as error:
-            for block, slot in zip(blocks, slots, strict=True) if len(blocks) > 1 else ():
-                self._fetch(reader, memory, n_genes, [block], [slot])  # raises for the block that is at fault
+        except (ValueError, OSError, RuntimeError, IndexError) as error:
+            shards = np.asarray(blocks) // self.manifest.blocks_per_shard  # first by shard: not all readers check a
+            numbers = shards if shards.min() < shards.max() else np.asarray(blocks)  # block that they read alone
+            for number in np.unique(numbers) if len(blocks) > 1 else ():
+                part = np.flatnonzero(numbers == number)
+                self._fetch(
+                    reader, memory, n_genes, [blocks[int(i)] for i in part], [slots[int(i)] for i in part]
+                )  # raises
             raise self._corrupt(blocks[0], str(error)) from error
         for block, slot in zip(blocks, slots, strict=True):
             n = min(self.manifest.block, self.n_cells - block * self.manifest.block)

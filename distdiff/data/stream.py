@@ -23,6 +23,9 @@ from distdiff.types import Cells, Condition
 IN_FLIGHT = 512 << 20
 """Bytes of pieces that wait at the workers for one rank, at most (one piece always may)."""
 
+CONNECT = 30
+"""Seconds in which a scheduler must answer."""
+
 PATIENCE = 60.0
 """Seconds without an answer after which to see whether any worker is left."""
 
@@ -62,8 +65,8 @@ def stream(
     from dask.distributed import TimeoutError as Late
 
     try:
-        client = Client(scheduler, timeout=30, set_as_default=False)
-        client.wait_for_workers(1, timeout=60)
+        client = Client(scheduler, timeout=CONNECT, set_as_default=False)
+        client.wait_for_workers(1, timeout=2 * CONNECT)
     except (OSError, TimeoutError) as error:
         raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)

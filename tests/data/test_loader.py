@@ -136,7 +136,8 @@ def test_dask_workers_feed_two_ranks_and_one_may_die(atlas, usual):
         same(taken(panel, plan, index, scheduler=address, stop=5), taken(panel, plan, index, stop=5))
 
 
-def test_no_scheduler_there(usual):
+def test_no_scheduler_there(usual, monkeypatch):
+    monkeypatch.setattr("distdiff.data.stream.CONNECT", 1)
     store, index, plan, _ = usual
     with pytest.raises(OSError, match=r"no dask scheduler with workers answers at tcp://127.0.0.1:9"):
         next(loader(store, plan, index, scheduler="tcp://127.0.0.1:9"))
@@ -187,6 +188,7 @@ def test_counts_that_float32_does_not_hold_are_told(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("resident", [False, True])
 def test_on_a_gpu_it_is_the_same(usual, resident):
     store, index, plan, want = usual
