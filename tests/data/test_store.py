@@ -3,10 +3,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,3 +299,64 @@ def test_the_store_stays_light_to_import():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+class _Served(SimpleHTTPRequestHandler):
+    """Files over http, in ranges as object stores give them."""
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        whole, asked = path.read_bytes(), self.headers.get("Range")
+        first, last = asked.removeprefix("bytes=").split("-") if asked else ("0", "")
+        start = int(first) if first else len(whole) - int(last)
+        stop = min(int(last) + 1, len(whole)) if first and last else len(whole)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(stop - start))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(whole)}")
+        self.end_headers()
+        self.wfile.write(whole[start:stop])
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_store_over_http(folder, dense):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Served, directory=folder.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            store = CountStore.open(f"{url}/{folder.name}")
+            rows = np.random.default_rng(0).permutation(150)
+            assert np.array_equal(store.read(rows).toarray(), dense[rows])
+            assert store.manifest == CountStore.open(folder).manifest
+            assert np.array_equal(store.rows("train"), CountStore.open(folder).rows("train"))
+            assert store.labels(rows).keys() == {"kind", "donor"}
+            with pytest.raises(FileNotFoundError, match="is not a distdiff store"):
+                CountStore.open(f"{url}/nowhere")
+            with pytest.raises(ValueError, match="reader 'direct' reads local folders"):
+                CountStore.open(f"{url}/{folder.name}", reader="direct")
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_another_process_deletes_it(folder, dense, tmp_path, reader):
+    """Whoever opens or reads it meanwhile gets right counts, or an error that names it."""
+
+    def use():
+        for _ in range(1000):
+            store = CountStore.open(copy, cache_bytes=0, reader=reader)
+            assert np.array_equal(store.read(np.arange(0, 150, 7)).toarray(), dense[::7])
+
+    for turn in range(4):
+        copy = shutil.copytree(folder, tmp_path / str(turn))
+        remover = subprocess.Popen(["sh", "-c", f"sleep 0.0{turn}; rm -rf '{copy}'"])
+        try:
+            with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(copy))):
+                use()
+        finally:
+            remover.wait(20)
