@@ -18,6 +18,9 @@ from distdiff.data import recycle
 GAP = 255
 """Largest gap of one entry."""
 
+RUN = 64
+"""Entries that are coded together where each takes one entry."""
+
 
 class Coded(NamedTuple):
     """Coded cells: ``gaps`` uint8 ``[e]``, ``values`` ``[e]``, ``starts`` of the cells in them, int64 ``[n + 1]``."""
@@ -79,6 +82,8 @@ def recoded(of: Coded, place: np.ndarray, group: np.ndarray, dtype: Any) -> np.n
     dtype
         Of the values.
     """
+    if _same(place) and not group.any() and np.dtype(dtype) == of.values.dtype:
+        return np.diff(of.starts)[None]
     out = np.zeros((int(group.max(initial=0)) + 1, len(of.starts) - 1), np.int64)
     _recoded(of.gaps, of.values, of.starts, place, group, _top(dtype), _top(of.values.dtype), out)
     return out
@@ -204,9 +209,9 @@ def sums(
         entries needed in values of one and of two bytes, and the largest count.
     """
     g = counts.shape[1]
-    moments, nnz, numbers = np.zeros((4, g)), np.zeros(g, np.int64), np.zeros(3)
+    moments, nnz, numbers = np.zeros((g, 4)), np.zeros(g, np.int64), np.zeros(3)
     _sums(counts.indptr, counts.indices, counts.data, rows, train, moments, nnz, numbers)
-    return moments, nnz, (int(numbers[0]), int(numbers[1]), float(numbers[2]))
+    return np.ascontiguousarray(moments.T), nnz, (int(numbers[0]), int(numbers[1]), float(numbers[2]))
 
 
 def totals(counts: sparse.csr_matrix) -> np.ndarray:
@@ -238,20 +243,28 @@ def _uncounted(data, most):  # type: ignore[no-untyped-def]
 def _sums(indptr, indices, data, rows, train, moments, nnz, numbers):  # type: ignore[no-untyped-def]
     one, two, largest = 0, 0, 0.0
     for i in range(len(rows)):
-        for j in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            gene, x = indices[j], float(data[j])
-            nnz[gene] += 1
-            if train[i]:
-                moments[0, gene] += x
-                moments[1, gene] += x * x
-                moments[2, gene] += 1
-                moments[3, gene] = max(moments[3, gene], x)
-            one += 1
-            two += 1
-            if x > 255:
-                one += int((x - 1) // 255)
-                two += int((x - 1) // 65535)
-            largest = max(largest, x)
+        a, b = indptr[rows[i]], indptr[rows[i] + 1]
+        gene, value = indices[a:b], data[a:b]
+        n, top = len(gene), 0.0
+        for j in range(n):
+            top = max(top, float(value[j]))
+        largest = max(largest, top)
+        one += n
+        two += n
+        if top > 255:
+            for j in range(n):
+                if value[j] > 255:
+                    one += int((value[j] - 1) // 255)
+                    two += int((value[j] - 1) // 65535)
+        for j in range(n):
+            nnz[gene[j]] += 1
+        if train[i]:
+            for j in range(n):
+                x, of = float(value[j]), moments[gene[j]]
+                of[0] += x
+                of[1] += x * x
+                of[2] += 1
+                of[3] = max(of[3], x)
     numbers[0], numbers[1], numbers[2] = one, two, largest
 
 
@@ -295,17 +308,29 @@ def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignor
 
 
 @njit(nogil=True, cache=True)
+def _plain(indices, data, last, top):  # type: ignore[no-untyped-def]
+    """Whether some entries of a cell take one entry each: no gap and no count needs more."""
+    wide = (indices[0] - last > GAP) | (top > 0 and data[0] > top)
+    for j in range(1, len(indices)):
+        wide |= (indices[j] - indices[j - 1] > GAP) | ((data[j] > top) & (top > 0))
+    return not wide
+
+
+@njit(nogil=True, cache=True)
 def _lengths(indptr, indices, data, order, top, out):  # type: ignore[no-untyped-def]
     for i in range(len(order)):
-        last, k = 0, 0
-        for j in range(indptr[order[i]], indptr[order[i] + 1]):
-            gap = indices[j] - last
-            last = indices[j]
-            if gap > GAP:
-                k += (gap - 1) // GAP
-            k += 1
-            if top > 0 and data[j] > top:
-                k += (np.int64(data[j]) - 1) // top
+        last, k, stop = 0, 0, indptr[order[i] + 1]
+        for a in range(indptr[order[i]], stop, RUN):
+            b = min(a + RUN, stop)
+            k += b - a
+            if not _plain(indices[a:b], data[a:b], last, top):
+                before = last
+                for j in range(a, b):
+                    k += max(0, indices[j] - before - 1) // GAP
+                    before = indices[j]
+                    if top > 0 and data[j] > top:
+                        k += (np.int64(data[j]) - 1) // top
+            last = indices[b - 1]
         out[i + 1] = k
 
 
@@ -313,29 +338,47 @@ def _lengths(indptr, indices, data, order, top, out):  # type: ignore[no-untyped
 def _encode(indptr, indices, data, order, top, gaps, values):  # type: ignore[no-untyped-def]
     k = 0
     for i in range(len(order)):
-        last = 0
-        for j in range(indptr[order[i]], indptr[order[i] + 1]):
-            gap = indices[j] - last
-            last = indices[j]
-            while gap > GAP:
-                gaps[k] = GAP
-                values[k] = 0
-                gap -= GAP
-                k += 1
-            if top > 0 and data[j] > top:
-                left = np.int64(data[j])
-                while left > top:
-                    gaps[k] = gap
-                    values[k] = top
-                    gap = 0
-                    left -= top
-                    k += 1
-                gaps[k] = gap
-                values[k] = left
+        last, stop = 0, indptr[order[i] + 1]
+        for a in range(indptr[order[i]], stop, RUN):
+            b = min(a + RUN, stop)
+            if _plain(indices[a:b], data[a:b], last, top):  # simple loops: the compiler makes them fast
+                gene, value, gap, out = indices[a:b], data[a:b], gaps[k : k + b - a], values[k : k + b - a]
+                gap[0] = gene[0] - last
+                for j in range(1, len(gene)):
+                    gap[j] = gene[j] - gene[j - 1]
+                for j in range(len(value)):
+                    out[j] = value[j]
+                k += b - a
             else:
-                gaps[k] = gap
-                values[k] = data[j]
+                k = _encode_wide(indices[a:b], data[a:b], last, top, gaps, values, k)
+            last = indices[b - 1]
+
+
+@njit(nogil=True, cache=True)
+def _encode_wide(indices, data, last, top, gaps, values, k):  # type: ignore[no-untyped-def]
+    for j in range(len(indices)):
+        gap = indices[j] - last
+        last = indices[j]
+        while gap > GAP:
+            gaps[k] = GAP
+            values[k] = 0
+            gap -= GAP
             k += 1
+        if top > 0 and data[j] > top:
+            left = np.int64(data[j])
+            while left > top:
+                gaps[k] = gap
+                values[k] = top
+                gap = 0
+                left -= top
+                k += 1
+            gaps[k] = gap
+            values[k] = left
+        else:
+            gaps[k] = gap
+            values[k] = data[j]
+        k += 1
+    return k
 
 
 @njit(nogil=True, cache=True)
