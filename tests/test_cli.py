@@ -82,6 +82,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(counts, tmp_path, words, mess
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_quickstart_interrupted_then_run_twice(tmp_path):
     command = [sys.executable, "-m", "distdiff.cli", "quickstart"]
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
