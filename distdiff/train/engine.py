@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distdiff.denoise import Denoiser
 from distdiff.train.optim import Optim
@@ -46,6 +44,8 @@ class Engine:
             # torch hangs the gathering for the backward pass on the answer, which must be no view of another tensor
             denoiser.register_forward_hook(lambda module, given, answer: answer.clone())
         if accelerator.distributed_type is DistributedType.MULTI_CPU and _asked_for("FSDP"):
+            from torch.distributed.fsdp import fully_shard
+
             fully_shard(denoiser)  # in place; accelerate does so on accelerators only
             self.network, self.optimizer = denoiser, accelerator.prepare(optim.build(denoiser))
         else:
@@ -90,9 +90,7 @@ class Engine:
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             w = weights[name]
-            shared_out = isinstance(w, DTensor) and value.shape == w.shape
-            value = value.to(w.device)
-            kept[w][field] = distribute_tensor(value, w.device_mesh, w.placements) if shared_out else value
+            kept[w][field] = _like(w, value) if value.shape == w.shape else value.to(w.device)
 
 
 class Zero(Engine):
@@ -115,10 +113,10 @@ class Zero(Engine):
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         found = list(self.bare.parameters())
-        with GatheredParameters(found, enabled=self.stage == 3), torch.no_grad():
+        with deepspeed.zero.GatheredParameters(found, enabled=self.stage == 3), torch.no_grad():
             yield [w.detach() for w in found]
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -128,6 +126,7 @@ class Zero(Engine):
         step = next((torch.as_tensor(entry["step"]) for entry in inner.state.values()), None)
         if step is None:
             return
+        self._link()
         for name, w in self.bare.named_parameters():
             for field in ("exp_avg", "exp_avg_sq"):
                 yield f"{name}/{field}", safe_get_full_optimizer_state(w, field)
@@ -144,8 +143,7 @@ class Zero(Engine):
         for flat in flats:
             empty = {field: torch.zeros_like(flat.data) for field in ("exp_avg", "exp_avg_sq")}
             zero.optimizer.state[flat] = {"step": step.to(flat.device), **empty}
-        if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link()
         weights: dict[str, Any] = dict(self.bare.named_parameters())
         for name, w in weights.items():
             for field in ("exp_avg", "exp_avg_sq"):
@@ -154,6 +152,13 @@ class Zero(Engine):
                     safe_set_local_optimizer_state(w, _part(value, w.ds_tensor.ds_numel, self.accelerator), field)
                 else:
                     safe_set_full_optimizer_state(w, value, field)
+
+    def _link(self) -> None:
+        """Let each weight find its moments: DeepSpeed 0.19 does so after its first parameter group only."""
+        zero = self.optimizer.optimizer
+        if self.stage < 3:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
 
 
 def prepare(accelerator: Accelerator, denoiser: Denoiser, optim: Optim, *, share: int, accumulate: int) -> Engine:
@@ -173,7 +178,18 @@ def _asked_for(what: str) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor, gathered if it is a ``DTensor`` (whose module takes a second to import and is not asked for)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _like(weight: Any, value: Tensor) -> Tensor:
+    """``value`` on the devices of ``weight``, shared out as it is."""
+    value = value.to(weight.device)
+    if not hasattr(weight, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
 def _part(value: Tensor, size: int, accelerator: Accelerator) -> Tensor:
