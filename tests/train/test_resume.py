@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distdiff import experiment
-from distdiff.train import checkpoint, engine
+from distdiff.train import checkpoint, engine, stop
 from tests.train import processes
 from tests.train.test_loop import assert_equal, final, make
 
@@ -72,6 +72,28 @@ def test_killed_at_random_moments_also_while_saving(atlas, whole, tmp_path, kill
     processes.run(config, tmp_path / "log")
     assert_equal(final(whole), final(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))  # nothing half-written is left
+
+
+def test_the_loss_scale_of_fp16_goes_on_too(atlas, tmp_path, monkeypatch):
+    """A scaler on the CPU (accelerate has one on GPUs alone) whose scale doubles every seventh step."""
+
+    class Scaled(experiment.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=7)
+
+    monkeypatch.setattr(experiment, "Accelerator", Scaled)
+    experiment.train(make(atlas, tmp_path / "whole", **SHORT))
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 99))
+        patch.setattr(stop.Stop, "agreed", lambda self: stop.LEAVE if next(calls) == 10 else stop.GO_ON)
+        with pytest.raises(stop.Stopped):
+            experiment.train(make(atlas, tmp_path / "parts", **SHORT))
+    experiment.train(make(atlas, tmp_path / "parts", **SHORT))
+    assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    ends = [checkpoint.load(checkpoint.latest(tmp_path / n / "checkpoints"), {}).state for n in ("whole", "parts")]
+    assert ends[0]["scaler"] == ends[1]["scaler"]
+    assert (ends[0]["scaler"]["scale"], ends[0]["scaler"]["_growth_tracker"]) == (2.0**10, 6)
 
 
 @pytest.mark.distributed
