@@ -185,6 +185,7 @@ def train(
         times.load(progress.times, accelerator)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
+    saved = None  # all in place: its tensors are not needed twice
 
     loading = loading or Loading()
     plan = loading.plan(store, index, settings.batch, settings.seed)
@@ -336,8 +337,7 @@ class _Window:
 
     def check(self, accelerator: Accelerator, folder: Path) -> None:
         """Stop if a loss or a gradient is not finite."""
-        back = str(checkpoint.latest(folder) or "")
-        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, back)
+        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
     def drain(self, accelerator: Accelerator, batch: int) -> dict[str, float]:
         """Mean loss over processes and steps, mean gradient norm, cells per second."""
