@@ -161,7 +161,11 @@ def train(
     ValueError
         A batch that the processes cannot share out, no training or validation cell, a checkpoint of another run.
     FloatingPointError
-        A loss that is not finite (step and rows named).
+        A loss or a gradient that is not finite (step, rows and the way back named).
+    OutOfMemory
+        A step does not fit (what would help is named).
+    Stopped
+        Asked to leave, and saved.
     """
     share = _share(settings, accelerator.num_processes)
     index, held_out = _splits(store)

@@ -17,7 +17,7 @@ from distdiff.types import Tensor
 if TYPE_CHECKING:
     from distdiff.train.loop import Training
 
-_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")
+_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 class OutOfMemory(RuntimeError):
