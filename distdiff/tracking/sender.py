@@ -1,0 +1,362 @@
+"""From the spool to the server, beside the training or later; every step may be taken twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
+
+from distdiff.tracking.address import library, public
+from distdiff.tracking.registry import Judge, crown, version_of
+from distdiff.tracking.spool import Spool, spools
+
+log = logging.getLogger("distdiff")
+
+EVERY = 1.0
+"""Seconds between looks at the spool."""
+
+SLOWEST = 60.0
+"""Most seconds between two attempts to reach a server that is away."""
+
+BATCH = 1000
+"""Most metrics of a request (MLflow's own limit)."""
+
+REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+"""Answers that stay the same however often one asks."""
+
+
+class Sender:
+    """Sends one spool, in its order.
+
+    Parameters
+    ----------
+    spool
+        Where the entries are.
+    uri
+        Tracking server; empty: the one the run was begun with.
+    judge
+        Scores a new model and a champion that was trained on other data (see `registry.crown`).
+    """
+
+    def __init__(self, spool: Spool, uri: str = "", judge: Judge | None = None) -> None:
+        self.spool, self.uri, self.judge = spool, uri, judge
+        self.state: dict[str, Any] = spool.state
+        self._client: Any = None
+        self._lock = FileLock(f"{spool.path}.lock", timeout=0)
+
+    def send(self) -> int:
+        """Send what is there and return the number of entries.
+
+        Raises
+        ------
+        Exception
+            The server is away (MLflow has no error of its own for that); what was sent before is marked as sent.
+        """
+        sent = 0
+        for entries, end in _batches(self.spool.read(self.state.get("offset", 0))):
+            kind = entries[0]["kind"]
+            try:
+                getattr(self, f"_{kind}")(entries)
+            except Exception as error:
+                if kind == "start" or not _refused(error):
+                    raise
+                log.warning("MLflow refused a %s entry, which is left out: %s", kind, error)
+            self._mark(offset=end)
+            sent += len(entries)
+        return sent
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Hold the spool; false when another process does."""
+        self.spool.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            yield False
+            return
+        except (OSError, NotImplementedError):  # a file system without locks
+            yield True
+            return
+        try:
+            self.state = self.spool.state
+            yield True
+        finally:
+            self._lock.release()
+
+    def close(self, status: str) -> None:
+        """End the run of a process that could not do so itself."""
+        if self.state.get("run_id") and not self.state.get("ended"):
+            self._end([{"status": status, "time": None}])
+
+    # -- one method a kind of entry ------------------------------------------------------------------------------
+
+    def _start(self, entries: list[dict[str, Any]]) -> None:
+        entry, mlflow = entries[0], library()
+        self._client = mlflow.MlflowClient(self.uri or entry["uri"])
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(entry["experiment"])
+        if experiment is None:
+            try:
+                number = self._client.create_experiment(entry["experiment"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                number = self._client.get_experiment_by_name(entry["experiment"]).experiment_id
+        else:
+            number = experiment.experiment_id
+        mark = f"tags.`distdiff.spool` = '{self.spool.path.stem}'"
+        found = self._client.search_runs([number], mark, max_results=1)
+        run = found[0] if found else self._client.create_run(
+            number, start_time=entry["time"], run_name=entry["name"],
+            tags={**entry["tags"], "distdiff.spool": self.spool.path.stem},
+        )  # fmt: skip
+        self._mark(run_id=run.info.run_id, experiment_id=number, params=entry["params"])
+        params = [mlflow.entities.Param(k, str(v)[:500]) for k, v in entry["params"].items()]
+        for first in range(0, len(params), 100):
+            self.client.log_batch(self.run_id, params=params[first : first + 100])
+        self.client.log_dict(self.run_id, entry["config"], "config.yaml")
+
+    def _again(self, entries: list[dict[str, Any]]) -> None:
+        self.client.update_run(self.run_id, status="RUNNING")
+        for key, value in entries[0]["tags"].items():
+            self.client.set_tag(self.run_id, key, value)
+        self._mark(ended=False)
+
+    def _metrics(self, entries: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        found = [Metric(k, v, e["time"], e["step"]) for e in entries for k, v in e["numbers"].items()]
+        for first in range(0, len(found), BATCH):
+            self.client.log_batch(self.run_id, metrics=found[first : first + BATCH])
+
+    def _dataset(self, entries: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entry = entries[0]
+        scheme = urlsplit(entry["uri"]).scheme
+        web = scheme in ("http", "https")
+        dataset = Dataset(
+            entry["name"], entry["fingerprint"][:32], "http" if web else scheme or "local",
+            json.dumps({"url" if web else "uri": entry["uri"]}), profile=entry["profile"],
+        )  # fmt: skip
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def _artifact(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            path = self._path(entry["path"])
+            if path.is_dir():
+                self.client.log_artifacts(self.run_id, str(path), entry["folder"] or path.name)
+            elif path.exists():
+                self.client.log_artifact(self.run_id, str(path), entry["folder"])
+            else:
+                log.warning("MLflow: %s is gone and cannot be sent", path)
+
+    def _model(self, entries: list[dict[str, Any]]) -> None:
+        """Log the packed model, register it as a version, and decide on the alias."""
+        from mlflow.entities import LoggedModelOutput
+
+        entry = entries[0]
+        folder = self._path(entry["path"])
+        if "model_id" not in self.state:
+            model = self.client.create_logged_model(
+                self.state["experiment_id"], "model", self.run_id, model_type="imputation",
+                params={k: str(v)[:500] for k, v in self.state["params"].items()},
+                tags={"score": repr(entry["score"]), "data": entry["data"]},
+            )  # fmt: skip
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, entry["step"])])
+            self._mark(model_id=model.model_id)
+        model_id = self.state["model_id"]
+        if not self.state.get("uploaded"):
+            self.client.log_model_artifacts(model_id, str(folder))
+            self.client.finalize_logged_model(model_id, "READY")
+            self._mark(uploaded=True)
+        version = version_of(self.client, self.run_id, model_id, entry)
+        line = crown(self.client, version, folder / "artifacts" / "model", self.judge)
+        self._mark(registered=line, model_id=None, uploaded=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _end(self, entries: list[dict[str, Any]]) -> None:
+        self.client.set_terminated(self.run_id, entries[0]["status"], entries[0]["time"])
+        self._mark(ended=True)
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client of the run's server.
+
+        Raises
+        ------
+        RuntimeError
+            The run is not there: nothing may be sent, and nothing given up.
+        """
+        if self._client is None:
+            from mlflow.exceptions import MlflowException
+
+            client = library().MlflowClient(self.uri or self.home)
+            try:
+                client.get_run(self.run_id)
+            except MlflowException as error:
+                if _refused(error):
+                    raise RuntimeError(f"run {self.run_id} is not on this server") from error
+                raise
+            self._client = client
+        return self._client
+
+    @property
+    def run_id(self) -> str:
+        """The run that was begun."""
+        return self.state["run_id"]
+
+    @property
+    def home(self) -> str:
+        """Address of the server that the run was begun with."""
+        return next((entry["uri"] for entry, _ in self.spool.read(0) if entry["kind"] == "start"), "")
+
+    def _path(self, path: str) -> Path:
+        """Paths in a spool are relative to the folder of the run, which may have moved since."""
+        return self.spool.path.parents[1] / path
+
+    def _mark(self, **what: Any) -> None:
+        self.state = {k: v for k, v in {**self.state, **what}.items() if v is not None}
+        self.spool.state = self.state
+
+
+class Courier:
+    """A thread that sends a spool while the run goes on. It never raises, and nothing waits for it but the end."""
+
+    def __init__(self, sender: Sender, others: list[Spool]) -> None:
+        self.sender, self.others = sender, others
+        self.away = ""
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="distdiff-mlflow", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self, limit: float) -> None:
+        """Send the rest; give up at the first failure, or after ``limit`` seconds."""
+        self._closing.set()
+        self._thread.join(limit)
+
+    def _work(self) -> None:
+        pause = EVERY
+        with self.sender.alone() as mine:
+            if not mine:
+                self.away = "another process sends this run"
+                return
+            while True:
+                last = self._closing.is_set()
+                try:
+                    self.sender.send()
+                    self.away, pause = "", EVERY
+                    self._older()
+                except Exception as error:
+                    if not self.away:
+                        log.warning("MLflow is away (%s); training goes on, metrics are kept in %s", _short(error),
+                                    self.sender.spool.path)  # fmt: skip
+                    self.away, pause = _short(error), min(2 * pause, SLOWEST)
+                    last = last or self._closing.is_set()
+                if last:
+                    return
+                self._closing.wait(pause)
+
+    def _older(self) -> None:
+        """What earlier runs of the folder could not send to the same server; tried once."""
+        while self.others:
+            sender = Sender(self.others.pop(), self.sender.uri, self.sender.judge)
+            try:
+                if sender.home == self.sender.home:
+                    _deliver(sender)
+            except Exception as error:
+                log.warning("MLflow: %s stays unsent (%s)", sender.spool.path, _short(error))
+
+
+def _deliver(sender: Sender) -> str:
+    """Send a spool whose process is gone; what was done in words, or empty."""
+    with sender.alone() as mine:
+        if not mine:
+            return f"{sender.spool.path}: being sent by another process now"
+        sent = sender.send()
+        sender.close("KILLED")
+        if not sent:
+            return ""
+        registered = f"; {sender.state['registered']}" if "registered" in sender.state else ""
+        return f"run {sender.state.get('run_id')}: {sent} entries sent{registered}"
+
+
+def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
+    """Send what runs in ``folder`` (of one run, or of many) could not send while their server was away.
+
+    The server is that of MLFLOW_TRACKING_URI, else the one that the run was begun with.
+
+    Returns
+    -------
+    list of str
+        What was done, a line a run.
+
+    Raises
+    ------
+    ValueError
+        No spool there.
+    RuntimeError
+        The server is still away.
+    """
+    found = [spool for run in sorted({path.parents[1] for path in Path(folder).rglob("mlflow/*.jsonl")})
+             for spool in spools(run)]  # fmt: skip
+    if not found:
+        raise ValueError(f"no run was tracked in {folder}: there is no mlflow/*.jsonl; give train.out of a run")
+    lines = []
+    for spool in found:
+        sender = Sender(spool, os.environ.get("MLFLOW_TRACKING_URI", ""), judge)
+        try:
+            lines.append(_deliver(sender))
+        except Exception as error:
+            raise RuntimeError(
+                f"MLflow at {public(sender.uri) or sender.home} is away ({_short(error)}); {spool.left} entries stay in "
+                f"{spool.path}, run the same command again"
+            ) from error
+    return [line for line in lines if line]
+
+
+def _batches(entries: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Metrics that follow one another together, anything else alone."""
+    held: list[dict[str, Any]] = []
+    end = numbers = 0
+    for entry, offset in entries:
+        metrics = entry["kind"] == "metrics"
+        if held and (not metrics or numbers >= BATCH):
+            yield held, end
+            held, numbers = [], 0
+        if not metrics:
+            yield [entry], offset
+            continue
+        held.append(entry)
+        numbers += len(entry["numbers"])
+        end = offset
+    if held:
+        yield held, end
+
+
+def _refused(error: Exception) -> bool:
+    """Whether asking again would not help: the entry is wrong, not the server away."""
+    code = getattr(error, "error_code", None)
+    if code is not None:
+        return code in REFUSED
+    return isinstance(error, (TypeError, KeyError, AttributeError, json.JSONDecodeError))
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
