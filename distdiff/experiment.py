@@ -165,11 +165,10 @@ def compare(new: Path, champion: Path) -> tuple[float, float]:
     store = CountStore.open(settings["store"])
     if store.manifest.fingerprint != ours.info["data"]:
         raise ValueError(f"{settings['store']} is not what the model was trained on any more")
-    store, mine = _shared(store, ours)
-    store, other = _shared(store, theirs)
-    mine = _shared(store, ours)[1]
+    store = _shared(_shared(store, ours)[0], theirs)[0]
     found = []
-    for model, on in ((ours, mine), (theirs, other)):
+    for model in (ours, theirs):
+        on = _shared(store, model)[1]
         known = tuple(k for k, v in model.spec.labels.items() if tuple(store.manifest.labels.get(k, ())) == tuple(v))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))

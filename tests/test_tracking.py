@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from distdiff.tracking.sender import Sender
 from distdiff.tracking.spool import Spool, spools
 from distdiff.types import DataSpec
 
+SMALL = {"kind": "mlp", "width": 8, "depth": 1}
 GENES = tuple(f"gene{i}" for i in range(6))
 
 
@@ -47,7 +51,7 @@ def here(migrated, tmp_path, monkeypatch):
 def model(tmp_path_factory):
     """A small untrained model's folder."""
     spec = DataSpec(GENES, {"cell_type": ("B", "T")}, np.ones(len(GENES), np.float32))
-    made = Model.new(spec, {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+    made = Model.new(spec, {"kind": "counts"}, SMALL)
     generator = torch.Generator().manual_seed(0)
     for weights in made.denoiser.parameters():
         weights.data.normal_(0, 0.3, generator=generator)
@@ -120,6 +124,26 @@ def test_a_champion_of_other_data_is_scored_again_on_the_new_data(here, model):
     scores = (3.0, 4.0)
     assert register(model, 9.0, "other", judge=judge).registered == "pbmc version 4, now 'champion'"
     assert "stays at version 4 (validation 9.0000" in register(model, 10.0, "other", judge=judge).registered
+
+
+def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
+    from distdiff.data.store import CountStore
+    from distdiff.experiment import compare
+
+    store = CountStore.open(atlas)
+
+    def saved(name, genes, labels, data=store.manifest.fingerprint):
+        made = Model.new(DataSpec(genes, labels, np.full(len(genes), 0.5, np.float32)), {"kind": "counts"}, SMALL)
+        made.info = {"data": data, "config": {"data": {"store": str(atlas)}}}
+        return made.save(tmp_path / name)
+
+    new = saved("new", store.genes, {"cell_type": ("B", "T")})
+    champion = saved("champion", ("stranger", *store.genes[4::-1]), {"cell_type": ("T", "B", "Q")})
+    ours, theirs = compare(new, champion)
+    assert 0 < ours < 100
+    assert ours == pytest.approx(theirs), "untrained networks say the same of the same genes"
+    with pytest.raises(ValueError, match="is not what the model was trained on any more"):
+        compare(saved("old", store.genes, {}, "another"), champion)
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
@@ -416,3 +440,93 @@ def test_a_packed_model_runs_its_own_code_where_distdiff_is_not_at_hand(packed, 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{packed}/code/distdiff/__init__.py (3, 6)"
+
+
+# -- a server of its own, and its death ----------------------------------------------------------------------------
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def serve(port, folder):
+    """The README's line, on a port of ours; returns once it answers."""
+    line = next(text for text in README.splitlines() if text.startswith("mlflow server "))
+    command = [sys.executable, "-m", *line.partition("#")[0].split(), "--port", str(port), "--workers", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                assert answer.status == 200
+                return process
+        except OSError:
+            assert process.poll() is None, (folder / "server.log").read_text()
+            time.sleep(0.2)
+    kill(process)
+    pytest.fail((folder / "server.log").read_text())
+
+
+def kill(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+
+
+@pytest.mark.distributed
+def test_training_outlives_its_server_and_all_is_sent_later(here, atlas, monkeypatch):
+    import mlflow
+    from typer.testing import CliRunner
+
+    from distdiff import cli, config, experiment
+
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    server, steps, metrics = serve(port, here), [], tracking.Run.metrics
+
+    def killing(run, numbers, step=0):
+        metrics(run, numbers, step)
+        if "loss" in numbers:
+            steps.append(step)
+        if len(steps) == 2 and server.poll() is None:
+            deadline = time.monotonic() + 30
+            while run.spool.left and time.monotonic() < deadline:
+                time.sleep(0.05)
+            kill(server)
+
+    monkeypatch.setattr(tracking.Run, "metrics", killing)
+    experiment_of = [
+        f"data.store={atlas}", "denoiser={kind: mlp, width: 8, depth: 1}", "evaluate.enabled=false", "train.batch=32",
+        "train.cells=320", "train.eval_cells=64", "train.out=run", "tracking.model=small",
+    ]  # fmt: skip
+    try:
+        outcome = experiment.train(config.load(None, experiment_of))
+        assert outcome.registered == "not yet, MLflow is away; later: distdiff mlflow sync run"
+        assert steps == [64, 128, 192, 256, 320]
+        away = CliRunner().invoke(cli.app, ["mlflow", "sync", "run"])
+        assert isinstance(away.exception, RuntimeError)
+        server = serve(port, here)
+        done = CliRunner().invoke(cli.app, ["mlflow", "sync", "run"])
+        assert "small version 1, now 'champion'" in done.output
+        assert "all was sent before" in CliRunner().invoke(cli.app, ["mlflow", "sync", "run"]).output
+
+        (stored,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+        history = mlflow.MlflowClient().get_metric_history(stored.info.run_id, "loss")
+        assert [m.step for m in history] == steps
+        assert stored.info.status == "FINISHED"
+        assert stored.inputs.dataset_inputs[0].dataset.name == "atlas.zarr"
+        version = mlflow.MlflowClient().get_model_version_by_alias("small", "champion")
+        assert "## Limits" in version.description
+        assert Model.load(tracking.fetch("models:/small@champion")).info["data"] == stored.data.tags["data_fingerprint"]
+        imputes = mlflow.pyfunc.load_model("models:/small@champion")
+        assert imputes.predict(imputes.input_example).shape == (3, 30)
+    finally:
+        kill(server)

@@ -323,8 +323,9 @@ def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
         try:
             lines.append(_deliver(sender))
         except Exception as error:
+            home = public(sender.uri) or sender.home
             raise RuntimeError(
-                f"MLflow at {public(sender.uri) or sender.home} is away ({_short(error)}); {spool.left} entries stay in "
+                f"MLflow at {home} is away ({_short(error)}); {spool.left} entries stay in "
                 f"{spool.path}, run the same command again"
             ) from error
     return [line for line in lines if line]
