@@ -53,16 +53,14 @@ def commands():
 
 def parse(words):
     """Let the command line parse, and not run, what ``distdiff`` is given."""
-    import click
     import typer
 
     from distdiff.cli import app
 
     command, words = typer.main.get_command(app), list(words)
-    while isinstance(command, click.Group):
+    while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
-    with contextlib.suppress(click.exceptions.Exit):
-        command.make_context(command.name, [word for word in words if word != "..."])
+    command.make_context(command.name, words)
 
 
 def of_distdiff(words):
@@ -91,7 +89,7 @@ def test_every_command_has_flags_that_exist():
             if "--config_file" in words:
                 engine = words[words.index("--config_file") + 1]
                 assert engine == "$ACCELERATE_CONFIG" or (ROOT / engine).exists()
-        if ours and ours[-1] != "$@":
+        if ours and "$@" not in ours:
             try:
                 parse(ours)
             except Exception as error:
