@@ -155,13 +155,16 @@ def test_a_run_that_dies_is_marked(here, error, status):
     assert mlflow.get_run(run.run_id).info.status == status
 
 
-def test_a_continued_training_goes_on_with_its_run(here):
+def test_a_continued_training_goes_on_with_its_run(here, model):
     import mlflow
 
     with a_run() as first:
         first.metrics({"loss": 3.0}, 10)
+        first.register("pbmc", model, score=1.0, data="abc")
     with a_run(again=True) as second:
         second.metrics({"loss": 2.0}, 20)
+        second.register("pbmc", model, score=1.0, data="abc")
+    assert first.registered == second.registered == "pbmc version 1, now 'champion'"
     assert first.run_id == second.run_id
     with a_run() as other:
         pass
@@ -247,8 +250,8 @@ def test_an_entry_that_is_refused_does_not_hold_up_the_others(here, caplog):
 
     with a_run() as run:
         run.spool.append("metrics", numbers={"a" * 300: 1.0}, step=1)  # names may have 250 signs
-        run.spool.append("artifact", path="gone.md", folder=None)
         run.metrics({"loss": 1.0}, 2)
+        run.spool.append("artifact", path="gone.md", folder=None)
     assert mlflow.get_run(run.run_id).data.metrics["loss"] == 1.0
     assert "refused a metrics entry" in caplog.text
     assert "gone.md is gone" in caplog.text
@@ -280,6 +283,19 @@ def test_a_server_that_never_answers_holds_nothing_up(here, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(ValueError, match=r"there is no mlflow/\*.jsonl"):
         tracking.sync(here / "nowhere")
+
+
+def test_a_run_that_another_process_sends_is_taken_over(here):
+    with a_run() as first:
+        pass
+    with contextlib.ExitStack() as held:
+        assert held.enter_context(Sender(first.spool).alone())
+        with a_run(again=True) as run:
+            run.metrics({"loss": 1.0}, 1)
+            time.sleep(0.2)
+            assert run.spool.left
+            held.close()
+    assert not run.spool.left
 
 
 def test_a_run_that_is_alive_is_left_to_its_process(here):

@@ -32,8 +32,8 @@ EXAMPLE = (3, 20)
 """Cells and genes of the input example, at most."""
 
 
-def pack(model: Path, target: Path, *, card: str = "") -> None:
-    """Write an MLflow model to ``target``, replacing what is there.
+def pack(model: Path, target: Path, *, card: str = "") -> str:
+    """Write an MLflow model to ``target``, replacing what is there; return the weights' sha256.
 
     Loaded, it runs the code of distdiff that is packed with it: nothing has to be installed but `NEEDS`. The script
     itself (``pyfunc.py``) stands in the place of a pickled object.
@@ -41,7 +41,7 @@ def pack(model: Path, target: Path, *, card: str = "") -> None:
     mlflow = library()
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     spec = json.loads((model / "model.json").read_text())
-    example = _example(spec["genes"])
+    example, weights = _example(spec["genes"]), str(spec["info"]["weights_sha256"])
     with files.whole(target, overwrite=True) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns of the hints in its own code
         mlflow.pyfunc.save_model(
@@ -52,7 +52,7 @@ def pack(model: Path, target: Path, *, card: str = "") -> None:
             signature=_signature(spec["genes"], spec["labels"]),
             input_example=example,
             pip_requirements=_requirements(),
-            metadata={"distdiff": spec["info"].get("weights_sha256", "")},
+            metadata={"weights_sha256": weights},
         )
         # MLflow writes the request as a frame, which it does not take of a model that checks its input itself
         request = {"inputs": example.astype(object).where(example.notna(), None).to_dict("records")}
@@ -61,6 +61,7 @@ def pack(model: Path, target: Path, *, card: str = "") -> None:
             (temporary / "README.md").write_text(card)
         for cache in temporary.rglob("__pycache__"):
             shutil.rmtree(cache, ignore_errors=True)
+    return weights
 
 
 def _signature(genes: list[str], labels: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,15 +93,16 @@ class Run:
             return
         from distdiff.tracking.pack import pack
 
-        self._asked, packed = name, self.spool.path.with_suffix(".model")
+        self._asked, packed = name, self.spool.path.with_suffix(f".{time.time_ns()}.model")
         try:
-            pack(Path(model), packed, card=description)
+            weights = pack(Path(model), packed, card=description)
         except Exception as error:  # weeks of training end well without MLflow
             log.warning("MLflow: %s could not be packed and is not registered: %s", model, error)
             return
         self.spool.append(
-            "model", name=name, path=self._relative(packed), score=score, data=data, description=description, step=step
-        )
+            "model", name=name, path=self._relative(packed), score=score, data=data, description=description,
+            step=step, weights=weights,
+        )  # fmt: skip
 
     def _relative(self, path: str | Path) -> str:
         assert self.spool is not None

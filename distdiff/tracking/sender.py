@@ -30,8 +30,8 @@ SLOWEST = 60.0
 BATCH = 1000
 """Most metrics of a request (MLflow's own limit)."""
 
-REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
-"""Answers that stay the same however often one asks."""
+REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "FEATURE_DISABLED"}
+"""MLflow's answers that stay the same however often one asks; what a proxy says (404, 502 ...) is not among them."""
 
 
 class Sender:
@@ -51,6 +51,7 @@ class Sender:
         self.spool, self.uri, self.judge = spool, uri, judge
         self.state: dict[str, Any] = spool.state
         self._client: Any = None
+        self._told: set[str] = set()
         self._lock = FileLock(f"{spool.path}.lock", timeout=0)
 
     def send(self) -> int:
@@ -63,16 +64,25 @@ class Sender:
         """
         sent = 0
         for entries, end in _batches(self.spool.read(self.state.get("offset", 0))):
-            kind = entries[0]["kind"]
-            try:
-                getattr(self, f"_{kind}")(entries)
-            except Exception as error:
-                if kind == "start" or not _refused(error):
-                    raise
-                log.warning("MLflow refused a %s entry, which is left out: %s", kind, error)
+            self._take(entries)
             self._mark(offset=end)
             sent += len(entries)
         return sent
+
+    def _take(self, entries: list[dict[str, Any]]) -> None:
+        """Send entries of one kind; of those that MLflow refuses each is left out alone."""
+        kind = entries[0]["kind"]
+        try:
+            getattr(self, f"_{kind}")(entries)
+        except Exception as error:
+            if kind == "start" or not _refused(error):
+                raise
+            if len(entries) == 1:
+                (log.debug if kind in self._told else log.warning)("MLflow refused a %s entry: %s", kind, error)
+                self._told.add(kind)
+                return
+            for entry in entries:
+                self._take([entry])
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
@@ -166,7 +176,13 @@ class Sender:
         from mlflow.entities import LoggedModelOutput
 
         entry = entries[0]
-        folder = self._path(entry["path"])
+        folder, weights = self._path(entry["path"]), f"{entry['name']} {entry['weights']}"
+        if self.state.get("weights") == weights:  # a training that was over was started again
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        if not folder.is_dir():
+            log.warning("MLflow: %s is gone and cannot be registered", folder)
+            return
         if "model_id" not in self.state:
             model = self.client.create_logged_model(
                 self.state["experiment_id"], "model", self.run_id, model_type="imputation",
@@ -182,7 +198,7 @@ class Sender:
             self._mark(uploaded=True)
         version = version_of(self.client, self.run_id, model_id, entry)
         line = crown(self.client, version, folder / "artifacts" / "model", self.judge)
-        self._mark(registered=line, model_id=None, uploaded=False)
+        self._mark(registered=line, weights=weights, model_id=None, uploaded=None)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _end(self, entries: list[dict[str, Any]]) -> None:
@@ -251,14 +267,14 @@ class Courier:
         self._thread.join(limit)
 
     def _work(self) -> None:
-        pause = EVERY
-        with self.sender.alone() as mine:
-            if not mine:
-                self.away = "another process sends this run"
-                return
+        pause, mine = EVERY, False
+        with contextlib.ExitStack() as held:
             while True:
                 last = self._closing.is_set()
                 try:
+                    mine = mine or held.enter_context(self.sender.alone())
+                    if not mine:
+                        raise RuntimeError("another process is sending this run")
                     self.sender.send()
                     self.away, pause = "", EVERY
                     self._older()
