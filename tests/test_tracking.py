@@ -101,6 +101,32 @@ def test_a_run_holds_config_metrics_tags_input_and_the_registered_model(here, mo
         assert Model.load(tracking.fetch(address)).spec.genes == GENES
     assert not list(Path("run").rglob("*.model")), "what was sent is not kept twice"
     assert (here / "mlflow.db").exists()
+    tracking.attach("run", "table.md")
+    assert "table.md" in [f.path for f in client.list_artifacts(run.run_id)]
+
+
+def test_gpus_are_watched(here, monkeypatch):
+    """As MLflow watches them; NVIDIA's library is stood in for."""
+    from types import SimpleNamespace
+
+    from mlflow.system_metrics.metrics import gpu_monitor
+
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda i: i, nvmlDeviceGetPowerUsage=lambda h: 50_000,
+        nvmlDeviceGetMemoryInfo=lambda h: SimpleNamespace(used=3e9, total=12e9),
+        nvmlDeviceGetUtilizationRates=lambda h: SimpleNamespace(gpu=97),
+        nvmlDeviceGetEnforcedPowerLimit=lambda h: 100_000,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(gpu_monitor, "pynvml", nvml, raising=False)
+    with a_run() as run:
+        deadline = time.monotonic() + 20
+        while "gpu_0" not in run.spool.path.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    entries = [entry["numbers"] for entry, _ in run.spool.read(0) if entry["kind"] == "metrics"]
+    assert entries[0]["system/gpu_0_utilization_percentage"] == 97
+    assert entries[0]["system/gpu_0_memory_usage_megabytes"] == 3000
 
 
 def test_the_alias_moves_only_to_a_better_score(here, model):
