@@ -172,6 +172,20 @@ def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
         compare(saved("old", store.genes, {}, "another"), champion)
 
 
+def test_scores_compare_where_they_mean_the_same():
+    from distdiff.config import load
+    from distdiff.experiment import _comparable
+
+    def of(judge, *overrides):
+        return _comparable(load(None, ["data.store=x.zarr", *overrides]), "abc", judge)
+
+    assert of("val/deviance") == of("val/deviance", "process.weight=nll", "optim.lr=1e-5")
+    assert of("val/deviance") != of("val/deviance", "data.genes=panel")
+    assert of("val/loss") == of("val/loss", "optim.lr=1e-5")
+    assert of("val/loss") != of("val/loss", "process.weight=nll")
+    assert of("val/loss") != of("val/loss", "survival.hidden=0.9")
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
 def test_a_run_that_dies_is_marked(here, error, status):
     import mlflow
@@ -363,6 +377,25 @@ def test_a_run_is_not_sent_to_a_server_that_does_not_know_it(here, migrated, mon
         tracking.sync("run")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "entries sent" in tracking.sync("run")[0]
+
+
+def test_sync_finds_each_run_s_own_server(here, migrated, monkeypatch):
+    """Two runs of a folder were begun with two servers; no variable is set, and no database is made on the way."""
+    for name in ("one", "two"):
+        shutil.copy(migrated, here / f"{name}.db")
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/{name}.db")
+            patch.setattr(Sender, "send", lambda self: 0)
+            with a_run(f"runs/{name}") as run:
+                run.metrics({"loss": 1.0}, 1)
+    os.remove("mlflow.db")
+    assert [line.split()[0] for line in tracking.sync("runs")] == ["run", "run"]
+    assert not os.path.exists("mlflow.db")
+    import mlflow
+
+    for name in ("one", "two"):
+        (stored,) = mlflow.MlflowClient(f"sqlite:///{here}/{name}.db").search_runs(["1"])
+        assert stored.data.metrics["loss"] == 1.0
 
 
 # -- the model as a pyfunc -----------------------------------------------------------------------------------------

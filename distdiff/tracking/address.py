@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DATABASE = "mlflow.db"
 CHAMPION = "champion"
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow would wait 120 s, eight times; what is not sent now is sent later. The user's own settings go first."""
 
 
@@ -31,8 +31,8 @@ def public(uri: str) -> str:
     return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else uri
 
 
-def library() -> Any:
-    """The module ``mlflow``, quiet, patient for seconds only, and with a database where it would make one."""
+def library(uri: str = "") -> Any:
+    """The module ``mlflow``, quiet, patient for seconds only, looking at ``uri`` (default: `where`)."""
     for name, value in {**QUIET, **PATIENCE}.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -40,9 +40,9 @@ def library() -> Any:
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.tracking.fluent"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a server that is away is told once, by us
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not Path(DATABASE).exists():
+    if not (uri or os.environ.get("MLFLOW_TRACKING_URI") or Path(DATABASE).exists()):
         _make_database(mlflow)
-    mlflow.set_tracking_uri(where())
+    mlflow.set_tracking_uri(uri or where())
     return mlflow
 
 
@@ -75,14 +75,16 @@ def fetch(model: str) -> Path:
     mlflow = library()
     try:
         uri = _source(mlflow.MlflowClient(), model) if model.startswith("models:/") else model
-        return download(mlflow, uri)
+        return download(uri)
     except (MlflowException, OSError) as error:
         raise ValueError(f"{model} cannot be had from the registry at {where()}: {error}") from error
 
 
-def download(mlflow: Any, uri: str) -> Path:
+def download(uri: str, server: str | None = None) -> Path:
     """Our own folder out of the one that MLflow keeps (or, of older versions, that folder itself)."""
-    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    from mlflow.artifacts import download_artifacts
+
+    folder = Path(download_artifacts(uri, tracking_uri=server))
     inner = folder / "artifacts" / "model"
     return inner if inner.is_dir() else folder
 

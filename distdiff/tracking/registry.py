@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distdiff.tracking.address import CHAMPION, download, library
+from distdiff.tracking.address import CHAMPION, download
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,29 +57,36 @@ def crown(client: MlflowClient, version: ModelVersion, folder: Path, judge: Judg
         return f"{name} is '{CHAMPION}'"
     if champion is not None:
         stays = f"{name}; '{CHAMPION}' stays at version {champion.version}"
-        try:
-            ours, theirs, how = _scores(version, champion, folder, judge)
-        except Exception as error:
-            log.debug("the champion could not be scored", exc_info=True)
-            return f"{stays}, which was trained on other data and could not be scored on these cells ({error})"
+        how, scores = "validation", _same_data(version, champion)
+        if scores is None:
+            other = download(str(champion.source), client.tracking_uri)
+            try:
+                how, scores = "on the new model's validation cells", _judged(folder, other, judge)
+            except Exception as error:
+                log.debug("the champion could not be scored", exc_info=True)
+                return f"{stays}, which was trained on other data and could not be scored on these cells ({error})"
+        ours, theirs = scores
         if not ours < theirs:
             return f"{stays} ({how} {theirs:.4f} against {ours:.4f})"
     client.set_registered_model_alias(version.name, CHAMPION, version.version)
     return f"{name}, now '{CHAMPION}'"
 
 
-def _scores(
-    version: ModelVersion, champion: ModelVersion, folder: Path, judge: Judge | None
-) -> tuple[float, float, str]:
+def _same_data(version: ModelVersion, champion: ModelVersion) -> tuple[float, float] | None:
+    """Validation scores of both, if they compare."""
     if champion.tags.get("data") == version.tags["data"]:
         with contextlib.suppress(KeyError, ValueError):
-            return float(version.tags["score"]), float(champion.tags["score"]), "validation"
+            return float(version.tags["score"]), float(champion.tags["score"])
+    return None
+
+
+def _judged(new: Path, champion: Path, judge: Judge | None) -> tuple[float, float]:
     if judge is None:
         raise ValueError("nobody to judge")
-    ours, theirs = judge(folder, download(library(), str(champion.source)))
+    ours, theirs = judge(new, champion)
     if not (math.isfinite(ours) and math.isfinite(theirs)):
         raise ValueError(f"scores {ours} and {theirs}")
-    return ours, theirs, "on the new model's validation cells"
+    return ours, theirs
 
 
 def _champion(client: MlflowClient, name: str) -> ModelVersion | None:

@@ -58,7 +58,7 @@ class Run:
             return ""
         if self.spool.left:
             return f"not yet, MLflow is away; later: distdiff mlflow sync {self.spool.path.parents[1]}"
-        return str(self.spool.state.get("registered", f"{self._asked} was refused"))
+        return str(self.spool.state.get("registered", f"{self._asked} was not registered, as was logged"))
 
     def metrics(self, numbers: Mapping[str, float], step: int = 0) -> None:
         """Log finite numbers at ``step`` (cells seen); signs that MLflow's names may not hold are left out."""

@@ -110,8 +110,8 @@ class Sender:
     # -- one method a kind of entry ------------------------------------------------------------------------------
 
     def _start(self, entries: list[dict[str, Any]]) -> None:
-        entry, mlflow = entries[0], library()
-        self._client = mlflow.MlflowClient(self.uri or entry["uri"])
+        entry, mlflow = entries[0], library(self.uri or self.home)
+        self._client = mlflow.MlflowClient()
         from mlflow.exceptions import MlflowException
 
         experiment = self._client.get_experiment_by_name(entry["experiment"])
@@ -130,7 +130,7 @@ class Sender:
             number, start_time=entry["time"], run_name=entry["name"],
             tags={**entry["tags"], "distdiff.spool": self.spool.path.stem},
         )  # fmt: skip
-        self._mark(run_id=run.info.run_id, experiment_id=number, params=entry["params"])
+        self._mark(run_id=run.info.run_id, experiment_id=number)
         params = [mlflow.entities.Param(k, str(v)[:500]) for k, v in entry["params"].items()]
         for first in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[first : first + 100])
@@ -186,7 +186,7 @@ class Sender:
         if "model_id" not in self.state:
             model = self.client.create_logged_model(
                 self.state["experiment_id"], "model", self.run_id, model_type="imputation",
-                params={k: str(v)[:500] for k, v in self.state["params"].items()},
+                params={k: str(v)[:500] for k, v in self._begun["params"].items()},
                 tags={"score": repr(entry["score"]), "data": entry["data"]},
             )  # fmt: skip
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, entry["step"])])
@@ -219,7 +219,7 @@ class Sender:
         if self._client is None:
             from mlflow.exceptions import MlflowException
 
-            client = library().MlflowClient(self.uri or self.home)
+            client = library(self.uri or self.home).MlflowClient()
             try:
                 client.get_run(self.run_id)
             except MlflowException as error:
@@ -237,7 +237,11 @@ class Sender:
     @property
     def home(self) -> str:
         """Address of the server that the run was begun with."""
-        return next((entry["uri"] for entry, _ in self.spool.read(0) if entry["kind"] == "start"), "")
+        return self._begun.get("uri", "")
+
+    @property
+    def _begun(self) -> dict[str, Any]:
+        return next((entry for entry, _ in self.spool.read(0) if entry["kind"] == "start"), {})
 
     def _path(self, path: str) -> Path:
         """Paths in a spool are relative to the folder of the run, which may have moved since."""
@@ -333,9 +337,9 @@ def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
              for spool in spools(run)]  # fmt: skip
     if not found:
         raise ValueError(f"no run was tracked in {folder}: there is no mlflow/*.jsonl; give train.out of a run")
-    lines = []
+    lines, uri = [], os.environ.get("MLFLOW_TRACKING_URI", "")  # MLflow changes it
     for spool in found:
-        sender = Sender(spool, os.environ.get("MLFLOW_TRACKING_URI", ""), judge)
+        sender = Sender(spool, uri, judge)
         try:
             lines.append(_deliver(sender))
         except Exception as error:

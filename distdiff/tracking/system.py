@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 
 from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_NODE_ID, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
 from distdiff.tracking.spool import Spool
 
@@ -20,15 +26,19 @@ INTERVAL = 10.0
 def watch(spool: Spool, stop: threading.Event) -> None:
     """Sample until ``stop``; the step is the second of the run, through all of its launches."""
     began = next(spool.read(0))[0]["time"] / 1000
-    monitor = SystemMetricsMonitor("", tracking_uri="")
+    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    for kind in (GPUMonitor, ROCMMonitor):
+        with contextlib.suppress(Exception):  # no such GPU, or not its library
+            monitors.append(kind())
     node = MLFLOW_SYSTEM_METRICS_NODE_ID.get()
     prefix = f"system/{node}/" if node else "system/"
     while True:
         try:
-            monitor.collect_metrics()
-            numbers = {prefix + k: float(v) for k, v in monitor.aggregate_metrics().items()}
-            for part in monitor.monitors:
-                part.clear_metrics()
+            numbers: dict[str, float] = {}
+            for monitor in monitors:
+                monitor.collect_metrics()
+                numbers |= {prefix + k: float(v) for k, v in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
         except Exception as error:  # a driver that fails is no reason to stop a training
             log.warning("no system metrics: %s", error)
             return
