@@ -191,7 +191,7 @@ sys.exit({"done": 0, "broken": 3}.get(os.environ["ROLE"], 9))
 class Job:
     """train.sbatch as a batch job of a made cluster; ``DELIVERY``: whom srun hands signals."""
 
-    def __init__(self, work, role, delivery="all", **more):
+    def __init__(self, work, role, delivery="all", script="train.sbatch", **more):
         self.work = work
         tools = {"srun": SRUN, "scontrol": SCONTROL, "accelerate": ACCELERATE.format(python=sys.executable)}
         (work / "bin").mkdir()
@@ -206,7 +206,7 @@ class Job:
         }  # fmt: skip
         with (work / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                ["bash", SLURM / "train.sbatch", "--config", "c.yaml"], cwd=ROOT, env=environment, stdout=log,
+                ["bash", SLURM / script, "--config", "c.yaml"], cwd=ROOT, env=environment, stdout=log,
                 stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -221,12 +221,15 @@ class Job:
                     os.kill(int(status.parts[2]), signal.SIGKILL)
         self.process.wait(10)
 
-    def ask(self):
-        """Send USR1 to the batch shell alone once the worker listens, as ``--signal=B:`` does."""
+    def wait_for_worker(self):
         deadline = time.monotonic() + 30
         while not (self.work / "ready").exists():
             assert time.monotonic() < deadline, "the worker did not start"
             time.sleep(0.05)
+
+    def ask(self):
+        """Send USR1 to the batch shell alone once the worker listens, as ``--signal=B:`` does."""
+        self.wait_for_worker()
         self.process.send_signal(signal.SIGUSR1)
 
     def told(self, name):
@@ -264,6 +267,19 @@ def test_a_job_that_is_done_or_broken_is_not_queued_again(tmp_path, role, status
     with Job(tmp_path, role) as job:
         assert job.process.wait(30) == status
         assert job.told("scontrol") == ""
+
+
+@pytest.mark.distributed
+def test_a_node_waits_for_its_launcher_when_all_are_told_to_end(tmp_path):
+    address = {"SLURM_NODEID": "0", "MASTER_ADDR": "node7", "MASTER_PORT": "10123", "ACCELERATE_CONFIG": "x.yaml"}
+    with Job(tmp_path, "good", script="node.sh", **address) as job:
+        job.wait_for_worker()
+        job.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.process.wait(0.5)
+        job.process.send_signal(signal.SIGUSR1)
+        assert job.process.wait(30) == 1
+        assert (job.told("saved"), job.told("survived")) == ("saved\n", "75")
 
 
 @pytest.mark.distributed

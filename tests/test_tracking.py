@@ -206,6 +206,8 @@ def test_a_continued_training_goes_on_with_its_run(here, model):
         second.register("pbmc", model, score=1.0, data="abc")
     assert first.registered == second.registered == "pbmc version 1, now 'champion'"
     assert first.run_id == second.run_id
+    with pytest.raises(ValueError, match="another config"), a_run(again=True):
+        raise ValueError("made with another config")
     with a_run() as other:
         pass
     assert other.run_id != first.run_id

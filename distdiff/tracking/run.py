@@ -41,7 +41,7 @@ class Run:
     """An MLflow run, or nothing at all when tracking is off: every call is then a no-op."""
 
     def __init__(self, spool: Spool | None = None) -> None:
-        self.spool, self._asked = spool, ""
+        self.spool, self._asked, self.told = spool, "", False
 
     def __bool__(self) -> bool:
         return self.spool is not None
@@ -64,6 +64,7 @@ class Run:
         """Log finite numbers at ``step`` (cells seen); signs that MLflow's names may not hold are left out."""
         finite = {re.sub(r"[^\w\-. :/]", "", k): float(v) for k, v in numbers.items() if abs(v) < float("inf")}
         if self.spool and finite:
+            self.told = True
             self.spool.append("metrics", numbers=finite, step=step)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -153,7 +154,9 @@ def run(
         log.warning("MLflow does not start: %s", error)
     spool = Spool.of(folder, again=again)
     tags = {**versions(), **tags}
+    before = "FAILED"
     if spool.path.exists():
+        before = next((e["status"] for e in reversed([e for e, _ in spool.read(0)]) if e["kind"] == "end"), "KILLED")
         spool.append("again", tags=tags)
     else:
         spool.append("start", uri=public(where()), experiment=experiment, name=name, params=flatten(params),
@@ -164,16 +167,17 @@ def run(
     others = [other for other in spools(folder) if other.path != spool.path and other.left]
     courier = Courier(Sender(spool, where(), judge), others)
     courier.start()
-    status = "FAILED"
+    status, current = "FAILED", Run(spool)
     try:
         with _system(spool):
-            yield Run(spool)
+            yield current
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        spool.append("end", status=status)
+        # a start that was refused (another config ...) takes nothing from the run that was to be continued
+        spool.append("end", status=before if status == "FAILED" and not current.told else status)
         courier.close(LIMIT[status])
         if left := spool.left:
             log.warning("MLflow: %d entries were not sent (%s); later: distdiff mlflow sync %s", left,

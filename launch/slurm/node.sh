@@ -11,7 +11,7 @@ accelerate launch --config_file "$ACCELERATE_CONFIG" \
     launch/train.py "$@" &
 launcher=$!
 trap 'pkill -USR1 -P "$launcher"' USR1
-trap 'kill -TERM "$launcher"' TERM
+trap : TERM # which SLURM sends to all: the node waits for its launcher, or the rest would be killed at once
 
 status=0
 while kill -0 "$launcher" 2>/dev/null; do
