@@ -497,6 +497,7 @@ def test_files_are_imputed(imputes, model, tmp_path):
     assert list(out.index) == ["a", "b"]
     expected = Model.load(model).impute(cells, mean_only=True).layers["imputed_mean"]
     np.testing.assert_array_equal(out.to_numpy(), expected)
+    pd.testing.assert_frame_equal(imputes.predict(cells), out)
     frame = pd.DataFrame({"path": [str(tmp_path / "cells.h5ad")] * 2})
     twice = imputes.predict(frame, params={"mask": "hide"})
     assert twice.shape == (4, 3)

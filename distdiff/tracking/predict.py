@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from distdiff.data.source import Source
-from distdiff.tasks.impute import Job
+from distdiff.tasks.impute import Job, mask_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,36 +38,41 @@ def predict(
     data
         A frame, cells x genes (or a list of dicts, a cell each): counts, NaN where they are to be imputed. Genes of the
         model that it lacks are imputed as well and stand behind its own; columns named as labels of the model
-        (cell_type ...) are labels. Or the path of an h5ad file or AnnData zarr folder, or a frame with a column
-        ``path`` of them.
+        (cell_type ...) are labels. Or an AnnData, the path of one (h5ad, zarr), or a frame with a column ``path``.
     layer, mask, sites, groups
-        Of files: where counts are, and what to impute, as of ``distdiff impute``; nothing: the genes that are absent.
+        Of AnnData: where counts are, and what to impute, as of ``distdiff impute``; nothing: the genes that are absent.
     readout
         ``mean``, ``log1p``, ``median`` ...
 
     Raises
     ------
     ValueError
-        Columns that are no numbers, entries that are no counts, no gene in common, nothing to impute in a file.
+        Columns that are no numbers, entries that are no counts, no gene in common, nothing to impute in an AnnData.
     """
     import pandas as pd
 
     options = {"readout": readout, "batch_size": int(batch_size), "mean_only": True}
+    targets = {**options, "sites": sites or None, "groups": groups or None}
+    if hasattr(data, "obs_names"):
+        return _cells(model, Source.from_anndata(data, layer=layer or None), mask_of(data, mask or None), targets)
     if isinstance(data, (str, Path)):
         data = pd.DataFrame({PATH: [str(data)]})
     if not isinstance(data, pd.DataFrame):
         data = pd.DataFrame(data)
     if PATH not in data.columns:
         return _frame(model, data, options)
-    options |= {"sites": sites or None, "groups": groups or None}
-    return pd.concat([_file(model, str(path), layer, mask, options) for path in data[PATH]])
+    parts = []
+    for path in data[PATH]:
+        rows = Source.open(path, layer=layer or None)
+        masked = Source.open(path, layer=mask).read(0, rows.n_cells) if mask else None
+        parts.append(_cells(model, rows, masked, targets))
+        rows.close()
+    return pd.concat(parts)
 
 
-def _file(model: Model, path: str, layer: str, mask: str, options: dict[str, Any]) -> DataFrame:
+def _cells(model: Model, rows: Source, masked: Any, options: dict[str, Any]) -> DataFrame:
     import pandas as pd
 
-    rows = Source.open(path, layer=layer or None)
-    masked = Source.open(path, layer=mask).read(0, rows.n_cells) if mask else None
     job = Job.plan(model, rows, mask=masked, **options)
     values = np.zeros((rows.n_cells, len(rows.genes) + len(job.added)), dtype=np.float32)
     job.run({job.layers[0]: values}, progress=False)
