@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -135,17 +133,10 @@ def train(config: Config) -> Outcome:
         run.artifact(out / "card")
         run.metrics({"val/best": progress.best, "seconds": time.perf_counter() - began}, progress.step)
         run.register(
-            config.tracking.model, best, score=progress.best, data=_comparable(config, fingerprint, progress.judge),
+            config.tracking.model, best, score=progress.best, data=f"{fingerprint}/{config.comparable(progress.judge)}",
             description=text, step=progress.step,
         )  # fmt: skip
     return Outcome(best, progress, report, run.run_id, run.registered)
-
-
-def _comparable(config: Config, fingerprint: str, judge: str) -> str:
-    """What validation scores must share to be compared; a loss means the same only under the same law and mixture."""
-    law = json.dumps([config.identity()[k] for k in ("process", "survival")], sort_keys=True)
-    said = hashlib.sha256(law.encode()).hexdigest()[:12] if judge == "val/loss" else ""
-    return f"{fingerprint}/{config.data.genes}/{judge}{said}"
 
 
 def _profile(store: CountStore) -> dict[str, int]:

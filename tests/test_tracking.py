@@ -174,10 +174,9 @@ def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
 
 def test_scores_compare_where_they_mean_the_same():
     from distdiff.config import load
-    from distdiff.experiment import _comparable
 
     def of(judge, *overrides):
-        return _comparable(load(None, ["data.store=x.zarr", *overrides]), "abc", judge)
+        return load(None, ["data.store=x.zarr", *overrides]).comparable(judge)
 
     assert of("val/deviance") == of("val/deviance", "process.weight=nll", "optim.lr=1e-5")
     assert of("val/deviance") != of("val/deviance", "data.genes=panel")
