@@ -289,13 +289,18 @@ def test_a_spool_that_cannot_be_written_stops_nothing(tmp_path, caplog):
 def test_an_entry_that_is_refused_does_not_hold_up_the_others(here, caplog):
     import mlflow
 
+    secret = here.parent / "secret"
+    secret.write_text("not of this run")
+
     with a_run() as run:
         run.spool.append("metrics", numbers={"a" * 300: 1.0}, step=1)  # names may have 250 signs
         run.metrics({"loss": 1.0}, 2)
-        run.spool.append("artifact", path="gone.md", folder=None)
+        for path in ("gone.md", "../../secret"):
+            run.artifact(Path("run") / path)
     assert mlflow.get_run(run.run_id).data.metrics["loss"] == 1.0
     assert "refused a metrics entry" in caplog.text
     assert "gone.md is gone" in caplog.text
+    assert [f.path for f in mlflow.MlflowClient().list_artifacts(run.run_id)] == ["config.yaml"]
 
 
 def test_no_password_lies_in_the_run(here, monkeypatch):

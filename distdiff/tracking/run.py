@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.tracking.address import library, public, where
+from distdiff.tracking.courier import Courier
 from distdiff.tracking.registry import Judge
-from distdiff.tracking.sender import Courier, Sender
+from distdiff.tracking.sender import Sender
 from distdiff.tracking.spool import Spool, spools
 from distdiff.tracking.versions import versions
 
@@ -68,7 +69,7 @@ class Run:
             self.spool.append("metrics", numbers=finite, step=step)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Log a file, or every file of a folder, as it is when it is sent."""
+        """Log a file, or every file of a folder, that lies in or beside the run's folder, as it is when it is sent."""
         if self.spool:
             self.spool.append("artifact", path=self._relative(path), folder=folder)
 

@@ -1,37 +1,33 @@
-"""From the spool to the server, beside the training or later; every step may be taken twice."""
+"""From the spool to the server, entry by entry; every step may be taken twice."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import os
 import shutil
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from distdiff.tracking.address import library, public
+from distdiff.tracking.address import library
 from distdiff.tracking.registry import Judge, crown, version_of
-from distdiff.tracking.spool import Spool, spools
+from distdiff.tracking.spool import Spool
 
 log = logging.getLogger("distdiff")
-
-EVERY = 1.0
-"""Seconds between looks at the spool."""
-
-SLOWEST = 60.0
-"""Most seconds between two attempts to reach a server that is away."""
 
 BATCH = 1000
 """Most metrics of a request (MLflow's own limit)."""
 
 REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "FEATURE_DISABLED"}
 """MLflow's answers that stay the same however often one asks; what a proxy says (404, 502 ...) is not among them."""
+
+
+class Lost(Exception):
+    """What an entry names cannot be sent any more."""
 
 
 class Sender:
@@ -52,6 +48,10 @@ class Sender:
         self.state: dict[str, Any] = spool.state
         self._client: Any = None
         self._told: set[str] = set()
+        self._kinds: dict[str, Callable[[list[dict[str, Any]]], None]] = {
+            "start": self._start, "again": self._again, "metrics": self._metrics, "dataset": self._dataset,
+            "artifact": self._artifact, "model": self._model, "end": self._end,
+        }  # fmt: skip
         self._lock = FileLock(f"{spool.path}.lock", timeout=0)
 
     def send(self) -> int:
@@ -73,7 +73,7 @@ class Sender:
         """Send entries of one kind; of those that MLflow refuses each is left out alone."""
         kind = entries[0]["kind"]
         try:
-            getattr(self, f"_{kind}")(entries)
+            self._kinds[kind](entries)
         except Exception as error:
             if kind == "start" or not _refused(error):
                 raise
@@ -112,18 +112,8 @@ class Sender:
     def _start(self, entries: list[dict[str, Any]]) -> None:
         entry, mlflow = entries[0], library(self.uri or self.home)
         self._client = mlflow.MlflowClient()
-        from mlflow.exceptions import MlflowException
-
         experiment = self._client.get_experiment_by_name(entry["experiment"])
-        if experiment is None:
-            try:
-                number = self._client.create_experiment(entry["experiment"])
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                number = self._client.get_experiment_by_name(entry["experiment"]).experiment_id
-        else:
-            number = experiment.experiment_id
+        number = experiment.experiment_id if experiment else self._client.create_experiment(entry["experiment"])
         mark = f"tags.`distdiff.spool` = '{self.spool.path.stem}'"
         found = self._client.search_runs([number], mark, max_results=1)
         run = found[0] if found else self._client.create_run(
@@ -162,14 +152,11 @@ class Sender:
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _artifact(self, entries: list[dict[str, Any]]) -> None:
-        for entry in entries:
-            path = self._path(entry["path"])
-            if path.is_dir():
-                self.client.log_artifacts(self.run_id, str(path), entry["folder"] or path.name)
-            elif path.exists():
-                self.client.log_artifact(self.run_id, str(path), entry["folder"])
-            else:
-                log.warning("MLflow: %s is gone and cannot be sent", path)
+        path, folder = self._path(entries[0]["path"]), entries[0]["folder"]
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder or path.name)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
 
     def _model(self, entries: list[dict[str, Any]]) -> None:
         """Log the packed model, register it as a version, and decide on the alias."""
@@ -179,9 +166,6 @@ class Sender:
         folder, weights = self._path(entry["path"]), f"{entry['name']} {entry['weights']}"
         if self.state.get("weights") == weights:  # a training that was over was started again
             shutil.rmtree(folder, ignore_errors=True)
-            return
-        if not folder.is_dir():
-            log.warning("MLflow: %s is gone and cannot be registered", folder)
             return
         if "model_id" not in self.state:
             model = self.client.create_logged_model(
@@ -244,111 +228,23 @@ class Sender:
         return next((entry for entry, _ in self.spool.read(0) if entry["kind"] == "start"), {})
 
     def _path(self, path: str) -> Path:
-        """Paths in a spool are relative to the folder of the run, which may have moved since."""
-        return self.spool.path.parents[1] / path
+        """Where a file or folder is by now: its path is relative to the run's folder, which may have moved.
+
+        Raises
+        ------
+        Lost
+            It is gone; or it lies neither in nor beside the run, and a spool from somebody else is no reason to send it.
+        """
+        found = (self.spool.path.parents[1] / path).resolve()
+        if not found.is_relative_to(self.spool.path.resolve().parents[2]):
+            raise Lost(f"{found} is no file of this run")
+        if not found.exists():
+            raise Lost(f"{found} is gone")
+        return found
 
     def _mark(self, **what: Any) -> None:
         self.state = {k: v for k, v in {**self.state, **what}.items() if v is not None}
         self.spool.state = self.state
-
-
-class Courier:
-    """A thread that sends a spool while the run goes on. It never raises, and nothing waits for it but the end."""
-
-    def __init__(self, sender: Sender, others: list[Spool]) -> None:
-        self.sender, self.others = sender, others
-        self.away = ""
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="distdiff-mlflow", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def close(self, limit: float) -> None:
-        """Send the rest; give up at the first failure, or after ``limit`` seconds."""
-        self._closing.set()
-        self._thread.join(limit)
-
-    def _work(self) -> None:
-        pause, mine = EVERY, False
-        with contextlib.ExitStack() as held:
-            while True:
-                last = self._closing.is_set()
-                try:
-                    mine = mine or held.enter_context(self.sender.alone())
-                    if not mine:
-                        raise RuntimeError("another process is sending this run")
-                    self.sender.send()
-                    self.away, pause = "", EVERY
-                    self._older()
-                except Exception as error:
-                    if not self.away:
-                        log.warning("MLflow is away (%s); training goes on, metrics are kept in %s", _short(error),
-                                    self.sender.spool.path)  # fmt: skip
-                    self.away, pause = _short(error), min(2 * pause, SLOWEST)
-                    last = last or self._closing.is_set()
-                if last:
-                    return
-                self._closing.wait(pause)
-
-    def _older(self) -> None:
-        """What earlier runs of the folder could not send to the same server; tried once."""
-        while self.others:
-            sender = Sender(self.others.pop(), self.sender.uri, self.sender.judge)
-            try:
-                if sender.home == self.sender.home:
-                    _deliver(sender)
-            except Exception as error:
-                log.warning("MLflow: %s stays unsent (%s)", sender.spool.path, _short(error))
-
-
-def _deliver(sender: Sender) -> str:
-    """Send a spool whose process is gone; what was done in words, or empty."""
-    with sender.alone() as mine:
-        if not mine:
-            return f"{sender.spool.path}: being sent by another process now"
-        sent = sender.send()
-        sender.close("KILLED")
-        if not sent:
-            return ""
-        registered = f"; {sender.state['registered']}" if "registered" in sender.state else ""
-        return f"run {sender.state.get('run_id')}: {sent} entries sent{registered}"
-
-
-def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
-    """Send what runs in ``folder`` (of one run, or of many) could not send while their server was away.
-
-    The server is that of MLFLOW_TRACKING_URI, else the one that the run was begun with.
-
-    Returns
-    -------
-    list of str
-        What was done, a line a run.
-
-    Raises
-    ------
-    ValueError
-        No spool there.
-    RuntimeError
-        The server is still away.
-    """
-    found = [spool for run in sorted({path.parents[1] for path in Path(folder).rglob("mlflow/*.jsonl")})
-             for spool in spools(run)]  # fmt: skip
-    if not found:
-        raise ValueError(f"no run was tracked in {folder}: there is no mlflow/*.jsonl; give train.out of a run")
-    lines, uri = [], os.environ.get("MLFLOW_TRACKING_URI", "")  # MLflow changes it
-    for spool in found:
-        sender = Sender(spool, uri, judge)
-        try:
-            lines.append(_deliver(sender))
-        except Exception as error:
-            home = public(sender.uri) or sender.home
-            raise RuntimeError(
-                f"MLflow at {home} is away ({_short(error)}); {spool.left} entries stay in "
-                f"{spool.path}, run the same command again"
-            ) from error
-    return [line for line in lines if line]
 
 
 def _batches(entries: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -375,9 +271,10 @@ def _refused(error: Exception) -> bool:
     code = getattr(error, "error_code", None)
     if code is not None:
         return code in REFUSED
-    return isinstance(error, (TypeError, KeyError, AttributeError, json.JSONDecodeError))
+    return isinstance(error, (Lost, TypeError, KeyError, AttributeError))
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """Kind and first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
