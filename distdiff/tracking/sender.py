@@ -233,7 +233,7 @@ class Sender:
         Raises
         ------
         Lost
-            It is gone; or it lies neither in nor beside the run, and a spool from somebody else is no reason to send it.
+            It is gone; or it lies neither in nor beside the run, and a spool may be somebody else's.
         """
         found = (self.spool.path.parents[1] / path).resolve()
         if not found.is_relative_to(self.spool.path.resolve().parents[2]):
