@@ -23,6 +23,7 @@ from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.rng import generator, numpy_generator
+from distdiff.rng.stream import Streams
 from distdiff.sampling import predictor
 from distdiff.train import checkpoint
 from distdiff.train.compiled import compile_denoiser
@@ -247,21 +248,18 @@ def _loss(
     process: Process, network: torch.nn.Module, survival: Survival, times: Times, cells: Cells, settings: Training,
     step: int, first: int,
 ) -> Tensor:  # fmt: skip
-    """Mean over cells of the mean over thinned genes; noise drawn group by group of ``grain`` cells."""
-    groups = []
-    for start in range(0, len(cells), settings.grain):
-        rng = generator(settings.seed, "noise", first + start, device=cells.counts.device)
-        part = cells.counts[start : start + settings.grain]
-        t, weight = times.draw(step, first + start - step * settings.batch, len(part), rng=rng)
-        p, timed = survival.draw(process.schedule, t, part.shape[1], rng=rng)
-        x_0 = process.enter(part, rng=rng)
-        x = process.forward(x_0, 1.0, p, rng=rng)
-        dropped = rng.uniform(len(part)) < settings.label_dropout
-        groups.append((x_0, x, p, dropped, t, torch.where(timed, weight, 1.0), timed))
-    x_0, x, p, dropped, t, weight, timed = (torch.cat(parts) for parts in zip(*groups, strict=True))
-    losses = _of_cells(process, network, x_0, x, p, cells.labels.drop(dropped))
+    """Mean over cells of the mean over thinned genes; each group of ``grain`` cells has noise of its own."""
+    n, grain, device = len(cells), settings.grain, cells.counts.device
+    places = range(first, first + n, grain)
+    rng = Streams([generator(settings.seed, "noise", place, device=device) for place in places], grain)
+    t, weight = times.draw(step, first - step * settings.batch, n, rng=rng)
+    p, timed = survival.draw(process.schedule, t, cells.counts.shape[1], rng=rng)
+    x_0 = process.enter(cells.counts, rng=rng)
+    x = process.forward(x_0, 1.0, p, rng=rng)
+    labels = cells.labels.drop(rng.uniform(n) < settings.label_dropout)
+    losses = _of_cells(process, network, x_0, x, p, labels)
     times.record(t, losses.detach(), timed.squeeze(1))
-    return (losses * weight.squeeze(1)).mean()
+    return (losses * torch.where(timed, weight, 1.0).squeeze(1)).mean()
 
 
 def _of_cells(process: Process, network: torch.nn.Module, x_0: Tensor, x: Tensor, p: Tensor, cond: Condition) -> Tensor:
