@@ -95,7 +95,7 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
         optimizer.step()
 
     def average() -> None:
-        ema.update(network, state["step"])
+        ema.update(list(network.parameters()), state["step"])
 
     return {"loader": read, "noise": noise, "network forward": forward, "loss": loss, "network backward": backward,
             "optimiser": step, "average": average}  # fmt: skip

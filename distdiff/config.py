@@ -83,7 +83,10 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that shape the weights: what a checkpoint must share to be continued."""
         whole = self.as_dict()
-        for name in ("out", "resume", "compile", "eval_cells", "checkpoint_cells"):
+        for name in (
+            "out", "resume", "compile", "accumulate", "eval_cells", "checkpoint_cells", "checkpoint_minutes", "keep",
+            "minutes",
+        ):  # fmt: skip
             whole["train"].pop(name)
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
             "data": {k: whole["data"][k] for k in ("genes", "labels")},

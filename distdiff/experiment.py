@@ -8,11 +8,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from distdiff import tracking
 from distdiff.component import nearest
@@ -67,8 +69,9 @@ def train(config: Config) -> Outcome:
                 f"shard with --labels {label}"
             )
     accelerator = Accelerator(
-        mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu()
-    )
+        mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu(),
+        kwargs_handlers=[_group()],
+    )  # fmt: skip
     check_world(accelerator)
     main = accelerator.is_main_process
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
@@ -218,8 +221,8 @@ def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
 
 
 def _precision(asked: str) -> str:
-    if asked == "fp32":
-        return "no"
+    if asked in ("fp32", "fp16"):
+        return "no" if asked == "fp32" else "fp16"
     if asked == "bf16" or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         return "bf16"
     return "no"
@@ -231,6 +234,15 @@ def _cpu() -> bool:
     DeepSpeed chooses its device itself, and accelerate drops it when told.
     """
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+
+
+def _group() -> InitProcessGroupKwargs:
+    """How processes talk: one that does not answer for ten minutes ends the job.
+
+    DeepSpeed on CPUs is told of gloo; without, each process takes itself for the only one.
+    """
+    backend = "gloo" if not (torch.cuda.is_available() or _cpu()) else None
+    return InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10))
 
 
 def check_world(accelerator: Accelerator) -> None:

@@ -1,97 +1,231 @@
-"""Checkpoints: whole or invisible. safetensors and JSON only; nothing here is ever unpickled."""
+"""Checkpoints: whole or invisible, written beside the training. safetensors and JSON only; nothing is ever unpickled.
+
+A folder ``step-<n>`` holds ``weights``, ``ema`` and ``optimizer`` as whole tensors by name, shared out over a few files
+when several processes write, and ``state.json``: progress, loss scale, times, the settings and data that shaped them.
+No generator has a state: all noise is a function of (seed, step, place).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distdiff import files
 from distdiff.component import nearest
+from distdiff.train.engine import Engine
 
 PREFIX = "step-"
+FORMAT = 2
+WRITERS = 8
+"""At most so many processes share the writing of a checkpoint."""
+
+PATIENCE = 600.0
+"""Seconds that the first process waits for the files of the others."""
 
 
-def write_folder(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write ``<name>.safetensors`` for each entry of ``tensors`` and ``state.json``; flush to disk, then rename.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint in memory: ``state.json``, and tensors by name."""
 
-    An existing ``target`` is replaced only once the new one is whole.
+    path: Path
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+class Writer:
+    """Writes checkpoints on a thread, one at a time, so that training waits for copies alone (a context).
+
+    Every process writes its share of the tensors into a hidden folder; the first one waits for all files, adds
+    ``state.json``, gives the folder its name, and drops what is no longer kept. Files are flushed to disk before a
+    rename tells of them, so a process may be killed at any moment.
+
+    Parameters
+    ----------
+    folder
+        Where checkpoints go; all processes see it.
+    keep
+        Newest checkpoints that stay, besides the first one since the best validation.
+    process, processes
+        Which of how many this is.
+    launch
+        A name that this launch shares among its processes and with no other.
     """
-    with files.whole(target, overwrite=True) as temporary:
-        temporary.mkdir()
-        for name, group in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for file in temporary.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+
+    def __init__(self, folder: Path, *, keep: int = 2, process: int = 0, processes: int = 1, launch: str = "") -> None:
+        self.folder, self.keep, self.launch = folder, keep, launch
+        self.process, self.writers = process, min(processes, WRITERS)
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.given_up = threading.Event()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.given_up.set()  # others may be gone: finish what needs nobody else
+            if self.thread is not None:
+                self.thread.join()
+        else:
+            self.wait()
+
+    def mine(self, names: Iterable[str]) -> set[str]:
+        """Those of ``names`` that this process writes."""
+        if self.process >= self.writers:
+            return set()
+        return set(sorted(names)[self.process :: self.writers])
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: int) -> None:
+        """Start to write ``step-<step>``.
+
+        Parameters
+        ----------
+        tensors
+            ``weights``, ``ema``, ``optimizer`` -> this process's tensors by name, on the CPU, never written to again.
+        state
+            Goes into ``state.json``; the first process's counts.
+        best
+            Step of the best validation so far.
+
+        Raises
+        ------
+        OSError
+            What went wrong with the checkpoint before.
+        """
+        self.wait()
+        body = json.dumps({"format": FORMAT, "step": step, **state}, indent=1)
+        self.thread = threading.Thread(target=self._run, args=(step, tensors, body, best), name="distdiff-checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def _run(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], body: str, best: int) -> None:
+        name = f"{PREFIX}{step:09d}"
+        hidden = self.folder / f".{name}.{self.launch}"
+        try:
+            self._write(hidden, tensors, body)
+            if self.process == 0:
+                _flush(hidden)
+                if (self.folder / name).exists():  # the same step of the same run has the same bits
+                    shutil.rmtree(hidden)
+                else:
+                    os.replace(hidden, self.folder / name)
+                    _flush(self.folder)
+                prune(self.folder, self.keep, best)
+        except BaseException as error:  # belongs to whoever saves next, or waits
+            self.error = error
+            if self.process == 0:
+                shutil.rmtree(hidden, ignore_errors=True)
+
+    def _write(self, hidden: Path, tensors: Mapping[str, Mapping[str, Tensor]], body: str) -> None:
+        hidden.mkdir(parents=True, exist_ok=True)
+        if self.process < self.writers:
+            for group, entries in tensors.items():
+                target = hidden / f"{group}{_part(self.process, self.writers)}.safetensors"
+                save_file(dict(entries), target.with_suffix(".part"))
+                _flush(target.with_suffix(".part"))
+                os.replace(target.with_suffix(".part"), target)
+        if self.process == 0:
+            self._wait_for_others(hidden, tensors)
+            (hidden / "state.json").write_text(body)
+            _flush(hidden / "state.json")
+
+    def _wait_for_others(self, hidden: Path, groups: Iterable[str]) -> None:
+        missing = {f"{group}{_part(i, self.writers)}.safetensors" for group in groups for i in range(self.writers)}
+        until = time.monotonic() + PATIENCE
+        while missing := {name for name in missing if not (hidden / name).exists()}:
+            if self.given_up.is_set() or time.monotonic() > until:
+                raise OSError(
+                    f"{hidden.name} was not finished: {sorted(missing)[0]} of another process did not come; is "
+                    f"{self.folder} a folder that all processes share?"
+                )
+            time.sleep(0.01)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimiser state as flat tensors ``<parameter index>.<name>``."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
+def snapshot(engine: Engine, ema: nn.Module, writer: Writer) -> dict[str, dict[str, Tensor]]:
+    """Copies of what this process writes, for :meth:`Writer.save` (all must ask: sharded tensors are gathered)."""
+    names = [name for name, _ in engine.bare.named_parameters()]
+    mine = writer.mine(engine.bare.state_dict())
+    with engine.weights() as whole:
+        weights = {**engine.bare.state_dict(), **dict(zip(names, whole, strict=True))}
+        copies = {"weights": {name: _copy(w) for name, w in weights.items() if name in mine}}
+    copies["ema"] = {name: _copy(w) for name, w in ema.state_dict().items() if name in mine}
+    copies["optimizer"] = {key: _copy(w) for key, w in engine.state() if key.rpartition("/")[0] in mine}
+    return copies
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put :func:`optimizer_tensors` back."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, field = name.partition(".")
-        state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def share(accelerator: Accelerator, folder: Path, resume: str) -> tuple[Path | None, str]:
+    """Let the first process look for a checkpoint, name this launch and clear away what killed launches left.
+
+    Returns
+    -------
+    (Path or None, str)
+        The checkpoint to go on with, and the launch's name; the same on all processes.
+    """
+    told: list[Any] = ["", ""]
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f".{PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        found = find(resume, folder)
+        _set_aside(folder, found)
+        told = [str(found or ""), os.urandom(4).hex()]
+    broadcast_object_list(told)
+    return Path(told[0]) if told[0] else None, told[1]
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any], *, keep: int = 2,
-) -> Path:  # fmt: skip
-    """Write ``folder/step-<step>`` and drop all but the newest ``keep``."""
-    target = folder / f"{PREFIX}{step:09d}"
-    write_folder(
-        target,
-        {"weights": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer)},
-        {**state, "step": step},
-    )
-    for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+def _set_aside(folder: Path, start: Path | None) -> None:
+    """Move checkpoints beyond the one that is gone on with into ``left-<n>``: this run will write those steps anew."""
+    newer = [p for p in _whole_ones(folder) if start is None or (p.name > start.name)]
+    if newer:
+        number = 1 + max((int(p.name[5:]) for p in folder.glob("left-*") if p.name[5:].isdigit()), default=0)
+        aside = folder / f"left-{number}"
+        aside.mkdir()
+        for path in newer:
+            os.replace(path, aside / path.name)
+
+
+def prune(folder: Path, keep: int, best: int) -> None:
+    """Drop all checkpoints but the newest ``keep`` and the first one since step ``best`` (0: none was validated)."""
+    found = _whole_ones(folder)
+    since = [p for p in found if best and int(p.name.removeprefix(PREFIX)) >= best]
+    for old in found[:-keep]:
+        if old not in since[:1]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of ``folder``, or ``None``."""
-    found = sorted(p for p in folder.glob(f"{PREFIX}*") if (p / "state.json").exists())
+    """The newest checkpoint of ``folder``, or ``None``."""
+    found = _whole_ones(folder)
     return found[-1] if found else None
 
 
-def load(
-    path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, expect: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Load a checkpoint in place and return its state.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint was made with other settings or data than ``expect`` (first difference named).
-    """
-    state = json.loads((path / "state.json").read_text())
-    for name, value in expect.items():
-        if state.get(name) != json.loads(json.dumps(value)):
-            raise ValueError(
-                f"checkpoint {path} was made with another {name}: {_difference(state.get(name), value)}; continue with "
-                "the old setting, or start anew with train.resume=never or another train.out"
-            )
-    model.load_state_dict(load_file(path / "weights.safetensors"))
-    ema.load_state_dict(load_file(path / "ema.safetensors"))
-    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-    return state
+def _whole_ones(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / "state.json").exists())
 
 
 def find(resume: str, folder: Path) -> Path | None:
@@ -109,6 +243,61 @@ def find(resume: str, folder: Path) -> Path | None:
     if not (Path(resume) / "state.json").exists():
         raise ValueError(f"train.resume={resume!r} is no checkpoint folder{nearest(resume, ('auto', 'never'))}")
     return Path(resume)
+
+
+def load(path: Path, expect: Mapping[str, Any], *, changed: bool = False) -> Saved:
+    """Read a checkpoint.
+
+    Parameters
+    ----------
+    expect
+        What must be as it was.
+    changed
+        The optimiser's settings (``config.optim``) may differ.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint is of another format, or was made with other settings or data than ``expect`` (first difference
+        named).
+    """
+    state = json.loads((path / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {state.get('format', 1)}, this distdiff reads {FORMAT}; start anew with "
+            "train.resume=never or another train.out"
+        )
+    for name, value in expect.items():
+        if changed and name == "config":
+            value = {**value, "optim": state["config"]["optim"]}
+        if state.get(name) != json.loads(json.dumps(value)):
+            raise ValueError(
+                f"checkpoint {path} was made with another {name}: {_difference(state.get(name), value)}; continue with "
+                "the old setting, or start anew with train.resume=never or another train.out"
+            )
+    return Saved(path, state, *(_tensors(path, group) for group in ("weights", "ema", "optimizer")))
+
+
+def _tensors(path: Path, group: str) -> dict[str, Tensor]:
+    return {k: v for file in sorted(path.glob(f"{group}*.safetensors")) for k, v in load_file(file).items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that training does not touch."""
+    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor.detach())
+
+
+def _part(process: int, writers: int) -> str:
+    return f"-{process:05d}-of-{writers:05d}" if writers > 1 else ""
+
+
+def _flush(path: Path) -> None:
+    """To disk: a file's content, a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str:

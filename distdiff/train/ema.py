@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,10 +23,14 @@ class Ema(Generic[M]):
         self.model: M = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
+    @staticmethod
+    def due(step: int) -> bool:
+        """Whether the average moves after step ``step`` (counted from 0)."""
+        return (step + 1) % EVERY == 0
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards ``model`` after step ``step`` (counted from 0)."""
-        if (step + 1) % EVERY:
-            return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** EVERY
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+    def update(self, weights: Sequence[Tensor], step: int) -> None:
+        """Move towards ``weights`` (as ``model.parameters()``) after step ``step``, if it is due."""
+        if self.due(step):
+            decay = min(self.decay, (1 + step) / (10 + step)) ** EVERY
+            torch._foreach_lerp_(list(self.model.parameters()), list(weights), 1 - decay)

@@ -26,10 +26,13 @@ from distdiff.rng import generator, numpy_generator
 from distdiff.rng.stream import Streams
 from distdiff.sampling import predictor
 from distdiff.train import checkpoint
+from distdiff.train import engine as engines
 from distdiff.train.compiled import compile_denoiser
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
+from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
+from distdiff.train.trouble import check_finite, memory_explained
 from distdiff.types import Cells, Condition, Tensor
 
 
@@ -48,40 +51,57 @@ class Training:
     grain
         Cells that share a noise generator; it divides each process's share of the batch, so that any number of
         processes sees the same noise.
+    accumulate
+        Passes that a process's share of a step is cut into, to need less memory; the result is the same.
     eval_cells, checkpoint_cells
         Validate, and save, each time this many cells have been seen.
+    checkpoint_minutes
+        Save also when this many minutes have passed since the last save; training waits for a copy alone.
+    keep
+        Newest checkpoints that stay, besides the first one since the best validation.
+    minutes
+        Save and leave after so many minutes of training (0: a SLURM job leaves before its end, others never).
     patience
         Validations without a better score after which training stops.
     label_dropout
         Share of cells trained without their labels (guidance needs some; CD 3.4).
     precision
-        ``auto``: bf16 where the device is a GPU that has it, else float32.
+        ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses.
     compile
         ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
     start
         A trained model (folder, ``models:/`` address) whose weights to start from; those of genes follow their names.
     resume
-        ``auto`` continues the newest checkpoint in ``out``; ``never``; or a checkpoint's path.
+        ``auto`` continues the newest checkpoint in ``out``; ``never``; or the path of one, where ``optim`` may differ.
     """
 
     out: str = "runs/distdiff"
     cells: int = 50_000
     batch: int = 128
     grain: int = 32
+    accumulate: int = 1
     eval_cells: int = 5_000
     checkpoint_cells: int = 20_000
+    checkpoint_minutes: float = 10.0
+    keep: int = 2
+    minutes: float = 0.0
     patience: int = 5
     label_dropout: float = 0.2
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     start: str = ""
     resume: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("cells", "batch", "grain", "eval_cells", "checkpoint_cells", "patience"):
+        for name in ("cells", "batch", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.checkpoint_minutes <= 0 or self.minutes < 0:
+            raise ValueError(
+                f"train.checkpoint_minutes must be above 0 and train.minutes not below, got {self.checkpoint_minutes} "
+                f"and {self.minutes}"
+            )
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"train.label_dropout must lie in [0, 1], got {self.label_dropout}")
 
@@ -105,7 +125,7 @@ class Progress:
     best_step: int = 0
     bad: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    times: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -146,20 +166,26 @@ def train(
     """
     share = _share(settings, accelerator.num_processes)
     index, held_out = _splits(store)
-    optimizer = optim.build(denoiser)
-    ema = Ema(denoiser.to(accelerator.device), optim.ema)
-    if settings.compile:
-        compile_denoiser(denoiser, share, len(store.genes), labels)
-    network, optimizer = accelerator.prepare(denoiser, optimizer)
-    bare, total = accelerator.unwrap_model(network), settings.steps * settings.batch
     folder = Path(settings.out) / "checkpoints"
+    found, launch = checkpoint.share(accelerator, folder, settings.resume)
     imputes = survival.hidden + survival.two_level > 0 and process.relative
     progress = Progress("val/deviance" if imputes else "val/loss")
-    accelerator.wait_for_everyone()
-    if (found := checkpoint.find(settings.resume, folder)) is not None:
-        state = checkpoint.load(found, bare, ema.model, optimizer.optimizer, identity)
-        progress = Progress(**state["progress"])
+    ema = Ema(denoiser.to(accelerator.device), optim.ema)
+    saved = checkpoint.load(found, identity, changed=settings.resume != "auto") if found else None
+    if saved:
+        denoiser.load_state_dict(saved.weights)
+        ema.model.load_state_dict(saved.ema)
+        progress = Progress(**saved.state["progress"])
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
+    if settings.compile:
+        compile_denoiser(denoiser, share // settings.accumulate, len(store.genes), labels)
+    engine = engines.prepare(accelerator, denoiser, optim, share=share, accumulate=settings.accumulate)
+    times = Times(survival.time, settings.batch, settings.seed, accelerator.device)
+    if saved:
+        engine.load(saved.optimizer)
+        times.load(progress.times, accelerator)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved.state["scaler"])
 
     loading = loading or Loading()
     plan = loading.plan(store, index, settings.batch, settings.seed)
@@ -171,55 +197,72 @@ def train(
         world=accelerator.num_processes, labels=labels, ahead=loading.ahead, device=accelerator.device,
         resident=resident, scheduler=loading.scheduler,
     )  # fmt: skip
+    total = settings.steps * settings.batch
     bar = tqdm(
         total=total, initial=progress.step * settings.batch, unit=" cells", unit_scale=True, desc="train",
         disable=not accelerator.is_main_process, mininterval=1.0,
     )  # fmt: skip
-    times = Times(survival.time, settings.batch, settings.seed, accelerator.device)
-    if progress.times:
-        times.load(progress.times)
-    window = _Window(progress.step)
-    saved = progress.step
-    with contextlib.closing(batches), bar:
+    stop = Stop(settings.checkpoint_minutes, settings.minutes)
+    writer = checkpoint.Writer(
+        folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
+        launch=launch,
+    )  # fmt: skip
+    window, asked = _Window(progress.step), 0
+    explained = memory_explained(settings, share, accelerator.device)
+    with contextlib.closing(batches), bar, stop, writer, explained:
         for step, cells in batches:
             if progress.bad >= settings.patience:
                 break
             cells = cells.to(accelerator.device)
-            for group in optimizer.param_groups:
-                group["lr"] = optim.rate(step * settings.batch, total)
+            engine.rate(optim.rate(step * settings.batch, total))
             first = step * settings.batch + accelerator.process_index * share
-            loss = _loss(process, network, survival, times, cells, settings, step, first)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(network.parameters(), optim.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(bare, step)
-            window.add(loss.detach(), norm, cells.rows)
-            on_step(step, loss.detach())
+            losses = []
+            for start in range(0, share, share // settings.accumulate):
+                part = cells[start : start + share // settings.accumulate]
+                with engine.one_pass():
+                    loss = _loss(process, engine.network, survival, times, part, settings, step, first + start)
+                    accelerator.backward(loss.mean())
+                losses.append(loss.detach())
+            norm = engine.step()
+            if ema.due(step):
+                with engine.weights() as weights:
+                    ema.update(weights, step)
+            window.add(torch.cat(losses), norm, cells.rows)
+            on_step(step, window.losses[-1].mean())
             progress.step = step + 1
             bar.update(settings.batch)
 
-            seen, done = progress.step * settings.batch, progress.step == settings.steps
-            if done or seen // settings.eval_cells > window.start * settings.batch // settings.eval_cells:
+            done, asked = progress.step == settings.steps, stop.agreed()
+            if done or _crossed(progress.step, settings.batch, settings.eval_cells):
+                window.check(accelerator, folder)
                 numbers = window.drain(accelerator, settings.batch)
                 times.update(accelerator)
                 numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
                 window = _Window(progress.step)
-                _judge(progress, numbers, seen)
+                _judge(progress, numbers, progress.step * settings.batch)
                 if accelerator.is_main_process:
-                    on_log(seen, numbers)
+                    on_log(progress.step * settings.batch, numbers)
                     if progress.bad == 0:
                         save_best(ema.model, numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers[progress.judge]:.4f}")
             done = done or progress.bad >= settings.patience
-            if done or (progress.step - saved) * settings.batch >= settings.checkpoint_cells:
-                saved = progress.step
-                times.update(accelerator)  # a resumed run has lost what was recorded since, so nobody may have it
-                progress.times = times.state()
-                if accelerator.is_main_process:
-                    state = {**identity, "progress": vars(progress)}
-                    checkpoint.save(folder, progress.step, bare, ema.model, optimizer.optimizer, state)
-                accelerator.wait_for_everyone()
+            if done or asked or _crossed(progress.step, settings.batch, settings.checkpoint_cells):
+                window.check(accelerator, folder)  # weights after a loss that is not finite are not worth keeping
+                progress.times = times.state(accelerator)
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                writer.save(
+                    progress.step, checkpoint.snapshot(engine, ema.model, writer),
+                    {**identity, "progress": vars(progress), "scaler": scaler}, progress.best_step,
+                )  # fmt: skip
+                stop.saved()
+            if asked == LEAVE:
+                break
+    accelerator.wait_for_everyone()
+    if asked == LEAVE:
+        raise Stopped(
+            f"stopped by {stop.reason or 'another process'} after step {progress.step} of {settings.steps}; saved in "
+            f"{checkpoint.latest(folder)}, the same command goes on"
+        )
     return progress
 
 
@@ -236,19 +279,26 @@ def _local_ranks() -> int:
 
 
 def _share(settings: Training, world: int) -> int:
-    if settings.batch % world or (settings.batch // world) % settings.grain:
+    if settings.batch % (world * settings.accumulate * settings.grain):
+        passes = f" in {settings.accumulate} passes" if settings.accumulate > 1 else ""
         raise ValueError(
-            f"train.batch={settings.batch} cannot be shared by {world} processes in groups of train.grain="
-            f"{settings.grain} cells; use a multiple of {world * settings.grain}, or a smaller grain"
+            f"train.batch={settings.batch} cannot be shared by {world} processes{passes} in groups of train.grain="
+            f"{settings.grain} cells; use a multiple of {world * settings.accumulate * settings.grain}, or a smaller "
+            "grain"
         )
     return settings.batch // world
+
+
+def _crossed(steps: int, batch: int, every: int) -> bool:
+    """Whether the last of ``steps`` steps took the cells seen over a multiple of ``every``."""
+    return steps * batch // every > (steps - 1) * batch // every
 
 
 def _loss(
     process: Process, network: torch.nn.Module, survival: Survival, times: Times, cells: Cells, settings: Training,
     step: int, first: int,
 ) -> Tensor:  # fmt: skip
-    """Mean over cells of the mean over thinned genes; each group of ``grain`` cells has noise of its own."""
+    """Loss of each cell ``[b]``, weighted mean over thinned genes; each ``grain`` cells have noise of their own."""
     n, grain, device = len(cells), settings.grain, cells.counts.device
     places = range(first, first + n, grain)
     rng = Streams([generator(settings.seed, "noise", place, device=device) for place in places], grain)
@@ -259,7 +309,7 @@ def _loss(
     labels = cells.labels.drop(rng.uniform(n) < settings.label_dropout)
     losses = _of_cells(process, network, x_0, x, p, labels)
     times.record(t, losses.detach(), timed.squeeze(1))
-    return (losses * torch.where(timed, weight, 1.0).squeeze(1)).mean()
+    return losses * torch.where(timed, weight, 1.0).squeeze(1)
 
 
 def _of_cells(process: Process, network: torch.nn.Module, x_0: Tensor, x: Tensor, p: Tensor, cond: Condition) -> Tensor:
@@ -269,29 +319,30 @@ def _of_cells(process: Process, network: torch.nn.Module, x_0: Tensor, x: Tensor
 
 
 class _Window:
-    """Steps since the last log; :meth:`drain` is the one place where the device is waited for."""
+    """Steps since the last log; :meth:`check` and :meth:`drain` are the places where the device is waited for."""
 
     def __init__(self, start: int) -> None:
         self.start, self.began = start, time.perf_counter()
-        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.rows: list[Tensor] = []
 
-    def add(self, loss: Tensor, norm: Tensor, rows: Tensor) -> None:
-        self.steps.append((loss, norm, rows))
+    def add(self, losses: Tensor, norm: Tensor, rows: Tensor) -> None:
+        self.losses.append(losses)
+        self.norms.append(norm)
+        self.rows.append(rows)
+
+    def check(self, accelerator: Accelerator, folder: Path) -> None:
+        """Stop if a loss or a gradient is not finite."""
+        back = str(checkpoint.latest(folder) or "")
+        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, back)
 
     def drain(self, accelerator: Accelerator, batch: int) -> dict[str, float]:
         """Mean loss over processes and steps, mean gradient norm, cells per second."""
-        losses = accelerator.reduce(torch.stack([step[0] for step in self.steps]), "mean")
-        finite = losses.isfinite()
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            raise FloatingPointError(
-                f"the loss is {losses[bad]:g} at step {self.start + bad}, rows {self.steps[bad][2][:8].tolist()}...; "
-                "go back to the last checkpoint with a smaller optim.lr"
-            )
         return {
-            "loss": float(losses.mean()),
-            "grad_norm": float(torch.stack([step[1] for step in self.steps]).mean()),
-            "cells_per_second": len(self.steps) * batch / (time.perf_counter() - self.began),
+            "loss": float(accelerator.reduce(torch.cat(self.losses).mean(), "mean")),
+            "grad_norm": float(torch.stack(self.norms).mean()),
+            "cells_per_second": len(self.losses) * batch / (time.perf_counter() - self.began),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Times:
 
     ``learned`` keeps the mean square of the loss in 32 bins of t and draws t with the density that minimises the
     variance of the estimate, its root (Nichol & Dhariwal 2021); the loss is weighted by one over it. The density moves
-    at each log and each checkpoint, when the device is waited for anyway.
+    at each log, when the device is waited for anyway.
     """
 
     def __init__(self, kind: str, batch: int, seed: int, device: torch.device):
@@ -64,10 +65,16 @@ class Times:
             self.density /= self.density.mean()
         self.sums.zero_()
 
-    def state(self) -> list[float]:
-        """What a checkpoint keeps."""
-        return self.density.tolist()
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What a checkpoint keeps: the density, and what each process has recorded since it moved (all must ask)."""
+        sums = accelerator.gather(self.sums.unsqueeze(0)).tolist() if self.kind == "learned" else []
+        return {"density": self.density.tolist(), "sums": sums}
 
-    def load(self, state: Any) -> None:
-        """Put :meth:`state` back."""
-        self.density = torch.tensor(state, device=self.density.device)
+    def load(self, state: Mapping[str, Any], accelerator: Accelerator) -> None:
+        """Put :meth:`state` back; under another number of processes the first one takes all records."""
+        self.density = torch.tensor(state["density"], device=self.density.device)
+        sums = torch.tensor(state["sums"], device=self.sums.device)
+        if len(sums) == accelerator.num_processes:
+            self.sums = sums[accelerator.process_index]
+        elif len(sums) and accelerator.is_main_process:
+            self.sums = sums.sum(0)
