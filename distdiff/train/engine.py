@@ -51,6 +51,7 @@ class Engine:
         else:
             self.network, self.optimizer = accelerator.prepare(denoiser, optim.build(denoiser))
         self.bare: torch.nn.Module = accelerator.unwrap_model(self.network)
+        self._clipped = list(self.network.parameters())  # looking for them takes longer than a small step on a GPU
 
     def _configure(self, cells: int) -> None:
         """Tell the engine what it must know about micro-batches of ``cells`` before it starts."""
@@ -66,7 +67,7 @@ class Engine:
 
     def step(self) -> Tensor:
         """Clip, move the weights, forget the gradients; returns the gradient's norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.clip)
+        norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return _whole(torch.as_tensor(norm, device=self.accelerator.device))
