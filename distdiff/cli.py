@@ -102,12 +102,20 @@ def train(
     config: Config,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.lr=1e-4")] = None,
 ) -> None:
-    """Train a model (the same function as ``accelerate launch launch/train.py``)."""
+    """Train a model (the same function as ``accelerate launch launch/train.py``).
+
+    Asked to stop (SIGTERM, SIGUSR1, the time limit) it saves and leaves with status 75; the same command goes on.
+    """
     from distdiff import config as configs
     from distdiff import experiment
+    from distdiff.train.stop import Stopped
 
     resolved = configs.load(config, overrides or [])
-    outcome = experiment.train(resolved)
+    try:
+        outcome = experiment.train(resolved)
+    except Stopped as stopped:
+        typer.echo(f"distdiff: {stopped}", err=True)
+        raise typer.Exit(stopped.code) from None
     if outcome.report is not None:
         typer.echo(outcome.report.to_text())
     if outcome.run_id or not resolved.tracking.enabled:
@@ -202,11 +210,14 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. A user's mistake is one sentence and exit code 2; DISTDIFF_DEBUG=1 shows the traceback."""
+    """Entry point. A user's mistake is one sentence and exit code 2.
+
+    DISTDIFF_DEBUG=1 shows the traceback; so does one process of several, where the first to fail explains the others.
+    """
     try:
         app(arguments)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
-        if os.environ.get("DISTDIFF_DEBUG"):
+        if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
         typer.echo(f"distdiff: error: {error}", err=True)
         sys.exit(2)

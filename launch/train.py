@@ -2,7 +2,9 @@
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from distdiff.cli import main
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    record(main)(["train", *sys.argv[1:]])  # the launcher's last words are then the first failure's

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distdiff.denoise import Denoiser
 from distdiff.train.optim import Optim
@@ -24,12 +23,12 @@ from distdiff.types import Tensor
 
 
 class Engine:
-    """One process, DDP or FSDP2.
+    """One process, or DDP.
 
     Parameters
     ----------
     denoiser
-        Carries the weights to start with; it must not be used but through the engine afterwards.
+        Carries the weights to start with; used through the engine alone afterwards.
     share
         Cells of a step on this process.
     accumulate
@@ -41,20 +40,13 @@ class Engine:
     ) -> None:
         self.accelerator, self.clip = accelerator, optim.clip
         accelerator.gradient_accumulation_steps = accumulate
-        self._configure(share // accumulate)
-        if _asked_for("FSDP"):
-            # torch hangs the gathering for the backward pass on the answer, which must be no view of another tensor
-            denoiser.register_forward_hook(lambda module, given, answer: answer.clone())
-        if accelerator.distributed_type is DistributedType.MULTI_CPU and _asked_for("FSDP"):
-            fully_shard(denoiser)  # in place; accelerate does so on accelerators only
-            self.network, self.optimizer = denoiser, accelerator.prepare(optim.build(denoiser))
-        else:
-            self.network, self.optimizer = accelerator.prepare(denoiser, optim.build(denoiser))
+        self.network, self.optimizer = self._prepare(denoiser, optim, share // accumulate)
         self.bare: torch.nn.Module = accelerator.unwrap_model(self.network)
         self._clipped = list(self.network.parameters())  # looking for them takes longer than a small step on a GPU
 
-    def _configure(self, cells: int) -> None:
-        """Tell the engine what it must know about micro-batches of ``cells`` before it starts."""
+    def _prepare(self, denoiser: Denoiser, optim: Optim, cells: int) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+        """The network and the optimiser for passes of ``cells`` cells."""
+        return self.accelerator.prepare(denoiser, optim.build(denoiser))
 
     def one_pass(self) -> AbstractContextManager[Any]:
         """Context of one forward and backward pass; gradients are exchanged in the last of a step alone."""
@@ -91,35 +83,52 @@ class Engine:
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             w = weights[name]
-            shared_out = isinstance(w, DTensor) and value.shape == w.shape
-            value = value.to(w.device)
-            kept[w][field] = distribute_tensor(value, w.device_mesh, w.placements) if shared_out else value
+            kept[w][field] = _like(w, value) if value.shape == w.shape else value.to(w.device)
+
+
+class Sharded(Engine):
+    """FSDP2."""
+
+    def _prepare(self, denoiser: Denoiser, optim: Optim, cells: int) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+        _refuse_fp16(self.accelerator, "FSDP")
+        if self.accelerator.mixed_precision == "bf16":  # as in all engines, not by casting the counts
+            cast = torch.autocast(self.accelerator.device.type, torch.bfloat16)
+            denoiser.forward = cast(denoiser.forward)  # type: ignore[method-assign]
+        # the gathering for the backward pass hangs on the answer, which must be no view of another tensor
+        denoiser.register_forward_hook(lambda module, given, answer: answer.clone())
+        if self.accelerator.distributed_type is DistributedType.FSDP:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            return super()._prepare(denoiser, optim, cells)
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(denoiser)  # in place; accelerate knows no FSDP on CPUs
+        return denoiser, self.accelerator.prepare(optim.build(denoiser))
 
 
 class Zero(Engine):
     """DeepSpeed ZeRO, stages 1 to 3; weights stay float32, lower precision is torch's autocast as in all engines."""
 
-    def _configure(self, cells: int) -> None:
+    def _prepare(self, denoiser: Denoiser, optim: Optim, cells: int) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+        _refuse_fp16(self.accelerator, "DeepSpeed")
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
         self.stage = settings["zero_optimization"]["stage"]
-        precision = self.accelerator.mixed_precision
-        if precision == "fp16":
-            raise ValueError("train.precision=fp16 under DeepSpeed is not supported: use bf16, or launch with ddp.yaml")
-        for name in ("bf16", "fp16"):
-            settings[name] = {"enabled": False}
+        autocast = {"enabled": self.accelerator.mixed_precision == "bf16", "dtype": "bfloat16"}
         settings |= {
             "train_micro_batch_size_per_gpu": cells,
             "gradient_accumulation_steps": self.accelerator.gradient_accumulation_steps,
-            "gradient_clipping": self.clip,
-            "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+            "gradient_clipping": optim.clip,
+            "torch_autocast": autocast,
+            "bf16": {"enabled": False},
+            "fp16": {"enabled": False},
         }
+        return super()._prepare(denoiser, optim, cells)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         found = list(self.bare.parameters())
-        with GatheredParameters(found, enabled=self.stage == 3), torch.no_grad():
+        with deepspeed.zero.GatheredParameters(found, enabled=self.stage == 3), torch.no_grad():
             yield [w.detach() for w in found]
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -129,6 +138,7 @@ class Zero(Engine):
         step = next((torch.as_tensor(entry["step"]) for entry in inner.state.values()), None)
         if step is None:
             return
+        self._link()
         for name, w in self.bare.named_parameters():
             for field in ("exp_avg", "exp_avg_sq"):
                 yield f"{name}/{field}", safe_get_full_optimizer_state(w, field)
@@ -144,9 +154,8 @@ class Zero(Engine):
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flats:
             empty = {field: torch.zeros_like(flat.data) for field in ("exp_avg", "exp_avg_sq")}
-            zero.optimizer.state[flat] = {"step": step.to(flat.device), **empty}
-        if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            zero.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **empty}
+        self._link()
         weights: dict[str, Any] = dict(self.bare.named_parameters())
         for name, w in weights.items():
             for field in ("exp_avg", "exp_avg_sq"):
@@ -156,6 +165,13 @@ class Zero(Engine):
                 else:
                     safe_set_full_optimizer_state(w, value, field)
 
+    def _link(self) -> None:
+        """Let each weight find its moments: DeepSpeed 0.19 does so after its first parameter group only."""
+        zero = self.optimizer.optimizer
+        if self.stage < 3:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
 
 def prepare(accelerator: Accelerator, denoiser: Denoiser, optim: Optim, *, share: int, accumulate: int) -> Engine:
     """The engine that the launcher asked for, around a denoiser that is on its device.
@@ -163,18 +179,34 @@ def prepare(accelerator: Accelerator, denoiser: Denoiser, optim: Optim, *, share
     Raises
     ------
     ValueError
-        fp16 under DeepSpeed.
+        fp16 under DeepSpeed or FSDP.
     """
-    kind = Zero if accelerator.distributed_type is DistributedType.DEEPSPEED else Engine
+    kind = Engine
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        kind = Zero
+    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1:
+        kind = Sharded
     return kind(accelerator, denoiser, optim, share=share, accumulate=accumulate)
 
 
-def _asked_for(what: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+def _refuse_fp16(accelerator: Accelerator, engine: str) -> None:
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(f"train.precision=fp16 under {engine} is not supported: use bf16, or launch with ddp.yaml")
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor, gathered if it is a ``DTensor`` (whose module takes a second to import and is not asked for)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _like(weight: Any, value: Tensor) -> Tensor:
+    """``value`` on the devices of ``weight``, shared out as it is."""
+    value = value.to(weight.device)
+    if not hasattr(weight, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
 def _part(value: Tensor, size: int, accelerator: Accelerator) -> Tensor:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["distdiff.experiment", "distdiff.plots", "tests.train.processes"])
+SERVER.set_forkserver_preload(
+    [
+        "distdiff.experiment",
+        "matplotlib.backends.backend_agg",
+        "distdiff.tasks.measure",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+    ]
+)
 
 
 def train(config, log: str, environment: Mapping[str, str], prepare: Callable[..., None] | None, given: Any) -> None:
@@ -69,7 +77,7 @@ def start(
     return ranks
 
 
-def finish(ranks: Sequence[Any], seconds: float = float(os.environ.get("W6A_SECONDS", 90))) -> list[int | None]:
+def finish(ranks: Sequence[Any], seconds: float = 90) -> list[int | None]:
     """Exit codes; whoever is late is killed and has none."""
     until = time.monotonic() + seconds
     try:
@@ -85,5 +93,7 @@ def finish(ranks: Sequence[Any], seconds: float = float(os.environ.get("W6A_SECO
 def run(config, log: Path, **how: Any) -> list[list[Any]]:
     """Train to the end; ``[losses, history]`` of every rank."""
     codes = finish(start(config, log, **how))
-    assert set(codes) == {0}, f"{codes}\n" + "\n".join(Path(f"{log}.{i}.txt").read_text()[-3000:] for i in range(len(codes)))
+    assert set(codes) == {0}, f"{codes}\n" + "\n".join(
+        Path(f"{log}.{i}.txt").read_text()[-3000:] for i in range(len(codes))
+    )
     return [json.loads(Path(f"{log}.{i}.json").read_text()) for i in range(len(codes))]

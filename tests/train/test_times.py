@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -14,9 +16,27 @@ CPU = torch.device("cpu")
 class Alone:
     """An accelerator of one process."""
 
+    num_processes, process_index, is_main_process = 1, 0, True
+
     @staticmethod
     def reduce(tensor, how):
         return tensor
+
+    @staticmethod
+    def gather(tensor):
+        return tensor
+
+
+class First(Alone):
+    """... and the first of two."""
+
+    num_processes = 2
+
+
+class Second(First):
+    """... and the second."""
+
+    process_index, is_main_process = 1, False
 
 
 def test_stratified_times_are_even_over_the_global_batch_whoever_draws_them():
@@ -49,12 +69,24 @@ def test_hidden_cells_do_not_teach_and_the_density_travels():
     t = torch.full((8, 1), 0.5)
     times.record(t, torch.full((8,), 100.0), torch.zeros(8, dtype=torch.bool))
     times.update(Alone())
-    assert times.state() == [1.0] * BINS
+    assert times.state(Alone())["density"] == [1.0] * BINS
     times.record(t, torch.full((8,), 2.0), torch.ones(8, dtype=torch.bool))
     times.update(Alone())
     again = Times("learned", 8, 0, CPU)
-    again.load(times.state())
+    again.load(times.state(Alone()), Alone())
     assert torch.equal(again.draw(3, 0, 8, rng=generator(0))[0], times.draw(3, 0, 8, rng=generator(0))[0])
+
+
+def test_what_was_recorded_since_the_density_moved_is_kept_for_any_number_of_processes():
+    times, t = Times("learned", 8, 0, CPU), torch.linspace(0, 0.99, 8).unsqueeze(1)
+    times.record(t, torch.arange(1.0, 9), torch.ones(8))
+    state = json.loads(json.dumps(times.state(Alone())))
+    for ranks in ((Alone,), (First, Second)):
+        parts = []
+        for rank in ranks:
+            parts.append(Times("learned", 8, 0, CPU))
+            parts[-1].load(state, rank())
+        assert torch.equal(sum(part.sums for part in parts), times.sums)
 
 
 def test_uniform_times_come_from_the_cells_own_noise():

@@ -1,0 +1,81 @@
+"""Any engine, any number of processes or passes: the same losses, and each goes on where another stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distdiff.train import checkpoint, stop
+from tests.train import processes
+from tests.train.test_loop import make
+
+RTOL = 1e-5
+"""float32, 20 steps of Adam; seen: 2e-7."""
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+ENGINES = {
+    "one": {},
+    "ddp": {"world": 2},
+    "fsdp": {"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true"}},
+    **{f"zero{n}": {"world": 2, "environment": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)}} for n in (1, 2, 3)},
+}
+pytestmark = pytest.mark.distributed
+
+
+def settings(atlas: Path, out: Path, engine: str, **train):
+    if "zero" in engine and not all(map(importlib.util.find_spec, ("deepspeed", "transformers"))):
+        pytest.skip("needs pip install 'distdiff[deepspeed]'")
+    return make(atlas, out, **{"cells": 640, "eval_cells": 160, "checkpoint_cells": 10**6, **train})
+
+
+def leaves_after(steps: int) -> None:
+    """Ask to leave after so many steps."""
+    calls = iter(range(1, 10**6))
+    stop.Stop.agreed = lambda self: stop.LEAVE if next(calls) == steps else stop.GO_ON
+
+
+@pytest.fixture(scope="module")
+def one(atlas, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return processes.run(settings(atlas, folder / "run", "one"), folder / "log")[0]
+
+
+def assert_same(ranks, one, steps=20):
+    """The mean over processes of each step's loss, and what all of them measured on validation cells."""
+    losses = np.array([losses for losses, _ in ranks]).mean(0)
+    np.testing.assert_allclose(losses, one[0][-steps:], rtol=RTOL)
+    assert len({json.dumps([h["val/deviance"] for h in history]) for _, history in ranks}) == 1
+    for mine, theirs in zip(ranks[0][1], one[1], strict=True):
+        for name in ("val/deviance", "val/loss"):
+            assert mine[name] == pytest.approx(theirs[name], rel=RTOL)
+    if steps == 20:
+        assert ranks[0][1][0]["grad_norm"] == pytest.approx(one[1][0]["grad_norm"], rel=1e-4)
+        assert ranks[0][1][0]["loss"] == pytest.approx(one[1][0]["loss"], rel=RTOL)
+
+
+@pytest.mark.parametrize(
+    ("engine", "passes"), [("one", 2), ("ddp", 1), ("fsdp", 2), ("zero1", 1), ("zero2", 1), ("zero3", 2)]
+)
+def test_losses_do_not_depend_on_engine_processes_or_passes(atlas, tmp_path, one, engine, passes):
+    config = settings(atlas, tmp_path / "run", engine, accumulate=passes)
+    ranks = processes.run(config, tmp_path / "log", **ENGINES[engine])
+    assert len(ranks) == ENGINES[engine].get("world", 1)
+    assert len(ranks) == 1 or ranks[0][0] != ranks[1][0]  # each has its own cells
+    assert_same(ranks, one)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("fsdp", "one"), ("ddp", "fsdp"), ("zero2", "ddp"), ("one", "zero1"), ("fsdp", "zero3"),
+                        ("zero3", "zero2")]
+)  # fmt: skip
+def test_one_engine_goes_on_where_another_stopped(atlas, tmp_path, one, first, then):
+    settings(atlas, tmp_path / "run", then)
+    config = settings(atlas, tmp_path / "run", first)
+    ranks = processes.start(config, tmp_path / "log", prepare=leaves_after, given=13, **ENGINES[first])
+    assert set(processes.finish(ranks)) == {75}, (tmp_path / "log.0.txt").read_text()
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000000013"
+    assert_same(processes.run(config, tmp_path / "log", **ENGINES[then]), one, steps=7)
