@@ -42,7 +42,11 @@ class Engine:
         accelerator.gradient_accumulation_steps = accumulate
         self.network, self.optimizer = self._prepare(denoiser, optim, share // accumulate)
         self.bare: torch.nn.Module = accelerator.unwrap_model(self.network)
-        self._clipped = list(self.network.parameters())  # looking for them takes longer than a small step on a GPU
+        # small things that a small step on a GPU would wait for: a walk over modules, and accelerate looking on disk for
+        # an optimiser library (twice a step)
+        self._clipped = list(self.network.parameters())
+        wrapped = accelerator.scaler is not None or accelerator.distributed_type is DistributedType.DEEPSPEED
+        self._move = self.optimizer.step if wrapped else self.optimizer.optimizer.step
 
     def _prepare(self, denoiser: Denoiser, optim: Optim, cells: int) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
         """The network and the optimiser for passes of ``cells`` cells."""
@@ -60,7 +64,7 @@ class Engine:
     def step(self) -> Tensor:
         """Clip, move the weights, forget the gradients; returns the gradient's norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
-        self.optimizer.step()
+        self._move()
         self.optimizer.zero_grad(set_to_none=True)
         return _whole(torch.as_tensor(norm, device=self.accelerator.device))
 

@@ -216,7 +216,7 @@ def train(
         folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
         launch=launch,
     )  # fmt: skip
-    waited = _Waited(batches)
+    waited = _Waited(batches, named=settings.trace)
     window, asked = _Window(progress.step), 0
     explained = memory_explained(settings, share, accelerator.device)
     traced = trace(
@@ -367,15 +367,15 @@ class _Window:
 
 
 class _Waited:
-    """An iterator that knows how long it was waited for."""
+    """Batches, and how long they were waited for; ``named`` in a profiler's trace."""
 
-    def __init__(self, batches: Iterator[tuple[int, Cells]]) -> None:
-        self.batches, self.seconds = batches, 0.0
+    def __init__(self, batches: Iterator[tuple[int, Cells]], *, named: bool) -> None:
+        self.batches, self.named, self.seconds = batches, named, 0.0
 
     def __iter__(self) -> Iterator[tuple[int, Cells]]:
         while True:
             began = time.perf_counter()
-            with torch.profiler.record_function("wait for cells"):
+            with torch.profiler.record_function("wait for cells") if self.named else contextlib.nullcontext():
                 found = next(self.batches, None)
             self.seconds += time.perf_counter() - began
             if found is None:
