@@ -42,8 +42,7 @@ class Engine:
         accelerator.gradient_accumulation_steps = accumulate
         self.network, self.optimizer = self._prepare(denoiser, optim, share // accumulate)
         self.bare: torch.nn.Module = accelerator.unwrap_model(self.network)
-        # small things that a small step on a GPU would wait for: a walk over modules, and accelerate looking on disk for
-        # an optimiser library (twice a step)
+        # what a short step need not wait for: a walk over modules, accelerate looking on disk for an optimiser library
         self._clipped = list(self.network.parameters())
         wrapped = accelerator.scaler is not None or accelerator.distributed_type is DistributedType.DEEPSPEED
         self._move = self.optimizer.step if wrapped else self.optimizer.optimizer.step
