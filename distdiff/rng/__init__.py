@@ -10,8 +10,10 @@ its own, for sampling.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,3 +80,24 @@ def generator(seed: int, *address: int | str, device: torch.device | str = "cpu"
 def numpy_generator(seed: int, *address: int | str) -> np.random.Generator:
     """A numpy (Philox) generator for this address."""
     return np.random.Generator(np.random.Philox(key(seed, *address)))
+
+
+@contextlib.contextmanager
+def borrowed(device: torch.device, seed: int, *address: int | str) -> Iterator[None]:
+    """Set torch's own generators of the CPU and of ``device`` to this address, and give them back as they were.
+
+    Dropout draws from them and takes no other.
+    """
+    import torch
+
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [own.get_state() for own in generators]
+    try:
+        for own in generators:
+            own.manual_seed(key(seed, *address))
+        yield
+    finally:
+        for own, state in zip(generators, states, strict=True):
+            own.set_state(state)

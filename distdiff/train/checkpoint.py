@@ -2,7 +2,7 @@
 
 A folder ``step-<n>`` holds ``weights``, ``ema`` and ``optimizer`` as whole tensors by name, shared out over a few files
 when several processes write, and ``state.json``: progress, loss scale, times, the settings and data that shaped them.
-No generator has a state: all noise is a function of (seed, step, place).
+No generator has a state: all noise, dropout too, is a function of (seed, step, place).
 """
 
 from __future__ import annotations

@@ -123,6 +123,7 @@ class Zero(Engine):
             "torch_autocast": autocast,
             "bf16": {"enabled": False},
             "fp16": {"enabled": False},
+            "zero_force_ds_cpu_optimizer": False,  # offloaded moments move by torch's fused AdamW: nothing to compile
         }
         return super()._prepare(denoiser, optim, cells)
 

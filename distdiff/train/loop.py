@@ -22,7 +22,7 @@ from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
-from distdiff.rng import generator, numpy_generator
+from distdiff.rng import borrowed, generator, numpy_generator
 from distdiff.rng.stream import Streams
 from distdiff.sampling import predictor
 from distdiff.train import checkpoint
@@ -232,7 +232,7 @@ def train(
             losses = []
             for start in range(0, share, share // settings.accumulate):
                 part = cells[start : start + share // settings.accumulate]
-                with engine.one_pass():
+                with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
                     loss = _loss(process, engine.network, survival, times, part, settings, step, first + start)
                     accelerator.backward(loss.mean())
                 losses.append(loss.detach())

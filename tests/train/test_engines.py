@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from distdiff.train import checkpoint, stop
 from tests.train import processes
@@ -16,12 +17,22 @@ from tests.train.test_loop import make
 RTOL = 1e-5
 """float32, 20 steps of Adam; seen: 2e-7."""
 
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+
+def zero(stage: int, **more: str):
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    return {"world": 2, "environment": {**deepspeed, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), **more}}
+
+
+OFFLOAD = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
 ENGINES = {
     "one": {},
     "ddp": {"world": 2},
     "fsdp": {"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true"}},
-    **{f"zero{n}": {"world": 2, "environment": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)}} for n in (1, 2, 3)},
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero2 offload": zero(2, **OFFLOAD),
+    "zero3": zero(3),
+    "zero3 offload": zero(3, **OFFLOAD, ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="cpu"),
 }
 pytestmark = pytest.mark.distributed
 
@@ -58,8 +69,10 @@ def assert_same(ranks, one, steps=20):
 
 
 @pytest.mark.parametrize(
-    ("engine", "passes"), [("one", 2), ("ddp", 1), ("fsdp", 2), ("zero1", 1), ("zero2", 1), ("zero3", 2)]
-)
+    ("engine", "passes"),
+    [("one", 2), ("ddp", 1), ("fsdp", 2), ("zero1", 1), ("zero2", 1), ("zero2 offload", 2), ("zero3", 2),
+     ("zero3 offload", 1)],
+)  # fmt: skip
 def test_losses_do_not_depend_on_engine_processes_or_passes(atlas, tmp_path, one, engine, passes):
     config = settings(atlas, tmp_path / "run", engine, accumulate=passes)
     ranks = processes.run(config, tmp_path / "log", **ENGINES[engine])
@@ -70,7 +83,7 @@ def test_losses_do_not_depend_on_engine_processes_or_passes(atlas, tmp_path, one
 
 @pytest.mark.parametrize(
     ("first", "then"), [("fsdp", "one"), ("ddp", "fsdp"), ("zero2", "ddp"), ("one", "zero1"), ("fsdp", "zero3"),
-                        ("zero3", "zero2")]
+                        ("zero3", "zero2 offload"), ("zero2 offload", "zero3 offload")]
 )  # fmt: skip
 def test_one_engine_goes_on_where_another_stopped(atlas, tmp_path, one, first, then):
     settings(atlas, tmp_path / "run", then)
@@ -79,3 +92,15 @@ def test_one_engine_goes_on_where_another_stopped(atlas, tmp_path, one, first, t
     assert set(processes.finish(ranks)) == {75}, (tmp_path / "log.0.txt").read_text()
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000000013"
     assert_same(processes.run(config, tmp_path / "log", **ENGINES[then]), one, steps=7)
+
+
+LAUNCH = Path(__file__).parents[2] / "launch" / "accelerate"
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_files_are_what_accelerate_reads(path):
+    """Every key is known to it, and precision and accumulation are left to the config."""
+    read = load_config_from_file(str(path))
+    assert read.mixed_precision == "no"
+    assert "gradient_accumulation_steps" not in (getattr(read, "deepspeed_config", None) or {})
+    assert path.name in (LAUNCH.parents[1] / "README.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distdiff import experiment
-from distdiff.train import checkpoint, engine
+from distdiff.train import checkpoint, engine, stop
 from tests.train import processes
 from tests.train.test_loop import assert_equal, final, make
 
@@ -47,6 +47,12 @@ def walks(seen: Path) -> None:
     engine.Engine.step = step
 
 
+def wait_for(path: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not path.exists():
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def whole(atlas, tmp_path_factory):
     torch.set_num_threads(1)
@@ -74,13 +80,49 @@ def test_killed_at_random_moments_also_while_saving(atlas, whole, tmp_path, kill
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))  # nothing half-written is left
 
 
+def test_the_loss_scale_of_fp16_goes_on_too(atlas, tmp_path, monkeypatch):
+    """A scaler on the CPU (accelerate has one on GPUs alone) whose scale doubles every seventh step."""
+
+    class Scaled(experiment.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=7)
+
+    monkeypatch.setattr(experiment, "Accelerator", Scaled)
+    experiment.train(make(atlas, tmp_path / "whole", **SHORT))
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 99))
+        patch.setattr(stop.Stop, "agreed", lambda self: stop.LEAVE if next(calls) == 10 else stop.GO_ON)
+        with pytest.raises(stop.Stopped):
+            experiment.train(make(atlas, tmp_path / "parts", **SHORT))
+    experiment.train(make(atlas, tmp_path / "parts", **SHORT))
+    assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    ends = [checkpoint.load(checkpoint.latest(tmp_path / n / "checkpoints"), {}).state for n in ("whole", "parts")]
+    assert ends[0]["scaler"] == ends[1]["scaler"]
+    assert (ends[0]["scaler"]["scale"], ends[0]["scaler"]["_growth_tracker"]) == (2.0**10, 6)
+
+
+@pytest.mark.distributed
+def test_one_of_two_processes_is_killed_the_other_ends_and_both_go_on_bit_for_bit(atlas, tmp_path):
+    """Every step is saved, by both; the survivor notices at its next exchange and says why it ends."""
+    processes.run(make(atlas, tmp_path / "whole", **SHORT), tmp_path / "log", world=2)
+    config = make(atlas, tmp_path / "run", **SHORT)
+    ranks = processes.start(config, tmp_path / "log", world=2, prepare=walks, given=tmp_path / "seen")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-000000005")
+    ranks[1].kill()
+    began = time.monotonic()
+    assert processes.finish(ranks) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 60
+    assert "Traceback" in (tmp_path / "log.0.txt").read_text()
+    processes.run(config, tmp_path / "log", world=2)
+    assert_equal(final(tmp_path / "whole"), final(tmp_path / "run"))
+
+
 @pytest.mark.distributed
 def test_one_of_two_processes_is_asked_to_leave_both_save_and_one_process_goes_on(atlas, whole, tmp_path):
     config = make(atlas, tmp_path / "run", **SHORT | {"checkpoint_cells": 10**6})
-    seen, until = tmp_path / "seen", time.monotonic() + 60
-    ranks = processes.start(config, tmp_path / "log", world=2, prepare=walks, given=seen)
-    while time.monotonic() < until and not seen.exists():
-        time.sleep(0.01)
+    ranks = processes.start(config, tmp_path / "log", world=2, prepare=walks, given=tmp_path / "seen")
+    wait_for(tmp_path / "seen")
     os.kill(ranks[1].pid, signal.SIGUSR1)
     codes = processes.finish(ranks)
     words = [(tmp_path / f"log.{i}.txt").read_text() for i in range(2)]

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from distdiff.train.stop import GO_ON, LEAVE, MARGIN, SAVE, Stop
+from distdiff import cli, experiment
+from distdiff.train.stop import GO_ON, LEAVE, MARGIN, SAVE, Stop, Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -46,3 +47,15 @@ def test_a_run_leaves_before_its_time_is_over():
     for left, answer in ((MARGIN - 5, LEAVE), (MARGIN + 60, GO_ON)):
         assert Stop(60, 0, {"SLURM_JOB_END_TIME": str(int(time.time() + left))}).agreed() == answer
     assert Stop(60, 0, {}).agreed() == GO_ON
+
+
+def test_the_command_line_leaves_with_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    def stopped(config):
+        raise Stopped("stopped by SIGTERM after step 3 of 9")
+
+    monkeypatch.setattr(experiment, "train", stopped)
+    (tmp_path / "c.yaml").write_text("data: {store: x}")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--config", str(tmp_path / "c.yaml")])
+    assert left.value.code == 75
+    assert capsys.readouterr().err == "distdiff: stopped by SIGTERM after step 3 of 9\n"
