@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
 from distdiff import tracking
 from distdiff.component import nearest
@@ -78,7 +78,7 @@ def _train(config: Config) -> Outcome:
             )
     accelerator = Accelerator(
         mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu(),
-        kwargs_handlers=[_group()],
+        kwargs_handlers=_exchange(),
     )  # fmt: skip
     check_world(accelerator)
     main = accelerator.is_main_process
@@ -261,13 +261,16 @@ def _cpu() -> bool:
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _group() -> InitProcessGroupKwargs:
-    """How processes talk: one that does not answer for ten minutes ends the job.
+def _exchange() -> list[KwargsHandler]:
+    """How processes talk: one that does not answer for ten minutes ends the job; buffers are constants.
 
     DeepSpeed on CPUs is told of gloo; without, each process takes itself for the only one.
     """
     backend = "gloo" if not (torch.cuda.is_available() or _cpu()) else None
-    return InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10))
+    return [
+        InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10)),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
 
 
 def check_world(accelerator: Accelerator) -> None:

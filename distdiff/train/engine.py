@@ -163,7 +163,9 @@ class Zero(Engine):
         weights: dict[str, Any] = dict(self.bare.named_parameters())
         for name, w in weights.items():
             for field in ("exp_avg", "exp_avg_sq"):
-                value = tensors[f"{name}/{field}"].to(self.accelerator.device)
+                if (value := tensors.get(f"{name}/{field}")) is None:
+                    continue  # it never had a gradient
+                value = value.to(self.accelerator.device)
                 if self.stage == 3:
                     safe_set_local_optimizer_state(w, _part(value, w.ds_tensor.ds_numel, self.accelerator), field)
                 else:
@@ -186,9 +188,10 @@ def prepare(accelerator: Accelerator, denoiser: Denoiser, optim: Optim, *, share
         fp16 under DeepSpeed or FSDP.
     """
     kind = Engine
+    fsdp_on_cpus = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         kind = Zero
-    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1:
+    elif accelerator.distributed_type is DistributedType.FSDP or fsdp_on_cpus:
         kind = Sharded
     return kind(accelerator, denoiser, optim, share=share, accumulate=accumulate)
 

@@ -171,7 +171,11 @@ def train(
     ValueError
         A batch that the processes cannot share out, no training or validation cell, a checkpoint of another run.
     FloatingPointError
-        A loss that is not finite (step and rows named).
+        A loss or a gradient that is not finite (step, rows and the way back named).
+    OutOfMemory
+        A step does not fit (what would help is named).
+    Stopped
+        Asked to leave, and saved.
     """
     share = _share(settings, accelerator.num_processes)
     index, held_out = _splits(store)
@@ -195,6 +199,7 @@ def train(
         times.load(progress.times, accelerator)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
+    saved = None  # all in place: its tensors are not needed twice
 
     loading = loading or Loading()
     plan = loading.plan(store, index, settings.batch, settings.seed)
@@ -350,8 +355,7 @@ class _Window:
 
     def check(self, accelerator: Accelerator, folder: Path) -> None:
         """Stop if a loss or a gradient is not finite."""
-        back = str(checkpoint.latest(folder) or "")
-        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, back)
+        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
     def drain(self, accelerator: Accelerator, batch: int, waited: float) -> dict[str, float]:
         """Means over processes and steps: loss, gradient norm, cells per second, share of time ``waited`` for cells."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from distdiff.train import checkpoint
 from distdiff.types import Tensor
 
 if TYPE_CHECKING:
     from distdiff.train.loop import Training
 
-_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")
+_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 class OutOfMemory(RuntimeError):
@@ -66,7 +68,7 @@ def _ways_out(settings: Training, share: int) -> str:
 
 
 def check_finite(
-    accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor], rows: list[Tensor], first: int, back: str
+    accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor], rows: list[Tensor], first: int, folder: Path
 ) -> None:
     """Stop all processes if a loss or a gradient of the steps from ``first`` on is not finite.
 
@@ -74,8 +76,8 @@ def check_finite(
     ----------
     losses, norms, rows
         For each step the losses of this process's cells ``[b]``, the gradient's norm, the store's rows ``int64 [b]``.
-    back
-        The checkpoint to go back to; empty: there is none.
+    folder
+        Where the checkpoint to go back to is.
 
     Raises
     ------
@@ -95,7 +97,7 @@ def check_finite(
     named = sorted(gather_object(mine))
     what = "the loss" if bad[0, at] else "the gradient (of finite losses)"
     few = ", ".join(map(str, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-    way = f"train.resume={back}" if back else "train.resume=never"
+    way = f"train.resume={checkpoint.latest(folder) or 'never'}"
     raise FloatingPointError(
         f"{what} is not finite at step {first + at}, rows {few} of the store: look at these cells, or go back with "
         f"{way} and a smaller optim.lr"
