@@ -84,8 +84,8 @@ class Config:
         """The settings that shape the weights: what a checkpoint must share to be continued."""
         whole = self.as_dict()
         for name in (
-            "out", "resume", "compile", "accumulate", "eval_cells", "checkpoint_cells", "checkpoint_minutes", "keep",
-            "minutes",
+            "out", "resume", "compile", "trace", "accumulate", "eval_cells", "checkpoint_cells", "checkpoint_minutes",
+            "keep", "minutes",
         ):  # fmt: skip
             whole["train"].pop(name)
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
@@ -150,6 +150,9 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
         options = raw.get(section, {})
         if isinstance(options, Mapping):
             raw[section] = complete(base, {"kind": kind, **options}, given=given)
+    train = raw.get("train")
+    if isinstance(train, Mapping) and train.get("batch") == "auto":
+        raw["train"] = {**train, "batch": 0}
     try:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:

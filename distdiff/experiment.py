@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,10 @@ from distdiff.model import Model
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
 from distdiff.train import checkpoint
+from distdiff.train.fit import settled
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
+from distdiff.train.trace import NAME as TRACE
 
 if TYPE_CHECKING:
     from distdiff.evaluate import Contestant
@@ -58,6 +61,11 @@ def train(config: Config) -> Outcome:
     RuntimeError
         The launcher was asked for several processes but only one runs.
     """
+    with _products(config.train.precision):
+        return _train(config)
+
+
+def _train(config: Config) -> Outcome:
     began = time.perf_counter()
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
@@ -76,6 +84,10 @@ def train(config: Config) -> Outcome:
     check_world(accelerator)
     main = accelerator.is_main_process
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
+    config = replace(config, train=settled(
+        config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
+        config.data.labels,
+    ))  # fmt: skip
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
@@ -269,14 +281,27 @@ def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
         path = out / "training.png"
         training_curve(progress.history, path, judge=progress.judge)
         run.artifact(path)
+    if (out / TRACE).exists():
+        run.artifact(out / TRACE)
 
 
 def _precision(asked: str) -> str:
-    if asked in ("fp32", "fp16"):
-        return "no" if asked == "fp32" else "fp16"
+    if asked in ("fp32", "tf32", "fp16"):
+        return "fp16" if asked == "fp16" else "no"
     if asked == "bf16" or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
         return "bf16"
     return "no"
+
+
+@contextlib.contextmanager
+def _products(asked: str) -> Iterator[None]:
+    """How exact products of float32 matrices are for the time of a run."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _cpu() -> bool:

@@ -151,7 +151,8 @@ class Counts(Process):
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
         """Log rate (log size, loadings), kept in a range that float32 holds: ``f = (1 - p) exp(eta_0)`` (MATHS 3.4)."""
-        log_rate = raw[..., 0].float()
+        first, *others = raw.unbind(-1)  # (a gradient of slices would be as many whole arrays, added up)
+        log_rate = first.float()
         if self.predict == "x0":
             whole = log_rate.clamp(*LOG_RATE).exp()
             f = whole * softplus(SHARP * (1 - x / whole)) / SHARP
@@ -159,11 +160,11 @@ class Counts(Process):
         log_rate = log_rate.clamp(*LOG_RATE)
         if self.head == "mean":
             return log_rate.unsqueeze(-1)
-        log_size = raw[..., 1].float().clamp(*LOG_SIZE)
+        log_size = others[0].float().clamp(*LOG_SIZE)
         if self.own and self.predict == "rate":
             log_rate, log_size = _with_own(log_rate, log_size, x, tensor(p, x))
         # one slab a number, not one a gene: what follows takes them apart again
-        return torch.stack((log_rate, log_size, *raw[..., 2:].float().unbind(-1)), 1).movedim(1, -1)
+        return torch.stack((log_rate, log_size, *(other.float() for other in others[1:])), 1).movedim(1, -1)
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """``lambda``: expected molecules of a cell at full depth (MATHS 3.4, 5.4).

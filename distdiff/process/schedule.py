@@ -336,10 +336,11 @@ def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
     ValueError
         Not ``0 <= p_t <= p_s <= 1``.
     """
+    whole = not isinstance(p_s, torch.Tensor) and p_s == 1
     p_s, p_t = (torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (p_s, p_t))
-    if x.device.type == "cpu" and not bool(((p_t >= 0) & (p_t <= p_s) & (p_s <= 1)).all()):
+    if x.device.type == "cpu" and not bool((p_t >= 0).all() and (p_t <= p_s).all() and (p_s <= 1).all()):
         raise ValueError(
             f"thinning needs 0 <= p_t <= p_s <= 1, got p_t in [{p_t.min():g}, {p_t.max():g}], "
             f"p_s in [{p_s.min():g}, {p_s.max():g}]"
         )
-    return p_t / p_s.clamp_min(1e-38)
+    return p_t if whole else p_t / p_s.clamp_min(1e-38)

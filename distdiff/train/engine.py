@@ -42,6 +42,10 @@ class Engine:
         accelerator.gradient_accumulation_steps = accumulate
         self.network, self.optimizer = self._prepare(denoiser, optim, share // accumulate)
         self.bare: torch.nn.Module = accelerator.unwrap_model(self.network)
+        # what a short step need not wait for: a walk over modules, accelerate looking on disk for an optimiser library
+        self._clipped = list(self.network.parameters())
+        wrapped = accelerator.scaler is not None or accelerator.distributed_type is DistributedType.DEEPSPEED
+        self._move = self.optimizer.step if wrapped else self.optimizer.optimizer.step
 
     def _prepare(self, denoiser: Denoiser, optim: Optim, cells: int) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
         """The network and the optimiser for passes of ``cells`` cells."""
@@ -58,8 +62,8 @@ class Engine:
 
     def step(self) -> Tensor:
         """Clip, move the weights, forget the gradients; returns the gradient's norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.clip)
-        self.optimizer.step()
+        norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
+        self._move()
         self.optimizer.zero_grad(set_to_none=True)
         return _whole(torch.as_tensor(norm, device=self.accelerator.device))
 

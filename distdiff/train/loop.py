@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.rng import borrowed, generator, numpy_generator
+from distdiff.rng.stream import Streams
 from distdiff.sampling import predictor
 from distdiff.train import checkpoint
 from distdiff.train import engine as engines
@@ -31,6 +32,8 @@ from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
 from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
+from distdiff.train.trace import NAME as TRACE
+from distdiff.train.trace import trace
 from distdiff.train.trouble import check_finite, memory_explained
 from distdiff.types import Cells, Condition, Tensor
 
@@ -46,7 +49,8 @@ class Training:
     cells
         Training cells to see in all (with repeats).
     batch
-        Cells of a step over all processes.
+        Cells of a step over all processes; ``auto`` in YAML, 0 here: found by a search (see
+        :mod:`~distdiff.train.fit`), and part of the config from then on.
     grain
         Cells that share a noise generator; it divides each process's share of the batch, so that any number of
         processes sees the same noise.
@@ -65,9 +69,12 @@ class Training:
     label_dropout
         Share of cells trained without their labels (guidance needs some; CD 3.4).
     precision
-        ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses.
+        ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses; ``tf32`` is
+        float32 whose matrix products a GPU may round to 10 bits.
     compile
         ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
+    trace
+        Write a profiler's trace of a few steps of the main process to ``out`` (see :mod:`~distdiff.train.trace`).
     start
         A trained model (folder, ``models:/`` address) whose weights to start from; those of genes follow their names.
     resume
@@ -86,14 +93,17 @@ class Training:
     minutes: float = 0.0
     patience: int = 5
     label_dropout: float = 0.2
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    trace: bool = False
     start: str = ""
     resume: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("cells", "batch", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
+        if self.batch < 0:
+            raise ValueError(f"train.batch must be a number of cells or auto, got {self.batch}")
+        for name in ("cells", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.checkpoint_minutes <= 0 or self.minutes < 0:
@@ -211,10 +221,14 @@ def train(
         folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
         launch=launch,
     )  # fmt: skip
+    waited = _Waited(batches, named=settings.trace)
     window, asked = _Window(progress.step), 0
     explained = memory_explained(settings, share, accelerator.device)
-    with contextlib.closing(batches), bar, stop, writer, explained:
-        for step, cells in batches:
+    traced = trace(
+        Path(settings.out) / TRACE if settings.trace and accelerator.is_main_process else None, accelerator.device
+    )
+    with contextlib.closing(batches), bar, stop, writer, explained, traced as stepped:
+        for step, cells in waited:
             if progress.bad >= settings.patience:
                 break
             cells = cells.to(accelerator.device)
@@ -235,11 +249,12 @@ def train(
             on_step(step, window.losses[-1].mean())
             progress.step = step + 1
             bar.update(settings.batch)
+            stepped()
 
             done, asked = progress.step == settings.steps, stop.agreed()
             if done or _crossed(progress.step, settings.batch, settings.eval_cells):
                 window.check(accelerator, folder)
-                numbers = window.drain(accelerator, settings.batch)
+                numbers = window.drain(accelerator, settings.batch, waited.lap())
                 times.update(accelerator)
                 numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
                 window = _Window(progress.step)
@@ -299,27 +314,26 @@ def _crossed(steps: int, batch: int, every: int) -> bool:
 
 
 def _loss(
-    process: Process, network: torch.nn.Module, survival: Survival, times: Times, cells: Cells, settings: Training,
-    step: int, first: int,
+    process: Process, network: Callable[..., Tensor], survival: Survival, times: Times, cells: Cells,
+    settings: Training, step: int, first: int,
 ) -> Tensor:  # fmt: skip
-    """Loss of each cell ``[b]``, weighted mean over thinned genes; noise drawn group by group of ``grain`` cells."""
-    groups = []
-    for start in range(0, len(cells), settings.grain):
-        rng = generator(settings.seed, "noise", first + start, device=cells.counts.device)
-        part = cells.counts[start : start + settings.grain]
-        t, weight = times.draw(step, first + start - step * settings.batch, len(part), rng=rng)
-        p, timed = survival.draw(process.schedule, t, part.shape[1], rng=rng)
-        x_0 = process.enter(part, rng=rng)
-        x = process.forward(x_0, 1.0, p, rng=rng)
-        dropped = rng.uniform(len(part)) < settings.label_dropout
-        groups.append((x_0, x, p, dropped, t, torch.where(timed, weight, 1.0), timed))
-    x_0, x, p, dropped, t, weight, timed = (torch.cat(parts) for parts in zip(*groups, strict=True))
-    losses = _of_cells(process, network, x_0, x, p, cells.labels.drop(dropped))
+    """Loss of each cell ``[b]``, weighted mean over thinned genes; each ``grain`` cells have noise of their own."""
+    n, grain, device = len(cells), settings.grain, cells.counts.device
+    places = range(first, first + n, grain)
+    rng = Streams([generator(settings.seed, "noise", place, device=device) for place in places], grain)
+    t, weight = times.draw(step, first - step * settings.batch, n, rng=rng)
+    p, timed = survival.draw(process.schedule, t, cells.counts.shape[1], rng=rng)
+    x_0 = process.enter(cells.counts, rng=rng)
+    x = process.forward(x_0, 1.0, p, rng=rng)
+    labels = cells.labels.drop(rng.uniform(n) < settings.label_dropout)
+    losses = _of_cells(process, network, x_0, x, p, labels)
     times.record(t, losses.detach(), timed.squeeze(1))
-    return losses * weight.squeeze(1)
+    return losses * torch.where(timed, weight, 1.0).squeeze(1)
 
 
-def _of_cells(process: Process, network: torch.nn.Module, x_0: Tensor, x: Tensor, p: Tensor, cond: Condition) -> Tensor:
+def _of_cells(
+    process: Process, network: Callable[..., Tensor], x_0: Tensor, x: Tensor, p: Tensor, cond: Condition
+) -> Tensor:  # fmt: skip
     """Loss of each cell ``[b]``: the mean over its thinned genes."""
     entries = process.loss(process.natural(network(*process.encode(x, p), cond), x, p), x_0, x, p)
     return entries.sum(1) / (p < 1).sum(1).clamp_min(1)
@@ -343,13 +357,39 @@ class _Window:
         """Stop if a loss or a gradient is not finite."""
         check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
-    def drain(self, accelerator: Accelerator, batch: int) -> dict[str, float]:
-        """Mean loss over processes and steps, mean gradient norm, cells per second."""
+    def drain(self, accelerator: Accelerator, batch: int, waited: float) -> dict[str, float]:
+        """Means over processes and steps: loss, gradient norm, cells per second, share of time ``waited`` for cells."""
+        norm, loss = float(torch.stack(self.norms).mean()), torch.cat(self.losses).mean()
+        took = time.perf_counter() - self.began
+        loss, share = accelerator.reduce(torch.stack((loss, loss.new_tensor(waited / took))), "mean").tolist()
         return {
-            "loss": float(accelerator.reduce(torch.cat(self.losses).mean(), "mean")),
-            "grad_norm": float(torch.stack(self.norms).mean()),
-            "cells_per_second": len(self.losses) * batch / (time.perf_counter() - self.began),
+            "loss": loss,
+            "grad_norm": norm,
+            "cells_per_second": len(self.losses) * batch / took,
+            "data_wait": share,
         }
+
+
+class _Waited:
+    """Batches, and how long they were waited for; ``named`` in a profiler's trace."""
+
+    def __init__(self, batches: Iterator[tuple[int, Cells]], *, named: bool) -> None:
+        self.batches, self.named, self.seconds = batches, named, 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, Cells]]:
+        while True:
+            began = time.perf_counter()
+            with torch.profiler.record_function("wait for cells") if self.named else contextlib.nullcontext():
+                found = next(self.batches, None)
+            self.seconds += time.perf_counter() - began
+            if found is None:
+                return
+            yield found
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 @torch.no_grad()

@@ -24,6 +24,11 @@ class OutOfMemory(RuntimeError):
     """No memory for a step: says which setting needs less."""
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether torch says that it found no memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _ALLOCATORS)
+
+
 @contextlib.contextmanager
 def memory_explained(settings: Training, share: int, device: torch.device) -> Iterator[None]:
     """Turn torch's out-of-memory errors into advice.
@@ -41,7 +46,7 @@ def memory_explained(settings: Training, share: int, device: torch.device) -> It
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(w in str(error) for w in _ALLOCATORS):
+        if not ran_out(error):
             raise
         raise OutOfMemory(
             f"out of memory on {device} with {share // settings.accumulate} cells a pass; {_ways_out(settings, share)} "
