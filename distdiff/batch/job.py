@@ -239,24 +239,30 @@ class _Job:
     def run(self, command: str) -> Summary:
         layout = self.plan.layout
         shards = [f"shard-{i:06d}" for i in range(layout.n_shards)]
-        with self._bar() as self.bar, contextlib.suppress(FileNotFoundError):  # the folder goes when a result is there
-            while self._pending(shards):
-                if not self._shards(shards):
-                    self._wait()
-            joins = self._joins(self._records(shards)) if not self._over() else []
-            while self._pending(joins):
-                for unit in self._free(joins):
-                    self._join(unit, shards)
-                self._wait()
-            while not self._over():
-                if self.claims.take("finish") and not self._over():
-                    self._finish(shards, joins, command)
-                else:
-                    self._wait()
+        with self._bar() as self.bar:
+            try:
+                self._all(shards, command)
+            except FileNotFoundError:
+                if not self._over():  # else another process has just published, and removed the work folder
+                    raise
             self._show(layout.n_shards)
-        if not self._over():
-            raise FileNotFoundError(f"{self.work} is gone, and {self.out} is not finished: was it removed by hand?")
         return self.summary(finished(self.out)["records"])
+
+    def _all(self, shards: Sequence[str], command: str) -> None:
+        """Shards, then what is joined of them, then the rest."""
+        while self._pending(shards):
+            if not self._shards(shards):
+                self._wait()
+        joins = self._joins(self._records(shards)) if not self._over() else []
+        while self._pending(joins):
+            for unit in self._free(joins):
+                self._join(unit, shards)
+            self._wait()
+        while not self._over():
+            if self.claims.take("finish") and not self._over():
+                self._finish(shards, joins, command)
+            else:
+                self._wait()
 
     def _over(self) -> bool:
         """Whether somebody has published the result."""

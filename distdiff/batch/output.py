@@ -100,8 +100,7 @@ class Layout:
             chunk //= 2
         if rows is None:
             rows = max(256, min(8192, (64 << 20) // max(1, row_bytes), -(-n_cells // 64)))
-        rows = min(-(-rows // chunk) * chunk, -(-n_cells // 16) * 16)
-        chunk = min(chunk, rows)
+        chunk = min(chunk, *(-(-n // 16) * 16 for n in (rows, n_cells)))
         return cls(n_cells, tuple(fields), -(-rows // chunk) * chunk, chunk)
 
     @property
