@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 app = typer.Typer(
@@ -263,7 +264,10 @@ def _batch(
         return
     first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
     said = typer.echo if first else lambda text: None
-    options |= {"command": " ".join(["distdiff", kind, *_told(sys.argv[1:], kind)])}
+    words = click.get_current_context().obj or []
+    options |= {
+        "command": " ".join(["distdiff", *(Path(w).name if os.sep in w and "://" not in w else w for w in words)])
+    }
     if scheduler is not None:
         load = functools.partial(distdiff.load, str(Path(model).absolute()) if Path(model).exists() else model)
         filled = batch.on_cluster(scheduler, kind, load, data, out, say=said, **options)
@@ -281,11 +285,6 @@ def _batch(
     for text, number in notes.items():
         if number:
             said(f"  {number} {text}")
-
-
-def _told(words: list[str], kind: str) -> list[str]:
-    """A command's words for provenance, paths cut to their last part."""
-    return [Path(word).name if os.sep in word and "://" not in word else word for word in words if word != kind]
 
 
 def _genes(text: str | None) -> list[str] | None:
@@ -346,7 +345,7 @@ def _words(text: str) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2; DISTDIFF_DEBUG=1 shows the traceback."""
     try:
-        app(arguments)
+        app(arguments, obj=sys.argv[1:] if arguments is None else arguments)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG"):
             raise

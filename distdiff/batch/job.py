@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,14 @@ from distdiff.batch.claims import Claims
 from distdiff.batch.output import Corrupt, Field, Layout
 from distdiff.batch.plan import Plan
 from distdiff.batch.tasks import Task, Values
+from distdiff.data.pool import cores
 from distdiff.tasks.impute import Filled
 
 AHEAD, BEHIND = 2, 4
 """Batches read before they are computed, and computed before they are written."""
+
+WRITERS = 4
+"""Threads that take answers from the device and encode them, where there are cores for them."""
 
 WAIT = 0.5
 """Seconds between looks at what other processes have finished."""
@@ -150,6 +155,7 @@ class _Job:
         self.work = out.with_name(f".{out.name}.building")
         self.store, self.parts, self.done = self.work / "store", self.work / "parts", self.work / "done"
         self.calls = self.passed = 0
+        self._lock = threading.Lock()
         self.plan: Plan
 
     # -- beginning -------------------------------------------------------------------------------------------------
@@ -298,8 +304,12 @@ class _Job:
         behind: deque[Future[None]] = deque()
         batches = self._batches(shards)
         self._began, some = time.perf_counter(), 0
-        self._held: dict[str, list[Values]] = {}
-        with ThreadPoolExecutor(1, "distdiff-read") as reading, ThreadPoolExecutor(1, "distdiff-write") as writing:
+        self._held: dict[str, dict[int, Values]] = {}
+        writers = max(1, min(WRITERS, cores() - 1))
+        with (
+            ThreadPoolExecutor(1, "distdiff-read") as reading,
+            ThreadPoolExecutor(writers, "distdiff-write") as writing,
+        ):
             while True:
                 while len(ahead) <= AHEAD and (following := next(batches, None)) is not None:
                     unit, a, b = following
@@ -310,9 +320,9 @@ class _Job:
                 calls, passed = self.calls, self.passed
                 with plan.autocast(self.task.device, self.plan.precision), torch.no_grad():
                     values, filled = self.task.compute(block.result())
-                filled.seconds, some = 0.0, some + 1
-                record = {"filled": asdict(filled), "calls": self.calls - calls, "passes": self.passed - passed}
-                behind.append(writing.submit(self._keep, unit, a, b, values, record))
+                some += 1
+                record = {"calls": self.calls - calls, "passes": self.passed - passed}
+                behind.append(writing.submit(self._keep, unit, a, b, values, filled, record))
                 while len(behind) > BEHIND or (behind and behind[0].done()):
                     behind.popleft().result()
                 self._show()
@@ -326,24 +336,30 @@ class _Job:
             for a in range(start, stop, self.plan.batch):
                 yield unit, a, min(a + self.plan.batch, stop)
 
-    def _keep(self, unit: str, a: int, b: int, values: Values, record: dict[str, Any]) -> None:
+    def _keep(
+        self, unit: str, a: int, b: int, values: Values, filled: Callable[[], Filled], record: dict[str, Any]
+    ) -> None:
         """Take one batch's answer from the device; write the shard when it is whole."""
         layout = self.plan.layout
-        taken = {**self.task.labels(a, b), "record": record}
+        taken = {**self.task.labels(a, b), "record": {"filled": asdict(filled()), **record}}
         for field in layout.fields:
             if field.path in values:
                 taken[field.path] = fetched(values[field.path], field)
-        self._held.setdefault(unit, []).append(taken)
-        if b < layout.span(_number(unit))[1]:
-            return
-        batches = self._held.pop(unit)
+        start, stop = layout.span(_number(unit))
+        with self._lock:
+            held = self._held.setdefault(unit, {})
+            held[a] = taken
+            if len(held) < len(range(start, stop, self.plan.batch)):
+                return
+            batches = [values for _, values in sorted(self._held.pop(unit).items())]
         if not self.claims.mine(unit):  # this process slept, and somebody took over
             return
         written = write(layout, _number(unit), batches, self.store, self.parts)
-        now = time.perf_counter()
+        with self._lock:
+            now = time.perf_counter()
+            seconds, self._began = now - self._began, now
         done = _sum([batch["record"] for batch in batches])
-        record = {**written, **done, "seconds": now - self._began, "peak_mib": peak_mib()}
-        self._began = now
+        record = {**written, **done, "seconds": seconds, "peak_mib": peak_mib()}
         output.put(self.done / f"{unit}.json", json.dumps(record).encode())
 
     # -- joining and finishing -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ FORMAT = 1
 PROBE = 256
 """Cells looked at to find out how dense the result is and how large batches should be."""
 
-BATCHES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 PATIENCE = 5.0
 """Seconds of a trial after which no larger batch is tried."""

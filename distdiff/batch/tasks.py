@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ class Task(ABC):
         """Rows of the input, on the CPU; called in a thread of its own."""
 
     @abstractmethod
-    def compute(self, block: Any) -> tuple[Values, Filled]:
-        """The fields of a block that was read, still on the device, and what was done."""
+    def compute(self, block: Any) -> tuple[Values, Callable[[], Filled]]:
+        """The fields of a block that was read, still on the device, and what tells what was done (and waits for it)."""
 
     def provenance(self) -> dict[str, Any]:
         """What stands in ``uns['distdiff']``, beside what was done."""
@@ -143,7 +143,7 @@ class OnCells(Task):
         """See :class:`Task`."""
         return self.reader.block(start, stop)
 
-    def compute(self, block: Block) -> tuple[Values, Filled]:
+    def compute(self, block: Block) -> tuple[Values, Callable[[], Filled]]:
         """See :class:`Task`."""
         block = block.to(self.device)
         layers, filled = self.answer(block)
@@ -155,7 +155,7 @@ class OnCells(Task):
         return found, filled
 
     @abstractmethod
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Filled]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """The layers ``layers/NAME`` of a block, all genes of the result."""
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
@@ -241,15 +241,14 @@ class Impute(OnCells):
         """See :class:`Task`."""
         return self.reader.block(start, stop, self.job.hidden)
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Filled]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """See :class:`OnCells`."""
-        answer, filled = self.job.answer(block), Filled()
-        filled.add(answer)
+        answer = self.job.answer(block)
         found = {f"layers/{k}": v for k, v in answer.layers.items()}
         if "mask" in self.layers:
             found["layers/imputed_mask"] = answer.filled
         wanted = {f.path for f in self.fields}
-        return {k: v for k, v in found.items() if k in wanted}, filled
+        return {k: v for k, v in found.items() if k in wanted}, lambda: Filled().add(answer)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -279,10 +278,10 @@ class Denoise(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options, "dtype": self.fields[-1].dtype, "sparse": self.fields[-1].sparse}
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Filled]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """See :class:`OnCells`."""
         new = denoise(self.model, block.cells, block.observed, **self.options)
-        return {self.layer: self.reader.widen(block.given, new)}, Filled(cells=len(new), targets=new.numel())
+        return {self.layer: self.reader.widen(block.given, new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -308,10 +307,10 @@ class Deepen(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options, "sparse": self.fields[-1].sparse}
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Filled]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """See :class:`OnCells`."""
         new = deepen(self.model, block.cells, block.observed, **self.options)
-        return {"layers/deepened": self.reader.widen(block.given, new)}, Filled(cells=len(new), targets=new.numel())
+        return {"layers/deepened": self.reader.widen(block.given, new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -362,18 +361,22 @@ class Generate(Task):
         return Cells(torch.zeros(stop - start, 0), Condition(labels), torch.arange(start, stop))
 
     @torch.no_grad()
-    def compute(self, block: Cells) -> tuple[Values, Filled]:
+    def compute(self, block: Cells) -> tuple[Values, Callable[[], Filled]]:
         """See :class:`Task`."""
         cells, process, o = block.to(self.device), self.model.process, self.options
         rng = by_row(cells, 1, self.seed, "generate")
         x = process.prior((len(cells), len(self.genes)), rng=rng)
         predict = predictor(process, self.model.denoiser, cells.labels, guidance=o["guidance"])
         x = sample(process, predict, x, self.grid, sigma=tuple(o["sigma"]), solver=o["solver"], rng=rng)
-        return {"X": process.leave(x)}, Filled(cells=len(x), targets=x.numel())
+        return {"X": process.leave(x)}, _all_of(x)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
         return self.model.provenance(task=self.name, **{k: str(v) for k, v in self.options.items()})
+
+
+def _all_of(new: torch.Tensor) -> Callable[[], Filled]:
+    return lambda: Filled(cells=len(new), targets=new.numel())
 
 
 def _check_dtype(dtype: str, sparse: bool | None) -> None:

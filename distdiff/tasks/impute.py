@@ -37,14 +37,15 @@ class Filled:
     targets_of_unknown_genes: int = 0
     seconds: float = 0.0
 
-    def add(self, answer: Answer) -> None:
-        """Count one block's answer."""
+    def add(self, answer: Answer) -> Filled:
+        """Count one block's answer, and return itself."""
         self.cells += len(answer.filled)
         self.targets += int(answer.filled.sum())
         mean = next(iter(answer.layers.values()))
         self.molecules_added += float(torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64))
         self.cells_without_evidence += int((~answer.evidence).sum())
-        self.targets_of_unknown_genes += answer.unknown
+        self.targets_of_unknown_genes += int(answer.unknown)
+        return self
 
 
 def mask_of(adata: AnnData, mask: str | np.ndarray | sp.spmatrix | None) -> np.ndarray | sp.spmatrix | None:
@@ -183,7 +184,8 @@ class Job:
         parts = [imputed.mean, *(imputed.draws if imputed.draws is not None else ())]
         layers = [whole(values, given) for values in parts]
         layers += [whole(imputed.also[name], 0.0 if name == "sd" else given) for name in self.also]
-        unknown = 0 if block.hidden is None else int((block.hidden & (place[: block.hidden.shape[1]] < 0)).sum())
+        at = slice(len(self.reader.columns))
+        unknown = torch.tensor(0) if block.hidden is None else (block.hidden & (place[at] < 0)).sum()
         return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown)
 
 
@@ -200,13 +202,13 @@ class Answer:
     evidence
         ``bool [n]``: cells that had any; the others are as given.
     unknown
-        Targets in genes that the model does not know.
+        ``int64 []``: targets in genes that the model does not know.
     """
 
     layers: dict[str, torch.Tensor]
     filled: torch.Tensor
     evidence: torch.Tensor
-    unknown: int
+    unknown: torch.Tensor
 
 
 def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -> tuple[str, ...]:

@@ -182,7 +182,7 @@ def test_chosen_genes_and_widths(model, atlas, mask, tmp_path):
     assert got.layers["imputed_mean"].dtype == np.float16
     want = model.impute(given, mask=np.load(mask))[:, keep].layers["imputed_mean"]
     assert np.allclose(got.layers["imputed_mean"], want, rtol=1e-3)
-    with pytest.raises(ValueError, match="no gene of the result; did you mean"):
+    with pytest.raises(ValueError, match="is no gene of the result"):
         impute_file(model, atlas, tmp_path / "b.zarr", mask=mask, keep=["gene77"], **SMALL)
     with pytest.raises(ValueError, match="no sparse float16"):
         impute_file(model, atlas, tmp_path / "b.zarr", mask=mask, dtype="float16", sparse=True, **SMALL)
@@ -221,7 +221,7 @@ def test_read_lazily(model, atlas, mask, tmp_path):
 
 
 def test_numbers_that_a_width_does_not_hold_are_refused():
-    with pytest.raises(ValueError, match="holds 70000, float16 reaches to 65504: .*float32"):
+    with pytest.raises(ValueError, match=r"holds 70000, float16 reaches to 65504: .*float32"):
         output.cast(np.array([70000.0]), Field("layers/x", "float16"))
     with pytest.raises(ValueError, match="uint16 reaches"):
         output.cast(np.array([-1.0]), Field("layers/x", "uint16"))
@@ -289,7 +289,7 @@ def test_another_job_is_refused_and_named(model, atlas, mask, tmp_path, monkeypa
     with pytest.raises(FileExistsError, match=r"another job \(seed: 1 there, 2 here\); give --overwrite"):
         impute_file(model, atlas, out, seed=2, **options)
     other = Model.new(model.spec, OPTIONS[0], OPTIONS[1], seed=9)
-    with pytest.raises(FileExistsError, match="model: .* there, .* here"):
+    with pytest.raises(FileExistsError, match=r"model: .* there, .* here"):
         impute_file(other, atlas, out, seed=1, **options)
     assert content(out) == before
     impute_file(model, atlas, out, seed=2, overwrite=True, **options)
