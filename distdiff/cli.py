@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 app = typer.Typer(
@@ -137,7 +136,7 @@ LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
 
 @app.command()
 def impute(
-    model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
     mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file.")] = None,
     sites: Annotated[str | None, typer.Option(help="'dropout': zeros that scIDPMs' Algorithm 1 suspects.")] = None,
     groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
@@ -153,7 +152,7 @@ def impute(
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
     _batch(
-        "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
+        context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
         mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
         sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
         scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
@@ -162,7 +161,7 @@ def impute(
 
 @app.command()
 def complete(
-    model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
     genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
     layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,ood",
@@ -175,8 +174,8 @@ def complete(
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
-        "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers), ood=ood,
-        steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
+        context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
+        ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
         precision=precision, device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair,
         overwrite=overwrite,
     )  # fmt: skip
@@ -184,7 +183,7 @@ def complete(
 
 @app.command()
 def denoise(
-    model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
     depth: Annotated[float, typer.Option(help="Depth of the other measurement that is told.")] = 1.0,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
@@ -195,7 +194,7 @@ def denoise(
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
-        "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
+        context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
         dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
         scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
     )  # fmt: skip
@@ -203,7 +202,7 @@ def denoise(
 
 @app.command()
 def deepen(
-    model: ModelName, data: Data, out: Out,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     times: Annotated[float, typer.Option(help="How many times the depth.")],
     layer: Layer = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 8,
@@ -216,7 +215,7 @@ def deepen(
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
-        "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
+        context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
         keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
         device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
     )  # fmt: skip
@@ -224,7 +223,7 @@ def deepen(
 
 @app.command()
 def generate(
-    model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
+    context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
@@ -240,15 +239,15 @@ def generate(
             raise ValueError(f"--obs {word!r}: label=value is wanted")
         asked[key] = value
     _batch(
-        "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size,
-        shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler, verify=verify, repair=repair,
-        overwrite=overwrite,
+        context, "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed,
+        batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler,
+        verify=verify, repair=repair, overwrite=overwrite,
     )  # fmt: skip
 
 
 def _batch(
-    kind: str, model: str, data: Path | None, out: Path, *, scheduler: str | None, verify: bool, repair: bool,
-    **options: Any,
+    context: typer.Context, kind: str, model: str, data: Path | None, out: Path, *, scheduler: str | None,
+    verify: bool, repair: bool, **options: Any,
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
     import distdiff
@@ -264,10 +263,8 @@ def _batch(
         return
     first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
     said = typer.echo if first else lambda text: None
-    words = click.get_current_context().obj or []
-    options |= {
-        "command": " ".join(["distdiff", *(Path(w).name if os.sep in w and "://" not in w else w for w in words)])
-    }
+    words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
+    options |= {"command": " ".join(["distdiff", *words])}
     if scheduler is not None:
         load = functools.partial(distdiff.load, str(Path(model).absolute()) if Path(model).exists() else model)
         filled = batch.on_cluster(scheduler, kind, load, data, out, say=said, **options)

@@ -341,7 +341,7 @@ class _Job:
     ) -> None:
         """Take one batch's answer from the device; write the shard when it is whole."""
         layout = self.plan.layout
-        taken = {**self.task.labels(a, b), "record": {"filled": asdict(filled()), **record}}
+        taken = {"record": {"filled": asdict(filled()), **record}}
         for field in layout.fields:
             if field.path in values:
                 taken[field.path] = fetched(values[field.path], field)
@@ -354,7 +354,8 @@ class _Job:
             batches = [values for _, values in sorted(self._held.pop(unit).items())]
         if not self.claims.mine(unit):  # this process slept, and somebody took over
             return
-        written = write(layout, _number(unit), batches, self.store, self.parts)
+        labels = self.task.labels(start, stop)
+        written = write(layout, _number(unit), batches, labels, self.store, self.parts)
         with self._lock:
             now = time.perf_counter()
             seconds, self._began = now - self._began, now
@@ -478,11 +479,13 @@ def fetched(values: Any, field: Field) -> Any:
     return output.csr_of(values, field) if field.sparse else output.cast(values, field)
 
 
-def write(layout: Layout, shard: int, batches: Sequence[Values], store: Path, parts: Path) -> dict[str, Any]:
-    """Write a whole shard; returns the records of its files, of its parts, and its number of CSR values."""
+def write(
+    layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
+) -> dict[str, Any]:
+    """Write a whole shard, answers batch by batch and labels as a whole; returns the records of its files, of its parts, and its number of CSR values."""
     found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
     for field in layout.fields:
-        pieces = [batch[field.path] for batch in batches]
+        pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
         if field.sparse:
             nnz, written = output.write_part(parts, field, shard, sp.vstack(pieces, format="csr"))
             found["nnz"][field.path] = nnz
@@ -511,5 +514,9 @@ def _number(unit: str) -> int:
 
 def peak_mib() -> float:
     """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage tells begins at that of the process which started this one
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -27,7 +27,7 @@ CHUNK_BYTES = 4 << 20
 RUN = 1 << 18
 """CSR values a chunk; a shard of the final CSR arrays has :data:`RUNS` of them."""
 
-RUNS = 32
+RUNS = 8
 
 Record = tuple[int, int]
 """Bytes and CRC-32C of a file."""

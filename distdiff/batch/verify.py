@@ -132,9 +132,8 @@ def _repair(out: Path, work: Path, task: Task, about: dict[str, Any], bad: Mappi
             b = min(a + made.batch, stop)
             with plan.autocast(task.device, made.precision), torch.no_grad():
                 values, _ = task.compute(task.read(a, b))
-            values = {**values, **task.labels(a, b)}
-            batches.append({f.path: fetched(values[f.path], f) for f in made.layout.fields})
-        found = write(made.layout, shard, batches, store, parts)
+            batches.append({f.path: fetched(values[f.path], f) for f in made.layout.fields if f.path in values})
+        found = write(made.layout, shard, batches, task.labels(start, stop), store, parts)
         written |= found["files"]
         if any(found["nnz"][path] != nnz[path][shard] for path in nnz):
             raise Corrupt(f"{out}: shard {shard} came out with another number of values: {OTHER}")
