@@ -225,9 +225,8 @@ def main() -> None:
                 for task, asked in TASKS.items():
                     row[task] = parts(model, store, folder, asked, a.patience, size)
                     rate, alone = row[task]["cells_per_cpu_second"], 1e6 / row[task]["network"]
-                    print(
-                        f"{genes}, {kind}, {task}: {rate:,.1f} cells per CPU-second, network {alone:,.1f}", flush=True
-                    )
+                    said = f"{rate:,.1f} cells per CPU-second, network alone {alone:,.1f}"
+                    print(f"{genes}, {kind}, {task}: {said}", flush=True)
         spec = spec_of(1000)
         store = made(folder, spec, 512)
         like_theirs = Model.new(CountStore.open(store).spec(()), {"kind": "counts", "head": "mean"}, PUBLISHED)

@@ -482,7 +482,7 @@ def fetched(values: Any, field: Field) -> Any:
 def write(
     layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
 ) -> dict[str, Any]:
-    """Write a whole shard, answers batch by batch and labels as a whole; returns the records of its files, of its parts, and its number of CSR values."""
+    """Write a whole shard, answers batch by batch; returns records of its files and parts, and numbers of CSR values."""
     found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
     for field in layout.fields:
         pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]

@@ -15,7 +15,7 @@ from distdiff.component import nearest
 from distdiff.data.source import Source
 from distdiff.data.store import CountStore
 
-CACHE = 32 << 20
+CACHE = 8 << 20
 """Bytes of coded blocks in memory: rows come in order, each once."""
 
 
