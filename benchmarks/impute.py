@@ -69,10 +69,11 @@ def made(folder: Path, spec: DataSpec, cells: int) -> Path:
         path = folder / f"{part}.h5ad"
         ad.AnnData(counts_of(spec, n, part), obs=obs, var=pd.DataFrame(index=list(spec.genes))).write_h5ad(path)
         inputs.append(path)
-    shard(inputs, folder / f"x{cells}.zarr", workers=0, progress=False)
+    store = folder / f"x{cells}_{spec.n_genes}.zarr"
+    shard(inputs, store, workers=0, progress=False)
     for path in inputs:
         path.unlink()
-    return folder / f"x{cells}.zarr"
+    return store
 
 
 class Mask:

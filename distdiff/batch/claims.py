@@ -31,7 +31,8 @@ class Claims:
         self.folder, self.beat, self.stale = folder, beat, stale
         folder.mkdir(parents=True, exist_ok=True)
         born = psutil.Process().create_time()
-        self._me = json.dumps({"host": _host(), "pid": os.getpid(), "born": born})
+        self._host = _host()
+        self._me = json.dumps({"host": self._host, "pid": os.getpid(), "born": born})
         self._held: dict[str, Path] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beats, name="distdiff-heartbeat", daemon=True)
@@ -48,8 +49,12 @@ class Claims:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except (FileExistsError, FileNotFoundError):  # somebody was faster; the job is finished and its folder gone
             return False
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self._me)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self._me)
+        except OSError:  # the disk is full
+            path.unlink(missing_ok=True)
+            raise
         self._held[unit] = path
         return True
 
@@ -96,14 +101,13 @@ class Claims:
         return path
 
     def _dead(self, path: Path) -> bool:
+        owner = _read(path)
+        if owner is not None and owner["host"] == self._host:
+            return not _alive(owner["pid"], owner["born"])
         try:
-            age = self._now() - path.stat().st_mtime
+            return self._now() - path.stat().st_mtime > self.stale
         except FileNotFoundError:  # given back meanwhile: whoever asks again will get it
             return False
-        owner = _read(path)
-        if owner is None or owner["host"] != _host():
-            return age > self.stale
-        return not _alive(owner["pid"], owner["born"])
 
     def _now(self) -> float:
         """The file system's own clock: those of hosts may differ."""

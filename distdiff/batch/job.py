@@ -41,8 +41,11 @@ AHEAD, BEHIND = 2, 4
 WRITERS = 4
 """Threads that take answers from the device and encode them, where there are cores for them."""
 
-WAIT = 0.5
-"""Seconds between looks at what other processes have finished."""
+WAIT = (0.02, 2.0)
+"""Seconds between looks at what other processes have finished: at first, and at most."""
+
+PATIENCE = 10.0
+"""Seconds after which another job that is at work in the same place is believed to stay."""
 
 KEY = "distdiff"
 """Attribute of a finished result that holds its identity, and in zarr what its files must be."""
@@ -154,8 +157,8 @@ class _Job:
         self.task, self.out, self.identity, self.progress = task, out, identity, progress
         self.work = out.with_name(f".{out.name}.building")
         self.store, self.parts, self.done = self.work / "store", self.work / "parts", self.work / "done"
-        self.calls = self.passed = 0
-        self._lock = threading.Lock()
+        self.calls, self.passed, self.came = 0, 0, time.time()
+        self._lock, self._pause = threading.Lock(), WAIT[0]
         self.plan: Plan
 
     # -- beginning -------------------------------------------------------------------------------------------------
@@ -171,7 +174,8 @@ class _Job:
         """Join the job, or plan it; false where it is finished already."""
         there = finished(self.out)
         if there.get("identity") == self.identity:
-            files.remove(self.work)  # of a process that was killed after it had published
+            if (left := self._begun()) is not None and left.identity == self.identity:
+                self._leave()  # of a process that was killed after it had published
             return False
         if os.path.lexists(self.out) and not overwrite:
             what = f" with another job ({plan.difference(there['identity'], self.identity)})" if there else ""
@@ -179,27 +183,33 @@ class _Job:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.claims = Claims(self.work / "claims")
         try:
-            while not (self.work / "job.json").exists():
-                if finished(self.out).get("identity") == self.identity:
+            while (begun := self._begun()) is None or begun.identity != self.identity:
+                if self._over():  # another process finished it since, and its folder is gone
+                    self.claims.close()
                     self._leave()
                     return False
-                if self.claims.take("plan") and not (self.work / "job.json").exists():
+                if begun is not None:
+                    self._replace(begun, overwrite)
+                elif self.claims.take("plan") and self._begun() is None:
                     self._plan(precision, batch_size, shard_cells)
-                    break
-                time.sleep(0.05)
-            self.plan = Plan.from_json((self.work / "job.json").read_text())
-            if odd := plan.difference(self.plan.identity, self.identity):
-                self._take_over(overwrite, odd)
-                self._plan(precision, batch_size, shard_cells)
-                self.plan = Plan.from_json((self.work / "job.json").read_text())
-            done = len(self._done())
-            say(plan.check_room(self.plan, self.out.parent, done, h5ad=self.out.suffix == ".h5ad"))
+                else:
+                    time.sleep(0.05)
+            self.plan = begun
+            said = plan.check_room(begun, self.out.parent, len(self._done()), h5ad=self.out.suffix == ".h5ad")
         except BaseException:
             self.claims.close()
-            if not (self.work / "job.json").exists() and not self.claims.others():
+            if self._begun() is None and not self.claims.others():
                 files.remove(self.work)
             raise
+        say(said)
         return True
+
+    def _begun(self) -> Plan | None:
+        """The plan that lies in the work folder."""
+        try:
+            return Plan.from_json((self.work / "job.json").read_text())
+        except FileNotFoundError:
+            return None
 
     def _plan(self, precision: str, batch_size: int | None, shard_cells: int | None) -> None:
         made = plan.make(self.task, self.identity, precision=precision, batch_size=batch_size, shard_cells=shard_cells)
@@ -210,9 +220,10 @@ class _Job:
         self.done.mkdir(parents=True, exist_ok=True)
         output.put(self.work / "job.json", made.to_json().encode())
 
-    def _take_over(self, overwrite: bool, odd: str) -> None:
-        """Throw away what another job left, if nobody is at it."""
-        if others := self.claims.others():
+    def _replace(self, begun: Plan, overwrite: bool) -> None:
+        """Throw away what another job left, if that is asked for and nobody is at it; one process does."""
+        others, odd = self.claims.others(), plan.difference(begun.identity, self.identity)
+        if others and (not overwrite or time.time() - self.came > PATIENCE):
             raise FileExistsError(
                 f"{self.out} is being written by another job now ({', '.join(others)}), which differs: {odd}; wait for "
                 "it, or choose another name"
@@ -222,11 +233,13 @@ class _Job:
                 f"{self.out} was begun by another job and is not finished; it differs: {odd}; give --overwrite to "
                 "begin anew, or another name"
             )
-        self.claims.close()
-        files.remove(self.work)
-        self.claims = Claims(self.work / "claims")
-        if not self.claims.take("plan"):
-            raise FileExistsError(f"{self.out}: another process has just begun there; run the same command again")
+        if others or not self.claims.take("replace"):  # perhaps by one that replaces it just now
+            time.sleep(0.05)
+            return
+        if (still := self._begun()) is not None and still.identity == begun.identity:
+            self.claims.close()
+            self._leave()
+            self.claims = Claims(self.work / "claims")
 
     def __enter__(self) -> _Job:
         self._hook = self.task.model.denoiser.register_forward_pre_hook(self._count)
@@ -296,6 +309,7 @@ class _Job:
                 if (self.done / f"{unit}.json").exists():  # finished since
                     self.claims.drop(unit)
                 else:
+                    self._pause = WAIT[0]
                     yield unit
 
     def _shards(self, shards: Sequence[str]) -> int:
@@ -396,6 +410,8 @@ class _Job:
 
     def _finish(self, shards: Sequence[str], joins: Sequence[str], command: str) -> None:
         """All that is left once every value is written; whoever does it publishes the result."""
+        for left in self.store.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
         records, layout = self._records(shards), self.plan.layout
         summary = self.summary(records)
         known: dict[str, Any] = {}
@@ -460,7 +476,7 @@ class _Job:
 
     def _show(self, done: int | None = None) -> None:
         """Move the bar to what all processes have finished."""
-        if not self.progress or (done is None and time.perf_counter() - self._looked < WAIT):
+        if not self.progress or (done is None and time.perf_counter() - self._looked < 0.5):
             return
         self._looked = time.perf_counter()
         done = sum(u.startswith("shard-") for u in self._done()) if done is None else done
@@ -468,8 +484,10 @@ class _Job:
         self.bar.update(max(0, cells - self.bar.n))
 
     def _wait(self) -> None:
+        """Wait for other processes, ever longer."""
         self._show()
-        time.sleep(WAIT / 5)
+        time.sleep(self._pause)
+        self._pause = min(1.5 * self._pause, WAIT[1])
 
 
 def fetched(values: Any, field: Field) -> Any:
@@ -482,7 +500,7 @@ def fetched(values: Any, field: Field) -> Any:
 def write(
     layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
 ) -> dict[str, Any]:
-    """Write a whole shard, answers batch by batch; returns records of its files and parts, and numbers of CSR values."""
+    """Write a whole shard, answers batch by batch; returns records of files and parts, and numbers of CSR values."""
     found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
     for field in layout.fields:
         pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
