@@ -27,7 +27,7 @@ import scipy.sparse as sp
 import torch
 
 from distdiff import batch
-from distdiff.batch import job
+from distdiff.batch import job, output
 from distdiff.batch.output import Layout
 from distdiff.data.shard import shard
 from distdiff.data.store import CountStore
@@ -115,13 +115,13 @@ def parts(
     with torch.no_grad(), _record.Peak() as peak:
         values, _ = task.compute(block)
     layout = Layout.fit(size, fields, size)
-    done = {f.path: job.fetched(values[f.path], f) for f in fields if f.path in values}
+    done = {f.path: output.fetched(values[f.path], f) for f in fields if f.path in values}
     labels = task.labels(0, size)
     calls = {
         "network": lambda: model.denoiser(*evidence, block.cells.labels),
         "read": lambda: task.read(0, size),
         "compute": lambda: task.compute(block),
-        "write": lambda: job.write(layout, 0, [done], labels, folder / "store", folder / "parts"),
+        "write": lambda: output.write(layout, 0, [done], labels, folder / "store", folder / "parts"),
     }
     took: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()

@@ -16,8 +16,8 @@ import torch
 from distdiff.batch import job
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
-from distdiff.batch.job import Summary
 from distdiff.batch.rows import open_rows
+from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
 from distdiff.batch.verify import verify
 from distdiff.model import Model

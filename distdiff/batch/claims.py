@@ -41,7 +41,7 @@ class Claims:
     def take(self, unit: str) -> bool:
         """Claim a unit that nobody has, or whose owner died; false where somebody else has it."""
         last = self._last(unit)
-        if unit in self._held or (last is not None and not self._dead(last)):
+        if last is not None and (self._held.get(unit) == last or not self._dead(last)):
             return False
         generation = 0 if last is None else int(last.suffix[1:]) + 1
         path = self.folder / f"{unit}.{generation}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distdiff.batch.job import Summary
+from distdiff.batch.summary import Summary
 from distdiff.model import Model
 
 

@@ -10,28 +10,25 @@ import contextlib
 import errno
 import json
 import os
-import resource
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.sparse as sp
 import torch
 from tqdm import tqdm
 
 from distdiff import files
 from distdiff.batch import frame, output, plan
 from distdiff.batch.claims import Claims
-from distdiff.batch.output import Corrupt, Field, Layout
+from distdiff.batch.output import Corrupt, Field, Values
 from distdiff.batch.plan import Plan
-from distdiff.batch.tasks import Task, Values
+from distdiff.batch.summary import Summary, peak_mib, summed, together
+from distdiff.batch.tasks import Task
 from distdiff.data.pool import cores
 from distdiff.tasks.impute import Filled
 
@@ -49,34 +46,6 @@ PATIENCE = 10.0
 
 KEY = "distdiff"
 """Attribute of a finished result that holds its identity, and in zarr what its files must be."""
-
-
-@dataclass
-class Summary(Filled):
-    """What a job did, over all its processes.
-
-    Attributes
-    ----------
-    network_calls, passes
-        Calls of the network, and how many a cell went through.
-    seconds
-        Sum over processes.
-    peak_mib
-        Resident memory of the largest process.
-    """
-
-    network_calls: int = 0
-    passes: float = 0.0
-    peak_mib: float = 0.0
-
-    def line(self) -> str:
-        """In one line."""
-        rate = self.cells / self.seconds if self.seconds else 0.0
-        return (
-            f"{self.cells:,} cells x {self.genes:,} genes, {self.targets:,} targets filled, {self.network_calls:,} "
-            f"network calls ({self.passes:.1f} a cell), {self.seconds:.1f} s ({rate:,.0f} cells/s), peak memory "
-            f"{self.peak_mib:,.0f} MiB"
-        )
 
 
 def run(
@@ -123,7 +92,7 @@ def run(
     job = _Job(task, out, plan.identity(task, data, precision), progress)
     try:
         if not job.open(overwrite, precision, batch_size, shard_cells, say):
-            return job.summary(finished(out)["records"])
+            return job.told(finished(out)["records"])
         with job:
             return job.run(command)
     except plan.NoRoom:
@@ -265,21 +234,24 @@ class _Job:
                 if not self._over():  # else another process has just published, and removed the work folder
                     raise
             self._show(layout.n_shards)
-        return self.summary(finished(self.out)["records"])
+        return self.told(finished(self.out)["records"])
 
     def _all(self, shards: Sequence[str], command: str) -> None:
         """Shards, then what is joined of them, then the rest."""
         while self._pending(shards):
             if not self._shards(shards):
                 self._wait()
-        joins = self._joins(self._records(shards)) if not self._over() else []
+        if self._over():
+            return
+        records = self._records(shards)
+        joins = self._joins(records)
         while self._pending(joins):
             for unit in self._free(joins):
-                self._join(unit, shards)
+                self._join(unit, records)
             self._wait()
         while not self._over():
             if self.claims.take("finish") and not self._over():
-                self._finish(shards, joins, command)
+                self._finish(dict(zip(shards, records, strict=True)), joins, command)
             else:
                 self._wait()
 
@@ -358,7 +330,7 @@ class _Job:
         taken = {"record": {"filled": asdict(filled()), **record}}
         for field in layout.fields:
             if field.path in values:
-                taken[field.path] = fetched(values[field.path], field)
+                taken[field.path] = output.fetched(values[field.path], field)
         start, stop = layout.span(_number(unit))
         with self._lock:
             held = self._held.setdefault(unit, {})
@@ -369,11 +341,11 @@ class _Job:
         if not self.claims.mine(unit):  # this process slept, and somebody took over
             return
         labels = self.task.labels(start, stop)
-        written = write(layout, _number(unit), batches, labels, self.store, self.parts)
+        written = output.write(layout, _number(unit), batches, labels, self.store, self.parts)
         with self._lock:
             now = time.perf_counter()
             seconds, self._began = now - self._began, now
-        done = _sum([batch["record"] for batch in batches])
+        done = summed([batch["record"] for batch in batches])
         record = {**written, **done, "seconds": seconds, "peak_mib": peak_mib()}
         output.put(self.done / f"{unit}.json", json.dumps(record).encode())
 
@@ -393,8 +365,7 @@ class _Job:
             found += [f"join-{field.name}-{i:06d}" for i in range(-(-total // output.runs(total)[1]))]
         return found
 
-    def _join(self, unit: str, shards: Sequence[str]) -> None:
-        records = self._records(shards)
+    def _join(self, unit: str, records: Sequence[dict[str, Any]]) -> None:
         field = next(f for f in self._sparse() if unit.startswith(f"join-{f.name}-"))
         nnz = [record["nnz"][field.path] for record in records]
         made = output.runs(sum(nnz))[1]
@@ -408,15 +379,14 @@ class _Job:
         written = output.join(self.parts, self.store, field, nnz, _number(unit))
         output.put(self.done / f"{unit}.json", json.dumps({"files": written}).encode())
 
-    def _finish(self, shards: Sequence[str], joins: Sequence[str], command: str) -> None:
+    def _finish(self, shards: dict[str, dict[str, Any]], joins: Sequence[str], command: str) -> None:
         """All that is left once every value is written; whoever does it publishes the result."""
         for left in self.store.rglob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
-        records, layout = self._records(shards), self.plan.layout
-        summary = self.summary(records)
-        known: dict[str, Any] = {}
-        for unit, record in zip([*shards, *joins], [*records, *self._records(joins)], strict=True):
-            known[unit] = record["files"]
+        records, layout = list(shards.values()), self.plan.layout
+        summary = self.told(records)
+        units = {**shards, **dict(zip(joins, self._records(joins), strict=True))}
+        known = {unit: record["files"] for unit, record in units.items()}
         with frame.as_zarr(self.store) as root:
             for field in self._sparse():
                 output.finish_csr(root, self.parts, self.store, field, layout, [r["nnz"][field.path] for r in records])
@@ -425,7 +395,7 @@ class _Job:
                 "model_sha256": self.identity["model"], "input": self.identity["data"], "command": command,
                 "batch_size": self.plan.batch, "precision": self.plan.precision,
             }  # fmt: skip
-            told = {"identity": self.identity, "records": [_together(records)]}
+            told = {"identity": self.identity, "records": [together(records)]}
             if self.out.suffix == ".zarr":
                 result = self.store
                 frame.build(root, self.task, layout.fields)
@@ -451,19 +421,12 @@ class _Job:
             os.replace(self.work, old)
         files.remove(old)
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> Summary:
-        summed = _sum(records)
-        filled = summed["filled"]
+    def told(self, records: Sequence[dict[str, Any]]) -> Summary:
         reader = getattr(self.task, "reader", None)
-        filled |= {
-            "genes": len(self.task.genes), "seconds": sum(r["seconds"] for r in records),
-            "genes_unknown_to_model": reader.unknown if reader else 0,
-            "genes_absent_from_input": reader.absent if reader else 0,
-        }  # fmt: skip
-        return Summary(
-            **filled, network_calls=summed["calls"], passes=summed["passes"] / max(1, filled["cells"]),
-            peak_mib=max(r["peak_mib"] for r in records),
-        )  # fmt: skip
+        about = {"genes": len(self.task.genes)}
+        if reader is not None:
+            about |= {"genes_unknown_to_model": reader.unknown, "genes_absent_from_input": reader.absent}
+        return Summary.of(records, **about)
 
     # -- telling ---------------------------------------------------------------------------------------------------
 
@@ -490,51 +453,5 @@ class _Job:
         self._pause = min(1.5 * self._pause, WAIT[1])
 
 
-def fetched(values: Any, field: Field) -> Any:
-    """Values of one batch on the CPU: CSR or an array, in the field's dtype."""
-    if isinstance(values, torch.Tensor):
-        values = values.cpu().numpy()
-    return output.csr_of(values, field) if field.sparse else output.cast(values, field)
-
-
-def write(
-    layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
-) -> dict[str, Any]:
-    """Write a whole shard, answers batch by batch; returns records of files and parts, and numbers of CSR values."""
-    found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
-    for field in layout.fields:
-        pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
-        if field.sparse:
-            nnz, written = output.write_part(parts, field, shard, sp.vstack(pieces, format="csr"))
-            found["nnz"][field.path] = nnz
-            found["parts"] |= written
-        else:
-            found["files"] |= output.write_fixed(store, field, layout, shard, np.concatenate(pieces))
-    return found
-
-
-def _sum(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    names = [f.name for f in fields(Filled)]
-    filled = {name: sum(record["filled"][name] for record in records) for name in names}
-    return {"filled": filled, **{key: sum(record[key] for record in records) for key in ("calls", "passes")}}
-
-
-def _together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What :meth:`_Job.summary` needs of all shards' records, as one."""
-    return {
-        **_sum(records), "seconds": sum(r["seconds"] for r in records), "peak_mib": max(r["peak_mib"] for r in records)
-    }  # fmt: skip
-
-
 def _number(unit: str) -> int:
     return int(unit.rpartition("-")[2])
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells begins at that of the process which started this one
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -20,6 +20,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 CHUNK_BYTES = 4 << 20
 """A chunk that a reader decodes at once, dense layers."""
@@ -28,6 +29,9 @@ RUN = 1 << 18
 """CSR values a chunk; a shard of the final CSR arrays has :data:`RUNS` of them."""
 
 RUNS = 8
+
+Values = dict[str, Any]
+"""Path of a field -> what stands there for some rows: a tensor ``[n g]`` or ``[n]``, CSR, or an array of text."""
 
 Record = tuple[int, int]
 """Bytes and CRC-32C of a file."""
@@ -331,4 +335,27 @@ def others(root: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Reco
         name = path.relative_to(root).as_posix()
         if path.is_file() and name not in have and (record := _record(path)) is not None:
             found[name] = record
+    return found
+
+
+def fetched(values: Any, field: Field) -> Any:
+    """Values of one batch on the CPU: CSR or an array, in the field's dtype."""
+    if isinstance(values, torch.Tensor):
+        values = values.cpu().numpy()
+    return csr_of(values, field) if field.sparse else cast(values, field)
+
+
+def write(
+    layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
+) -> dict[str, Any]:
+    """Write a whole shard, answers batch by batch; returns records of files and parts, and numbers of CSR values."""
+    found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
+    for field in layout.fields:
+        pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
+        if field.sparse:
+            nnz, written = write_part(parts, field, shard, sp.vstack(pieces, format="csr"))
+            found["nnz"][field.path] = nnz
+            found["parts"] |= written
+        else:
+            found["files"] |= write_fixed(store, field, layout, shard, np.concatenate(pieces))
     return found

@@ -18,8 +18,8 @@ import scipy.sparse as sp
 import torch
 
 from distdiff.batch import output
-from distdiff.batch.output import Layout
-from distdiff.batch.tasks import Task, Values
+from distdiff.batch.output import Layout, Values
+from distdiff.batch.tasks import Task
 
 FORMAT = 1
 

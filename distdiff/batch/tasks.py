@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from distdiff import files
-from distdiff.batch.output import Field
+from distdiff.batch.output import Field, Values
 from distdiff.batch.rows import FileRows, NewRows
 from distdiff.component import nearest
 from distdiff.data.masks import load_mask
@@ -29,9 +29,6 @@ from distdiff.tasks.generate import check_guidance, label_codes
 from distdiff.tasks.impute import Filled, Job
 from distdiff.tasks.likelihood import nats
 from distdiff.types import Cells, Condition
-
-Values = dict[str, Any]
-"""Path of a field -> what stands there for some rows: a tensor ``[n g]`` or ``[n]``, CSR, or an array of text."""
 
 NATS = "obs/distdiff_nats"
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from distdiff import files
 from distdiff.batch import output, plan
 from distdiff.batch.claims import Claims
-from distdiff.batch.job import fetched, finished, write
+from distdiff.batch.job import finished
 from distdiff.batch.output import Corrupt
 from distdiff.batch.plan import Plan
 from distdiff.batch.tasks import Task
@@ -132,8 +132,8 @@ def _repair(out: Path, work: Path, task: Task, about: dict[str, Any], bad: Mappi
             b = min(a + made.batch, stop)
             with plan.autocast(task.device, made.precision), torch.no_grad():
                 values, _ = task.compute(task.read(a, b))
-            batches.append({f.path: fetched(values[f.path], f) for f in made.layout.fields if f.path in values})
-        found = write(made.layout, shard, batches, task.labels(start, stop), store, parts)
+            batches.append({f.path: output.fetched(values[f.path], f) for f in made.layout.fields if f.path in values})
+        found = output.write(made.layout, shard, batches, task.labels(start, stop), store, parts)
         written |= found["files"]
         if any(found["nnz"][path] != nnz[path][shard] for path in nnz):
             raise Corrupt(f"{out}: shard {shard} came out with another number of values: {OTHER}")

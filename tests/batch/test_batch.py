@@ -366,8 +366,10 @@ def test_no_space_left_then_on(model, atlas, mask, tmp_path, monkeypatch):
     done = len(list((tmp_path / ".out.zarr.building" / "done").glob("shard-*.json")))
     assert 0 < done < 3
     computed = []
-    real = job.write
-    monkeypatch.setattr(job, "write", lambda layout, shard, *rest: computed.append(shard) or real(layout, shard, *rest))
+    real = output.write
+    monkeypatch.setattr(
+        output, "write", lambda layout, shard, *rest: computed.append(shard) or real(layout, shard, *rest)
+    )
     impute_file(model, atlas, tmp_path / "out.zarr", **options)
     assert len(computed) == 3 - done
     assert content(tmp_path / "out.zarr") == content(tmp_path / "want.zarr")
