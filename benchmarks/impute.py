@@ -29,6 +29,7 @@ import torch
 from distdiff import batch
 from distdiff.batch import job, output
 from distdiff.batch.output import Layout
+from distdiff.batch.summary import peak_mib
 from distdiff.data.shard import shard
 from distdiff.data.store import CountStore
 from distdiff.model import Model
@@ -156,7 +157,8 @@ def end_to_end(model: Model, store: Path, out: Path, options: dict[str, Any]) ->
 def _peak(model: str, store: str, out: str, answer: Any) -> None:
     torch.set_num_threads(1)
     task = task_of(Model.load(model), Path(store), Path(out), {"layers": ("mean",)})
-    answer.put(job.run(task, out, progress=False, shard_cells=1024, batch_size=256).peak_mib)
+    job.run(task, out, progress=False, shard_cells=1024, batch_size=256)
+    answer.put(peak_mib())
 
 
 def peak(model: Path, store: Path, out: Path) -> float:

@@ -384,18 +384,20 @@ class _Job:
         for left in self.store.rglob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
         records, layout = list(shards.values()), self.plan.layout
-        summary = self.told(records)
         units = {**shards, **dict(zip(joins, self._records(joins), strict=True))}
         known = {unit: record["files"] for unit, record in units.items()}
         with frame.as_zarr(self.store) as root:
             for field in self._sparse():
                 output.finish_csr(root, self.parts, self.store, field, layout, [r["nnz"][field.path] for r in records])
+            whole = together(records)
+            whole["peak_mib"] = max(whole["peak_mib"], peak_mib())
+            summary = self.told([whole])
             about = {
                 **self.task.provenance(), **asdict(summary), "seed": getattr(self.task, "seed", 0),
                 "model_sha256": self.identity["model"], "input": self.identity["data"], "command": command,
                 "batch_size": self.plan.batch, "precision": self.plan.precision,
             }  # fmt: skip
-            told = {"identity": self.identity, "records": [together(records)]}
+            told = {"identity": self.identity, "records": [whole]}
             if self.out.suffix == ".zarr":
                 result = self.store
                 frame.build(root, self.task, layout.fields)
