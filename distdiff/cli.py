@@ -1,11 +1,12 @@
-"""The command line: shard, store, train, impute, evaluate, quickstart."""
+"""The command line: shard, store, train, the tasks on files (impute ... generate), evaluate, quickstart."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -134,36 +135,164 @@ def train(
         typer.echo(f"model: {outcome.model}" + (f"; registered: {outcome.registered}" if outcome.registered else ""))
 
 
+ModelName = Annotated[str, typer.Option("--model", help="models:/NAME@champion, or a model folder.")]
+Data = Annotated[Path, typer.Option("--data", help="h5ad, AnnData zarr, 10x, or a distdiff store.")]
+Out = Annotated[Path, typer.Option("--out", help="Output: .zarr for any size, .h5ad for small ones.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Layer with raw counts (default: X).")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+Keep = Annotated[str | None, typer.Option("--genes", help="Genes to write: A,B,C, or a file with one a line.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of layers that are no draws: float32, float16, int32, int16.")]
+Sparse = Annotated[bool | None, typer.Option("--sparse/--dense", help="Layers as CSR or dense (default: the smaller).")]
+Batch = Annotated[int | None, typer.Option("--batch-size", help="Cells of a network call (default: by trial).")]
+ShardCells = Annotated[int | None, typer.Option("--shard-cells", help="Cells of an output shard.")]
+Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16; auto: the second on a GPU.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda:0; auto: the GPU, if there is one.")]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", help="Address of a dask scheduler: its workers do it.")]
+NoLabels = Annotated[bool, typer.Option("--no-labels", help="Do not condition on obs columns.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")]
+Repair = Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")]
+LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
+
+
 @app.command()
 def impute(
-    model: Annotated[str, typer.Option(help="models:/NAME@champion, or a model folder.")],
-    data: Annotated[Path, typer.Option(help="h5ad, AnnData zarr, or a distdiff store.")],
-    out: Annotated[Path, typer.Option(help="Output, .h5ad or .zarr.")],
-    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
     mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file.")] = None,
     sites: Annotated[str | None, typer.Option(help="'dropout': zeros that scIDPMs' Algorithm 1 suspects.")] = None,
     groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
     mean_only: Annotated[bool, typer.Option("--mean-only", help="Only the posterior mean (one call).")] = False,
+    layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,mask,ood",
+    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Cells of a network call.")] = 256,
-    no_labels: Annotated[bool, typer.Option("--no-labels", help="Do not condition on obs columns.")] = False,
+    seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
+    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
+    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
     overwrite: Overwrite = False,
-) -> None:
-    """Impute a file; observed counts come back unchanged."""
-    import distdiff
-    from distdiff.batch import impute_file
+) -> None:  # fmt: skip
+    """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
+    _batch(
+        context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
+        mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
+        sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
+        scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+    )  # fmt: skip
 
-    filled = impute_file(
-        distdiff.load(model), data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
-        mean_only=mean_only, steps=steps, seed=seed, batch_size=batch_size, use_labels=not no_labels,
+
+@app.command()
+def complete(
+    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
+    draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
+    layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,ood",
+    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
+    steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
+    seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
+    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
+    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Append genes that the input lacks and impute them."""
+    _batch(
+        context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
+        ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
+        precision=precision, device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair,
         overwrite=overwrite,
     )  # fmt: skip
-    typer.echo(
-        f"{out}: {filled.targets:,} targets in {filled.cells} cells x {filled.genes} genes, "
-        f"{filled.molecules_added:,.0f} molecules expected there, {filled.seconds:.1f} s"
-    )
+
+
+@app.command()
+def denoise(
+    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
+    depth: Annotated[float, typer.Option(help="Depth of the other measurement that is told.")] = 1.0,
+    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
+    genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
+    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
+    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Write the rate behind every count."""
+    _batch(
+        context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
+        dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
+        scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command()
+def deepen(
+    context: typer.Context, model: ModelName, data: Data, out: Out,
+    times: Annotated[float, typer.Option(help="How many times the depth.")],
+    layer: Layer = None,
+    steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 8,
+    beyond: Annotated[str, typer.Option(help="refuse or allow cells deeper than those of training.")] = "refuse",
+    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
+    seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
+    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
+    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Add the molecules that more depth would have shown."""
+    _batch(
+        context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
+        keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
+        device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command()
+def generate(
+    context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
+    obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
+    steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
+    guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
+    seed: Seed = 0, batch_size: Batch = None, shard_cells: ShardCells = None, precision: Precision = "auto",
+    device: Device = "auto", scheduler: Scheduler = None, verify: Verify = False, repair: Repair = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Generate cells from labels alone; cell i depends on the seed and i."""
+    asked = {}
+    for word in obs or []:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--obs {word!r}: label=value is wanted")
+        asked[key] = value
+    _batch(
+        context, "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed,
+        batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler,
+        verify=verify, repair=repair, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _batch(
+    context: typer.Context, kind: str, model: str, data: Path | None, out: Path, *, scheduler: str | None,
+    verify: bool, repair: bool, **options: Any,
+) -> None:  # fmt: skip
+    """One of the tasks on files, in this process or on the workers of a cluster."""
+    import distdiff
+    from distdiff import batch
+
+    if repair and not verify:
+        raise ValueError("--repair needs --verify")
+    if verify:
+        for name in ("overwrite", "batch_size", "shard_cells", "precision"):
+            options.pop(name)
+        found = batch.check(kind, distdiff.load(model) if repair else None, data, out, repair=repair, **options)
+        typer.echo(found)
+        return
+    first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
+    said = typer.echo if first else lambda text: None
+    words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
+    options |= {"command": " ".join(["distdiff", *words])}
+    if scheduler is not None:
+        load = functools.partial(distdiff.load, str(Path(model).absolute()) if Path(model).exists() else model)
+        filled = batch.on_cluster(scheduler, kind, load, data, out, say=said, **options)
+    else:
+        filled = batch.run(kind, distdiff.load(model), data, out, progress=first, say=said, **options)
+    said(f"{out}: {filled.line()}")
+    if kind in ("impute", "complete"):
+        said(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
     notes = {
         "cells without evidence left as they were": filled.cells_without_evidence,
         "genes unknown to the model left as they were": filled.genes_unknown_to_model,
@@ -172,7 +301,16 @@ def impute(
     }
     for text, number in notes.items():
         if number:
-            typer.echo(f"  {number} {text}")
+            said(f"  {number} {text}")
+
+
+def _genes(text: str | None) -> list[str] | None:
+    """Names of genes: a file with one a line, or words."""
+    if text is None:
+        return None
+    if Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+    return list(_words(text))
 
 
 @app.command()
@@ -227,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
     DISTDIFF_DEBUG=1 shows the traceback; so does one process of several, where the first to fail explains the others.
     """
     try:
-        app(arguments)
+        app(arguments, obj=sys.argv[1:] if arguments is None else arguments)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise

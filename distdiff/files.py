@@ -36,12 +36,12 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     for left in target.parent.glob(f"{prefix}*{target.suffix}"):
         pid = left.name.removeprefix(prefix).removesuffix(target.suffix)
         if pid.isdigit() and not _alive(int(pid)):
-            _remove(left)
+            remove(left)
     temporary = target.with_name(f"{prefix}{os.getpid()}{target.suffix}")
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
-        _publish(temporary, target)
+        publish(temporary, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
@@ -50,7 +50,7 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             ) from error  # fmt: skip
         raise
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def scratch(target: str | Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _remove(folder)
+        remove(folder)
 
 
 @contextlib.contextmanager
@@ -103,14 +103,14 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
         if not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
             for left in work.iterdir():
                 if left.name != "lock":
-                    _remove(left)
+                    remove(left)
             partial = work / "identity.part"
             partial.write_text(identity, encoding="utf-8")
             os.replace(partial, mark)
         yield work
-        _publish(work / "store", target, work / "old")
+        publish(work / "store", target, work / "old")
     except ValueError:
-        _remove(work)
+        remove(work)
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -120,12 +120,12 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
             ) from error  # fmt: skip
         raise
     else:
-        _remove(work)
+        remove(work)
     finally:
         lock.release()
 
 
-def _publish(temporary: Path, target: Path, old: Path | None = None) -> None:
+def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
     """Give the new one its name; an old folder of that name goes only then."""
     if not target.is_dir():
         os.replace(temporary, target)
@@ -137,7 +137,7 @@ def _publish(temporary: Path, target: Path, old: Path | None = None) -> None:
     except OSError:
         os.replace(old, target)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _alive(pid: int) -> bool:
@@ -150,7 +150,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -153,9 +153,9 @@ class Model:
         if method not in kinds:
             raise ValueError(f"unknown imputation method {method!r}{nearest(method, kinds)}")
         check_guidance(self, options.get("guidance", 1.0))
-        return kinds[method](self.process, self.denoiser, **self._spaced(options, "impute"))
+        return kinds[method](self.process, self.denoiser, **self.spaced(options, "impute"))
 
-    def _spaced(self, options: Mapping[str, Any], task: Literal["impute", "generate"]) -> dict[str, Any]:
+    def spaced(self, options: Mapping[str, Any], task: Literal["impute", "generate"]) -> dict[str, Any]:
         """``spacing="variance"`` -> levels placed by the excess variance measured on validation cells (MATHS 4.11)."""
         options = dict(options)
         if options.get("spacing") == "variance":
@@ -246,7 +246,7 @@ class Model:
         made = []
         with tqdm(total=n, unit=" cells", desc="generate", disable=not progress) as bar:
             for part in generate(
-                self, n, label_codes(self.spec, obs or {}, n), **self._spaced({"steps": 16, **options}, "generate")
+                self, n, label_codes(self.spec, obs or {}, n), **self.spaced({"steps": 16, **options}, "generate")
             ):
                 made.append(sp.csr_matrix(part.cpu().numpy()))
                 bar.update(part.shape[0])
@@ -277,7 +277,7 @@ class Model:
         values = np.zeros(adata.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
-            values[block.start : block.stop] = reader.widen(block.given, new)
+            values[block.start : block.stop] = reader.widen(block.given, new).cpu().numpy()
         out.layers[name] = values
         out.uns["distdiff"] = self.provenance(
             task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told()
@@ -297,7 +297,7 @@ class Model:
         out, parts = adata.copy(), []
         for block in reader.blocks(progress=progress, desc="deepen"):
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
-            parts.append(sp.csr_matrix(reader.widen(block.given, new)))
+            parts.append(sp.csr_matrix(reader.widen(block.given, new).cpu().numpy()))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
         out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed, **reader.told())
         return out
@@ -328,6 +328,19 @@ class Model:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
         self.denoiser.to(reader.device).eval()
         return reader
+
+    def fingerprint(self) -> str:
+        """SHA-256 of weights, options, genes and labels: two models with the same answer the same."""
+        shape = {
+            **self.options,
+            "genes": list(self.spec.genes),
+            "labels": {k: list(v) for k, v in self.spec.labels.items()},
+        }
+        found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        tensors = {**self.denoiser.state_dict(), **({} if self.shrink is None else {"shrink": self.shrink})}
+        for name in sorted(tensors):
+            found.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def provenance(self, **what: Any) -> dict[str, Any]:
         """Which model did ``what``: stands in ``uns['distdiff']`` of every output."""

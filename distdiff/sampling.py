@@ -15,7 +15,8 @@ from distdiff.process.counts import Counts
 from distdiff.process.gaussian import Gaussian
 from distdiff.process.schedule import attrition
 from distdiff.rng import Rng
-from distdiff.types import Condition, Float, Tensor
+from distdiff.rng.rows import Rows
+from distdiff.types import Bool, Condition, Float, Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """``(x [b g], p broadcastable to [b g]) -> eta [b g k]``."""
@@ -79,6 +80,7 @@ def sample(
     solver: str = "plain",
     rng: Rng,
     on_step: Callable[[Tensor, Tensor], Tensor] | None = None,
+    only: Bool[Tensor, "b g"] | None = None,
 ) -> Float[Tensor, "b g"]:
     """Walk ``x`` from survival ``grid[0]`` to ``grid[-1]``.
 
@@ -97,6 +99,9 @@ def sample(
         step.
     on_step
         Called with ``(x, p_s)`` after each step; what it returns goes on (RePaint overwrites evidence here).
+    only
+        Entries to draw; the others stay as they are (which they do anyway where ``grid`` is 1 throughout). Saves their
+        random numbers where the law draws entry by entry; the draws are the same.
 
     Raises
     ------
@@ -106,6 +111,8 @@ def sample(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}")
     step = SOLVERS[solver](process, predict)
+    if only is not None and solver == "plain" and sigma[0] == "none" and process.entrywise and isinstance(rng, Rows):
+        step = _some(process, predict, only)
     for p_t, p_s in itertools.pairwise(grid):
         s = attrition(sigma[0], sigma[1], p_t, p_s) if sigma[0] != "none" else 0.0
         x = step(x, p_t, p_s, s, rng)
@@ -120,6 +127,20 @@ Step = Callable[[Tensor, Tensor, Tensor, Any, Rng], Tensor]
 def _plain(process: Process, predict: Predict) -> Step:
     def step(x: Tensor, p_t: Tensor, p_s: Tensor, sigma: Any, rng: Rng) -> Tensor:
         return process.reverse(x, predict(x, p_t), p_t, p_s, sigma=sigma, rng=rng)
+
+    return step
+
+
+def _some(process: Process, predict: Predict, only: Tensor) -> Step:
+    """The plain step for some entries, taken out of the batch as ``[m, 1]``."""
+    row, column = only.nonzero(as_tuple=True)
+
+    def step(x: Tensor, p_t: Tensor, p_s: Tensor, sigma: Any, rng: Rng) -> Tensor:
+        eta = predict(x, p_t)
+        p_t, p_s = (p.expand_as(x)[row, column].unsqueeze(1) for p in (p_t, p_s))
+        with rng.only(row, column):  # type: ignore[attr-defined]
+            drawn = process.reverse(x[row, column].unsqueeze(1), eta[row, column].unsqueeze(1), p_t, p_s, rng=rng)
+        return x.index_put((row, column), drawn.squeeze(1))
 
     return step
 

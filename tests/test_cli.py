@@ -98,3 +98,55 @@ def test_quickstart_interrupted_then_run_twice(tmp_path):
         assert (tmp_path / "distdiff-quickstart" / name).stat().st_size > 1000
     again = distdiff("quickstart", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+
+
+def test_tasks_on_files(atlas, tmp_path, monkeypatch, capsys):
+    from distdiff.cli import main
+    from distdiff.data.store import CountStore
+    from distdiff.model import Model
+
+    def distdiff(*words):
+        with pytest.raises(SystemExit) as done:
+            main([str(word) for word in words])
+        assert done.value.code == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    spec = CountStore.open(atlas).spec(("cell_type",))
+    Model.new(spec, {"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1}).save(tmp_path / "m")
+    (tmp_path / "genes.txt").write_text("gene3\ngene1\n")
+    given = ("--model", "m", "--data", atlas)
+    said = distdiff("denoise", *given, "--out", "a.zarr", "--genes", "genes.txt", "--dtype", "float16")
+    assert "bytes a cell" in said
+    assert "199 cells x 2 genes" in said
+    assert "network calls (1.0 a cell)" in said
+    out = ad.read_zarr(tmp_path / "a.zarr")
+    assert list(out.var_names) == ["gene3", "gene1"]
+    assert out.uns["distdiff"]["command"].startswith("distdiff denoise --model m --data atlas.zarr --out a.zarr")
+    assert "are as written" in distdiff("denoise", *given, "--out", "a.zarr", "--verify")
+    distdiff("generate", "--model", "m", "--n", 20, "--out", "b.h5ad", "--obs", "cell_type=T", "--steps", 2)
+    assert set(ad.read_h5ad(tmp_path / "b.h5ad").obs["cell_type"]) == {"T"}
+    distdiff("deepen", *given, "--out", "c.zarr", "--times", 2, "--beyond", "allow")
+    assert "deepened" in ad.read_zarr(tmp_path / "c.zarr").layers
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_launcher_with_two_processes(atlas, tmp_path):
+    from pathlib import Path
+
+    from distdiff.data.store import CountStore
+    from distdiff.model import Model
+
+    spec = CountStore.open(atlas).spec(())
+    Model.new(spec, {"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1}).save(tmp_path / "m")
+    np.save(tmp_path / "mask.npy", np.random.default_rng(0).random((199, 30)) < 0.1)
+    script = Path(__file__).parents[1] / "launch" / "impute.py"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, "--model", "m",
+        "--data", atlas, "--out", "out.zarr", "--mask", "mask.npy", "--shard-cells", "16", "--batch-size", "16",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("199 cells x 30 genes") == 1  # one process speaks for both
+    assert ad.read_zarr(tmp_path / "out.zarr").shape == (199, 30)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 
 import anndata as ad
@@ -248,7 +247,7 @@ def test_files_hold_what_the_input_held_plus_layers(model, counts, mask, tmp_pat
     if given == "h5ad":
         counts.write_h5ad(source)
     else:
-        batch.write(counts, source)
+        batch.write_anndata(counts, source)
     sp.save_npz(tmp_path / "mask.npz", sp.csr_matrix(mask))
     filled = impute_file(model, source, target, mask=str(tmp_path / "mask.npz"), draws=2, progress=False)
     written = ad.read_h5ad(target) if out == "h5ad" else ad.read_zarr(target)
@@ -282,21 +281,9 @@ def test_a_store_and_a_panel_as_files(model, counts, atlas, tmp_path):
 def test_mean_only_writes_the_mean_only(model, counts, mask, tmp_path):
     counts.write_h5ad(tmp_path / "in.h5ad")
     options = {"sites": "dropout", "groups": "cell_type", "mean_only": True}
-    impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.h5ad", progress=False, **options)
+    impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.h5ad", progress=False, layers=("mean",), **options)
     assert list(ad.read_h5ad(tmp_path / "out.h5ad").layers) == ["imputed_mean"]
     assert list(model.impute(counts, **options).layers) == ["imputed_mean"]
-
-
-def test_a_full_disk_leaves_nothing_behind(model, counts, tmp_path, monkeypatch):
-    counts.write_h5ad(tmp_path / "in.h5ad")
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("distdiff.model.Job.run", full)
-    with pytest.raises(OSError, match=r"the disk is full: .*out\.h5ad could not be written"):
-        impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.h5ad", sites="dropout", groups="cell_type")
-    assert [p.name for p in tmp_path.iterdir()] == ["in.h5ad"]
 
 
 def test_outputs_that_cannot_be(model, counts, tmp_path):

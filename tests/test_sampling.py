@@ -111,3 +111,29 @@ def test_mean_is_one_call_and_the_rate():  # MATHS 5.3
 def test_bad_values_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "options", [{"head": "nb"}, {"head": "mean"}, {"head": "nb", "leap": "plain"}, {"head": "loadings"}]
+)
+def test_drawing_targets_alone_draws_the_same(options):
+    """An entry's numbers have an address, so leaving others out changes nothing."""
+    from distdiff.rng.rows import Rows
+
+    process = Counts(**options)
+    chance = torch.Generator().manual_seed(0)
+    eta = torch.randn(40, 30, process.outputs, generator=chance)
+    eta[..., 0] += torch.linspace(-3, 5, 30)  # rates below and above those that are drawn by inversion
+    seen = torch.rand(40, 30, generator=chance) < 0.6
+    x = torch.where(seen, torch.poisson(torch.full((40, 30), 3.0), generator=chance), 0.0)
+    p = seen.float()
+    grid = [torch.maximum(p, torch.tensor(level)) for level in (0.0, 0.4, 1.0)]
+
+    def walk(only):
+        rng = Rows(torch.arange(40), torch.zeros(40).long(), 3, "test")
+        return sample(process, lambda x, p: eta, x, grid, rng=rng, only=only)
+
+    whole = walk(None)
+    assert (whole[~seen] > 20).any()
+    assert torch.equal(walk(~seen), whole)
+    assert torch.equal(whole[seen], x[seen])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,10 +27,13 @@ class Imputed:
         ``float32 [b g]`` expected molecules.
     draws
         ``float32 [k b g]`` whole-number draws from the predictive law, or ``None`` for a point estimate.
+    also
+        What else was asked of the predictive law, by name (``sd``, ``q5`` ...), each ``float32 [b g]``.
     """
 
     mean: Float[Tensor, "b g"]
     draws: Float[Tensor, "k b g"] | None = None
+    also: Mapping[str, Float[Tensor, "b g"]] = field(default_factory=dict)
 
 
 class Imputer(ABC):

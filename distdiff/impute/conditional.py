@@ -34,6 +34,9 @@ class Conditional(Imputer):
     readout
         The point answer, in molecules (see :mod:`~distdiff.readouts`): ``mean``; ``log1p``, the molecules whose
         logarithm is ``E[log(1 + x)]``, best for squared error of log1p; ``median`` or a quantile such as ``q5``.
+    also
+        What else to tell of the predictive law, of the same network call: ``sd`` (standard deviation, molecules) and
+        read-outs.
     """
 
     def __init__(
@@ -46,14 +49,19 @@ class Conditional(Imputer):
         spacing: str | Sequence[float] = "time",
         solver: str = "plain",
         readout: str = "mean",
+        also: Sequence[str] = (),
     ):
-        check(readout)
-        if readout != "mean":
-            of_molecules(process, f"readout={readout!r}")
-        if readout == "log1p_cp10k":
-            raise ValueError(
-                "readout='log1p_cp10k' is no number of molecules: denoise reads it out, imputation does not"
-            )
+        for name in (readout, *(name for name in also if name != "sd")):
+            check(name)
+            if name != "mean":
+                of_molecules(process, f"readout={name!r}")
+            if name == "log1p_cp10k":
+                raise ValueError(
+                    "readout='log1p_cp10k' is no number of molecules: denoise reads it out, imputation does not"
+                )
+        if "sd" in also:
+            of_molecules(process, "a standard deviation")
+        self.also = tuple(also)
         self.readout = readout
         self.process, self.denoiser, self.guidance, self.solver = process, denoiser, guidance, solver
         self.levels = levels(process.schedule, steps, spacing)
@@ -69,21 +77,27 @@ class Conditional(Imputer):
         x = torch.where(observed.repeat(many, 1), known, prior)
         predict = predictor(self.process, self.denoiser, cells.labels, guidance=self.guidance)
         eta = predict(x[: len(p)], p)
-        mean = torch.where(observed, counts, self._point(eta, x[: len(p)], p))
+        mean = torch.where(observed, counts, self._point(self.readout, eta, x[: len(p)], p))
+        also = {name: torch.where(observed, 0.0 if name == "sd" else counts, self._point(name, eta, x[: len(p)], p))
+                for name in self.also}  # fmt: skip
         if draws == 0:
-            return Imputed(mean)
+            return Imputed(mean, also=also)
         answers = [eta.repeat(many, 1, 1)] if torch.equal(x, x[: len(p)].repeat(many, 1)) else []
 
         def ahead(x: Tensor, p: Tensor) -> Tensor:  # draws that begin alike share their first call
             return answers.pop() if answers else predict(x, p)
 
         grid = [torch.maximum(p.repeat(many, 1), level) for level in self.levels.to(p.device)]
-        x = sample(self.process, ahead, x, grid, solver=self.solver, rng=rng)
-        return Imputed(mean, torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1))))
+        x = sample(self.process, ahead, x, grid, solver=self.solver, rng=rng, only=~observed.repeat(many, 1))
+        drawn = torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1)))
+        return Imputed(mean, drawn, also)
 
-    def _point(self, eta: Tensor, x: Tensor, p: Tensor) -> Tensor:
-        if self.readout == "mean":
+    def _point(self, name: str, eta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        if name == "mean":
             return self.process.mean(eta, x, p)
         process = of_molecules(self.process, "a read-out")
-        point = readout(self.readout, x, process.lost(eta, p), process.log_size(eta))
-        return torch.expm1(point) if self.readout == "log1p" else point
+        lost, log_size = process.lost(eta, p), process.log_size(eta)
+        if name == "sd":
+            return (lost + lost.square() * torch.exp(-log_size)).sqrt()
+        point = readout(name, x, lost, log_size)
+        return torch.expm1(point) if name == "log1p" else point

@@ -10,8 +10,8 @@ import scipy.sparse as sp
 
 from distdiff.data.masks import dropout_sites, expressed
 
-Hidden = Callable[[int, int, sp.csr_matrix], np.ndarray]
-"""``(start, stop, counts of these rows [n g])`` -> ``bool [n g]``, true where an entry is to be imputed."""
+Hidden = Callable[[int, int, sp.csr_matrix], np.ndarray | None]
+"""``(start, stop, counts of these rows [n g])`` -> ``bool [n g]``, true where to be imputed; ``None``: nowhere."""
 
 
 class Rows(Protocol):
@@ -36,9 +36,8 @@ def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
     return hidden
 
 
-def nothing(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
+def nothing(start: int, stop: int, counts: sp.csr_matrix) -> None:
     """No measured entry is a target: only genes absent from the input are (a panel)."""
-    return np.zeros(counts.shape, dtype=bool)
 
 
 def by_dropout(rows: Rows, groups: np.ndarray, *, block: int = 4096) -> Hidden:

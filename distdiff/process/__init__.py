@@ -26,6 +26,11 @@ class Process(ABC):
     """Whether the network's answer 0 is a log rate, to be given relative to the denoiser's cheap expectation."""
 
     @property
+    def entrywise(self) -> bool:
+        """Whether :meth:`reverse` draws each entry by itself, so that it can be asked for some of them."""
+        return False
+
+    @property
     @abstractmethod
     def outputs(self) -> int:
         """Numbers per gene that the network must return (``k``)."""

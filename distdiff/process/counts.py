@@ -100,6 +100,15 @@ class Counts(Process):
         """1 (log rate), 2 (and log size), or 2 + loadings."""
         return {"mean": 1, "nb": 2, "loadings": 2 + self.loadings}[self.head]
 
+    @property
+    def entrywise(self) -> bool:
+        """See :class:`~distdiff.process.Process`: not with loadings, by which the genes of a cell vary together."""
+        return self._leap != "correlated"
+
+    @property
+    def _leap(self) -> str:
+        return self.leap or {"mean": "plain", "nb": "nb", "loadings": "correlated"}[self.head]
+
     def prior(self, shape: tuple[int, int], *, rng: Rng) -> Float[Tensor, "b g"]:
         """No molecule is left at p = 0."""
         return torch.zeros(shape, device=rng.device)
@@ -289,10 +298,9 @@ class Counts(Process):
         self, eta: Float[Tensor, "b g k"], f: Float[Tensor, "b g"], beta: Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
         """A share ``beta`` of the lost molecules of expected number ``f``."""
-        leap = self.leap or {"mean": "plain", "nb": "nb", "loadings": "correlated"}[self.head]
-        if leap == "nb":
+        if self._leap == "nb":
             return rng.nb(beta * f, self.log_size(eta))  # MATHS 4.8
-        if leap == "correlated":  # MATHS 4.9
+        if self._leap == "correlated":  # MATHS 4.9
             loading, log_size = self.shared(eta)
             z = rng.normal(len(f), loading.shape[-1])
             together = (loading @ z.unsqueeze(-1)).squeeze(-1) - loading.square().sum(-1) / 2

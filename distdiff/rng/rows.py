@@ -9,7 +9,8 @@ exact. Whether an entry is small depends on that entry alone, and a rejected ent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -60,6 +61,23 @@ class Rows(Rng):
         start = mix(rows.long() * GOLDEN + _signed(key(seed, *address)))
         self.start = mix(start + draws.long() * GOLDEN).unsqueeze(1)
         self.call = 0
+        self.columns: Tensor | None = None
+
+    @contextmanager
+    def only(self, row: Tensor, column: Tensor) -> Iterator[None]:
+        """Within, draw for some entries alone, as a batch of shape ``[m, 1]``: each gets the numbers it would have had.
+
+        Parameters
+        ----------
+        row, column
+            ``int64 [m]``: place of each entry in the whole batch.
+        """
+        whole = self.start, self.columns
+        self.start, self.columns = self.start[row], column.unsqueeze(1)
+        try:
+            yield
+        finally:
+            self.start, self.columns = whole
 
     def _bits(self, places: Tensor, starts: Tensor, attempt: int = 0) -> Tensor:
         """64 bits for each place (a column number) of the current call."""
@@ -80,7 +98,10 @@ class Rows(Rng):
         if rows != len(self.start):
             raise ValueError(f"{rows} rows of noise were asked for, the generator names {len(self.start)}")
         self.call += 1
-        u, v = self._pair(self._bits(torch.arange(columns, device=self.device), self.start))
+        places = torch.arange(columns, device=self.device) if self.columns is None else self.columns
+        if self.columns is not None and columns != 1:
+            raise ValueError(f"draws for some entries have one column, {columns} were asked for")
+        u, v = self._pair(self._bits(places, self.start))
         return u.reshape(shape), v.reshape(shape)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -143,8 +164,8 @@ class Rows(Rng):
         out = out.clone()
         given = [p[row, column].double() for p in parameters]
         for attempt in range(1, TRIES):
-            starts = self.start[row, 0]
-            bits = [self._bits(column, starts, 2 * attempt + i) for i in (0, 1)]
+            starts, places = self.start[row, 0], column if self.columns is None else self.columns[row, 0]
+            bits = [self._bits(places, starts, 2 * attempt + i) for i in (0, 1)]
             value, accepted = draw(*(half.double() for b in bits for half in self._pair(b)), *given)
             accepted &= value.isfinite()
             out[row[accepted], column[accepted]] = value[accepted].to(out.dtype)

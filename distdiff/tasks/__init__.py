@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from distdiff.component import nearest
-from distdiff.data.source import check_counts, codes, dense
+from distdiff.data.source import LAST_EXACT, check_counts, codes, dense, first_bad
+from distdiff.impute.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
 
 log = logging.getLogger("distdiff")
@@ -25,20 +26,30 @@ class Block:
 
     Attributes
     ----------
-    given
-        ``float32 [n g_in]`` counts as they stand in the input.
-    hidden
-        ``bool [n g_in]``: entries that are not to be looked at.
+    counts
+        ``[n g_in]`` counts as they stand in the input.
+    given, hidden
+        The same, dense ``float32 [n g_in]``, and ``bool [n g_in]``: entries that are not to be looked at (``None``:
+        none is).
     cells, observed
         The cells in the model's genes, hidden and absent entries 0, and which entries are evidence.
     """
 
     start: int
     stop: int
-    given: np.ndarray
-    hidden: np.ndarray
+    counts: sp.csr_matrix
+    given: torch.Tensor
+    hidden: torch.Tensor | None
     cells: Cells
     observed: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Block:
+        """The same on a device."""
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return replace(
+            self, given=self.given.to(device), hidden=hidden, cells=self.cells.to(device),
+            observed=self.observed.to(device),
+        )  # fmt: skip
 
 
 class Reader:
@@ -85,6 +96,8 @@ class Reader:
                 "%d of the input's %d genes are unknown to the model (%s...) and stay as they are; it misses %d of its "
                 "own %d", self.unknown, len(rows.genes), first, self.absent, spec.n_genes,
             )  # fmt: skip
+        self.same = tuple(rows.genes) == tuple(spec.genes)
+        """Whether the input's genes are the model's, in its order."""
         self.labels = _labels(spec, rows) if use_labels else {}
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,37 +107,57 @@ class Reader:
         """What stands in ``uns`` about genes that only one of input and model knows."""
         return {"genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent}
 
-    def blocks(self, hidden: Any = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
-        """All rows in order; ``hidden(start, stop, counts)`` says which entries are not to be looked at."""
-        names = getattr(self.rows, "obs_names", None)
+    def blocks(self, hidden: Hidden | None = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
+        """All rows in order, on the device."""
         with tqdm(total=self.rows.n_cells, unit=" cells", desc=desc, disable=not progress) as bar:
             for start in range(0, self.rows.n_cells, self.batch_size):
                 stop = min(start + self.batch_size, self.rows.n_cells)
-                counts = self.rows.read(start, stop)
-                given = counts.toarray().astype(np.float32)
-                away = np.zeros(given.shape, dtype=bool) if hidden is None else hidden(start, stop, counts)
-                looked_at = counts if hidden is None else sp.csr_matrix(np.where(away, 0, given))
-                check_counts(
-                    looked_at, self.rows.genes,
-                    [str(n) for n in (names[start:stop] if names is not None else range(start, stop))],
-                    getattr(self.rows, "where", "the store"),
-                )  # fmt: skip
-                evidence = dense(looked_at)
-                x = np.zeros((stop - start, self.spec.n_genes), dtype=np.float32)
-                observed = np.zeros(x.shape, dtype=bool)
-                place = self.columns[self.known]
-                observed[:, place] = ~away[:, self.known]
-                x[:, place] = evidence[:, self.known]
-                labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
-                cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop)).to(self.device)
-                yield Block(start, stop, given, away, cells, torch.from_numpy(observed).to(self.device))
+                yield self.block(start, stop, hidden).to(self.device)
                 bar.update(stop - start)
 
-    def widen(self, given: np.ndarray, values: torch.Tensor, where: np.ndarray | None = None) -> np.ndarray:
-        """The input's genes again: ``values`` ``[n g]`` for those the model knows (at ``where``), else as given."""
-        out = given.astype(np.float32, copy=True)
-        new = values.cpu().numpy()[:, self.columns[self.known]]
-        out[:, self.known] = new if where is None else np.where(where[:, self.known], new, out[:, self.known])
+    def block(self, start: int, stop: int, hidden: Hidden | None = None) -> Block:
+        """Some rows on the CPU; ``hidden(start, stop, counts)`` says which entries are not to be looked at.
+
+        Raises
+        ------
+        ValueError
+            An entry that is looked at is no count, or one of 2^24 or more.
+        """
+        counts = self.rows.read(start, stop)
+        away = None if hidden is None else hidden(start, stop, counts)
+        away = away if away is not None and away.any() else None
+        given = counts.astype(np.float32, copy=False).toarray()
+        if first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT):
+            self._refuse(counts, away, start, stop)
+        evidence = given if away is None else np.where(away, np.float32(0), given)
+        if self.same:
+            x = evidence
+            observed = np.ones(x.shape, dtype=bool) if away is None else ~away
+        else:
+            place = self.columns[self.known]
+            x = np.zeros((stop - start, self.spec.n_genes), dtype=np.float32)
+            observed = np.zeros(x.shape, dtype=bool)
+            observed[:, place] = True if away is None else ~away[:, self.known]
+            x[:, place] = evidence[:, self.known]
+        labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
+        cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop))
+        gone = None if away is None else torch.from_numpy(away)
+        return Block(start, stop, counts, torch.from_numpy(given), gone, cells, torch.from_numpy(observed))
+
+    def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
+        """Name an entry that is looked at and is no count, if there is one."""
+        looked_at = counts if away is None else sp.csr_matrix(np.where(away, 0, counts.toarray()))
+        names = getattr(self.rows, "obs_names", None)
+        cells = [str(n) for n in (names[start:stop] if names is not None else range(start, stop))]
+        check_counts(looked_at, self.rows.genes, cells, getattr(self.rows, "where", "the input"))
+        dense(looked_at)
+
+    def widen(self, given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The input's genes again: ``values`` ``[n g]`` for those the model knows, else as given."""
+        if self.same:
+            return values
+        out, known = given.clone(), torch.from_numpy(self.known).to(given.device)
+        out[:, known] = values[:, torch.from_numpy(self.columns[self.known]).to(given.device)]
         return out
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from distdiff.component import nearest
 from distdiff.data.source import codes
 from distdiff.impute import Imputer, targets
-from distdiff.tasks import Reader
+from distdiff.tasks import Block, Reader
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,6 +36,16 @@ class Filled:
     genes_absent_from_input: int = 0
     targets_of_unknown_genes: int = 0
     seconds: float = 0.0
+
+    def add(self, answer: Answer) -> Filled:
+        """Count one block's answer, and return itself."""
+        self.cells += len(answer.filled)
+        self.targets += int(answer.filled.sum())
+        mean = next(iter(answer.layers.values()))
+        self.molecules_added += float(torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64))
+        self.cells_without_evidence += int((~answer.evidence).sum())
+        self.targets_of_unknown_genes += int(answer.unknown)
+        return self
 
 
 def mask_of(adata: AnnData, mask: str | np.ndarray | sp.spmatrix | None) -> np.ndarray | sp.spmatrix | None:
@@ -71,7 +83,14 @@ class Job:
     point: str
     draws: int
     seed: int
+    also: tuple[str, ...]
     provenance: dict[str, Any]
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """Place in the model of each gene of the answer, -1 where it has none."""
+        where = {gene: i for i, gene in enumerate(self.reader.spec.genes)}
+        return np.r_[self.reader.columns, np.array([where[gene] for gene in self.added], dtype=np.int64)]
 
     @classmethod
     def plan(
@@ -112,45 +131,84 @@ class Job:
         provenance = model.provenance(
             targets=kind, groups=groups or "", method=method, readout=point, draws=draws, seed=seed
         )
-        return cls(reader, imputer, hidden, added, point, draws, seed, provenance)
+        return cls(reader, imputer, hidden, added, point, draws, seed, getattr(imputer, "also", ()), provenance)
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers that :meth:`run` fills."""
         drawn = ["imputed", *(f"imputed_draw{i}" for i in range(2, self.draws + 1))]
-        return [f"imputed_{self.point}", *(drawn if self.draws else [])]
+        return [f"imputed_{self.point}", *(drawn if self.draws else []), *(f"imputed_{name}" for name in self.also)]
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Genes of the answer: the input's, then those that are appended."""
+        return (*self.reader.rows.genes, *self.added)
 
     def run(self, layers: Mapping[str, Any], *, progress: bool = True) -> Filled:
-        """Fill ``layers`` (array-likes ``[cells, genes + added]``: numpy, h5py or zarr) block by block."""
-        began, filled, reader = time.perf_counter(), Filled(), self.reader
-        filled.genes = len(reader.rows.genes) + len(self.added)
-        filled.genes_unknown_to_model = reader.unknown
-        filled.genes_absent_from_input = reader.absent
-        for start, stop, answer in self._blocks(filled, progress):
-            for name, values in zip(self.layers, answer, strict=True):
-                layers[name][start:stop] = values
-        filled.cells, filled.seconds = reader.rows.n_cells, time.perf_counter() - began
+        """Fill ``layers`` (array-likes ``[cells, genes]``) block by block."""
+        began, filled = time.perf_counter(), self.filled()
+        for block in self.reader.blocks(self.hidden, progress=progress, desc="impute"):
+            answer = self.answer(block)
+            filled.add(answer)
+            for name, values in answer.layers.items():
+                layers[name][block.start : block.stop] = values.cpu().numpy()
+        filled.seconds = time.perf_counter() - began
         return filled
 
-    def _blocks(self, filled: Filled, progress: bool) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-        reader, known = self.reader, self.reader.known
-        place = {gene: i for i, gene in enumerate(reader.spec.genes)}
-        more = np.array([place[gene] for gene in self.added], dtype=np.int64)
-        for block in reader.blocks(self.hidden, progress=progress, desc="impute"):
-            answer = self.imputer.impute(block.cells, block.observed, draws=self.draws, seed=self.seed)
-            empty = (block.cells.counts.sum(1) == 0).cpu().numpy()
-            fill = block.hidden & known & ~empty[:, None]
-            out = []
-            for values in (answer.mean, *(answer.draws if answer.draws is not None else ())):
-                full = reader.widen(block.given, values, fill)
-                if len(more):
-                    full = np.hstack((full, np.where(empty[:, None], 0, values.cpu().numpy()[:, more])))
-                out.append(full)
-            filled.targets += int(fill.sum() + (~empty).sum() * len(more))
-            filled.molecules_added += float(out[0].sum(dtype=np.float64) - np.where(fill, 0, block.given).sum())
-            filled.cells_without_evidence += int(empty.sum())
-            filled.targets_of_unknown_genes += int((block.hidden & ~known).sum())
-            yield block.start, block.stop, out
+    def filled(self) -> Filled:
+        """What is known before the first cell is."""
+        return Filled(
+            genes=len(self.genes),
+            genes_unknown_to_model=self.reader.unknown,
+            genes_absent_from_input=self.reader.absent,
+        )
+
+    def answer(self, block: Block) -> Answer:
+        """Impute one block, which lies on the device."""
+        imputed = self.imputer.impute(block.cells, block.observed, draws=self.draws, seed=self.seed)
+        given, device = block.given, block.given.device
+        if self.added:
+            given = torch.cat((given, given.new_zeros(len(given), len(self.added))), 1)
+        place = torch.from_numpy(self.place).to(device)
+        some = block.cells.counts.sum(1, keepdim=True) > 0
+        wanted = torch.zeros(given.shape, dtype=torch.bool, device=device)
+        if block.hidden is not None:
+            wanted[:, : block.hidden.shape[1]] = block.hidden
+        wanted[:, len(self.reader.columns) :] = True
+        fill = wanted & some & (place >= 0)
+        order = None if self.reader.same and not self.added else place.clamp_min(0)
+
+        def whole(values: torch.Tensor, elsewhere: torch.Tensor | float) -> torch.Tensor:
+            return torch.where(fill, values if order is None else values[:, order], elsewhere)
+
+        parts = [imputed.mean, *(imputed.draws if imputed.draws is not None else ())]
+        layers = [whole(values, given) for values in parts]
+        layers += [whole(imputed.also[name], 0.0 if name == "sd" else given) for name in self.also]
+        at = slice(len(self.reader.columns))
+        unknown = torch.tensor(0) if block.hidden is None else (block.hidden & (place[at] < 0)).sum()
+        return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One block's answer, on the device.
+
+    Attributes
+    ----------
+    layers
+        Name -> ``float32 [n g]``, in the genes of the answer; what was no target is as given.
+    filled
+        ``bool [n g]``: entries that were imputed.
+    evidence
+        ``bool [n]``: cells that had any; the others are as given.
+    unknown
+        ``int64 []``: targets in genes that the model does not know.
+    """
+
+    layers: dict[str, torch.Tensor]
+    filled: torch.Tensor
+    evidence: torch.Tensor
+    unknown: torch.Tensor
 
 
 def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -> tuple[str, ...]:

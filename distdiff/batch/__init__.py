@@ -1,0 +1,117 @@
+"""Tasks on files of any size: one engine for imputation, completion, denoising, deepening and generation.
+
+``tasks``: what is done to some rows; ``output``: how values lie on disk; ``claims``: who does what; ``plan``: what all
+must agree on; ``job`` ties them together; ``frame``: what stands around the values; ``verify`` reads it all again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distdiff.batch import job
+from distdiff.batch.cluster import on_cluster
+from distdiff.batch.frame import write_anndata
+from distdiff.batch.rows import open_rows
+from distdiff.batch.summary import Summary
+from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
+from distdiff.batch.verify import verify
+from distdiff.model import Model
+
+__all__ = ["Summary", "generate_file", "impute_file", "make_task", "on_cluster", "run", "write_anndata"]
+
+ON_CELLS: dict[str, Any] = {"impute": Impute, "complete": Impute, "denoise": Denoise, "deepen": Deepen}
+
+
+def impute_file(
+    model: Model, data: str | Path, out: str | Path, *, layer: str | None = None, mask: str | None = None,
+    overwrite: bool = False, progress: bool = True, **options: Any,
+) -> Summary:  # fmt: skip
+    """Impute an h5ad file, an AnnData zarr folder or a distdiff store into ``out`` (``.h5ad`` or ``.zarr``).
+
+    ``out`` appears only once it is whole. It holds what the input holds, bit-equal, plus layers: ``imputed_mean``,
+    ``imputed`` and further draws, ``imputed_mask`` (what was imputed); ``obs['distdiff_nats']``, an out-of-distribution
+    score; and ``uns['distdiff']``. Memory does not grow with the number of cells; the same call goes on where one was
+    stopped, and others that make it at the same time share the work.
+
+    Parameters
+    ----------
+    mask
+        A layer of the input, or a ``.npz``/``.npy`` file.
+    **options
+        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.job.run`, and of :meth:`Job.plan
+        <distdiff.tasks.impute.Job.plan>`.
+
+    Raises
+    ------
+    FileExistsError
+        ``out`` exists, or was begun, with another job, and ``overwrite`` is false.
+    OSError
+        The disk is full, or cannot hold the result.
+    ValueError
+        A bad suffix of ``out``, ``out`` is the input, or what the job refuses.
+    """
+    return run("impute", model, data, out, layer=layer, mask=mask, overwrite=overwrite, progress=progress, **options)
+
+
+def generate_file(
+    model: Model, n: int, out: str | Path, *, obs: Mapping[str, str | Sequence[str]] | None = None,
+    overwrite: bool = False, progress: bool = True, **options: Any,
+) -> Summary:  # fmt: skip
+    """Generate ``n`` cells into a file, as :meth:`Model.generate <distdiff.model.Model.generate>` does in memory."""
+    return run("generate", model, None, out, n=n, obs=obs, overwrite=overwrite, progress=progress, **options)
+
+
+def run(
+    kind: str, model: Model, data: str | Path | None, out: str | Path, *, overwrite: bool = False,
+    progress: bool = True, batch_size: int | None = None, shard_cells: int | None = None,
+    precision: str = "auto", command: str = "", say: Callable[[str], None] = lambda text: None, **options: Any,
+) -> Summary:  # fmt: skip
+    """Do ``impute``, ``complete``, ``denoise``, ``deepen`` or ``generate`` on files; see :func:`impute_file`."""
+    out = Path(out)
+    if out.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    task = make_task(kind, model, data, out, **options)
+    return job.run(
+        task, out, data="" if data is None else Path(data).name, overwrite=overwrite, progress=progress,
+        batch_size=batch_size, shard_cells=shard_cells, precision=precision, command=command, say=say,
+    )  # fmt: skip
+
+
+def check(kind: str, model: Model | None, data: str | Path | None, out: str | Path, *, repair: bool = False,
+          progress: bool = True, **options: Any) -> str:  # fmt: skip
+    """Read a result again (:func:`~distdiff.batch.verify.verify`), and repair it if asked."""
+    task = None if model is None or not repair else make_task(kind, model, data, Path(out), **options)
+    return verify(out, repair=repair, task=task, data="" if data is None else Path(data).name, progress=progress)
+
+
+def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, layer: str | None = None,
+              device: str = "auto", **options: Any) -> Task:  # fmt: skip
+    """The task of a job.
+
+    Raises
+    ------
+    ValueError
+        ``out`` is the input, or what the task refuses.
+    """
+    device = _device() if device == "auto" else device
+    if kind == "generate":
+        return Generate(model, device=device, **options)
+    assert data is not None
+    if out.exists() and Path(data).exists() and out.resolve() == Path(data).resolve():
+        raise ValueError(f"--out {out} is the input itself; the input is never changed, give another name")
+    rows = open_rows(data, layer)
+    if kind in ("impute", "complete"):
+        options["data"] = data
+    return ON_CELLS[kind](model, rows, device=device, **options)
+
+
+def _device() -> str:
+    """The GPU that a launcher meant for this process, where there is one."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -1,0 +1,233 @@
+"""What stands around the layers of a result: obs, var, whatever the input held; and results as h5ad."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distdiff.batch.output import Field
+from distdiff.batch.rows import open_anndata
+from distdiff.batch.tasks import Task
+from distdiff.data.export import zarr_v3
+
+PIECE = 8 << 20
+"""Values copied at a time."""
+
+MAPPINGS = ("layers", "obsm", "obsp", "varm", "varp", "uns")
+
+
+def transfer(source: Any, target: Any, key: str) -> None:
+    """Copy one element of an AnnData file into another file, h5ad or zarr, with bounded memory where it is numbers."""
+    import anndata as ad
+
+    elem = source[key]
+    kind = elem.attrs.get("encoding-type", "")
+    plain = not hasattr(elem, "keys") and elem.ndim and elem.dtype.kind in "biuf"
+    if plain:
+        _copy(elem, target, key)
+    elif hasattr(elem, "keys") and kind in ("csr_matrix", "csc_matrix", "dict", "dataframe", ""):
+        group = target.require_group(key)
+        describe(group, elem.attrs)
+        for name in elem:
+            transfer(elem, group, name)
+    else:
+        if key in target:
+            del target[key]
+        with zarr_v3():
+            ad.io.write_elem(target, key, ad.io.read_elem(elem))
+
+
+def describe(elem: Any, attributes: Mapping[str, Any]) -> None:
+    """Set attributes, as zarr (JSON) or h5py (arrays of objects for text) wants them."""
+    for key, value in attributes.items():
+        value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+        if isinstance(value, list) and value and not hasattr(elem, "create_array") and isinstance(value[0], str):
+            value = np.array(value, dtype=object)
+        elem.attrs[key] = value
+
+
+def _copy(elem: Any, target: Any, key: str) -> None:
+    if key in target:
+        del target[key]
+    rows = max(1, PIECE // max(1, int(np.prod(elem.shape[1:]))))
+    chunks = tuple(max(1, n) for n in (min(elem.shape[0], max(1, rows // 16)), *elem.shape[1:]))
+    if hasattr(target, "create_array"):
+        array = target.create_array(key, shape=elem.shape, dtype=elem.dtype, chunks=chunks)
+    else:
+        array = target.create_dataset(key, shape=elem.shape, dtype=elem.dtype, chunks=chunks if elem.size else None,
+                                      compression="lzf" if elem.size else None)  # fmt: skip
+    describe(array, elem.attrs)
+    for start in range(0, elem.shape[0], rows):
+        array[start : start + rows] = elem[start : start + rows]
+
+
+def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
+    """Write around the fields of a result what AnnData wants there, and what is inherited."""
+    ours = {f.path for f in fields}
+    describe(root, {"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for name in MAPPINGS:
+        describe(root.require_group(name), {"encoding-type": "dict", "encoding-version": "0.1.0"})
+    if task.rows.frame is None:
+        _own_obs(root, task, ours)
+        _var(root, task, None)
+        return
+    with contextlib.closing(_Closing(open_anndata(task.rows.frame))) as opened:
+        source = opened.file
+        _inherited_obs(root, source, ours)
+        if task.inherits:
+            for key in source:
+                if key in ("layers", "uns"):
+                    for name in source[key]:
+                        if f"{key}/{name}" not in ours:
+                            transfer(source[key], root[key], name)
+                elif key != "obs":
+                    transfer(source, root, key)
+            return
+        _var(root, task, source)
+        for key in ("obsm", "obsp", "uns"):
+            if key in source:
+                transfer(source, root, key)
+
+
+class _Closing:
+    """h5py files are to be closed, zarr groups cannot be."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def close(self) -> None:
+        if hasattr(self.file, "close"):
+            self.file.close()
+
+
+def _own_obs(root: Any, task: Task, ours: set[str]) -> None:
+    import anndata as ad
+
+    obs = root.require_group("obs")
+    for key, values in task.rows.labels.items():
+        group = obs.require_group(key)
+        describe(group, {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
+        with zarr_v3():
+            ad.io.write_elem(group, "categories", np.array(values, dtype=object))
+    added = [path.removeprefix("obs/") for path in ours if path.startswith("obs/distdiff")]
+    describe(obs, {
+        "encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index",
+        "column-order": [*task.rows.labels, *sorted(added)],
+    })  # fmt: skip
+
+
+def _inherited_obs(root: Any, source: Any, ours: set[str]) -> None:
+    import anndata as ad
+
+    obs, given = root.require_group("obs"), source["obs"]
+    added = sorted(path.removeprefix("obs/") for path in ours if path.startswith("obs/"))
+    if not hasattr(given, "keys"):  # a table: h5ad before 0.7
+        frame = ad.io.read_elem(given)
+        for name in frame.columns:
+            ad.io.write_elem(obs, str(name), frame[name].to_numpy())
+        ad.io.write_elem(obs, "_index", np.array(frame.index.astype(str), dtype=object))
+        order = [str(name) for name in frame.columns]
+        attributes = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"}
+    else:
+        for name in given:
+            if name not in added:
+                transfer(given, obs, name)
+        attributes = dict(given.attrs)
+        order = [str(name) for name in attributes["column-order"]]
+    describe(obs, {**attributes, "column-order": [*(n for n in order if n not in added), *added]})
+
+
+def _var(root: Any, task: Task, source: Any) -> None:
+    """var in the genes of the result: what the input knows of them, and which were appended."""
+    import anndata as ad
+    import pandas as pd
+
+    var = pd.DataFrame(index=pd.Index(list(task.rows.genes))) if source is None else ad.io.read_elem(source["var"])
+    var.index = var.index.astype(str)
+    var = var.reindex(list(task.genes))
+    if task.added:
+        var["distdiff_added"] = np.isin(task.genes, task.added)
+    if "var" in root:
+        del root["var"]
+    with zarr_v3():
+        ad.io.write_elem(root, "var", var)
+
+
+def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> None:
+    """Write the result whose fields are in the zarr group ``root`` as h5ad."""
+    import h5py
+
+    whole_input = task.inherits and task.rows.frame.is_file()
+    if whole_input:
+        shutil.copyfile(task.rows.frame, path)
+    with h5py.File(path, "r+" if whole_input else "w") as file:
+        for field in fields:
+            if field.path in file:
+                del file[field.path]
+        for field in fields:
+            parent, _, leaf = field.path.rpartition("/")
+            where = file.require_group(parent) if parent else file
+            transfer(root.require_group(parent) if parent else root, where, leaf)
+        if not whole_input:
+            build(file, task, fields)
+            return
+        for name in MAPPINGS:
+            file.require_group(name)
+        added = sorted(f.path.removeprefix("obs/") for f in fields if f.path.startswith("obs/"))
+        if added and hasattr(file["obs"], "keys"):
+            order = [str(n) for n in file["obs"].attrs["column-order"] if n not in added]
+            describe(file["obs"], {"column-order": [*order, *added]})
+
+
+@contextlib.contextmanager
+def as_zarr(path: Path) -> Iterator[Any]:
+    """A group of zarr v3 under ``path``, whatever was made of it so far."""
+    import zarr
+
+    with zarr_v3():
+        yield zarr.open_group(str(path), mode="a", zarr_format=3, use_consolidated=False)
+
+
+def write_uns(root: Any, about: dict[str, Any]) -> None:
+    """Provenance in ``uns['distdiff']``."""
+    import anndata as ad
+
+    uns = root.require_group("uns")
+    if "distdiff" in uns:
+        del uns["distdiff"]
+    with zarr_v3():
+        ad.io.write_elem(uns, "distdiff", about)
+
+
+def write_uns_h5ad(path: Path, about: dict[str, Any], key: str, told: str) -> None:
+    """The same in an h5ad file, and what it says about itself as an attribute."""
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        write_uns(file, about)
+        file.attrs[key] = told
+
+
+def consolidate(store: Path) -> None:
+    """AnnData reads consolidated metadata, of which zarr warns that v3 does not specify it."""
+    import zarr
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(str(store))
+
+
+def write_anndata(adata: Any, path: Path) -> None:
+    """Write an AnnData by its suffix: ``.h5ad``, or zarr v3 whatever the version's default is."""
+    if path.suffix == ".h5ad":
+        adata.write_h5ad(path)
+        return
+    with zarr_v3(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        adata.write_zarr(path)

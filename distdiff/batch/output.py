@@ -1,0 +1,361 @@
+"""How a result lies on disk while it is made: one output shard has one writer, every file is whole or not there.
+
+Values of fixed width (a dense layer, a column of obs) are written where they stay: an output shard is one zarr shard of
+the final array, so its file can be made alone and renamed into place. Where CSR values go depends on how many there are
+in all cells before, which nobody knows yet: each shard leaves them as a *part*, and once all are there the final arrays
+are cut from the parts, each of *their* shards again by one writer with bounded memory. (A second pass over what is
+sparse costs little; padding the arrays, or one file of arrays a shard, would be no CSR that anndata reads.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+CHUNK_BYTES = 4 << 20
+"""A chunk that a reader decodes at once, dense layers."""
+
+RUN = 1 << 18
+"""CSR values a chunk; a shard of the final CSR arrays has :data:`RUNS` of them."""
+
+RUNS = 8
+
+Values = dict[str, Any]
+"""Path of a field -> what stands there for some rows: a tensor ``[n g]`` or ``[n]``, CSR, or an array of text."""
+
+Record = tuple[int, int]
+"""Bytes and CRC-32C of a file."""
+
+
+class Corrupt(ValueError):
+    """A file of a result differs from what was written."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One matrix or column of the result.
+
+    Attributes
+    ----------
+    path
+        Where it stands in the AnnData: ``X``, ``layers/imputed_mean``, ``obs/distdiff_nats``.
+    dtype
+        numpy's name of it, ``str`` for text.
+    width
+        Genes; 0: one value a cell.
+    sparse
+        CSR; ``None``: whatever takes less room.
+    """
+
+    path: str
+    dtype: str
+    width: int = 0
+    sparse: bool | None = False
+
+    @property
+    def name(self) -> str:
+        """The path as one word."""
+        return self.path.replace("/", ".")
+
+    def pays(self, density: float) -> bool:
+        """Whether CSR takes less room than a dense array of which a share ``density`` is not zero."""
+        size = np.dtype(self.dtype).itemsize
+        if self.dtype == "float16":  # scipy has no such CSR
+            return False
+        return bool(density * (size + 4) < 0.7 * size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Cells, fields, and where they are cut.
+
+    Attributes
+    ----------
+    n_cells
+        Cells of the result.
+    fields
+        What is written, each either sparse or not.
+    rows, chunk
+        Cells of an output shard, and of a chunk in it; the second divides the first.
+    """
+
+    n_cells: int
+    fields: tuple[Field, ...]
+    rows: int
+    chunk: int
+
+    @classmethod
+    def fit(cls, n_cells: int, fields: Sequence[Field], rows: int | None = None) -> Layout:
+        """Shards of at most 64 MiB of dense values, and 64 shards or more where there are cells for them."""
+        row_bytes = sum(np.dtype(f.dtype).itemsize * f.width for f in fields if not f.sparse)
+        widest = max((np.dtype(f.dtype).itemsize * f.width for f in fields if not f.sparse), default=0)
+        chunk = 256
+        while chunk > 16 and chunk * widest > CHUNK_BYTES:
+            chunk //= 2
+        if rows is None:
+            rows = max(256, min(8192, (64 << 20) // max(1, row_bytes), -(-n_cells // 64)))
+        chunk = min(chunk, *(-(-n // 16) * 16 for n in (rows, n_cells)))
+        return cls(n_cells, tuple(fields), -(-rows // chunk) * chunk, chunk)
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_cells // self.rows)
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and one past its last."""
+        return shard * self.rows, min((shard + 1) * self.rows, self.n_cells)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; back with :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Layout:
+        """What :meth:`to_dict` gave."""
+        return cls(**{**tree, "fields": tuple(Field(**f) for f in tree["fields"])})
+
+
+def put(path: Path, content: bytes) -> Record:
+    """Write a file under a temporary name, read it back, compare, rename it.
+
+    Raises
+    ------
+    Corrupt
+        The disk gave back other bytes than it was given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    record = (len(content), google_crc32c.value(content))
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if _record(temporary) != record:
+            raise Corrupt(f"{path}: the disk gave back other bytes than were written; look after the disk")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return record
+
+
+def check(root: Path, files: Mapping[str, Sequence[int]]) -> list[str]:
+    """Those of ``files`` (path under ``root`` -> record) that are gone or differ."""
+    return [name for name, record in files.items() if _record(root / name) != tuple(record)]
+
+
+def _record(path: Path) -> Record | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return len(content), google_crc32c.value(content)
+
+
+# -- values of fixed width -----------------------------------------------------------------------------------------
+
+
+def array_of(field: Field, layout: Layout, n: int, keep: dict[str, Any]) -> Any:
+    """An array of ``n`` rows as ``field`` has it in the result, in memory: its files are left in ``keep``."""
+    if not field.width:
+        return _array(keep, (n,), (layout.rows,), None, field.dtype)
+    return _array(keep, (n, field.width), (layout.chunk, field.width), (layout.rows, field.width), field.dtype)
+
+
+def _array(
+    keep: dict[str, Any], shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...] | None, dtype: str
+) -> Any:
+    import zarr
+    from zarr.codecs import BloscCodec
+
+    text = dtype == "str"
+    encoding = "string-array" if text else "array"
+    shuffle = "noshuffle" if text or np.dtype(dtype).itemsize == 1 else "shuffle"
+    return zarr.create_array(
+        zarr.storage.MemoryStore(keep), shape=shape, chunks=chunks, shards=shards, dtype=str if text else dtype,
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle=shuffle)],  # type: ignore[arg-type]
+        fill_value="" if text else 0, config={"write_empty_chunks": True}, zarr_format=3,
+        attributes={"encoding-type": encoding, "encoding-version": "0.2.0"},
+    )  # fmt: skip
+
+
+def metadata(store: Path, field: Field, layout: Layout) -> None:
+    """Write the description of a field of fixed width; writing it again changes nothing."""
+    keep: dict[str, Any] = {}
+    array_of(field, layout, layout.n_cells, keep)
+    put(store / field.path / "zarr.json", keep["zarr.json"].to_bytes())
+
+
+def write_fixed(store: Path, field: Field, layout: Layout, shard: int, values: np.ndarray) -> dict[str, Record]:
+    """Write one shard of a dense layer or a column of obs."""
+    keep: dict[str, Any] = {}
+    array = array_of(field, layout, layout.rows, keep)
+    array[: len(values)] = cast(values, field)
+    key = "c/0/0" if field.width else "c/0"
+    path = f"{field.path}/c/{shard}/0" if field.width else f"{field.path}/c/{shard}"
+    return {path: put(store / path, keep[key].to_bytes())}
+
+
+# -- CSR -------------------------------------------------------------------------------------------------------------
+
+
+def write_part(parts: Path, field: Field, shard: int, values: sp.csr_matrix) -> tuple[int, dict[str, Record]]:
+    """Leave one shard's CSR values for :func:`join`; returns how many there are."""
+    wanted = {"data": field.dtype, "indices": "int32", "counts": "int32"}
+    arrays = {"data": values.data, "indices": values.indices, "counts": np.diff(values.indptr)}
+    files = {}
+    for name, array in arrays.items():
+        path = f"{field.name}/{shard:06d}.{name}"
+        files[path] = put(parts / path, array.astype(wanted[name], copy=False).tobytes())
+    return int(values.nnz), files
+
+
+def runs(total: int) -> tuple[int, int]:
+    """CSR values of a chunk, and of a shard, of arrays of ``total`` values."""
+    run = max(1, min(RUN, total))
+    return run, run * min(RUNS, max(1, -(-total // run)))
+
+
+def csr_array(part: str, field: Field, total: int, n: int, keep: dict[str, Any]) -> Any:
+    """``data`` or ``indices`` (``n`` of ``total`` values) of a sparse field, in memory."""
+    run, shard = runs(total)
+    return _array(keep, (n,), (run,), (shard,), field.dtype if part == "data" else "int32")
+
+
+def join(parts: Path, store: Path, field: Field, nnz: Sequence[int], number: int) -> dict[str, Record]:
+    """Write shard ``number`` of the final ``data`` and ``indices``, cut from the parts.
+
+    Parameters
+    ----------
+    nnz
+        Values of each part, in order.
+    """
+    total = sum(nnz)
+    _, size = runs(total)
+    start, stop = number * size, min((number + 1) * size, total)
+    files = {}
+    for part, dtype in (("data", field.dtype), ("indices", "int32")):
+        keep: dict[str, Any] = {}
+        array = csr_array(part, field, total, size, keep)
+        pieces = [
+            np.fromfile(
+                parts / field.name / f"{shard:06d}.{part}", dtype, count=b - a, offset=a * np.dtype(dtype).itemsize
+            )
+            for shard, a, b in overlapping(nnz, start, stop)
+        ]
+        array[: stop - start] = np.concatenate(pieces)
+        path = f"{field.path}/{part}/c/{number}"
+        files[path] = put(store / path, keep["c/0"].to_bytes())
+    return files
+
+
+def overlapping(nnz: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Parts that hold values ``start ... stop``: number, first and last value within the part."""
+    ends = list(itertools.accumulate(nnz))
+    for shard, (n, end) in enumerate(zip(nnz, ends, strict=True)):
+        a, b = max(start, end - n), min(stop, end)
+        if a < b:
+            yield shard, a - (end - n), b - (end - n)
+
+
+def finish_csr(root: Any, parts: Path, store: Path, field: Field, layout: Layout, nnz: Sequence[int]) -> None:
+    """Describe the arrays of a sparse field whose shards are joined, and write its ``indptr``."""
+    total = sum(nnz)
+    for part in ("data", "indices"):
+        keep: dict[str, Any] = {}
+        csr_array(part, field, total, total, keep)
+        about = json.loads(keep["zarr.json"].to_bytes())
+        about["attributes"] = {}
+        put(store / field.path / part / "zarr.json", json.dumps(about, indent=2).encode())
+    group = root.require_group(field.path)
+    group.attrs.update(
+        {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [layout.n_cells, field.width]}
+    )
+    indptr = group.create_array(
+        "indptr",
+        shape=(layout.n_cells + 1,),
+        dtype="int64",
+        chunks=(max(1, min(RUN, layout.n_cells + 1)),),
+        overwrite=True,
+    )
+    indptr[0] = last = 0
+    for shard in range(layout.n_shards):
+        start, stop = layout.span(shard)
+        ends = last + np.cumsum(np.fromfile(parts / field.name / f"{shard:06d}.counts", "int32"), dtype=np.int64)
+        indptr[start + 1 : stop + 1] = ends
+        last = int(ends[-1])
+
+
+def cast(values: np.ndarray, field: Field) -> np.ndarray:
+    """Values in a field's dtype; to whole numbers by rounding.
+
+    Raises
+    ------
+    ValueError
+        A value that the dtype does not reach.
+    """
+    if field.dtype in ("str", "bool", str(values.dtype)):
+        return values
+    dtype = np.dtype(field.dtype)
+    if values.dtype.kind == "f" and dtype.kind in "iu":
+        values = np.rint(values)
+    if dtype.itemsize < 4 and values.size:
+        most, least = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype).max, values.min()
+        if values.max() > most or (dtype.kind == "u" and least < 0):
+            raise ValueError(
+                f"{field.path} holds {values.max():g}, {field.dtype} reaches to {most:g}: write it with --dtype float32"
+            )
+    return values.astype(dtype)
+
+
+def csr_of(values: Any, field: Field) -> sp.csr_matrix:
+    """Values of a sparse field as canonical CSR of its dtype."""
+    if not sp.issparse(values):
+        row, column = np.nonzero(values)
+        indptr = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=len(values)))))
+        values = sp.csr_matrix((values[row, column], column.astype(np.int32), indptr), values.shape)
+    return sp.csr_matrix((cast(values.data, field), values.indices, values.indptr), values.shape)
+
+
+def others(root: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
+    """Records of all files under ``root`` that are in no record yet; the description of the root itself may change."""
+    have = {name for of in known.values() for name in of} | {"zarr.json"}
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and name not in have and (record := _record(path)) is not None:
+            found[name] = record
+    return found
+
+
+def fetched(values: Any, field: Field) -> Any:
+    """Values of one batch on the CPU: CSR or an array, in the field's dtype."""
+    if isinstance(values, torch.Tensor):
+        values = values.cpu().numpy()
+    return csr_of(values, field) if field.sparse else cast(values, field)
+
+
+def write(
+    layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
+) -> dict[str, Any]:
+    """Write a whole shard, answers batch by batch; returns records of files and parts, and numbers of CSR values."""
+    found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
+    for field in layout.fields:
+        pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
+        if field.sparse:
+            nnz, written = write_part(parts, field, shard, sp.vstack(pieces, format="csr"))
+            found["nnz"][field.path] = nnz
+            found["parts"] |= written
+        else:
+            found["files"] |= write_fixed(store, field, layout, shard, np.concatenate(pieces))
+    return found

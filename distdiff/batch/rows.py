@@ -1,0 +1,149 @@
+"""The input of a job by row ranges: a store, a file of AnnData or 10x, or cells that are yet to be generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from distdiff import files
+from distdiff.component import nearest
+from distdiff.data.source import Source
+from distdiff.data.store import CountStore
+
+CACHE = 8 << 20
+"""Bytes of coded blocks in memory: rows come in order, each once."""
+
+
+class StoreRows:
+    """A distdiff store behind the face of a Source."""
+
+    def __init__(self, store: CountStore) -> None:
+        self.store, self.n_cells, self.genes, self.where = store, store.n_cells, store.genes, store.url
+        self.fingerprint = store.manifest.fingerprint
+        self.labels: Mapping[str, Sequence[str]] = store.manifest.labels
+        self.frame: Path | None = None
+
+    @cached_property
+    def obs_names(self) -> np.ndarray:
+        """Names of all cells; ask :meth:`names` for some."""
+        return self.names(0, self.n_cells)
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """Counts of a row range."""
+        return self.store.read(np.arange(start, stop))
+
+    def obs(self, key: str) -> np.ndarray:
+        """Values of a label, ``None`` where missing."""
+        if key not in self.labels:
+            raise ValueError(f"the store has no label {key!r}{nearest(key, self.labels)}; shard with --labels {key}")
+        values = np.array([*self.labels[key], None], dtype=object)
+        return values[self.codes(key, 0, self.n_cells)]
+
+    def names(self, start: int, stop: int) -> np.ndarray:
+        """Names of a row range, ``str [n]``."""
+        return self.store.names(np.arange(start, stop))
+
+    def codes(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Codes of a label in a row range, -1 where missing."""
+        return self.store.labels(np.arange(start, stop), [key])[key]
+
+
+class FileRows:
+    """A Source with the rest of its file: what an output inherits."""
+
+    def __init__(self, path: Path, layer: str | None) -> None:
+        self.source = Source.open(path, layer=layer)
+        self.n_cells, self.genes, self.where = self.source.n_cells, self.source.genes, self.source.where
+        self.read, self.obs = self.source.read, self.source.obs
+        self.fingerprint = files.stamp(path)
+        self.labels: Mapping[str, Sequence[str]] = {}
+        self.frame = path if _is_anndata(path) else None
+        """The AnnData file whose obs an output inherits, where the input is one."""
+
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of all cells."""
+        return self.source.obs_names
+
+    def names(self, start: int, stop: int) -> np.ndarray:
+        """Names of a row range, ``str [n]``."""
+        return self.source.obs_names[start:stop]
+
+    def codes(self, key: str, start: int, stop: int) -> np.ndarray:
+        """A file's labels are inherited, not written shard by shard."""
+        raise NotImplementedError
+
+
+class NewRows:
+    """Cells that do not exist yet, with the labels that they are to have.
+
+    Parameters
+    ----------
+    codes
+        Label -> ``int64 [n]`` codes.
+    vocabularies
+        Label -> its values in code order.
+    """
+
+    def __init__(
+        self, n: int, genes: tuple[str, ...], codes: Mapping[str, np.ndarray], vocabularies: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.n_cells, self.genes, self.where, self.fingerprint = n, genes, "generated", ""
+        self._codes, self.labels = codes, {k: vocabularies[k] for k in codes}
+        self.frame: Path | None = None
+
+    def names(self, start: int, stop: int) -> np.ndarray:
+        """Names of a row range, ``str [n]``."""
+        return np.array([f"generated{i}" for i in range(start, stop)])
+
+    def codes(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Codes of a label in a row range."""
+        return self._codes[key][start:stop]
+
+
+def open_anndata(path: Path) -> Any:
+    """An h5ad file or an AnnData zarr folder, open for reading."""
+    if path.is_dir():
+        import zarr
+
+        return zarr.open_group(str(path), mode="r", use_consolidated=False)
+    import h5py
+
+    return h5py.File(path, "r")
+
+
+def _is_anndata(path: Path) -> bool:
+    if path.is_dir() and not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+        return False  # 10x mtx
+    if path.is_file() and not path.suffix.startswith(".h5"):
+        return False
+    root = open_anndata(path)
+    found = "obs" in root and "var" in root
+    if path.is_file():
+        root.close()
+    return found
+
+
+def is_store(path: Path | str) -> bool:
+    """Whether there is a distdiff store (or the URL of one)."""
+    return "://" in str(path) or (Path(path) / "manifest.json").exists()
+
+
+def open_rows(path: Path | str, layer: str | None = None) -> Any:
+    """Open the input of a job.
+
+    Raises
+    ------
+    ValueError
+        A layer of a store, or what `Source.open` and `CountStore.open` refuse.
+    """
+    if not is_store(path):
+        return FileRows(Path(path), layer)
+    if layer is not None:
+        raise ValueError(f"--layer {layer}: a store has no layers")
+    return StoreRows(CountStore.open(path, cache_bytes=CACHE))
