@@ -142,8 +142,8 @@ class Writer:
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _write(self, hidden: Path, tensors: Mapping[str, Mapping[str, Tensor]], body: str) -> None:
-        hidden.mkdir(parents=True, exist_ok=True)
         if self.process < self.writers:
+            hidden.mkdir(parents=True, exist_ok=True)
             for group, entries in tensors.items():
                 target = hidden / f"{group}{_part(self.process, self.writers)}.safetensors"
                 save_file(dict(entries), target.with_suffix(".part"))
@@ -215,7 +215,9 @@ def prune(folder: Path, keep: int, best: int) -> None:
     since = [p for p in found if best and int(p.name.removeprefix(PREFIX)) >= best]
     for old in found[:-keep]:
         if old not in since[:1]:
-            shutil.rmtree(old, ignore_errors=True)
+            hidden = old.with_name(f".{old.name}.old")  # never half a checkpoint under a checkpoint's name
+            os.replace(old, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:

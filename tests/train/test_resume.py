@@ -61,22 +61,37 @@ def whole(atlas, tmp_path_factory):
     return folder
 
 
+def frail(given: tuple[Path, int]) -> None:
+    """Walk, and die while saving."""
+    walks(given[0])
+    dies_while_saving(given[1])
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_also_while_saving(atlas, whole, tmp_path, kills):
-    """Every other kill hits inside a save; the others come whenever the clock says."""
-    chance, config = random.Random(kills), make(atlas, tmp_path / "run", **SHORT)
-    died = 0
+@pytest.mark.parametrize(("kills", "steps"), [(4, 20), pytest.param(20, 60, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_also_while_saving(atlas, tmp_path, kills, steps):
+    """By turns inside a save, between two steps, and whenever it may be from the start of the process on.
+
+    Each life gets three steps further at most, so that all of them end by the kill.
+    """
+    chance, settings = random.Random(kills), {**SHORT, "cells": 32 * steps}
+    experiment.train(make(atlas, tmp_path / "whole", **settings))
+    config, seen = make(atlas, tmp_path / "run", **settings), tmp_path / "seen"
     for kill in range(kills):
-        inside = chance.randint(1, 24) if kill % 2 else 10**9
-        (child,) = processes.start(config, tmp_path / "log", prepare=dies_while_saving, given=inside)
-        child.join(60 if kill % 2 else chance.uniform(0, 2))
+        seen.unlink(missing_ok=True)
+        kind = ("saving", "training", "whenever")[kill % 3]
+        calls = chance.randint(1, 24) if kind == "saving" else 10**9
+        (child,) = processes.start(config, tmp_path / "log", prepare=frail, given=(seen, calls))
+        if kind == "saving":
+            child.join(60)
+        elif kind == "training":
+            wait_for(seen)
+        time.sleep(chance.uniform(0, {"saving": 0, "training": 0.1, "whenever": 0.5}[kind]))
         child.kill()
         child.join(10)
-        died += child.exitcode == -signal.SIGKILL
-    assert died > kills // 2
+        assert child.exitcode == -signal.SIGKILL
     processes.run(config, tmp_path / "log")
-    assert_equal(final(whole), final(tmp_path / "run"))
+    assert_equal(final(tmp_path / "whole"), final(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))  # nothing half-written is left
 
 
