@@ -99,8 +99,8 @@ both named below. On a machine with GPUs the same command measures its GPUs.
 ## Measured on two CPU cores
 
 The default MLP ({found["weights"]:,} weights) on made counts of {genes} genes, {batch} cells a step over all
-processes, one thread each, gloo; medians of {rounds} rounds [quartiles]. Other people's work ran on the same two cores,
-which slows one process little and two a lot: read shares and ratios, not speeds.
+processes, one thread each, gloo; medians of {rounds} rounds [quartiles]. Other people's work ran on the same two cores
+(load average {found["load_average"]:.1f}), which slows two processes more than one: read shares and ratios, not speeds.
 
 {measured}
 
@@ -117,8 +117,8 @@ A step of two processes, as "the rest of a step" plus a bare all-reduce of the g
 
 The first row takes two processes not to disturb each other, as is true of GPUs and not of two cores that share memory
 and other people's work; the second takes that from the measurement; the third adds that each step waits for the slower
-process. What is missing then the exchange costs beside the bare all-reduce (it was not taken apart: copies into DDP's
-buckets; gloo's threads, for which there is no third core).
+process, which in the measured runs hides some of the exchange. The other costs of an exchange (copies into DDP's buckets,
+gloo's threads on busy cores) are in none of them.
 
 ## The model
 

@@ -323,7 +323,7 @@ def main() -> None:
             rounds.append({n: launch(n, Path(name), f"r{i}p{n}", a, count=not i) for n in (1, many)})
             for n, found in rounds[-1].items():
                 print(f"round {i}: {n} process(es): {found['train']['cells_per_second']:.0f} cells/s")
-    found = summary(rounds, a.batch)
+    found = {**summary(rounds, a.batch), "load_average": os.getloadavg()[2]}
     checked, tables = checks(found, a.batch), predictions(found, model.Assumed())
     for row in checked:
         print(f"{row['way']}: {row['predicted']:.0f} cells/s predicted, {row['measured']:.0f} measured")
