@@ -117,8 +117,8 @@ A step of two processes, as "the rest of a step" plus a bare all-reduce of the g
 
 The first row takes two processes not to disturb each other, as is true of GPUs and not of two cores that share memory
 and other people's work; the second takes that from the measurement; the third adds that each step waits for the slower
-process, which in the measured runs hides some of the exchange. The other costs of an exchange (copies into DDP's buckets,
-gloo's threads on busy cores) are in none of them.
+process. None of them has the exchange's other costs (copies into DDP's buckets, gloo's threads on busy cores), and what
+else the machine did while each piece was measured is in all of them.
 
 ## The model
 

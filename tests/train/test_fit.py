@@ -110,3 +110,9 @@ def test_a_size_that_is_no_number_is_refused(atlas):
         config.parse({"data": {"store": str(atlas)}, "train": {"batch": "many"}})
     with pytest.raises(ValueError, match=r"train\.batch must be a number of cells or auto, got -1"):
         config.parse({"data": {"store": str(atlas)}, "train": {"batch": -1}})
+
+
+def test_a_size_that_was_not_settled_is_refused(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "settled", lambda settings, *_: settings)
+    with pytest.raises(ValueError, match=r"train\.batch=auto must be settled before training"):
+        experiment.train(make(atlas, tmp_path, batch="auto"))
