@@ -17,6 +17,9 @@ app = typer.Typer(
 stores = typer.Typer(no_args_is_help=True, help="Look at a store, check it, turn it back into AnnData.")
 app.add_typer(stores, name="store")
 
+server = typer.Typer(no_args_is_help=True, help="What MLflow was told, and was not.")
+app.add_typer(server, name="mlflow")
+
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
@@ -97,6 +100,15 @@ def export(
     typer.echo(f"{out}: {store.n_cells} cells, fingerprint {store.manifest.fingerprint[:12]}")
 
 
+@server.command()
+def sync(folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")]) -> None:
+    """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
+    from distdiff import experiment, tracking
+
+    lines = tracking.sync(folder, judge=experiment.compare)
+    typer.echo("\n".join(lines) or f"{folder}: all was sent before")
+
+
 @app.command()
 def train(
     config: Config,
@@ -118,7 +130,7 @@ def train(
         raise typer.Exit(stopped.code) from None
     if outcome.report is not None:
         typer.echo(outcome.report.to_text())
-    if outcome.run_id or not resolved.tracking.enabled:
+    if outcome.registered or not resolved.tracking.enabled:
         typer.echo(f"model: {outcome.model}" + (f"; registered: {outcome.registered}" if outcome.registered else ""))
 
 

@@ -93,6 +93,14 @@ class Config:
             "loader": {k: whole["loader"][k] for k in ("window", "strata", "weights")},
         }
 
+    def comparable(self, judge: str) -> str:
+        """What validation scores ``judge`` on the same data must share to be compared.
+
+        A deviance is one of the same genes; a loss means the same only under the same law and mixture.
+        """
+        law = {k: self.identity()[k] for k in ("process", "survival")} if judge == "val/loss" else {}
+        return f"{self.data.genes}/{judge}/{hashlib.sha256(json.dumps(law, sort_keys=True).encode()).hexdigest()[:12]}"
+
     def digest(self) -> str:
         """First 12 hex digits of the SHA-256 of the resolved config."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]

@@ -27,6 +27,7 @@ from distdiff.impute.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
+from distdiff.train import checkpoint
 from distdiff.train.fit import settled
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
@@ -99,9 +100,12 @@ def _train(config: Config) -> Outcome:
         f"{sum(p.numel() for p in model.denoiser.parameters()):,} weights, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, config {config.digest()}"
     )
+    out, profile = Path(config.train.out), _profile(store)
     with tracking.run(
         experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
         tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
+        folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile), judge=compare,
+        again=main and checkpoint.find(config.train.resume, out / "checkpoints") is not None,
         enabled=main and config.tracking.enabled,
     ) as run:  # fmt: skip
 
@@ -118,7 +122,9 @@ def _train(config: Config) -> Outcome:
         accelerator.end_training()
         if not main:
             return Outcome(best, progress)
-        _after_training(progress, Path(config.train.out), run)
+        _after_training(progress, out, run)
+        if config.train.trace and (out / TRACE).exists():
+            run.artifact(out / TRACE)
         finished = Model.load(best)
         finished.denoiser.to(accelerator.device)
         measure(finished, store, labels=config.data.labels, seed=config.train.seed)
@@ -133,15 +139,58 @@ def _train(config: Config) -> Outcome:
                     f"{cheap[OURS]:.4f}): train longer (train.cells, train.patience) or use that estimator"
                 )
             report = evaluate_model(finished, store, config.evaluate, seed=config.train.seed)
-            report.write(Path(config.train.out) / "evaluation")
-            run.artifact(Path(config.train.out) / "evaluation")
+            report.write(out / "evaluation")
+            run.artifact(out / "evaluation")
             run.metrics(report.metrics())
-        run.artifact(best, "model")
+        card = tracking.card(
+            best, profile=profile, score=(progress.judge, progress.best), scores=report.metrics() if report else {},
+            claims=report.claims() if report else (),
+        )  # fmt: skip
+        text = tracking.write_card(card, out / "card")
+        run.artifact(out / "card")
         run.metrics({"val/best": progress.best, "seconds": time.perf_counter() - began}, progress.step)
-        registered = run.register(
-            config.tracking.model, "model", score=progress.best, data=f"{fingerprint}/{progress.judge}"
-        )
-    return Outcome(best, progress, report, run.run_id, registered)
+        run.register(
+            config.tracking.model, best, score=progress.best, data=f"{fingerprint}/{config.comparable(progress.judge)}",
+            description=text, step=progress.step,
+        )  # fmt: skip
+    return Outcome(best, progress, report, run.run_id, run.registered)
+
+
+def _profile(store: CountStore) -> dict[str, int]:
+    """Numbers that describe a store."""
+    splits = zip(("training cells", "validation cells", "test cells"), store.manifest.split.n_cells, strict=True)
+    return {"cells": store.n_cells, "genes": len(store.genes), **{name: int(n) for name, n in splits}}
+
+
+def compare(new: Path, champion: Path) -> tuple[float, float]:
+    """Poisson deviance of a new model and of a champion trained on other data, on what the new one was held out from.
+
+    Half of the entries of the validation cells are hidden, in genes that both know. The store is the one that the new
+    model's config names. A label that the champion knows by other values is withheld from it.
+
+    Raises
+    ------
+    ValueError
+        No such store, another one there by now, or no gene in common.
+    """
+    from distdiff.data.masks import mcar
+    from distdiff.evaluate import deviances
+    from distdiff.rng import numpy_generator
+
+    ours, theirs = Model.load(new), Model.load(champion)
+    settings = ours.info["config"]["data"]
+    store = CountStore.open(settings["store"])
+    if store.manifest.fingerprint != ours.info["data"]:
+        raise ValueError(f"{settings['store']} is not what the model was trained on any more")
+    store = _shared(_shared(store, ours)[0], theirs)[0]
+    found = []
+    for model in (ours, theirs):
+        on = _shared(store, model)[1]
+        known = tuple(k for k, v in model.spec.labels.items() if tuple(store.manifest.labels.get(k, ())) == tuple(v))
+        cells = store.cells(store.rows("val")[:VALIDATED], known)
+        hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
+        found.append(deviances({OURS: on(model.imputer())}, store, cells, hidden)[OURS])
+    return found[0], found[1]
 
 
 def _start(model: Model, address: str) -> str:
@@ -209,7 +258,11 @@ OURS = "distdiff"
 """What tables call the model."""
 
 
-def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int = 2048) -> dict[str, float]:
+VALIDATED = 2048
+"""Validation cells that a comparison takes, at most."""
+
+
+def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int = VALIDATED) -> dict[str, float]:
     """Poisson deviance of the model and of the cheap estimators on validation cells, half of the entries hidden.
 
     A model that a regression beats on the user's own data should not be used there; this is how one finds out.
@@ -230,8 +283,6 @@ def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
         path = out / "training.png"
         training_curve(progress.history, path, judge=progress.judge)
         run.artifact(path)
-    if (out / TRACE).exists():
-        run.artifact(out / TRACE)
 
 
 def _precision(asked: str) -> str:

@@ -81,8 +81,8 @@ def run(
 
     _say(began, "5/5 figure")
     figure = _figure(source, model, hidden, imputed, cell_type, out / "umap.png")
-    if outcome.run_id:
-        tracking.attach(outcome.run_id, figure)
+    if outcome.registered:
+        tracking.attach(out / "run", figure)
     print(f"\n{outcome.report.to_text()}\n")
     _paths(out, figure, outcome, time.perf_counter() - began)
     print(_NEXT.format(name=name, store=store, data=data, imputed=out / "dropout.h5ad", groups=cell_type or "leiden"))

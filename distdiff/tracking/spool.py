@@ -1,0 +1,96 @@
+"""What a run has to tell, on disk before anything is sent: JSON lines, appended by one process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("distdiff")
+
+FOLDER = "mlflow"
+"""Where spools lie in the folder of a run."""
+
+
+class Spool:
+    """One file of entries, and beside it what of them was sent.
+
+    A line cut short by a kill is passed over when read. Entries may be sent twice after a kill, so whoever sends them
+    must not mind; MLflow keeps one of two equal metrics.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state = path.with_suffix(".sent.json")
+        self._lock = threading.Lock()
+        self._told = False
+
+    @classmethod
+    def of(cls, folder: str | Path, *, again: bool = False) -> Spool:
+        """A new spool of a run's folder; ``again``: the newest one there, if any, to be continued."""
+        found = spools(folder)
+        if again and found:
+            return found[-1]
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        return cls(Path(folder) / FOLDER / f"{stamp}-{len(found):04d}-{os.getpid()}.jsonl")
+
+    def append(self, kind: str, **what: Any) -> None:
+        """Add an entry with the time (ms). A disk that cannot take it is told once; training goes on."""
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **what}).encode()
+        try:
+            with self._lock:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab+") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    if size:
+                        file.seek(size - 1)
+                        line = line if file.read(1) == b"\n" else b"\n" + line
+                    file.write(line + b"\n")
+        except OSError as error:
+            if not self._told:
+                log.warning("MLflow: %s cannot be written (%s); metrics are lost from here on", self.path, error)
+            self._told = True
+
+    def read(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Whole entries from byte ``offset`` on, each with the offset behind it."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                try:
+                    yield json.loads(line), offset
+                except ValueError:
+                    log.warning("MLflow: an entry of %s was cut short and is left out", self.path)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was sent: ``offset``, ``run_id`` and what else the sender must know again."""
+        try:
+            return json.loads(self._state.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        partial = self._state.with_suffix(".part")
+        partial.write_text(json.dumps(state))
+        os.replace(partial, self._state)
+
+    @property
+    def left(self) -> int:
+        """Entries that were not sent yet."""
+        return sum(1 for _ in self.read(self.state.get("offset", 0)))
+
+
+def spools(folder: str | Path) -> list[Spool]:
+    """Those of a run's folder, oldest first."""
+    return [Spool(path) for path in sorted((Path(folder) / FOLDER).glob("*.jsonl"))]

@@ -1,0 +1,47 @@
+"""MLflow's system metrics, kept where all other metrics are kept, so that a server that is away loses none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+
+from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_NODE_ID, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+from distdiff.tracking.spool import Spool
+
+log = logging.getLogger("distdiff")
+
+INTERVAL = 10.0
+"""Seconds between samples, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise."""
+
+
+def watch(spool: Spool, stop: threading.Event) -> None:
+    """Sample until ``stop``; the step is the second of the run, through all of its launches."""
+    began = next(spool.read(0))[0]["time"] / 1000
+    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    for kind in (GPUMonitor, ROCMMonitor):
+        with contextlib.suppress(Exception):  # no such GPU, or not its library
+            monitors.append(kind())
+    node = MLFLOW_SYSTEM_METRICS_NODE_ID.get()
+    prefix = f"system/{node}/" if node else "system/"
+    while True:
+        try:
+            numbers: dict[str, float] = {}
+            for monitor in monitors:
+                monitor.collect_metrics()
+                numbers |= {prefix + k: float(v) for k, v in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+        except Exception as error:  # a driver that fails is no reason to stop a training
+            log.warning("no system metrics: %s", error)
+            return
+        spool.append("metrics", numbers=numbers, step=int(time.time() - began))
+        if stop.wait(MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or INTERVAL):
+            return
