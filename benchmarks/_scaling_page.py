@@ -73,8 +73,8 @@ def page(
         ],
     )
     check = table(
-        ["the rest of a step takes", "predicted cells/s", "measured", "error"],
-        [[c["way"], f"{c['predicted']:.0f}", f"{c['measured']:.0f}", f"{c['error_percent']:+.0f} %"] for c in checked],
+        ["the rest of a step takes", "predicted cells/s", "measured", "error, %"],
+        [[c["way"], f"{c['predicted']:.0f}", f"{c['measured']:.0f}", told(c["error_percent"])] for c in checked],
     )
     predicted = "\n\n".join(
         f"**{name}**\n\n"
@@ -111,7 +111,7 @@ Collectives: what is lost against processes that never exchange gradients, waiti
 
 ## Check of the way pieces are added up
 
-A step of two processes, as "the rest of a step" plus a bare all-reduce of the gradients, against the measured one:
+A step of two processes, as "the rest of a step" plus a bare all-reduce of the gradients, against the measured one, round by round:
 
 {check}
 
