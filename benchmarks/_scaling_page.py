@@ -111,7 +111,8 @@ Collectives: what is lost against processes that never exchange gradients, waiti
 
 ## Check of the way pieces are added up
 
-A step of two processes, as "the rest of a step" plus a bare all-reduce of the gradients, against the measured one, round by round:
+A step of two processes, as "the rest of a step" plus a bare all-reduce of the gradients, against the measured one,
+round by round:
 
 {check}
 
