@@ -73,8 +73,8 @@ def page(
         ],
     )
     check = table(
-        ["the rest of a step takes", "predicted cells/s", "measured", "error"],
-        [[c["way"], f"{c['predicted']:.0f}", f"{c['measured']:.0f}", f"{c['error_percent']:+.0f} %"] for c in checked],
+        ["the rest of a step takes", "predicted cells/s", "measured", "error, %"],
+        [[c["way"], f"{c['predicted']:.0f}", f"{c['measured']:.0f}", told(c["error_percent"])] for c in checked],
     )
     predicted = "\n\n".join(
         f"**{name}**\n\n"
@@ -99,8 +99,8 @@ both named below. On a machine with GPUs the same command measures its GPUs.
 ## Measured on two CPU cores
 
 The default MLP ({found["weights"]:,} weights) on made counts of {genes} genes, {batch} cells a step over all
-processes, one thread each, gloo; medians of {rounds} rounds [quartiles]. Other people's work ran on the same two cores,
-which slows one process little and two a lot: read shares and ratios, not speeds.
+processes, one thread each, gloo; medians of {rounds} rounds [quartiles]. Other people's work ran on the same two cores
+(load average {found["load_average"]:.1f}), which slows two processes more than one: read shares and ratios, not speeds.
 
 {measured}
 
@@ -111,14 +111,15 @@ Collectives: what is lost against processes that never exchange gradients, waiti
 
 ## Check of the way pieces are added up
 
-A step of two processes, as "the rest of a step" plus a bare all-reduce of the gradients, against the measured one:
+A step of two processes, as "the rest of a step" plus a bare all-reduce of the gradients, against the measured one,
+round by round:
 
 {check}
 
 The first row takes two processes not to disturb each other, as is true of GPUs and not of two cores that share memory
 and other people's work; the second takes that from the measurement; the third adds that each step waits for the slower
-process. What is missing then the exchange costs beside the bare all-reduce (it was not taken apart: copies into DDP's
-buckets; gloo's threads, for which there is no third core).
+process. None of them has the exchange's other costs (copies into DDP's buckets, gloo's threads on busy cores), and what
+else the machine did while each piece was measured is in all of them.
 
 ## The model
 

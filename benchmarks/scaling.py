@@ -270,21 +270,28 @@ def summary(rounds: list[dict[int, dict[str, Any]]], batch: int) -> dict[str, An
     }  # fmt: skip
 
 
-def checks(found: dict[str, Any], batch: int) -> list[dict[str, Any]]:
-    """The model's way of adding up pieces, against the measured speed of the most processes."""
-    world = max(found["processes"])
-    measured = found["processes"][world]["cells_per_second"][0]
-    exchange = found["all_reduce_ms"][str(4 * found["weights"])][0]
-    mean, slower = found["processes"][world]["step_ms_without_exchange"]
-    ways = {
-        "as one process alone takes for its share": found["step_ms_fixed"] + found["step_ms_a_cell"] * batch / world,
-        "as two without exchange take": mean,
-        "as the slower of these two takes, step by step": slower,
-    }
-    predicted = {way: 1000 * batch / (ms + exchange) for way, ms in ways.items()}
+def checks(rounds: list[dict[int, dict[str, Any]]], batch: int) -> list[dict[str, Any]]:
+    """The model's way of adding up pieces against the measured speed of the most processes, round by round; medians."""
+    world = max(rounds[0])
+    found: dict[str, list[tuple[float, float]]] = {}
+    for r in rounds:
+        exchange = r[world]["all_reduce"][str(4 * r[1]["weights"])]
+        each, fixed = np.polyfit([int(n) for n in r[1]["step"]], list(r[1]["step"].values()), 1)
+        ways = {
+            "as one process alone takes for its share": fixed + each * batch / world,
+            "as two without exchange take": r[world]["silent"]["step"],
+            "as the slower of these two takes, step by step": r[world]["silent"]["slowest"],
+        }
+        for way, seconds in ways.items():
+            found.setdefault(way, []).append((batch / (seconds + exchange), r[world]["train"]["cells_per_second"]))
     return [
-        {"way": way, "predicted": speed, "measured": measured, "error_percent": 100 * (speed / measured - 1)}
-        for way, speed in predicted.items()
+        {
+            "way": way,
+            "predicted": float(np.median([p for p, _ in pairs])),
+            "measured": float(np.median([m for _, m in pairs])),
+            "error_percent": quartiles([100 * (p / m - 1) for p, m in pairs]),
+        }
+        for way, pairs in found.items()
     ]
 
 
@@ -323,8 +330,8 @@ def main() -> None:
             rounds.append({n: launch(n, Path(name), f"r{i}p{n}", a, count=not i) for n in (1, many)})
             for n, found in rounds[-1].items():
                 print(f"round {i}: {n} process(es): {found['train']['cells_per_second']:.0f} cells/s")
-    found = summary(rounds, a.batch)
-    checked, tables = checks(found, a.batch), predictions(found, model.Assumed())
+    found = {**summary(rounds, a.batch), "load_average": os.getloadavg()[2]}
+    checked, tables = checks(rounds, a.batch), predictions(found, model.Assumed())
     for row in checked:
         print(f"{row['way']}: {row['predicted']:.0f} cells/s predicted, {row['measured']:.0f} measured")
     _record.write(a.out, began, {

@@ -28,6 +28,7 @@ from distdiff.data.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator, numpy_generator
 from distdiff.rng.rows import Rows
+from distdiff.rng.stream import Streams
 from distdiff.train.compiled import compile_denoiser
 from distdiff.train.ema import Ema
 from distdiff.train.loop import Training
@@ -67,14 +68,12 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
 
     def noise() -> None:
         times = Times(survival.time, batch, 0, torch.device("cpu"))
-        groups = []
-        for start in range(0, batch, training.grain):
-            rng = generator(0, "noise", state["step"] * batch + start)
-            part = state["cells"].counts[start : start + training.grain]
-            t, _ = times.draw(state["step"], start, len(part), rng=rng)
-            p, _ = survival.draw(process.schedule, t, part.shape[1], rng=rng)
-            groups.append((part, process.forward(part, 1.0, p, rng=rng), p))
-        state["x_0"], state["x"], state["p"] = (torch.cat(g) for g in zip(*groups, strict=True))
+        places = range(state["step"] * batch, (state["step"] + 1) * batch, training.grain)
+        rng = Streams([generator(0, "noise", place) for place in places], training.grain)
+        x_0 = state["cells"].counts
+        t, _ = times.draw(state["step"], 0, batch, rng=rng)
+        p, _ = survival.draw(process.schedule, t, x_0.shape[1], rng=rng)
+        state["x_0"], state["x"], state["p"] = x_0, process.forward(x_0, 1.0, p, rng=rng), p
 
     def forward() -> None:
         state["raw"] = network(*process.encode(state["x"], state["p"]), state["cells"].labels)

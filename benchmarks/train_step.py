@@ -77,19 +77,17 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.again()
-
-    def again(self) -> None:
-        self.lap()
+        self.last = self._now()
 
     def lap(self) -> np.ndarray:
         """Seconds since the last lap."""
+        before, self.last = self.last, self._now()
+        return self.last - before
+
+    def _now(self) -> np.ndarray:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = np.array([time.perf_counter(), time.process_time()])
-        since = now - getattr(self, "last", now)
-        self.last = now
-        return since
+        return np.array([time.perf_counter(), time.process_time()])
 
 
 def race(store: CountStore, c: config.Config, steps: int, rounds: int) -> dict[str, np.ndarray]:

@@ -123,6 +123,8 @@ def _train(config: Config) -> Outcome:
         if not main:
             return Outcome(best, progress)
         _after_training(progress, out, run)
+        if config.train.trace and (out / TRACE).exists():
+            run.artifact(out / TRACE)
         finished = Model.load(best)
         finished.denoiser.to(accelerator.device)
         measure(finished, store, labels=config.data.labels, seed=config.train.seed)
@@ -281,8 +283,6 @@ def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
         path = out / "training.png"
         training_curve(progress.history, path, judge=progress.judge)
         run.artifact(path)
-    if (out / TRACE).exists():
-        run.artifact(out / TRACE)
 
 
 def _precision(asked: str) -> str:

@@ -64,9 +64,8 @@ def settled(
         if settings.resume != "never" and known.exists():
             found, said = [int(json.loads(known.read_text())["batch"])], f"as this run began with ({known})"
         else:
-            trial = _Trial(settings, store, process, denoiser, survival, optim, accelerator, labels)
             with _margin(accelerator.device):
-                speeds, said = search(trial.seconds, settings.grain, trial.most)
+                speeds, said = _Trial(settings, store, process, denoiser, survival, optim, accelerator, labels).search()
             found = [best(speeds) * settings.accumulate * accelerator.num_processes]
             with files.whole(Path(settings.out) / RECORD, overwrite=True) as temporary:
                 temporary.write_text(json.dumps({"batch": found[0], "cells_per_second": speeds}, indent=1))
@@ -133,6 +132,10 @@ class _Trial:
         self.denoiser = copy.deepcopy(denoiser).to(accelerator.device)
         self.optimizer = optim.build(self.denoiser)
         self.before = psutil.Process().memory_info().rss
+
+    def search(self) -> tuple[dict[int, float], str]:
+        """See :func:`search`."""
+        return search(self.seconds, self.settings.grain, self.most)
 
     def seconds(self, cells: int) -> float:
         """The fastest of a few steps of so many cells."""

@@ -298,6 +298,8 @@ def _local_ranks() -> int:
 
 
 def _share(settings: Training, world: int) -> int:
+    if not settings.batch:
+        raise ValueError("train.batch=auto must be settled before training (distdiff.train.fit.settled)")
     if settings.batch % (world * settings.accumulate * settings.grain):
         passes = f" in {settings.accumulate} passes" if settings.accumulate > 1 else ""
         raise ValueError(

@@ -40,12 +40,13 @@ def trace(path: Path | None, device: torch.device) -> Iterator[Callable[[], None
     def write(profiler: torch.profiler.profile) -> None:
         with files.whole(path, overwrite=True) as temporary:
             profiler.export_chrome_trace(str(temporary))
+        written.append(path)
         log.info("train.trace: %s", path)
 
-    path.unlink(missing_ok=True)
+    written: list[Path] = []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     plan = torch.profiler.schedule(wait=SKIP, warmup=WARM, active=ACTIVE, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step
-    if not path.exists():
+    if not written:
         log.warning("train.trace: the run took fewer than %d steps, so there is no trace of it", SKIP + WARM)

@@ -13,6 +13,7 @@ from distdiff.data.store import CountStore
 from distdiff.model import Model
 from distdiff.train import fit
 from distdiff.train.trouble import OutOfMemory
+from tests.train import processes
 from tests.train.test_loop import assert_equal, final, make
 
 
@@ -89,8 +90,29 @@ def test_a_real_search_leaves_the_network_as_it_was(atlas, tmp_path):
     assert all(torch.equal(w, v) and w.grad is None for w, v in zip(model.denoiser.parameters(), before, strict=True))
 
 
+@pytest.mark.distributed
+def test_processes_agree_on_one_number(atlas, tmp_path):
+    """640 cells leave room for no more than a grain of 8 on each of two processes: 16 cells a step."""
+    ranks = processes.run(
+        make(atlas, tmp_path / "run", batch="auto", cells=640),
+        tmp_path / "log",
+        world=2,
+        environment={"ACCELERATE_USE_CPU": "true"},
+    )
+    assert [len(losses) for losses, _ in ranks] == [40, 40]
+    assert json.loads((tmp_path / "run" / "batch.json").read_text())["batch"] == 16
+    assert all(0 <= log["data_wait"] < 1 for log in ranks[0][1])
+    assert [log["data_wait"] for log in ranks[0][1]] == [log["data_wait"] for log in ranks[1][1]]
+
+
 def test_a_size_that_is_no_number_is_refused(atlas):
     with pytest.raises(ValueError, match=r"train\.batch='many'"):
         config.parse({"data": {"store": str(atlas)}, "train": {"batch": "many"}})
     with pytest.raises(ValueError, match=r"train\.batch must be a number of cells or auto, got -1"):
         config.parse({"data": {"store": str(atlas)}, "train": {"batch": -1}})
+
+
+def test_a_size_that_was_not_settled_is_refused(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "settled", lambda settings, *_: settings)
+    with pytest.raises(ValueError, match=r"train\.batch=auto must be settled before training"):
+        experiment.train(make(atlas, tmp_path, batch="auto"))
