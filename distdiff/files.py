@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,9 +128,15 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
 
 
 def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
-    """Give the new one its name; an old folder of that name goes only then."""
+    """Give the new one its name; an old folder of that name goes only then.
+
+    On Linux the name is never without a whole folder, whenever the process is killed; elsewhere it is for a moment.
+    """
     if not target.is_dir():
         os.replace(temporary, target)
+        return
+    if _exchange(temporary, target):
+        remove(temporary)
         return
     old = old or temporary.with_name(f"{temporary.name}.old")
     os.replace(target, old)
@@ -138,6 +146,13 @@ def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
         os.replace(old, target)
         raise
     remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths swap names at once; false where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _alive(pid: int) -> bool:
