@@ -138,7 +138,6 @@ def parts(
         **found,
         "cells_per_cpu_second": 1e6 / steady,
         "compute_alone": 1e6 / found["compute"],
-        "peak_mib": peak.mib,
     }
 
 
