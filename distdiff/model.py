@@ -339,7 +339,7 @@ class Model:
         found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
         tensors = {**self.denoiser.state_dict(), **({} if self.shrink is None else {"shrink": self.shrink})}
         for name in sorted(tensors):
-            found.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+            found.update(name.encode() + tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def provenance(self, **what: Any) -> dict[str, Any]:

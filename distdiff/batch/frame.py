@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distdiff.batch.output import Field
-from distdiff.batch.rows import open_anndata
+from distdiff.batch.rows import opened_anndata
 from distdiff.batch.tasks import Task
 from distdiff.data.export import zarr_v3
 
@@ -31,7 +31,7 @@ def transfer(source: Any, target: Any, key: str) -> None:
     plain = not hasattr(elem, "keys") and elem.ndim and elem.dtype.kind in "biuf"
     if plain:
         _copy(elem, target, key)
-    elif hasattr(elem, "keys") and kind in ("csr_matrix", "csc_matrix", "dict", "dataframe", ""):
+    elif hasattr(elem, "keys") and kind in ("csr_matrix", "csc_matrix", "dict", "dataframe", "raw", ""):
         group = target.require_group(key)
         describe(group, elem.attrs)
         for name in elem:
@@ -77,8 +77,7 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
         _own_obs(root, task, ours)
         _var(root, task, None)
         return
-    with contextlib.closing(_Closing(open_anndata(task.rows.frame))) as opened:
-        source = opened.file
+    with opened_anndata(task.rows.frame) as source:
         _inherited_obs(root, source, ours)
         if task.inherits:
             for key in source:
@@ -93,17 +92,6 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
         for key in ("obsm", "obsp", "uns"):
             if key in source:
                 transfer(source, root, key)
-
-
-class _Closing:
-    """h5py files are to be closed, zarr groups cannot be."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def close(self) -> None:
-        if hasattr(self.file, "close"):
-            self.file.close()
 
 
 def _own_obs(root: Any, task: Task, ours: set[str]) -> None:

@@ -96,14 +96,14 @@ class Layout:
 
     @classmethod
     def fit(cls, n_cells: int, fields: Sequence[Field], rows: int | None = None) -> Layout:
-        """Shards of at most 64 MiB of dense values, and 64 shards or more where there are cells for them."""
+        """Shards of at most 64 MiB of dense values; 64 or more of them where they would still hold 1,024 cells."""
         row_bytes = sum(np.dtype(f.dtype).itemsize * f.width for f in fields if not f.sparse)
         widest = max((np.dtype(f.dtype).itemsize * f.width for f in fields if not f.sparse), default=0)
         chunk = 256
         while chunk > 16 and chunk * widest > CHUNK_BYTES:
             chunk //= 2
         if rows is None:
-            rows = max(256, min(8192, (64 << 20) // max(1, row_bytes), -(-n_cells // 64)))
+            rows = max(256, min(8192, (64 << 20) // max(1, row_bytes), max(1024, -(-n_cells // 64))))
         chunk = min(chunk, *(-(-n // 16) * 16 for n in (rows, n_cells)))
         return cls(n_cells, tuple(fields), -(-rows // chunk) * chunk, chunk)
 

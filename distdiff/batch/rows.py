@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,18 @@ class NewRows:
         return self._codes[key][start:stop]
 
 
-def open_anndata(path: Path) -> Any:
+@contextlib.contextmanager
+def opened_anndata(path: Path) -> Iterator[Any]:
     """An h5ad file or an AnnData zarr folder, open for reading."""
     if path.is_dir():
         import zarr
 
-        return zarr.open_group(str(path), mode="r", use_consolidated=False)
-    import h5py
+        yield zarr.open_group(str(path), mode="r", use_consolidated=False)
+    else:
+        import h5py
 
-    return h5py.File(path, "r")
+        with h5py.File(path, "r") as file:
+            yield file
 
 
 def _is_anndata(path: Path) -> bool:
@@ -122,11 +126,8 @@ def _is_anndata(path: Path) -> bool:
         return False  # 10x mtx
     if path.is_file() and not path.suffix.startswith(".h5"):
         return False
-    root = open_anndata(path)
-    found = "obs" in root and "var" in root
-    if path.is_file():
-        root.close()
-    return found
+    with opened_anndata(path) as root:
+        return "obs" in root and "var" in root
 
 
 def is_store(path: Path | str) -> bool:

@@ -73,11 +73,14 @@ def verify(
         raise ValueError("to repair a result, its task must be given")
     if odd := plan.difference(about["identity"], plan.identity(task, data, about["identity"]["precision"])):
         raise ValueError(f"{out} was written by another job, it cannot be repaired by this one: {odd}")
-    with Claims(work / "claims") as claims:
+    scratch = out.with_name(f".{out.name}.repairing")
+    with Claims(scratch / "claims") as claims:
         if not claims.take("repair"):
             raise FileExistsError(f"{out} is being repaired by another process now")
-        _repair(out, work, task, about, bad)
-    files.remove(work)
+        try:
+            _repair(out, scratch, task, about, bad)
+        finally:
+            files.remove(scratch)
     return f"{out}: {_told(bad)} computed again"
 
 
@@ -110,11 +113,11 @@ def _unfinished(work: Path, repair: bool) -> str:
     return f"{work}: the {n} shards finished so far are as written"
 
 
-def _repair(out: Path, work: Path, task: Task, about: dict[str, Any], bad: Mapping[str, list[str]]) -> None:
+def _repair(out: Path, scratch: Path, task: Task, about: dict[str, Any], bad: Mapping[str, list[str]]) -> None:
     """Compute the shards again that bad files hold values of, compare with what was written, put them in place."""
     made, nnz = Plan.from_json(json.dumps(about["plan"])), about["nnz"]
     task.model.denoiser.to(task.device).eval()
-    store, parts, joins = work / "store", work / "parts", []
+    store, parts, joins = scratch / "store", scratch / "parts", []
     shards = {_number(unit) for unit in bad if unit.startswith("shard-")}
     for unit in bad:
         if unit.startswith("join-"):

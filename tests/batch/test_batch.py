@@ -196,6 +196,7 @@ def test_a_file_is_inherited_and_its_mask_read_by_rows(model, atlas, mask, tmp_p
     given.layers["mask"], given.layers["raw"] = sp.csr_matrix(np.load(mask)), given.X.copy()
     given.obsp["near"], given.uns["note"] = sp.eye(199, format="csr"), {"a": [1, 2], "b": "c"}
     given.obs["score"], given.X = np.arange(199.0), given.X.multiply(0.5).tocsr()
+    given.raw = given.copy()
     given.write_h5ad(tmp_path / "in.h5ad")
     for suffix in ("zarr", "h5ad"):
         out = tmp_path / f"out.{suffix}"
@@ -203,6 +204,7 @@ def test_a_file_is_inherited_and_its_mask_read_by_rows(model, atlas, mask, tmp_p
         got = ad.read_zarr(out) if suffix == "zarr" else ad.read_h5ad(out)
         assert (dense(got.X) == dense(given.X)).all()
         assert (dense(got.obsp["near"]) == np.eye(199)).all()
+        assert (dense(got.raw.X) == dense(given.X)).all()
         assert got.uns["note"]["b"] == "c"
         assert list(got.obs.columns) == ["cell_type", "score", "distdiff_nats"]
         assert (got.obs["score"] == given.obs["score"]).all()
@@ -327,6 +329,18 @@ def test_genes_that_do_not_match(model, atlas, tmp_path):
     with pytest.raises(ValueError, match="none of the input's 30 genes is among the model's"):
         impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.zarr", **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+def test_nothing_to_write_is_written(model, atlas, tmp_path):
+    """CSR arrays of no value at all."""
+    np.save(tmp_path / "mask.npy", np.zeros((199, 30), bool))
+    out = tmp_path / "out.zarr"
+    filled = impute_file(model, atlas, out, mask=str(tmp_path / "mask.npy"), sparse=True, keep=["gene1"], **SMALL)
+    assert filled.targets == 0
+    got = ad.read_zarr(out)
+    assert got.layers["imputed_mask"].nnz == 0
+    assert (dense(got.layers["imputed"]) == dense(got.X)).all()
+    assert "as written" in batch.verify(out, progress=False)
 
 
 def test_a_bad_count_is_named(model, atlas, mask, tmp_path):
