@@ -381,8 +381,9 @@ class _Job:
 
     def _finish(self, shards: dict[str, dict[str, Any]], joins: Sequence[str], command: str) -> None:
         """All that is left once every value is written; whoever does it publishes the result."""
-        for left in self.store.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
+        for name in (".*.tmp", "*.partial"):  # of a process that was killed while it wrote: our names and zarr's
+            for left in self.store.rglob(name):
+                left.unlink()
         records, layout = list(shards.values()), self.plan.layout
         units = {**shards, **dict(zip(joins, self._records(joins), strict=True))}
         known = {unit: record["files"] for unit, record in units.items()}
