@@ -309,7 +309,9 @@ def _genes(text: str | None) -> list[str] | None:
     if text is None:
         return None
     if Path(text).is_file():
-        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+        from distdiff.data.choose import listed
+
+        return listed(Path(text))
     return list(_words(text))
 
 

@@ -66,6 +66,32 @@ def scratch(target: str | Path) -> Iterator[Path]:
         remove(folder)
 
 
+class NoRoom(OSError):
+    """The disk cannot hold what is to be written; told before any of it is."""
+
+
+@contextlib.contextmanager
+def goes_on(target: Path, work: Path) -> Iterator[None]:
+    """Say of a disk that fills up that the same command goes on from ``work``.
+
+    Raises
+    ------
+    OSError
+        The disk is full.
+    """
+    try:
+        yield
+    except NoRoom:
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, f"the disk is full: {target} is not finished; free space and run the same command again, "
+                f"it goes on from {work} (or remove that folder)",
+            ) from error  # fmt: skip
+        raise
+
+
 @contextlib.contextmanager
 def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
@@ -101,25 +127,19 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
             f"{target} is being written by another process now; wait for it, or choose another name"
         ) from None
     try:
-        mark = work / "identity"
-        if not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
-            for left in work.iterdir():
-                if left.name != "lock":
-                    remove(left)
-            partial = work / "identity.part"
-            partial.write_text(identity, encoding="utf-8")
-            os.replace(partial, mark)
-        yield work
-        publish(work / "store", target, work / "old")
+        with goes_on(target, work):
+            mark = work / "identity"
+            if not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
+                for left in work.iterdir():
+                    if left.name != "lock":
+                        remove(left)
+                partial = work / "identity.part"
+                partial.write_text(identity, encoding="utf-8")
+                os.replace(partial, mark)
+            yield work
+            publish(work / "store", target, work / "old")
     except ValueError:
         remove(work)
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"the disk is full: {target} is not finished; free space and run the same command again, "
-                f"it goes on from {work} (or remove that folder)",
-            ) from error  # fmt: skip
         raise
     else:
         remove(work)

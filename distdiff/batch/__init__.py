@@ -20,6 +20,7 @@ from distdiff.batch.rows import open_rows
 from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
 from distdiff.batch.verify import verify
+from distdiff.data.export import named
 from distdiff.model import Model
 
 __all__ = ["Summary", "generate_file", "impute_file", "make_task", "on_cluster", "run", "write_anndata"]
@@ -72,9 +73,7 @@ def run(
     precision: str = "auto", command: str = "", say: Callable[[str], None] = lambda text: None, **options: Any,
 ) -> Summary:  # fmt: skip
     """Do ``impute``, ``complete``, ``denoise``, ``deepen`` or ``generate`` on files; see :func:`impute_file`."""
-    out = Path(out)
-    if out.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    out = named(out)
     task = make_task(kind, model, data, out, **options)
     return job.run(
         task, out, data="" if data is None else Path(data).name, overwrite=overwrite, progress=progress,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch.summary import Summary
+from distdiff.data.cluster import connect
 from distdiff.model import Model
 
 
@@ -32,14 +33,7 @@ def on_cluster(
     OSError
         No scheduler with workers answers there.
     """
-    from dask.distributed import Client
-
-    try:
-        client = Client(scheduler, timeout=30, set_as_default=False)
-        client.wait_for_workers(1, timeout=60)
-    except (OSError, TimeoutError) as error:
-        raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error
-    with client:
+    with connect(scheduler) as client:
         workers = list(client.scheduler_info(n_workers=-1)["workers"])
         paths = [None if p is None else p if "://" in str(p) else str(Path(p).absolute()) for p in (data, out)]
         say(f"{len(workers)} workers")

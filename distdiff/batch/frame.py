@@ -203,11 +203,10 @@ def write_uns_h5ad(path: Path, about: dict[str, Any], key: str, told: str) -> No
 
 
 def consolidate(store: Path) -> None:
-    """AnnData reads consolidated metadata, of which zarr warns that v3 does not specify it."""
+    """Write the consolidated metadata that AnnData reads."""
     import zarr
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
+    with _no_word_on_consolidation():
         zarr.consolidate_metadata(str(store))
 
 
@@ -216,6 +215,13 @@ def write_anndata(adata: Any, path: Path) -> None:
     if path.suffix == ".h5ad":
         adata.write_h5ad(path)
         return
-    with zarr_v3(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
+    with zarr_v3(), _no_word_on_consolidation():
         adata.write_zarr(path)
+
+
+@contextlib.contextmanager
+def _no_word_on_consolidation() -> Iterator[None]:
+    """AnnData wants consolidated metadata, of which zarr warns that v3 does not specify it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        yield

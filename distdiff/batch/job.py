@@ -7,7 +7,6 @@ costs the shard that it was at; one that comes late takes what is left; the same
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -29,6 +28,7 @@ from distdiff.batch.output import Corrupt, Field, Values
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary, peak_mib, summed, together
 from distdiff.batch.tasks import Task
+from distdiff.data.export import named
 from distdiff.data.pool import cores
 from distdiff.tasks.impute import Filled
 
@@ -81,29 +81,18 @@ def run(
     ValueError
         Another suffix, or what the task refuses.
     """
-    out = Path(out)
-    if out.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    out = named(out)
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision {precision!r}: auto, float32 or bfloat16 is wanted")
     if precision == "auto":
         precision = "bfloat16" if task.device.startswith("cuda") else "float32"
     task.model.denoiser.to(task.device).eval()
     job = _Job(task, out, plan.identity(task, data, precision), progress)
-    try:
+    with files.goes_on(out, job.work):
         if not job.open(overwrite, precision, batch_size, shard_cells, say):
             return job.told(finished(out)["records"])
         with job:
             return job.run(command)
-    except plan.NoRoom:
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"the disk is full: {out} is not finished; free space and run the same command again, it "
-                f"goes on from {job.work} (or remove that folder)",
-            ) from error  # fmt: skip
-        raise
 
 
 def finished(out: Path) -> dict[str, Any]:
@@ -318,7 +307,7 @@ class _Job:
 
     def _batches(self, shards: Sequence[str]) -> Iterator[tuple[str, int, int]]:
         for unit in self._free(shards):
-            start, stop = self.plan.layout.span(_number(unit))
+            start, stop = self.plan.layout.span(output.number(unit))
             for a in range(start, stop, self.plan.batch):
                 yield unit, a, min(a + self.plan.batch, stop)
 
@@ -331,7 +320,7 @@ class _Job:
         for field in layout.fields:
             if field.path in values:
                 taken[field.path] = output.fetched(values[field.path], field)
-        start, stop = layout.span(_number(unit))
+        start, stop = layout.span(output.number(unit))
         with self._lock:
             held = self._held.setdefault(unit, {})
             held[a] = taken
@@ -341,7 +330,7 @@ class _Job:
         if not self.claims.mine(unit):  # this process slept, and somebody took over
             return
         labels = self.task.labels(start, stop)
-        written = output.write(layout, _number(unit), batches, labels, self.store, self.parts)
+        written = output.write(layout, output.number(unit), batches, labels, self.store, self.parts)
         with self._lock:
             now = time.perf_counter()
             seconds, self._began = now - self._began, now
@@ -368,15 +357,14 @@ class _Job:
     def _join(self, unit: str, records: Sequence[dict[str, Any]]) -> None:
         field = next(f for f in self._sparse() if unit.startswith(f"join-{f.name}-"))
         nnz = [record["nnz"][field.path] for record in records]
-        made = output.runs(sum(nnz))[1]
-        for shard, _, _ in output.overlapping(nnz, _number(unit) * made, (_number(unit) + 1) * made):
+        for shard, _, _ in output.cut_from(nnz, output.number(unit)):
             parts = {k: v for k, v in records[shard]["parts"].items() if k.startswith(f"{field.name}/")}
             if bad := output.check(self.parts, parts):
                 raise Corrupt(
                     f"{self.parts / bad[0]} (shard {shard}) differs from what was written: run the same command with "
                     "--verify --repair"
                 )
-        written = output.join(self.parts, self.store, field, nnz, _number(unit))
+        written = output.join(self.parts, self.store, field, nnz, output.number(unit))
         output.put(self.done / f"{unit}.json", json.dumps({"files": written}).encode())
 
     def _finish(self, shards: dict[str, dict[str, Any]], joins: Sequence[str], command: str) -> None:
@@ -454,7 +442,3 @@ class _Job:
         self._show()
         time.sleep(self._pause)
         self._pause = min(1.5 * self._pause, WAIT[1])
-
-
-def _number(unit: str) -> int:
-    return int(unit.rpartition("-")[2])

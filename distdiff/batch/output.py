@@ -251,7 +251,7 @@ def join(parts: Path, store: Path, field: Field, nnz: Sequence[int], number: int
             np.fromfile(
                 parts / field.name / f"{shard:06d}.{part}", dtype, count=b - a, offset=a * np.dtype(dtype).itemsize
             )
-            for shard, a, b in overlapping(nnz, start, stop)
+            for shard, a, b in cut_from(nnz, number)
         ]
         array[: stop - start] = np.concatenate(pieces)
         path = f"{field.path}/{part}/c/{number}"
@@ -259,9 +259,15 @@ def join(parts: Path, store: Path, field: Field, nnz: Sequence[int], number: int
     return files
 
 
-def overlapping(nnz: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Parts that hold values ``start ... stop``: number, first and last value within the part."""
-    ends = list(itertools.accumulate(nnz))
+def number(unit: str) -> int:
+    """Number of a unit of work, ``shard-000012`` or ``join-NAME-000003``."""
+    return int(unit.rpartition("-")[2])
+
+
+def cut_from(nnz: Sequence[int], number: int) -> Iterator[tuple[int, int, int]]:
+    """Parts that shard ``number`` of the final arrays is cut from: number, first and last value within the part."""
+    ends, (_, size) = list(itertools.accumulate(nnz)), runs(sum(nnz))
+    start, stop = number * size, (number + 1) * size
     for shard, (n, end) in enumerate(zip(nnz, ends, strict=True)):
         a, b = max(start, end - n), min(stop, end)
         if a < b:

@@ -20,6 +20,7 @@ import torch
 from distdiff.batch import output
 from distdiff.batch.output import Layout, Values
 from distdiff.batch.tasks import Task
+from distdiff.files import NoRoom
 
 FORMAT = 1
 
@@ -30,10 +31,6 @@ BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 PATIENCE = 5.0
 """Seconds of a trial after which no larger batch is tried."""
-
-
-class NoRoom(OSError):
-    """The disk cannot hold the result."""
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,6 @@ class FileRows:
         """Names of a row range, ``str [n]``."""
         return self.source.obs_names[start:stop]
 
-    def codes(self, key: str, start: int, stop: int) -> np.ndarray:
-        """A file's labels are inherited, not written shard by shard."""
-        raise NotImplementedError
-
 
 class NewRows:
     """Cells that do not exist yet, with the labels that they are to have.

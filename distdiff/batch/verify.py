@@ -118,15 +118,12 @@ def _repair(out: Path, scratch: Path, task: Task, about: dict[str, Any], bad: Ma
     made, nnz = Plan.from_json(json.dumps(about["plan"])), about["nnz"]
     task.model.denoiser.to(task.device).eval()
     store, parts, joins = scratch / "store", scratch / "parts", []
-    shards = {_number(unit) for unit in bad if unit.startswith("shard-")}
+    shards = {output.number(unit) for unit in bad if unit.startswith("shard-")}
     for unit in bad:
         if unit.startswith("join-"):
             field = next(f for f in made.layout.fields if f.sparse and unit.startswith(f"join-{f.name}-"))
-            size = output.runs(sum(nnz[field.path]))[1]
-            joins.append((field, _number(unit)))
-            shards |= {
-                s for s, _, _ in output.overlapping(nnz[field.path], _number(unit) * size, (_number(unit) + 1) * size)
-            }
+            joins.append((field, output.number(unit)))
+            shards |= {s for s, _, _ in output.cut_from(nnz[field.path], output.number(unit))}
     written: dict[str, Any] = {}
     for shard in tqdm(sorted(shards), desc="repair", unit="shard"):
         start, stop = made.layout.span(shard)
@@ -151,7 +148,3 @@ def _repair(out: Path, scratch: Path, task: Task, about: dict[str, Any], bad: Ma
 
 
 OTHER = "on other hardware, or with other versions, sums are rounded otherwise; write the result anew (--overwrite)"
-
-
-def _number(unit: str) -> int:
-    return int(unit.rpartition("-")[2])

@@ -57,7 +57,7 @@ class Choice:
                     "names"
                 )
             how, where = file.name, str(file)
-            names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = listed(file)
         else:
             how, where, names = "names", option, list(genes)
         _check_names(names, known, where)
@@ -92,6 +92,11 @@ class Choice:
             raise ValueError(f"genes {self.how!r}: only {there} genes have a count; ask for at most that many")
         score = np.where(among, _SCORES[self.measure](moments, clip), -np.inf)
         return np.sort(np.argsort(-score, kind="stable")[:top])
+
+
+def listed(file: Path) -> list[str]:
+    """Names in a text file, one a line."""
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _fano(moments: Moments, clip: Clip) -> np.ndarray:

@@ -48,9 +48,7 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
     ValueError
         Another suffix, or a corrupt shard (named).
     """
-    out = Path(out)
-    if out.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    out = named(out)
     everyone = store.rows("all")
     file, row = store.origin(everyone)
     order = np.lexsort((row, file))
@@ -80,6 +78,20 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
                     counts = counts[:, columns]
                     counts.sort_indices()
                 matrix.append(counts)
+
+
+def named(out: str | Path) -> Path:
+    """The path of an AnnData to write.
+
+    Raises
+    ------
+    ValueError
+        It ends neither in ``.h5ad`` nor in ``.zarr``.
+    """
+    out = Path(out)
+    if out.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    return out
 
 
 def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from distdiff.data import coding
+from distdiff.data.cluster import connect
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.plan import Order
 from distdiff.data.store import CountStore
@@ -22,9 +23,6 @@ from distdiff.types import Cells, Condition
 
 IN_FLIGHT = 512 << 20
 """Bytes of pieces that wait at the workers for one rank, at most (one piece always may)."""
-
-CONNECT = 30
-"""Seconds in which a scheduler must answer."""
 
 PATIENCE = 60.0
 """Seconds without an answer after which to see whether any worker is left."""
@@ -61,14 +59,9 @@ def stream(
     ValueError
         What reading raises.
     """
-    from dask.distributed import Client
     from dask.distributed import TimeoutError as Late
 
-    try:
-        client = Client(scheduler, timeout=CONNECT, set_as_default=False)
-        client.wait_for_workers(1, timeout=2 * CONNECT)
-    except (OSError, TimeoutError) as error:
-        raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error
+    client = connect(scheduler)
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
     pieces = _pieces(plan, rows_of, steps)
     waiting: deque[tuple[list[int], list[np.ndarray], Any]] = deque()

@@ -137,7 +137,7 @@ def test_dask_workers_feed_two_ranks_and_one_may_die(atlas, usual):
 
 
 def test_no_scheduler_there(usual, monkeypatch):
-    monkeypatch.setattr("distdiff.data.stream.CONNECT", 1)
+    monkeypatch.setattr("distdiff.data.cluster.CONNECT", 1)
     store, index, plan, _ = usual
     with pytest.raises(OSError, match=r"no dask scheduler with workers answers at tcp://127.0.0.1:9"):
         next(loader(store, plan, index, scheduler="tcp://127.0.0.1:9"))
