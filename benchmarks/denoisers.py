@@ -41,8 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 POINTS = 8  # of a curve
 
 
-def settings(denoiser: dict[str, Any], store: str, seed: int, cells: int, points: int) -> dict[str, Any]:
-    batch = 128 if denoiser["kind"] == "mlp" else 32
+def settings(denoiser: dict[str, Any], store: str, seed: int, cells: int, points: int, batch: int) -> dict[str, Any]:
     return {
         "data": {"store": store}, "process": {"kind": "counts"}, "denoiser": denoiser,
         "optim": {"warmup_cells": max(1, min(10_000, cells // 20))},
@@ -52,9 +51,13 @@ def settings(denoiser: dict[str, Any], store: str, seed: int, cells: int, points
     }  # fmt: skip
 
 
-def trained(name: str, store_path: str, seconds: float, seed: int) -> dict[str, Any]:
+def trained(
+    denoiser: dict[str, Any], store_path: str, seconds: float, seed: int, *, batch: int | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
     """Curve of one network: seconds of training, cells seen, scores of the best weights so far."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from distdiff import config
     from distdiff.data.masks import mcar
@@ -65,10 +68,12 @@ def trained(name: str, store_path: str, seconds: float, seed: int) -> dict[str, 
     from distdiff.sampling import predictor
     from distdiff.train.loop import train
 
-    store = CountStore.open(store_path)
+    store, device = CountStore.open(store_path), torch.device(device)
+    batch = batch or (128 if denoiser["kind"] == "mlp" else 32)
     rows = store.rows("test")
-    cells = store.cells(rows, ())
-    hidden = torch.from_numpy(mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "denoisers")))
+    cells = store.cells(rows, ()).to(device)
+    shape = tuple(cells.counts.shape)
+    hidden = torch.from_numpy(mcar(shape, 0.5, numpy_generator(seed, "denoisers"))).to(device)
 
     def score(process: Any, network: Any) -> dict[str, float]:
         nats, dev, square = [], [], []
@@ -87,7 +92,7 @@ def trained(name: str, store_path: str, seconds: float, seed: int) -> dict[str, 
 
     def run(cells_to_see: int, points: int = 1) -> tuple[list[dict[str, float]], Any]:
         curve: list[dict[str, float]] = []
-        parsed = config.parse(settings(VARIANTS[name], store_path, seed, cells_to_see, points))
+        parsed = config.parse(settings(denoiser, store_path, seed, cells_to_see, points, batch))
         model = Model.new(store.spec(()), parsed.process, parsed.denoiser, seed=seed)
 
         def log(seen: int, numbers: dict[str, float]) -> None:
@@ -98,11 +103,12 @@ def trained(name: str, store_path: str, seconds: float, seed: int) -> dict[str, 
         def best(network: Any, numbers: dict[str, float]) -> None:
             curve[-1] |= score(model.process, network)
 
-        train(store, model.process, model.denoiser, parsed.survival, parsed.optim, parsed.train, Accelerator(cpu=True),
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16")
+        train(store, model.process, model.denoiser, parsed.survival, parsed.optim, parsed.train, accelerator,
               identity={}, save_best=best, on_log=log)  # fmt: skip
         return curve, model
 
-    batch = settings(VARIANTS[name], "", 0, 1, 1)["train"]["batch"]
     rate = batch * 2 / run(batch * 2)[0][-1]["seconds"]  # the first steps are slow ones
     steps = max(3, int(4 * rate / batch))
     rate = steps * batch / run(steps * batch)[0][-1]["seconds"]
@@ -239,7 +245,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if a.child:
         what, *words = a.child
-        found = trained(words[0], words[1], float(words[2]), int(words[3])) if what == "train" else speed(
+        found = trained(
+            VARIANTS[words[0]], words[1], float(words[2]), int(words[3])
+        ) if what == "train" else speed(
             words[0], int(words[1]), int(words[2])
         )  # fmt: skip
         print(json.dumps(found))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
 from distdiff import tracking
@@ -77,6 +78,8 @@ def _train(config: Config) -> Outcome:
                 f"data.labels: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
                 f"shard with --labels {label}"
             )
+    if "WORLD_SIZE" not in os.environ:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training here, in another precision
     accelerator = Accelerator(
         mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu(),
         kwargs_handlers=_exchange(),
@@ -116,7 +119,7 @@ def _train(config: Config) -> Outcome:
             store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
             identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
             labels=config.data.labels,
-            save_best=save_best, on_log=lambda seen, numbers: run.metrics(numbers, seen),
+            save_best=save_best, best_is_there=best.exists(), on_log=lambda seen, numbers: run.metrics(numbers, seen),
         )  # fmt: skip
         accelerator.wait_for_everyone()
         accelerator.end_training()

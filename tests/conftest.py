@@ -23,6 +23,17 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def gpu():
+    """The device of tests marked ``gpu``: CUDA, or what DISTDIFF_TEST_DEVICE names (cpu: a rehearsal without a GPU)."""
+    import torch
+
+    device = os.environ.get("DISTDIFF_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
+    if not device:
+        pytest.skip("needs a CUDA device (DISTDIFF_TEST_DEVICE=cpu rehearses the test on a CPU)")
+    return torch.device(device)
+
+
 @pytest.fixture(scope="session")
 def counts():
     """A made data set with structure: 200 cells x 30 genes, two cell types, gamma-Poisson, one empty cell."""

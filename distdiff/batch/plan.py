@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from distdiff import __version__
 from distdiff.batch import output
 from distdiff.batch.output import Layout, Values
 from distdiff.batch.tasks import Task
@@ -75,7 +75,7 @@ class Plan:
 def identity(task: Task, data: str, precision: str) -> dict[str, Any]:
     """What tells this job from others, as plain JSON."""
     about = {
-        "format": FORMAT, "version": version("distdiff"), "task": task.name, "model": task.model.fingerprint(),
+        "format": FORMAT, "version": __version__, "task": task.name, "model": task.model.fingerprint(),
         "data": data, "fingerprint": task.rows.fingerprint, "cells": task.rows.n_cells, "precision": precision,
         **task.identity(), "inherits": task.inherits,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from distdiff.data.loader import Loading, loader
@@ -150,6 +151,7 @@ def train(
     loading: Loading | None = None,
     labels: tuple[str, ...] = (),
     save_best: Callable[[Denoiser, dict[str, float]], None],
+    best_is_there: bool = True,
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> Progress:
@@ -163,6 +165,9 @@ def train(
         How cells come in, and in which proportions.
     save_best
         Called on the main process with the averaged weights whenever validation improves.
+    best_is_there
+        Whether the best weights of a run that is continued are still where ``save_best`` put them; if not (it goes on
+        in another folder), its next validation counts as the best so far. The main process decides.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
 
@@ -189,6 +194,8 @@ def train(
         denoiser.load_state_dict(saved.weights)
         ema.model.load_state_dict(saved.ema)
         progress = Progress(**saved.state["progress"])
+        if not broadcast_object_list([best_is_there])[0]:
+            progress.best, progress.bad = math.inf, 0
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
     if settings.compile:
         compile_denoiser(denoiser, share // settings.accumulate, len(store.genes), labels)

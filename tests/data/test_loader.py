@@ -188,12 +188,10 @@ def test_counts_that_float32_does_not_hold_are_told(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("resident", [False, True])
-def test_on_a_gpu_it_is_the_same(usual, resident):
+def test_on_a_gpu_it_is_the_same(usual, resident, gpu):
     store, index, plan, want = usual
-    device = torch.device("cuda")
-    copy = Resident.load(store, device) if resident else None
-    for (_, x), (_, y) in zip(taken(store, plan, index, device=device, resident=copy), want, strict=True):
-        assert x.counts.is_cuda
+    copy = Resident.load(store, gpu) if resident else None
+    for (_, x), (_, y) in zip(taken(store, plan, index, device=gpu, resident=copy), want, strict=True):
+        assert x.counts.device.type == gpu.type
         assert torch.equal(x.counts.cpu(), y.counts)

@@ -44,15 +44,14 @@ def test_ragged_cells_answer_as_each_would_alone(cells):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_variable_length_kernel_answers_as_the_padded_one():
+def test_the_variable_length_kernel_answers_as_the_padded_one(gpu):
     rng = torch.Generator().manual_seed(0)
     n_q, n_k = torch.randint(1, 900, (7,), generator=rng), torch.randint(1, 700, (7,), generator=rng)
     q_cell, k_cell = (torch.arange(7).repeat_interleave(n) for n in (n_q, n_k))
     q, k, v = (torch.randn(len(c), 4, e, generator=rng) for c, e in ((q_cell, 63), (k_cell, 63), (k_cell, 64)))
     want = Ragged(q_cell, k_cell, 7).attend(q, k, v)
-    ragged = Ragged(q_cell.cuda(), k_cell.cuda(), 7)
-    got = ragged.attend(*(x.to("cuda", torch.bfloat16) for x in (q, k, v)))
+    ragged = Ragged(q_cell.to(gpu), k_cell.to(gpu), 7)
+    got = ragged.attend(*(x.to(gpu, torch.bfloat16) for x in (q, k, v)))
     assert torch.allclose(got.float().cpu(), want, atol=0.03)
 
 

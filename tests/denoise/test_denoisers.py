@@ -252,15 +252,14 @@ def test_csdi_layer_is_torchs_encoder_layer():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_answers_as_the_cpu_does(kind):
+def test_a_gpu_answers_as_the_cpu_does(kind, gpu):
     network, (x, p, cond) = make(kind), batch()
     want = network(x, p, cond)
-    network.cuda()
-    on_gpu = x.cuda(), p.cuda(), cond.to("cuda")
+    network.to(gpu)
+    on_gpu = x.to(gpu), p.to(gpu), cond.to(gpu)
     assert torch.allclose(network(*on_gpu).cpu(), want, atol=1e-3)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast(gpu.type, dtype=torch.bfloat16):
         out = network(*on_gpu)
         out.square().sum().backward()
     assert torch.allclose(out.cpu(), want, atol=0.05, rtol=0.05)

@@ -219,3 +219,21 @@ def test_what_the_network_sees_is_the_same_for_any_number_of_ranks(atlas, proces
     assert (one[2] < 0).any()
     for world in (2, 3):
         assert all(torch.equal(a, b) for a, b in zip(one, seen(world), strict=True))
+
+
+def test_a_run_that_goes_on_elsewhere_has_a_best_model_all_the_same(atlas, tmp_path, monkeypatch):
+    """Its best weights stayed in the first folder, and no later validation is better."""
+    experiment.train(make(atlas, tmp_path / "first"))
+    middle = sorted((tmp_path / "first" / "checkpoints").iterdir())[0]
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val/deviance": 1e6, "val/loss": 1e6})
+    outcome = experiment.train(make(atlas, tmp_path / "second", resume=str(middle)))
+    assert outcome.progress.step == 40
+    assert (tmp_path / "second" / "model" / "model.json").exists()
+
+
+def test_trainings_of_one_process_may_differ_in_precision(atlas, tmp_path):
+    for precision in ("fp32", "bf16", "fp32"):
+        history = experiment.train(
+            make(atlas, tmp_path / precision, precision=precision, resume="never")
+        ).progress.history
+        assert np.isfinite(history[-1]["val/deviance"])
