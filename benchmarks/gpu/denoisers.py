@@ -34,12 +34,13 @@ def main() -> None:
 
         data = part.work / "splat.h5ad"
         published(next(iter(SETS))).write_h5ad(data)
-    shard([data], store, genes="all" if part.dry else "hvg:2000", progress=False)
+    shard([data], store, genes="hvg:200" if part.dry else "hvg:2000", progress=False)
     seconds = 1.0 if part.dry else (part.left() - 6) / len(NETWORKS) - OVERHEAD
     part.add("setting", {"data": data.name, "seconds": seconds, "device": DEVICE.type})
     for name, (options, batch) in NETWORKS.items():
         if part.dry and "width" in name:
             continue
+        batch = 32 if part.dry else batch
 
         def one(options: dict[str, Any] = options, batch: int = batch) -> dict[str, Any]:
             return script.trained(options, str(store), seconds, 0, batch=batch, device=DEVICE)

@@ -1,6 +1,6 @@
 """``RESULTS.md`` from ``results.json``: targets first, then a table for each part.
 
-python benchmarks/gpu/page.py benchmarks/gpu/results/results.json > benchmarks/gpu/RESULTS.md
+python benchmarks/gpu/page.py benchmarks/gpu/results.json > benchmarks/gpu/RESULTS.md
 """
 
 from __future__ import annotations

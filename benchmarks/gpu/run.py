@@ -23,7 +23,8 @@ import page
 HERE = Path(__file__).parent
 PARTS = {"correct": 60, "train": 120, "attention": 60, "million": 120, "launchers": 90, "denoisers": 80}
 """In order of worth, and the seconds that each may take: 530 in all."""
-DRY = {"correct": 90, "train": 60, "attention": 40, "million": 40, "launchers": 90, "denoisers": 60}
+DRY = dict.fromkeys(PARTS, 150)
+"""A rehearsal ends by itself, all parts in under three minutes; a busy machine may take longer."""
 
 
 def machine() -> dict[str, Any]:
@@ -45,12 +46,14 @@ def commit() -> str:
     return done.stdout.strip() or os.environ.get("COMMIT", "unknown (no git here)")
 
 
-def run_part(name: str, limit: float, work: Path, log: Path, *, dry: bool) -> dict[str, Any]:
+def run_part(
+    name: str, limit: float, work: Path, log: Path, *, dry: bool = False, scripts: Path = HERE
+) -> dict[str, Any]:  # fmt: skip
     """One part to its end or its limit; what it found so far counts either way."""
     out = work / f"{name}.json"
     words = [
         sys.executable,
-        str(HERE / f"{name}.py"),
+        str(scripts / f"{name}.py"),
         "--out",
         str(out),
         "--work",
@@ -93,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="every part small, on a CPU")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="these parts alone")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or HERE / "results"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or HERE))
     a = parser.parse_args()
     if a.dry:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DISTDIFF_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}

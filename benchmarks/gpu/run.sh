@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu/run.sh --dry        every part small, on a CPU, in under three minutes
 #   bash benchmarks/gpu/run.sh --only train launchers
 # Without a network there: first, here, bash benchmarks/gpu/pack.sh, and take .gpu/ along.
-# Results: $OUT (default benchmarks/gpu/results): results.json, RESULTS.md, trace.json.gz, log.txt, written after each part.
+# Results: $OUT (default benchmarks/gpu): results.json, RESULTS.md, trace.json.gz, log.txt, written after each part.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 

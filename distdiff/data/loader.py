@@ -125,9 +125,7 @@ class Loading:
         need = store.coded_bytes
         if self.resident == "no" or self.reader == "dask":
             return store, None, ""
-        free = (
-            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available // ranks
-        )
+        free = _free_on(device) if device.type == "cuda" else psutil.virtual_memory().available // ranks
         if self.resident == "auto" and need > SHARE * free:
             return store, None, f"streaming: {_mib(need)} of coded counts, {_mib(free)} free"
         if device.type == "cuda":
@@ -348,6 +346,18 @@ class _Scout:
         """Give everything back."""
         for bundle in list(self.held):
             self.release(bundle)
+
+
+def memory_allowed(device: torch.device) -> float:
+    """Share of a GPU's memory that this process may take (``torch.cuda.set_per_process_memory_fraction``)."""
+    told = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
+    return 1.0 if told is None else float(told(device))
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still take."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(memory_allowed(device) * total) - torch.cuda.memory_allocated(device))
 
 
 def _mib(n: float) -> str:

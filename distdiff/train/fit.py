@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from distdiff import files
-from distdiff.data.loader import SHARE
+from distdiff.data.loader import SHARE, memory_allowed
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
@@ -174,15 +174,19 @@ class _Trial:
 
 @contextlib.contextmanager
 def _margin(device: torch.device) -> Iterator[None]:
-    """Leave room on a GPU for the resident copy of the counts, and for what memory in pieces loses."""
+    """Leave room on a GPU for the resident copy of the counts, and for what memory in pieces loses.
+
+    A limit that was set before (``torch.cuda.set_per_process_memory_fraction``) stays one.
+    """
     if device.type != "cuda":
         yield
         return
-    torch.cuda.set_per_process_memory_fraction(0.95 - SHARE, device)
+    allowed = memory_allowed(device)
+    torch.cuda.set_per_process_memory_fraction(allowed * (0.95 - SHARE), device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(allowed, device)
         torch.cuda.empty_cache()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from distdiff.train import checkpoint, stop
 from tests.train import processes
 from tests.train.test_loop import make
+from tests.train.test_resume import wait_for, walks
 
 RTOL = 1e-5
 """float32, 20 steps of Adam; seen: 2e-7."""
@@ -92,6 +95,23 @@ def test_one_engine_goes_on_where_another_stopped(atlas, tmp_path, one, first, t
     assert set(processes.finish(ranks)) == {75}, (tmp_path / "log.0.txt").read_text()
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000000013"
     assert_same(processes.run(config, tmp_path / "log", **ENGINES[then]), one, steps=7)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
+def test_one_of_two_processes_is_killed_the_other_ends_and_both_go_on(atlas, tmp_path, one, engine):
+    """As under DDP (test_resume.py); the losses after the last checkpoint are those of one process, never stopped."""
+    config = settings(atlas, tmp_path / "run", engine, checkpoint_cells=160)
+    ranks = processes.start(config, tmp_path / "log", prepare=walks, given=tmp_path / "seen", **ENGINES[engine])
+    wait_for(tmp_path / "run" / "checkpoints" / "step-000000005")
+    ranks[1].kill()
+    began = time.monotonic()
+    survivor, killed = processes.finish(ranks)
+    assert killed == -signal.SIGKILL
+    assert survivor not in (0, None), (tmp_path / "log.0.txt").read_text()
+    assert time.monotonic() - began < 60
+    left = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert int(left.name[5:]) in (5, 10)
+    assert_same(processes.run(config, tmp_path / "log", **ENGINES[engine]), one, steps=20 - int(left.name[5:]))
 
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "accelerate"
