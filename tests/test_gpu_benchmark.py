@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
@@ -47,8 +47,8 @@ def test_a_part_that_hangs_or_fails_keeps_what_it_found(run, tmp_path, ending, s
     assert found["mlp, 2,000 genes"]["cells/s"] == 5.0
     words = found["ended"]["last words"]
     if status is None:  # and nothing of it goes on
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(words[-1]), 0)
+        child = int(words[-1])
+        assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     else:
         assert words[-1] == "no kernel"
     about = {"device": "X", "memory GiB": 80.0, "torch": "2", "python": "3", "cpus": 1}
