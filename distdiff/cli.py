@@ -105,11 +105,16 @@ def export(
 
 
 @server.command()
-def sync(folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")]) -> None:
+def sync(
+    folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")],
+    uri: Annotated[str, typer.Option(help="The server (default: MLFLOW_TRACKING_URI).")] = "",
+    trust: Trust = None,
+) -> None:
     """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
     from distdiff import experiment, tracking
 
-    lines = tracking.sync(folder, judge=experiment.compare)
+    judge = functools.partial(experiment.compare, trust=tuple(trust or ()))
+    lines = tracking.sync(folder, judge=judge, uri=uri)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 
