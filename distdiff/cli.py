@@ -113,7 +113,7 @@ def sync(
     """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
     from distdiff import experiment, tracking
 
-    judge = functools.partial(experiment.compare, trust=tuple(trust or ()))
+    judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
     lines = tracking.sync(folder, judge=judge, uri=uri)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 

@@ -170,12 +170,18 @@ def _profile(store: CountStore) -> dict[str, int]:
     return {"cells": store.n_cells, "genes": len(store.genes), **{name: int(n) for name, n in splits}}
 
 
-def compare(new: Path, champion: Path, *, trust: Sequence[str] = ()) -> tuple[float, float]:
+def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: bool = True) -> tuple[float, float]:
     """Poisson deviance of a new model and of a champion trained on other data, on what the new one was held out from.
 
     Half of the entries of the validation cells are hidden, in genes that both know. The store is the one that the new
-    model's config names. A label that the champion knows by other values is withheld from it. ``trust``: packages
-    whose code the two models may run.
+    model's config names. A label that the champion knows by other values is withheld from it.
+
+    Parameters
+    ----------
+    trust
+        Packages whose code the two models may run.
+    remote
+        Whether a store at a URL is opened: not for a model that somebody sent.
 
     Raises
     ------
@@ -188,6 +194,8 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = ()) -> tuple[fl
 
     ours, theirs = (Model.load(folder, trust=trust) for folder in (new, champion))
     settings = ours.info["config"]["data"]
+    if not remote and "://" in str(settings["store"]):
+        raise ValueError(f"the store is at {settings['store']}, an address that only the run's folder names")
     store = CountStore.open(settings["store"])
     if store.manifest.fingerprint != ours.info["data"]:
         raise ValueError(f"{settings['store']} is not what the model was trained on any more")

@@ -22,6 +22,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from distdiff import received
+from distdiff.received import Record
+
 CHUNK_BYTES = 4 << 20
 """A chunk that a reader decodes at once, dense layers."""
 
@@ -32,9 +35,6 @@ RUNS = 8
 
 Values = dict[str, Any]
 """Path of a field -> what stands there for some rows: a tensor ``[n g]`` or ``[n]``, CSR, or an array of text."""
-
-Record = tuple[int, int]
-"""Bytes and CRC-32C of a file."""
 
 
 class Corrupt(ValueError):
@@ -61,6 +61,10 @@ class Field:
     dtype: str
     width: int = 0
     sparse: bool | None = False
+
+    def __post_init__(self) -> None:
+        if not all(part.strip(".") for part in self.path.split("/")):
+            raise ValueError(f"a field cannot stand at {self.path!r}, outside of the result")
 
     @property
     def name(self) -> str:
@@ -156,10 +160,9 @@ def check(root: Path, files: Mapping[str, Sequence[int]]) -> list[str]:
 
 def _record(path: Path) -> Record | None:
     try:
-        content = path.read_bytes()
+        return received.record(path)
     except OSError:
         return None
-    return len(content), google_crc32c.value(content)
 
 
 # -- values of fixed width -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from distdiff import received
 from distdiff.batch import output
 from distdiff.batch.output import Layout, Values
 from distdiff.batch.tasks import Task
@@ -67,9 +68,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """What :meth:`to_json` gave."""
-        tree = json.loads(text)
-        return cls(**{**tree, "layout": Layout.from_dict(tree["layout"])})
+        """What :meth:`to_json` gave.
+
+        Raises
+        ------
+        ValueError
+            It is something else, or of another version of distdiff.
+        """
+        try:
+            tree = received.parsed(text)
+            return cls(**{**tree, "layout": Layout.from_dict(tree["layout"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is no plan of this version of distdiff ({error})") from error
 
 
 def identity(task: Task, data: str, precision: str) -> dict[str, Any]:

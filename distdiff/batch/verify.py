@@ -51,6 +51,7 @@ def verify(
     if out.suffix != ".zarr":
         raise ValueError(f"{out}: only .zarr results keep checksums; write one, and export it")
     about = finished(out)
+    files.workplace(work)
     if not about and (work / "job.json").exists():
         return _unfinished(work, repair)
     if not about.get("files"):
@@ -73,7 +74,7 @@ def verify(
         raise ValueError("to repair a result, its task must be given")
     if odd := plan.difference(about["identity"], plan.identity(task, data, about["identity"]["precision"])):
         raise ValueError(f"{out} was written by another job, it cannot be repaired by this one: {odd}")
-    scratch = out.with_name(f".{out.name}.repairing")
+    scratch = files.workplace(out.with_name(f".{out.name}.repairing"))
     with Claims(scratch / "claims") as claims:
         if not claims.take("repair"):
             raise FileExistsError(f"{out} is being repaired by another process now")

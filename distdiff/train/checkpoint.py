@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distdiff import files
 from distdiff.component import nearest
 from distdiff.train.engine import Engine
 
@@ -190,7 +191,7 @@ def share(accelerator: Accelerator, folder: Path, resume: str) -> tuple[Path | N
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f".{PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            files.remove(left)
         found = find(resume, folder)
         _set_aside(folder, found)
         told = [str(found or ""), os.urandom(4).hex()]
@@ -216,8 +217,9 @@ def prune(folder: Path, keep: int, best: int) -> None:
     for old in found[:-keep]:
         if old not in since[:1]:
             hidden = old.with_name(f".{old.name}.old")  # never half a checkpoint under a checkpoint's name
+            files.remove(hidden)
             os.replace(old, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            files.remove(hidden)
 
 
 def latest(folder: Path) -> Path | None:
