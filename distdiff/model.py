@@ -252,7 +252,7 @@ class Model:
             for part in generate(
                 self, n, label_codes(self.spec, obs or {}, n), **self.spaced({"steps": 16, **options}, "generate")
             ):
-                made.append(sp.csr_matrix(part.cpu().numpy()))
+                made.append(sp.csr_matrix(received.check_answer(part.cpu().numpy(), "X", int(bar.n))))
                 bar.update(part.shape[0])
         index = pd.Index([f"generated{i}" for i in range(n)])
         columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
@@ -281,7 +281,8 @@ class Model:
         values = np.zeros(adata.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
-            values[block.start : block.stop] = reader.widen(block.given, new).cpu().numpy()
+            answer = reader.widen(block.given, new).cpu().numpy()
+            values[block.start : block.stop] = received.check_answer(answer, name, block.start)
         out.layers[name] = values
         out.uns["distdiff"] = self.provenance(
             task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told()
@@ -301,7 +302,8 @@ class Model:
         out, parts = adata.copy(), []
         for block in reader.blocks(progress=progress, desc="deepen"):
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
-            parts.append(sp.csr_matrix(reader.widen(block.given, new).cpu().numpy()))
+            answer = reader.widen(block.given, new).cpu().numpy()
+            parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
         out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed, **reader.told())
         return out
@@ -325,6 +327,7 @@ class Model:
             for b in reader.blocks(progress=progress, desc="likelihood")
         ]
         cost, molecules = torch.cat(found, 1).cpu().double().numpy()
+        received.check_answer(cost, "nats")
         bits = cost / np.log(2) / np.where(molecules > 0, molecules, np.nan)
         return pd.DataFrame({"nats": cost, "molecules": molecules, "bits_per_molecule": bits}, index=adata.obs_names)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -144,6 +145,38 @@ def check_finite(tensors: Mapping[str, torch.Tensor], but: Collection[str] = ())
             continue
         if bad := int((~tensor.isfinite()).sum()):
             raise ValueError(f"tensor {name} holds {bad} numbers that are not finite, of {tensor.numel()}")
+
+
+def check_answer(values: Any, name: str, first: int = 0) -> Any:
+    """``values`` that a model gave, array or CSR ``[n, ...]``, if all are finite numbers (or no real numbers).
+
+    Parameters
+    ----------
+    name, first
+        What they are, and the row of the first, for the message.
+
+    Raises
+    ------
+    FloatingPointError
+        One is not (row and column named).
+    """
+    data = values.data if hasattr(values, "indptr") else values
+    if data.dtype.kind != "f":
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(data.sum()):
+            return values
+    if (bad := np.flatnonzero(~np.isfinite(data))).size:
+        if hasattr(values, "indptr"):
+            row, column = int(np.searchsorted(values.indptr, bad[0], "right")) - 1, int(values.indices[bad[0]])
+        else:
+            row, column = divmod(int(bad[0]), int(np.prod(values.shape[1:])))
+        raise FloatingPointError(
+            f"{name}: the model's answer for row {first + row}, column {column} is {data.flat[bad[0]]}, no finite "
+            "number, and is not written; its weights are damaged or its training went wrong: take another model, or "
+            "train again"
+        )
+    return values
 
 
 def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:

@@ -324,7 +324,7 @@ class _Job:
         taken = {"record": {"filled": asdict(filled()), **record}}
         for field in layout.fields:
             if field.path in values:
-                taken[field.path] = output.fetched(values[field.path], field)
+                taken[field.path] = output.fetched(values[field.path], field, a)
         start, stop = layout.span(output.number(unit))
         with self._lock:
             held = self._held.setdefault(unit, {})

@@ -347,10 +347,17 @@ def others(root: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Reco
     return found
 
 
-def fetched(values: Any, field: Field) -> Any:
-    """Values of one batch on the CPU: CSR or an array, in the field's dtype."""
+def fetched(values: Any, field: Field, first: int = 0) -> Any:
+    """Values of one batch, whose first row is ``first``, on the CPU: CSR or an array, in the field's dtype.
+
+    Raises
+    ------
+    FloatingPointError
+        One is no finite number.
+    """
     if isinstance(values, torch.Tensor):
         values = values.cpu().numpy()
+    received.check_answer(values, field.path, first)
     return csr_of(values, field) if field.sparse else cast(values, field)
 
 

@@ -133,6 +133,8 @@ def _try(task: Task, precision: str) -> Values:
     for start in starts:
         with autocast(task.device, precision), torch.no_grad():
             found, _ = task.compute(task.read(start, start + size))
+        for name, values in found.items():
+            received.check_answer(values.cpu().numpy() if isinstance(values, torch.Tensor) else values, name, start)
         parts.append({**found, **task.labels(start, start + size)})
     return {key: _stacked([part[key] for part in parts]) for key in parts[0]}
 

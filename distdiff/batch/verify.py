@@ -133,7 +133,9 @@ def _repair(out: Path, scratch: Path, task: Task, about: dict[str, Any], bad: Ma
             b = min(a + made.batch, stop)
             with plan.autocast(task.device, made.precision), torch.no_grad():
                 values, _ = task.compute(task.read(a, b))
-            batches.append({f.path: output.fetched(values[f.path], f) for f in made.layout.fields if f.path in values})
+            batches.append(
+                {f.path: output.fetched(values[f.path], f, a) for f in made.layout.fields if f.path in values}
+            )
         found = output.write(made.layout, shard, batches, task.labels(start, stop), store, parts)
         written |= found["files"]
         if any(found["nnz"][path] != nnz[path][shard] for path in nnz):
