@@ -90,7 +90,8 @@ class Model:
         if self.shrink is not None:
             tensors["shrink"] = self.shrink.cpu()
         received.check_finite(tensors, but=("shrink",))
-        weights = save(tensors)
+        names = saved.names_of(self.spec.genes, self.spec.labels)
+        weights = save(tensors, metadata={saved.NAMES: names})
         card = {
             "format": saved.FORMAT,
             **self.options,

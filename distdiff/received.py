@@ -18,6 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 Record = tuple[int, int]
@@ -113,6 +114,12 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # safetensors has its own, for each thing that a header can lie about
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What stands beside the tensors of a safetensors file: text by name."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,10 @@ from distdiff.component import check_trust, modules
 from distdiff.types import DataSpec, Tensor
 
 FORMAT = 2
+
+
+NAMES = "names"
+"""Note in the weights' file (see :func:`names_of`)."""
 
 
 class WrongFormat(ValueError):
@@ -75,8 +81,18 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
             raise ValueError(f"model.json: labels.{label} must be a list, is {received.kind(values)}")
         _check_names(f"labels.{label}", values)
     _check_per_gene(tensors, len(genes))
+    if received.notes_of(weights).get(NAMES, names := names_of(genes, card["labels"])) != names:
+        raise ValueError(
+            "model.json: genes or labels are not those that the weights were saved with, or are out of order"
+        )
     mean = tensors["spec.gene_mean"].float().numpy()
     return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean), tensors
+
+
+def names_of(genes: Sequence[str], labels: Mapping[str, Sequence[str]]) -> str:
+    """Which column is which gene, and which code which label: stands in the weights' file, as SHA-256."""
+    told = [list(genes), {name: list(values) for name, values in labels.items()}]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def check_format(card: Mapping[str, Any], folder: Path) -> None:
