@@ -107,15 +107,12 @@ class Spool:
         """
         try:
             root, found = self.run.resolve(), (self.run / path).resolve()
+            links = (p for folder, folders, names in os.walk(found)
+                     for p in (Path(folder, name) for name in (*folders, *names)) if p.is_symlink())  # fmt: skip
+            inside = all(p.resolve().is_relative_to(root) for p in (found, *links))
         except (ValueError, OSError, RuntimeError):  # no path at all, or links that go round in circles
             return None
-        if not found.is_relative_to(root):
-            return None
-        for folder, folders, names in os.walk(found):
-            for entry in (Path(folder, name) for name in (*folders, *names)):
-                if entry.is_symlink() and not entry.resolve().is_relative_to(root):
-                    return None
-        return found
+        return found if inside else None
 
     def check_links(self) -> None:
         """Refuse a spool of which a file is a link: what is written to it would be written elsewhere.
