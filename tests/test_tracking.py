@@ -439,7 +439,8 @@ def test_of_a_run_that_somebody_sent_nothing_outside_its_folder_is_read_or_remov
     sent = here / "runs" / "gift"
     model = {"name": "m", "score": 1.0, "data": "d", "description": "", "step": 1, "weights": "w"}
     paths = ("../thesis/precious", "../thesis", "../../home/precious", str(home / "precious"), "link",
-             "linked/precious", "holds", "deep", "..", "../gift/../thesis", "\0", 3, None, "round", "circles")  # fmt: skip
+             "linked/precious", "holds", "deep", "..", "../gift/../thesis",
+             "\0", 3, None, "round", "circles")  # fmt: skip
     spool = unsent(here, monkeypatch, "gift", f"sqlite:///{here}/mlflow.db",
                    *(("artifact", {"path": path, "folder": None}) for path in paths),
                    *(("model", {**model, "path": path}) for path in paths))  # fmt: skip
