@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["CountStore", "Model", "evaluate", "impute_file", "load", "sample", "shard", "train"]
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from distdiff.batch import impute_file
@@ -29,12 +30,24 @@ _HOME = {
 }
 
 
-def load(model: str | Path) -> Model:
-    """Load a model from a folder or from the MLflow registry (``models:/NAME@champion``)."""
+def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
+    """Load a model from a folder or from the MLflow registry (``models:/NAME@champion``).
+
+    Parameters
+    ----------
+    trust
+        Packages whose code the model may run (``trust=("mypackage",)``), for models of one's own kinds
+        ``mypackage.module:Class``. By default none.
+
+    Raises
+    ------
+    ValueError
+        No model there, a damaged one, or one that asks for code of a package that is not trusted.
+    """
     from distdiff import tracking
     from distdiff.model import Model
 
-    return Model.load(tracking.fetch(str(model)))
+    return Model.load(tracking.fetch(str(model)), trust=trust)
 
 
 def __getattr__(name: str) -> Any:

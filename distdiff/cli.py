@@ -23,6 +23,9 @@ app.add_typer(server, name="mlflow")
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Trust = Annotated[
+    list[str] | None, typer.Option("--trust", help="A package whose code a model may run (may be repeated).")
+]
 
 
 @app.command()
@@ -102,11 +105,16 @@ def export(
 
 
 @server.command()
-def sync(folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")]) -> None:
+def sync(
+    folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")],
+    uri: Annotated[str, typer.Option(help="The server (default: MLFLOW_TRACKING_URI).")] = "",
+    trust: Trust = None,
+) -> None:
     """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
     from distdiff import experiment, tracking
 
-    lines = tracking.sync(folder, judge=experiment.compare)
+    judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
+    lines = tracking.sync(folder, judge=judge, uri=uri)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 
@@ -114,6 +122,7 @@ def sync(folder: Annotated[Path, typer.Argument(help="train.out of a run, or a f
 def train(
     config: Config,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.lr=1e-4")] = None,
+    trust: Trust = None,
 ) -> None:
     """Train a model (the same function as ``accelerate launch launch/train.py``).
 
@@ -125,7 +134,7 @@ def train(
 
     resolved = configs.load(config, overrides or [])
     try:
-        outcome = experiment.train(resolved)
+        outcome = experiment.train(resolved, trust=tuple(trust or ()))
     except Stopped as stopped:
         typer.echo(f"distdiff: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
@@ -168,7 +177,7 @@ def impute(
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
     scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
     _batch(
@@ -176,6 +185,7 @@ def impute(
         mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
         sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
         scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        trust=trust,
     )  # fmt: skip
 
 
@@ -190,14 +200,14 @@ def complete(
     seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
     scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
         context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
         ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
         precision=precision, device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair,
-        overwrite=overwrite,
+        overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
 
@@ -210,13 +220,14 @@ def denoise(
     genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
     scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
         context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
         dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
         scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        trust=trust,
     )  # fmt: skip
 
 
@@ -231,13 +242,14 @@ def deepen(
     seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
     scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
         context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
         keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
         device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        trust=trust,
     )  # fmt: skip
 
 
@@ -249,7 +261,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
     seed: Seed = 0, batch_size: Batch = None, shard_cells: ShardCells = None, precision: Precision = "auto",
     device: Device = "auto", scheduler: Scheduler = None, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
     asked = {}
@@ -262,23 +274,25 @@ def generate(
         context, "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed,
         batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler,
         verify=verify, repair=repair, overwrite=overwrite,
+        trust=trust,
     )  # fmt: skip
 
 
 def _batch(
     context: typer.Context, kind: str, model: str, data: Path | None, out: Path, *, scheduler: str | None,
-    verify: bool, repair: bool, **options: Any,
+    verify: bool, repair: bool, trust: list[str] | None, **options: Any,
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
     import distdiff
     from distdiff import batch
 
+    load = functools.partial(distdiff.load, trust=tuple(trust or ()))
     if repair and not verify:
         raise ValueError("--repair needs --verify")
     if verify:
         for name in ("overwrite", "batch_size", "shard_cells", "precision"):
             options.pop(name)
-        found = batch.check(kind, distdiff.load(model) if repair else None, data, out, repair=repair, **options)
+        found = batch.check(kind, load(model) if repair else None, data, out, repair=repair, **options)
         typer.echo(found)
         return
     first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
@@ -286,10 +300,10 @@ def _batch(
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
     if scheduler is not None:
-        load = functools.partial(distdiff.load, str(Path(model).absolute()) if Path(model).exists() else model)
-        filled = batch.on_cluster(scheduler, kind, load, data, out, say=said, **options)
+        there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
+        filled = batch.on_cluster(scheduler, kind, there, data, out, say=said, **options)
     else:
-        filled = batch.run(kind, distdiff.load(model), data, out, progress=first, say=said, **options)
+        filled = batch.run(kind, load(model), data, out, progress=first, say=said, **options)
     said(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
         said(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
@@ -327,6 +341,7 @@ def evaluate(
     cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
     repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+    trust: Trust = None,
 ) -> None:
     """Hide entries of test cells, let the model and the baselines fill them, print the table."""
     import distdiff
@@ -336,7 +351,8 @@ def evaluate(
     settings = Evaluation(
         rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
     )  # fmt: skip
-    report = experiment.evaluate_model(distdiff.load(model), distdiff.CountStore.open(data), settings, seed=seed)
+    loaded = distdiff.load(model, trust=tuple(trust or ()))
+    report = experiment.evaluate_model(loaded, distdiff.CountStore.open(data), settings, seed=seed)
     typer.echo(report.to_text())
     if out is not None:
         report.write(out)

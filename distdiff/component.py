@@ -3,6 +3,9 @@
 ``kind: counts`` of a ``Process`` is the one subclass of ``Process`` defined in ``distdiff/process/counts.py``;
 ``kind: mypackage.mymodule:MyProcess`` works from outside the tree. Adding a process, a denoiser or a baseline is
 adding one file.
+
+An address imports a module, that is: runs code. A user's own config may do so; options that come with a model that
+somebody sent may not, unless the user trusts the package (:func:`check_trust`).
 """
 
 from __future__ import annotations
@@ -11,10 +14,14 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Untrusted(ValueError):
+    """Options ask for code that the user did not say to trust."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -52,10 +59,57 @@ def load(base: type[T], address: str) -> type[T]:
         No such class there.
     """
     module_name, _, class_name = address.partition(":")
-    cls = getattr(importlib.import_module(module_name), class_name, None)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:  # the last two: no name, or a relative one
+        raise ValueError(f"{address!r} cannot be had: {error or 'no module is named'}") from error
+    cls = getattr(module, class_name, None)
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise ValueError(f"{address!r} is not a subclass of {base.__module__}.{base.__name__}")
     return cls
+
+
+def modules(options: Any) -> set[str]:
+    """Modules that a tree of options would import: of every text with a colon, whatever stands before it."""
+    return {text.partition(":")[0] for text in _texts(options) if ":" in text}
+
+
+def check_trust(options: Any, trust: Sequence[str], where: str) -> None:
+    """Refuse options that would import a module outside ``trust``; nothing is imported here.
+
+    Parameters
+    ----------
+    options
+        A tree of mappings, sequences and values that somebody else may have written.
+    trust
+        Packages or modules that may be imported, their submodules too.
+    where
+        Where the options come from, for the message.
+
+    Raises
+    ------
+    Untrusted
+        A module that is not trusted (named).
+    """
+    trusted = (trust,) if isinstance(trust, str) else tuple(trust)
+    for module in sorted(modules(options)):
+        if not any(module == name or module.startswith(f"{name}.") for name in trusted):
+            package = module.partition(".")[0]
+            raise Untrusted(
+                f"{where} asks for code of the module {module!r}, which is not part of distdiff, and nothing of it was "
+                f"run; if you know that code and trust it, give --trust {package} (in Python trust=({package!r},))"
+            )
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _texts(value)
 
 
 def resolve(base: type[T], kind: str) -> type[T]:
@@ -66,6 +120,8 @@ def resolve(base: type[T], kind: str) -> type[T]:
     ValueError
         No such kind (the nearest one is named), or a class that is no ``base``.
     """
+    if not isinstance(kind, str):
+        raise ValueError(f"{base.__name__.lower()}: kind must be a name, got {kind!r}")
     if ":" in kind:
         return load(base, kind)
     package = importlib.import_module(base.__module__)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
 from distdiff import tracking
-from distdiff.component import nearest
+from distdiff.component import modules, nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser, adopt
@@ -52,8 +53,14 @@ class Outcome:
     registered: str = ""
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
     """Run an experiment in this process, or as one rank of many under ``accelerate launch``.
+
+    Parameters
+    ----------
+    trust
+        Packages whose code may run if ``train.start`` or the registry's champion ask for it, besides those that the
+        config itself names.
 
     Raises
     ------
@@ -63,10 +70,10 @@ def train(config: Config) -> Outcome:
         The launcher was asked for several processes but only one runs.
     """
     with _products(config.train.precision):
-        return _train(config)
+        return _train(config, (*trust, *modules((config.process, config.denoiser))))
 
 
-def _train(config: Config) -> Outcome:
+def _train(config: Config, trust: Sequence[str]) -> Outcome:
     began = time.perf_counter()
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
@@ -96,7 +103,7 @@ def _train(config: Config) -> Outcome:
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
     if config.train.start:
-        accelerator.print(_start(model, config.train.start))
+        accelerator.print(_start(model, config.train.start, trust))
     best = Path(config.train.out) / "model"
     accelerator.print(
         f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
@@ -107,7 +114,8 @@ def _train(config: Config) -> Outcome:
     with tracking.run(
         experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
         tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
-        folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile), judge=compare,
+        folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile),
+        judge=partial(compare, trust=trust),
         again=main and checkpoint.find(config.train.resume, out / "checkpoints") is not None,
         enabled=main and config.tracking.enabled,
     ) as run:  # fmt: skip
@@ -128,7 +136,7 @@ def _train(config: Config) -> Outcome:
         _after_training(progress, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
-        finished = Model.load(best)
+        finished = Model.load(best, trust=trust)
         finished.denoiser.to(accelerator.device)
         measure(finished, store, labels=config.data.labels, seed=config.train.seed)
         finished.save(best)
@@ -165,11 +173,18 @@ def _profile(store: CountStore) -> dict[str, int]:
     return {"cells": store.n_cells, "genes": len(store.genes), **{name: int(n) for name, n in splits}}
 
 
-def compare(new: Path, champion: Path) -> tuple[float, float]:
+def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: bool = True) -> tuple[float, float]:
     """Poisson deviance of a new model and of a champion trained on other data, on what the new one was held out from.
 
     Half of the entries of the validation cells are hidden, in genes that both know. The store is the one that the new
     model's config names. A label that the champion knows by other values is withheld from it.
+
+    Parameters
+    ----------
+    trust
+        Packages whose code the two models may run.
+    remote
+        Whether a store at a URL is opened: not for a model that somebody sent.
 
     Raises
     ------
@@ -180,8 +195,10 @@ def compare(new: Path, champion: Path) -> tuple[float, float]:
     from distdiff.evaluate import deviances
     from distdiff.rng import numpy_generator
 
-    ours, theirs = Model.load(new), Model.load(champion)
+    ours, theirs = (Model.load(folder, trust=trust) for folder in (new, champion))
     settings = ours.info["config"]["data"]
+    if not remote and "://" in str(settings["store"]):
+        raise ValueError(f"the store is at {settings['store']}, an address that only the run's folder names")
     store = CountStore.open(settings["store"])
     if store.manifest.fingerprint != ours.info["data"]:
         raise ValueError(f"{settings['store']} is not what the model was trained on any more")
@@ -196,9 +213,9 @@ def compare(new: Path, champion: Path) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _start(model: Model, address: str) -> str:
+def _start(model: Model, address: str, trust: Sequence[str]) -> str:
     """Take over the weights of a trained model, those of genes by name; returns what to say about it."""
-    trained = Model.load(tracking.fetch(address))
+    trained = Model.load(tracking.fetch(address), trust=trust)
     try:
         known, left = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
     except ValueError as error:

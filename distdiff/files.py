@@ -66,6 +66,27 @@ def scratch(target: str | Path) -> Iterator[Path]:
         remove(folder)
 
 
+def workplace(folder: Path) -> Path:
+    """Refuse a work folder with a name that anybody can tell before, if it is a link or holds one.
+
+    What is written to it, or thrown away there, would be written or thrown away elsewhere. distdiff makes no links.
+
+    Raises
+    ------
+    FileExistsError
+        It is one, or holds one (named).
+    """
+    found = [folder] if folder.is_symlink() else []
+    for where, folders, names in () if found else os.walk(folder):
+        found += [path for path in (Path(where, name) for name in (*folders, *names)) if path.is_symlink()]
+    if found:
+        raise FileExistsError(
+            f"{found[0]} is a symbolic link, which distdiff does not make, and nothing was written through it; remove "
+            "it, or give another name for the output"
+        )
+    return folder
+
+
 class NoRoom(OSError):
     """The disk cannot hold what is to be written; told before any of it is."""
 
@@ -109,7 +130,8 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false, or another process is at work on it.
+        ``target`` exists and ``overwrite`` is false, another process is at work on it, or the folder is or holds a
+        link.
     OSError
         The disk is full: says that the same command goes on where this one stopped.
     """
@@ -117,7 +139,7 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.building")
+    work = workplace(target.with_name(f".{target.name}.building"))
     work.mkdir(exist_ok=True)
     lock = FileLock(work / "lock", timeout=0)
     try:

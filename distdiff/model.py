@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tqdm import tqdm
 
-from distdiff import files
-from distdiff.component import build, complete, nearest
+from distdiff import files, received, saved
+from distdiff.component import Untrusted, build, complete, nearest
 from distdiff.data.source import Source
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputer
@@ -36,8 +36,6 @@ from distdiff.types import DataSpec, Tensor
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
-
-FORMAT = 2
 
 
 @dataclass
@@ -80,14 +78,22 @@ class Model:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
-        """Write ``model.json`` and ``weights.safetensors`` (weights and gene means); whole or not at all."""
+        """Write ``model.json`` and ``weights.safetensors`` (weights and gene means); whole or not at all.
+
+        Raises
+        ------
+        ValueError
+            A weight that is not finite: no model of it is read again.
+        """
         tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in self.denoiser.state_dict().items()}
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
         if self.shrink is not None:
             tensors["shrink"] = self.shrink.cpu()
-        weights = save(tensors)
+        received.check_finite(tensors, but=("shrink",))
+        names = saved.names_of(self.spec.genes, self.spec.labels)
+        weights = save(tensors, metadata={saved.NAMES: names})
         card = {
-            "format": FORMAT,
+            "format": saved.FORMAT,
             **self.options,
             "genes": list(self.spec.genes),
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
@@ -101,41 +107,40 @@ class Model:
         return Path(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Model:
+    def load(cls, folder: str | Path, *, trust: Sequence[str] = ()) -> Model:
         """Load a folder written by :meth:`save`. For the MLflow registry use :func:`distdiff.load`.
+
+        Parameters
+        ----------
+        trust
+            Packages whose code the model may run: those of its kinds ``module:Class``. By default none, and nothing
+            but distdiff's own kinds is built.
 
         Raises
         ------
         ValueError
-            No model there, a damaged one, or one of a newer format.
+            No model there, a damaged one (weights are compared with the sha256 that they were saved with), one of a
+            newer format, or one with code from a package that is not trusted.
         """
         folder = Path(folder)
         try:
-            card = json.loads((folder / "model.json").read_text())
-            tensors = load_file(folder / "weights.safetensors")
+            card, spec, tensors = saved.read(folder, trust)
+            with saved.bounded(card, tensors):
+                model = cls.new(spec, card["process"], card["denoiser"])
+            received.check_fit(saved.network(tensors), model.denoiser.state_dict())
         except FileNotFoundError as error:
             hint = " (use distdiff.load for models:/ addresses)" if str(folder).startswith("models:") else ""
             raise ValueError(
                 f"{folder} is no distdiff model: {error.filename or 'weights.safetensors'} is missing{hint}"
             ) from None
-        except Exception as error:
-            raise ValueError(f"the model in {folder} is damaged: {error}") from error
-        if card.get("format", 0) < FORMAT:
-            raise ValueError(
-                f"{folder} has model format {card.get('format', 0)}, of an earlier distdiff; train it again"
-            )
-        if card["format"] > FORMAT:
-            raise ValueError(f"{folder} has model format {card['format']}, this distdiff reads up to {FORMAT}; upgrade")
-        spec = DataSpec(
-            tuple(card["genes"]),
-            {k: tuple(v) for k, v in card["labels"].items()},
-            tensors.pop("spec.gene_mean").numpy(),
-        )
-        model = cls.new(spec, card["process"], card["denoiser"])
-        model.shrink = tensors.pop("shrink", None)
-        model.denoiser.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()})
+        except (saved.WrongFormat, Untrusted, ImportError):
+            raise
+        except Exception as error:  # whatever the file made of a constructor's arguments
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the model in {folder} is damaged: {said[:300]}") from error
+        model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
-        model.info = card["info"]
+        model.shrink, model.info = tensors.get("shrink"), card["info"]
         return model
 
     # -- imputation ----------------------------------------------------------------------------------------------
@@ -248,7 +253,7 @@ class Model:
             for part in generate(
                 self, n, label_codes(self.spec, obs or {}, n), **self.spaced({"steps": 16, **options}, "generate")
             ):
-                made.append(sp.csr_matrix(part.cpu().numpy()))
+                made.append(sp.csr_matrix(received.check_answer(part.cpu().numpy(), "X", int(bar.n))))
                 bar.update(part.shape[0])
         index = pd.Index([f"generated{i}" for i in range(n)])
         columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
@@ -277,7 +282,8 @@ class Model:
         values = np.zeros(adata.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
-            values[block.start : block.stop] = reader.widen(block.given, new).cpu().numpy()
+            answer = reader.widen(block.given, new).cpu().numpy()
+            values[block.start : block.stop] = received.check_answer(answer, name, block.start)
         out.layers[name] = values
         out.uns["distdiff"] = self.provenance(
             task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told()
@@ -297,7 +303,8 @@ class Model:
         out, parts = adata.copy(), []
         for block in reader.blocks(progress=progress, desc="deepen"):
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
-            parts.append(sp.csr_matrix(reader.widen(block.given, new).cpu().numpy()))
+            answer = reader.widen(block.given, new).cpu().numpy()
+            parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
         out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed, **reader.told())
         return out
@@ -321,6 +328,7 @@ class Model:
             for b in reader.blocks(progress=progress, desc="likelihood")
         ]
         cost, molecules = torch.cat(found, 1).cpu().double().numpy()
+        received.check_answer(cost, "nats")
         bits = cost / np.log(2) / np.where(molecules > 0, molecules, np.nan)
         return pd.DataFrame({"nats": cost, "molecules": molecules, "bits_per_molecule": bits}, index=adata.obs_names)
 

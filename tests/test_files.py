@@ -40,3 +40,21 @@ def test_the_name_is_never_without_a_folder(tmp_path):
         over.set()
         watcher.join()
     assert not missing
+
+
+@pytest.mark.parametrize("link", [".", "lock", "identity", "identity.part", "store", "spill/000", "store/X/c"])
+def test_a_work_folder_that_is_or_holds_a_link_is_refused(tmp_path, link):
+    victim, work = tmp_path / "victim", tmp_path / ".out.building"
+    victim.mkdir()
+    (victim / "precious").write_text("years of work")
+    path = work / link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(victim if link != "lock" else victim / "precious")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(FileExistsError, match="is a symbolic link"),
+            files.resumable(tmp_path / "out", "it", overwrite=overwrite),
+        ):
+            pass
+    assert (victim / "precious").read_text() == "years of work"
+    assert [p.name for p in victim.iterdir()] == ["precious"]

@@ -386,23 +386,132 @@ def test_a_run_is_not_sent_to_a_server_that_does_not_know_it(here, migrated, mon
     assert "entries sent" in tracking.sync("run")[0]
 
 
-def test_sync_finds_each_run_s_own_server(here, migrated, monkeypatch):
-    """Two runs of a folder were begun with two servers; no variable is set, and no database is made on the way."""
-    for name in ("one", "two"):
-        shutil.copy(migrated, here / f"{name}.db")
-        with monkeypatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/{name}.db")
-            patch.setattr(Sender, "send", lambda self: 0)
-            with a_run(f"runs/{name}") as run:
-                run.metrics({"loss": 1.0}, 1)
+def unsent(here, monkeypatch, name, uri, *entries):
+    """A run that was begun with a server and sent nothing to it."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        patch.setattr(Sender, "send", lambda self: 0)
+        with a_run(f"runs/{name}") as run:
+            run.metrics({"loss": 1.0}, 1)
+            for kind, what in entries:
+                run.spool.append(kind, **what)
+    return run.spool
+
+
+def test_a_server_that_only_the_folder_knows_is_told_and_waits_for_a_word(here, migrated, monkeypatch):
+    import mlflow
+    from typer.testing import CliRunner
+
+    from distdiff import cli
+
+    spool = unsent(here, monkeypatch, "one", f"sqlite:///{here}/mlflow.db")
+    there = f"sqlite:///{here}/one.db"
+    spool.path.write_text(spool.path.read_text().replace(f"{here}/mlflow.db", f"{here}/one.db"))
     os.remove("mlflow.db")
-    assert [line.split()[0] for line in tracking.sync("runs")] == ["run", "run"]
+    for state in ({}, {"offset": spool.path.stat().st_size, "run_id": "a" * 32}):  # all sent, but not ended yet
+        spool.state = state
+        with pytest.raises(ValueError, match=r"says that its server is .*one\.db, and nothing was sent.*--uri sqlite"):
+            tracking.sync("runs")
     assert not os.path.exists("mlflow.db")
+    assert not os.path.exists("one.db")
+    spool.state = {}
+    shutil.copy(migrated, here / "one.db")
+    done = CliRunner().invoke(cli.app, ["mlflow", "sync", "runs", "--uri", there])
+    assert "entries sent" in done.output
+    (stored,) = mlflow.MlflowClient(there).search_runs(["1"])
+    assert stored.data.metrics["loss"] == 1.0
+    assert "all was sent before" in CliRunner().invoke(cli.app, ["mlflow", "sync", "runs"]).output
+
+
+def links(folder, *pairs):
+    for name, target in pairs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(target)
+
+
+def test_of_a_run_that_somebody_sent_nothing_outside_its_folder_is_read_or_removed(here, monkeypatch):
     import mlflow
 
-    for name in ("one", "two"):
-        (stored,) = mlflow.MlflowClient(f"sqlite:///{here}/{name}.db").search_runs(["1"])
-        assert stored.data.metrics["loss"] == 1.0
+    home, beside = here / "home", here / "runs" / "thesis"
+    for folder in (home, beside):
+        folder.mkdir(parents=True)
+        (folder / "precious").write_text("years of work")
+    sent = here / "runs" / "gift"
+    model = {"name": "m", "score": 1.0, "data": "d", "description": "", "step": 1, "weights": "w"}
+    paths = ("../thesis/precious", "../thesis", "../../home/precious", str(home / "precious"), "link",
+             "linked/precious", "holds", "deep", "..", "../gift/../thesis",
+             "\0", 3, None, "round", "circles")  # fmt: skip
+    spool = unsent(here, monkeypatch, "gift", f"sqlite:///{here}/mlflow.db",
+                   *(("artifact", {"path": path, "folder": None}) for path in paths),
+                   *(("model", {**model, "path": path}) for path in paths))  # fmt: skip
+    links(sent, ("link", home / "precious"), ("linked", home), ("holds/a", home / "precious"), ("deep/er/b", home),
+          ("round", "round"), ("circles/round", "round"))  # fmt: skip
+    (sent / "own").mkdir()
+    (sent / "own" / "kept").write_text("of this run")
+    (sent / "own" / "fine").symlink_to("kept")
+    for path in ("own", "own/kept", "mlflow", "."):
+        spool.append("model", **model, path=path)
+        spool.append("model", **{**model, "weights": "other"}, path=path)
+    spool.append("artifact", path="own", folder=None)
+    spool.state = {"weights": "m w"}  # "sent before": each model's folder is to be removed
+    tracking.sync("runs")
+    assert (home / "precious").exists()
+    assert (beside / "precious").exists()
+    assert (sent / "own" / "kept").exists()
+    assert spool.path.exists()
+    stored = {f.name for f in (here / "mlruns").rglob("*") if f.is_file()}
+    assert "precious" not in stored
+    assert "kept" in stored
+    assert mlflow.MlflowClient().search_runs(["1"])[0].data.metrics["loss"] == 1.0
+
+
+def test_only_a_packed_model_of_the_run_is_removed_once_it_is_sent(here, monkeypatch):
+    entry = {"name": "m", "score": 1.0, "data": "d", "description": "", "step": 1, "weights": "w"}
+    spool = unsent(here, monkeypatch, "gift", f"sqlite:///{here}/mlflow.db")
+    mine, other = spool.path.with_suffix(".1.model"), spool.path.with_name("other.1.model")
+    for folder in (mine, other):
+        folder.mkdir()
+        spool.append("model", **entry, path=f"mlflow/{folder.name}")
+    spool.state = {"weights": "m w"}
+    tracking.sync("runs")
+    assert not mine.exists()
+    assert other.exists()
+
+
+@pytest.mark.parametrize("name", ["mlflow", "x.jsonl", "x.sent.json", "x.sent.part", "x.jsonl.lock"])
+def test_a_spool_whose_files_are_links_is_refused(here, monkeypatch, name):
+    spool = unsent(here, monkeypatch, "gift", f"sqlite:///{here}/mlflow.db")
+    victim = here / "victim"
+    if name == "mlflow":
+        spool.path.parent.rename(victim)
+        links(here / "runs" / "gift", ("mlflow", victim))
+    else:
+        path = spool.path.with_name(name.replace("x", spool.path.stem, 1))
+        victim.write_bytes(path.read_bytes() if path.exists() else b"precious")
+        path.unlink(missing_ok=True)
+        links(path.parent, (path.name, victim))
+    before = victim.read_bytes() if victim.is_file() else sorted(victim.iterdir())
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        tracking.sync("runs/gift")
+    with pytest.raises(ValueError, match="is a symbolic link"), a_run("runs/gift", again=True):
+        pass
+    assert before == (victim.read_bytes() if victim.is_file() else sorted(victim.iterdir()))
+
+
+def test_entries_that_are_no_entries_are_left_out(here, monkeypatch, caplog):
+    spool = unsent(here, monkeypatch, "gift", f"sqlite:///{here}/mlflow.db")
+    odd = [b"[]", b"3", b"null", b"{}", b'{"kind": 3}', b'{"kind": "nosuch"}', b'{"kind": "artifact", "path": 3}',
+           b"[" * 100_000, b'{"kind": "metrics", "numbers": 3, "step": [], "time": 0}', b"\xff"]  # fmt: skip
+    with spool.path.open("ab") as file:
+        file.write(b"\n".join(odd) + b"\n")
+    spool.append("metrics", numbers={"after": 2.0}, step=2)
+    for offset in (-1, "x", None, [0], 1.5):
+        spool._state.write_text(json.dumps({"offset": offset}))
+        assert spool.state == {}
+    tracking.sync("runs")
+    import mlflow
+
+    assert mlflow.MlflowClient().search_runs(["1"])[0].data.metrics["after"] == 2.0
 
 
 # -- the model as a pyfunc -----------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ class _Job:
         say: Callable[[str], None],
     ) -> bool:
         """Join the job, or plan it; false where it is finished already."""
+        files.workplace(self.work)
         there = finished(self.out)
         if there.get("identity") == self.identity:
             if (left := self._begun()) is not None and left.identity == self.identity:
@@ -168,6 +169,10 @@ class _Job:
             return Plan.from_json((self.work / "job.json").read_text())
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise ValueError(
+                f"{self.work / 'job.json'} cannot be read: {error}; remove {self.work} and run the same command again"
+            ) from error
 
     def _plan(self, precision: str, batch_size: int | None, shard_cells: int | None) -> None:
         made = plan.make(self.task, self.identity, precision=precision, batch_size=batch_size, shard_cells=shard_cells)
@@ -319,7 +324,7 @@ class _Job:
         taken = {"record": {"filled": asdict(filled()), **record}}
         for field in layout.fields:
             if field.path in values:
-                taken[field.path] = output.fetched(values[field.path], field)
+                taken[field.path] = output.fetched(values[field.path], field, a)
         start, stop = layout.span(output.number(unit))
         with self._lock:
             held = self._held.setdefault(unit, {})

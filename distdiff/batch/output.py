@@ -22,6 +22,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from distdiff import received
+from distdiff.received import Record
+
 CHUNK_BYTES = 4 << 20
 """A chunk that a reader decodes at once, dense layers."""
 
@@ -32,9 +35,6 @@ RUNS = 8
 
 Values = dict[str, Any]
 """Path of a field -> what stands there for some rows: a tensor ``[n g]`` or ``[n]``, CSR, or an array of text."""
-
-Record = tuple[int, int]
-"""Bytes and CRC-32C of a file."""
 
 
 class Corrupt(ValueError):
@@ -61,6 +61,10 @@ class Field:
     dtype: str
     width: int = 0
     sparse: bool | None = False
+
+    def __post_init__(self) -> None:
+        if not all(part.strip(".") for part in self.path.split("/")):
+            raise ValueError(f"a field cannot stand at {self.path!r}, outside of the result")
 
     @property
     def name(self) -> str:
@@ -156,10 +160,9 @@ def check(root: Path, files: Mapping[str, Sequence[int]]) -> list[str]:
 
 def _record(path: Path) -> Record | None:
     try:
-        content = path.read_bytes()
+        return received.record(path)
     except OSError:
         return None
-    return len(content), google_crc32c.value(content)
 
 
 # -- values of fixed width -----------------------------------------------------------------------------------------
@@ -344,10 +347,17 @@ def others(root: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Reco
     return found
 
 
-def fetched(values: Any, field: Field) -> Any:
-    """Values of one batch on the CPU: CSR or an array, in the field's dtype."""
+def fetched(values: Any, field: Field, first: int = 0) -> Any:
+    """Values of one batch, whose first row is ``first``, on the CPU: CSR or an array, in the field's dtype.
+
+    Raises
+    ------
+    FloatingPointError
+        One is no finite number.
+    """
     if isinstance(values, torch.Tensor):
         values = values.cpu().numpy()
+    received.check_answer(values, field.path, first)
     return csr_of(values, field) if field.sparse else cast(values, field)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from distdiff import __version__
+from distdiff import __version__, received
 from distdiff.batch import output
 from distdiff.batch.output import Layout, Values
 from distdiff.batch.tasks import Task
@@ -67,9 +67,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """What :meth:`to_json` gave."""
-        tree = json.loads(text)
-        return cls(**{**tree, "layout": Layout.from_dict(tree["layout"])})
+        """What :meth:`to_json` gave.
+
+        Raises
+        ------
+        ValueError
+            It is something else, or of another version of distdiff.
+        """
+        try:
+            tree = received.parsed(text)
+            return cls(**{**tree, "layout": Layout.from_dict(tree["layout"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is no plan of this version of distdiff ({error})") from error
 
 
 def identity(task: Task, data: str, precision: str) -> dict[str, Any]:
@@ -123,6 +132,8 @@ def _try(task: Task, precision: str) -> Values:
     for start in starts:
         with autocast(task.device, precision), torch.no_grad():
             found, _ = task.compute(task.read(start, start + size))
+        for name, values in found.items():
+            received.check_answer(values.cpu().numpy() if isinstance(values, torch.Tensor) else values, name, start)
         parts.append({**found, **task.labels(start, start + size)})
     return {key: _stacked([part[key] for part in parts]) for key in parts[0]}
 

@@ -51,6 +51,7 @@ def verify(
     if out.suffix != ".zarr":
         raise ValueError(f"{out}: only .zarr results keep checksums; write one, and export it")
     about = finished(out)
+    files.workplace(work)
     if not about and (work / "job.json").exists():
         return _unfinished(work, repair)
     if not about.get("files"):
@@ -73,7 +74,7 @@ def verify(
         raise ValueError("to repair a result, its task must be given")
     if odd := plan.difference(about["identity"], plan.identity(task, data, about["identity"]["precision"])):
         raise ValueError(f"{out} was written by another job, it cannot be repaired by this one: {odd}")
-    scratch = out.with_name(f".{out.name}.repairing")
+    scratch = files.workplace(out.with_name(f".{out.name}.repairing"))
     with Claims(scratch / "claims") as claims:
         if not claims.take("repair"):
             raise FileExistsError(f"{out} is being repaired by another process now")
@@ -132,7 +133,9 @@ def _repair(out: Path, scratch: Path, task: Task, about: dict[str, Any], bad: Ma
             b = min(a + made.batch, stop)
             with plan.autocast(task.device, made.precision), torch.no_grad():
                 values, _ = task.compute(task.read(a, b))
-            batches.append({f.path: output.fetched(values[f.path], f) for f in made.layout.fields if f.path in values})
+            batches.append(
+                {f.path: output.fetched(values[f.path], f, a) for f in made.layout.fields if f.path in values}
+            )
         found = output.write(made.layout, shard, batches, task.labels(start, stop), store, parts)
         written |= found["files"]
         if any(found["nnz"][path] != nnz[path][shard] for path in nnz):

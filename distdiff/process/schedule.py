@@ -93,7 +93,7 @@ class Table(Schedule):
 
     def __post_init__(self) -> None:
         v = tuple(float(p) for p in self.values)
-        if len(v) < 2 or v[0] != 1 or v[-1] != 0 or any(b >= a for a, b in itertools.pairwise(v)):
+        if len(v) < 2 or v[0] != 1 or v[-1] != 0 or any(not b < a for a, b in itertools.pairwise(v)):
             raise ValueError(f"a schedule's table must fall from 1 to 0, got {list(v)}")
         object.__setattr__(self, "values", v)
 
@@ -111,6 +111,9 @@ class Table(Schedule):
         return (v[piece] - v[piece + 1]) * n
 
 
+MOST_TIMES = 1_000_000
+
+
 @dataclass(frozen=True)
 class Discrete(Schedule):
     """A schedule at ``times`` points: discrete-time training. With Fisher and 1000 points it is Blackout's (MATHS 1.4).
@@ -124,6 +127,8 @@ class Discrete(Schedule):
     def __post_init__(self) -> None:
         if self.times < 2:
             raise ValueError(f"a discrete schedule needs times >= 2, got {self.times}")
+        if self.times > MOST_TIMES:
+            raise ValueError(f"a discrete schedule takes {MOST_TIMES:,} times at most, got {self.times}")
 
     def table(self, like: Tensor) -> Tensor:
         """``p_0 ... p_times`` on the device and in the type of ``like``."""
@@ -173,6 +178,8 @@ def schedule(given: Any) -> Schedule:
         given = {"kind": "table", "values": tuple(given)}
     options = dict(given)
     kind, points = options.pop("kind", "?"), options.pop("times", None)
+    if not isinstance(kind, str):
+        raise ValueError(f"schedule: kind must be a name, got {kind!r}")
     base: type = Schedule
     cls = load(base, kind) if ":" in kind else SCHEDULES.get(kind)
     if cls is None:

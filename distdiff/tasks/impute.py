@@ -15,6 +15,7 @@ import torch
 from distdiff.component import nearest
 from distdiff.data.source import codes
 from distdiff.impute import Imputer, targets
+from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Job:
             answer = self.answer(block)
             filled.add(answer)
             for name, values in answer.layers.items():
-                layers[name][block.start : block.stop] = values.cpu().numpy()
+                layers[name][block.start : block.stop] = check_answer(values.cpu().numpy(), name, block.start)
         filled.seconds = time.perf_counter() - began
         return filled
 

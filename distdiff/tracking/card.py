@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distdiff import files
+from distdiff import files, received
 from distdiff.tracking.versions import versions
 
 HEADLINES = ("deviance", "log1p_mse", "crps", "energy", "pearson")
@@ -32,7 +32,7 @@ def make(
     claims
         Sentences of the evaluation on who came first.
     """
-    spec = json.loads((model / "model.json").read_text())
+    spec = received.json_of(model / "model.json")
     info = spec["info"]
     return {
         "name": info.get("name", "distdiff"),

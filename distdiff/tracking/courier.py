@@ -8,7 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-from distdiff.tracking.address import public
+from distdiff.tracking.address import public, where
 from distdiff.tracking.registry import Judge
 from distdiff.tracking.sender import Sender, short
 from distdiff.tracking.spool import Spool, spools
@@ -65,12 +65,13 @@ class Courier:
     def _older(self) -> None:
         """What earlier runs of the folder could not send to the same server; tried once."""
         while self.others:
-            sender = Sender(self.others.pop(), self.sender.uri, self.sender.judge)
+            spool = self.others.pop()
             try:
+                sender = Sender(spool, self.sender.uri, self.sender.judge)
                 if sender.home == self.sender.home:
                     deliver(sender)
             except Exception as error:
-                log.warning("MLflow: %s stays unsent (%s)", sender.spool.path, short(error))
+                log.warning("MLflow: %s stays unsent (%s)", spool.path, short(error))
 
 
 def deliver(sender: Sender) -> str:
@@ -86,10 +87,18 @@ def deliver(sender: Sender) -> str:
         return f"run {sender.state.get('run_id')}: {sent} entries sent{registered}"
 
 
-def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
+def sync(folder: str | Path, judge: Judge | None = None, *, uri: str = "") -> list[str]:
     """Send what runs in ``folder`` (of one run, or of many) could not send while their server was away.
 
-    The server is that of MLFLOW_TRACKING_URI, else the one that the run was begun with.
+    Of a run only what lies in its own folder is read or removed, whoever wrote it.
+
+    Parameters
+    ----------
+    judge
+        Scores a new model and a champion that was trained on other data.
+    uri
+        The server; by default that of MLFLOW_TRACKING_URI, else ``mlflow.db`` here if the runs were begun with it. A
+        server that only the runs' folders name is not sent to.
 
     Returns
     -------
@@ -99,7 +108,7 @@ def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
     Raises
     ------
     ValueError
-        No spool there.
+        No spool there, one that is a link, or a server that nobody but the folder has named.
     RuntimeError
         The server is still away.
     """
@@ -107,15 +116,23 @@ def sync(folder: str | Path, judge: Judge | None = None) -> list[str]:
              for spool in spools(run)]  # fmt: skip
     if not found:
         raise ValueError(f"no run was tracked in {folder}: there is no mlflow/*.jsonl; give train.out of a run")
-    lines, uri = [], os.environ.get("MLFLOW_TRACKING_URI", "")  # MLflow changes it
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")  # MLflow changes it
+    lines, senders = [], []
     for spool in found:
         sender = Sender(spool, uri, judge)
+        if not uri and sender.due and sender.home != public(where()):
+            raise ValueError(
+                f"{spool.run} says that its server is {sender.home or 'unknown'}, and nothing was sent: if you know "
+                f"that server and trust it, give --uri {sender.home or 'ADDRESS'}, or set MLFLOW_TRACKING_URI"
+            )
+        senders.append(sender)
+    for sender in senders:
         try:
             lines.append(deliver(sender))
         except Exception as error:
             home = public(sender.uri) or sender.home
             raise RuntimeError(
-                f"MLflow at {home} is away ({short(error)}); {spool.left} entries stay in "
-                f"{spool.path}, run the same command again"
+                f"MLflow at {home} is away ({short(error)}); {sender.spool.left} entries stay in "
+                f"{sender.spool.path}, run the same command again"
             ) from error
     return [line for line in lines if line]

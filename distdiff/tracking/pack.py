@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distdiff import files
+from distdiff import files, received
 from distdiff.tracking.address import library
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def pack(model: Path, target: Path, *, card: str = "") -> str:
     """
     mlflow = library()
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-    spec = json.loads((model / "model.json").read_text())
+    spec = received.json_of(model / "model.json")
     example, weights = _example(spec["genes"]), str(spec["info"]["weights_sha256"])
     with files.whole(target, overwrite=True) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns of the hints in its own code

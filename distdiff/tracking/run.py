@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -69,9 +70,20 @@ class Run:
             self.spool.append("metrics", numbers=finite, step=step)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Log a file, or every file of a folder, that lies in or beside the run's folder, as it is when it is sent."""
-        if self.spool:
-            self.spool.append("artifact", path=self._relative(path), folder=folder)
+        """Log a file, or every file of a folder, that lies in or beside the run's folder.
+
+        What lies in it is sent as it is then; what lies beside it is copied into it now, as nothing is sent from
+        elsewhere.
+        """
+        if self.spool is None:
+            return
+        path = Path(path)
+        beside = path.exists() and path.resolve().is_relative_to(self.spool.run.resolve().parent)
+        if beside and self.spool.inside(path.absolute()) is None:
+            copied = self.spool.path.with_suffix(f".{time.time_ns()}.files") / path.name
+            shutil.copytree(path, copied) if path.is_dir() else _copy(path, copied)
+            path = copied
+        self.spool.append("artifact", path=self._relative(path), folder=folder)
 
     def register(
         self, name: str, model: str | Path, *, score: float, data: str, description: str = "", step: int = 0
@@ -194,6 +206,11 @@ def attach(folder: str | Path, path: str | Path) -> None:
     courier = Courier(Sender(found[-1], where()), [])
     courier.start()
     courier.close(LIMIT["FINISHED"])
+
+
+def _copy(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True)
+    shutil.copyfile(path, to)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

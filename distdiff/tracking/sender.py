@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from distdiff import files
 from distdiff.tracking.address import library
 from distdiff.tracking.registry import Judge, crown, version_of
 from distdiff.tracking.spool import Spool
@@ -44,6 +44,7 @@ class Sender:
     """
 
     def __init__(self, spool: Spool, uri: str = "", judge: Judge | None = None) -> None:
+        spool.check_links()
         self.spool, self.uri, self.judge = spool, uri, judge
         self.state: dict[str, Any] = spool.state
         self._client: Any = None
@@ -165,7 +166,7 @@ class Sender:
         entry = entries[0]
         folder, weights = self._path(entry["path"]), f"{entry['name']} {entry['weights']}"
         if self.state.get("weights") == weights:  # a training that was over was started again
-            shutil.rmtree(folder, ignore_errors=True)
+            self._drop(folder)
             return
         if "model_id" not in self.state:
             model = self.client.create_logged_model(
@@ -183,7 +184,7 @@ class Sender:
         version = version_of(self.client, self.run_id, model_id, entry)
         line = crown(self.client, version, folder / "artifacts" / "model", self.judge)
         self._mark(registered=line, weights=weights, model_id=None, uploaded=None)
-        shutil.rmtree(folder, ignore_errors=True)
+        self._drop(folder)
 
     def _end(self, entries: list[dict[str, Any]]) -> None:
         self.client.set_terminated(self.run_id, entries[0]["status"], entries[0]["time"])
@@ -219,6 +220,11 @@ class Sender:
         return self.state["run_id"]
 
     @property
+    def due(self) -> bool:
+        """Whether the server is still to be told something."""
+        return bool(self.spool.left or (self.state.get("run_id") and not self.state.get("ended")))
+
+    @property
     def home(self) -> str:
         """Address of the server that the run was begun with."""
         return self._begun.get("uri", "")
@@ -233,14 +239,19 @@ class Sender:
         Raises
         ------
         Lost
-            It is gone; or it lies neither in nor beside the run, and a spool may be somebody else's.
+            It is gone, or it is, or holds a link to, what lies outside of the run's folder.
         """
-        found = (self.spool.path.parents[1] / path).resolve()
-        if not found.is_relative_to(self.spool.path.resolve().parents[2]):
-            raise Lost(f"{found} is no file of this run")
+        if (found := self.spool.inside(path)) is None:
+            raise Lost(f"{path} is not sent: it lies, or a link in it points, outside of the run's folder")
         if not found.exists():
             raise Lost(f"{found} is gone")
         return found
+
+    def _drop(self, folder: Path) -> None:
+        """Remove a packed model that was sent; nothing but what :meth:`Run.register` has made."""
+        mine = self.spool.path.resolve()
+        if folder.parent == mine.parent and folder.name.startswith(f"{mine.stem}.") and folder.suffix == ".model":
+            files.remove(folder)
 
     def _mark(self, **what: Any) -> None:
         self.state = {k: v for k, v in {**self.state, **what}.items() if v is not None}

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distdiff import received
+
 log = logging.getLogger("distdiff")
 
 FOLDER = "mlflow"
@@ -35,6 +37,7 @@ class Spool:
         """A new spool of a run's folder; ``again``: the newest one there, if any, to be continued."""
         found = spools(folder)
         if again and found:
+            found[-1].check_links()
             return found[-1]
         stamp = time.strftime("%Y%m%d-%H%M%S")
         return cls(Path(folder) / FOLDER / f"{stamp}-{len(found):04d}-{os.getpid()}.jsonl")
@@ -60,30 +63,70 @@ class Spool:
         """Whole entries from byte ``offset`` on, each with the offset behind it."""
         if not self.path.exists():
             return
-        with self.path.open("rb") as file:
+        with received.regular(self.path) as file:
             file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
+            while (line := file.readline(received.LARGEST)).endswith(b"\n"):
                 offset += len(line)
                 try:
-                    yield json.loads(line), offset
+                    entry = received.parsed(line)
+                    if not isinstance(entry.get("kind"), str):
+                        raise ValueError("it has no kind")
+                    if entry["kind"] == "metrics" and not isinstance(entry.get("numbers"), dict):
+                        raise ValueError("it has no numbers")
                 except ValueError:
                     log.warning("MLflow: an entry of %s was cut short and is left out", self.path)
+                    continue
+                yield entry, offset
 
     @property
     def state(self) -> dict[str, Any]:
         """What was sent: ``offset``, ``run_id`` and what else the sender must know again."""
         try:
-            return json.loads(self._state.read_text())
+            state = received.json_of(self._state)
         except (OSError, ValueError):
             return {}
+        offset = state.get("offset", 0)
+        return state if type(offset) is int and offset >= 0 else {}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         partial = self._state.with_suffix(".part")
+        partial.unlink(missing_ok=True)  # never through a link
         partial.write_text(json.dumps(state))
         os.replace(partial, self._state)
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, which may have moved since."""
+        return self.path.parents[1]
+
+    def inside(self, path: str | Path) -> Path | None:
+        """Where a file or folder of the run lies, links resolved; ``None``: outside of the run's folder.
+
+        A spool may be somebody else's, and so may be links that lie in its folder.
+        """
+        try:
+            root, found = self.run.resolve(), (self.run / path).resolve()
+            links = (p for folder, folders, names in os.walk(found)
+                     for p in (Path(folder, name) for name in (*folders, *names)) if p.is_symlink())  # fmt: skip
+            inside = all(p.resolve().is_relative_to(root) for p in (found, *links))
+        except (ValueError, OSError, RuntimeError):  # no path at all, or links that go round in circles
+            return None
+        return found if inside else None
+
+    def check_links(self) -> None:
+        """Refuse a spool of which a file is a link: what is written to it would be written elsewhere.
+
+        Raises
+        ------
+        ValueError
+            One is (named).
+        """
+        lock = self.path.with_name(f"{self.path.name}.lock")
+        beside = (self.path, self._state, self._state.with_suffix(".part"), lock)
+        for path in (self.path.parent, *beside):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a symbolic link, which no run of distdiff makes; nothing was read or sent")
 
     @property
     def left(self) -> int:

@@ -1,36 +1,47 @@
 """Checkpoints: whole or invisible, written beside the training. safetensors and JSON only; nothing is ever unpickled.
 
 A folder ``step-<n>`` holds ``weights``, ``ema`` and ``optimizer`` as whole tensors by name, shared out over a few files
-when several processes write, and ``state.json``: progress, loss scale, times, the settings and data that shaped them.
-No generator has a state: all noise, dropout too, is a function of (seed, step, place).
+when several processes write, and ``state.json``: progress, loss scale, times, the settings and data that shaped them,
+bytes and CRC-32C of every other file, and a CRC-32C of itself. What differs from them when it is read is refused. No
+generator has a state: all noise, dropout too, is a function of (seed, step, place).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import google_crc32c
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distdiff import files, received
 from distdiff.component import nearest
 from distdiff.train.engine import Engine
 
 PREFIX = "step-"
-FORMAT = 2
+FORMAT = 3
+GROUPS = ("weights", "ema", "optimizer")
+FILE = re.compile(rf"({'|'.join(GROUPS)})(-[0-9]{{5}}-of-[0-9]{{5}})?[.]safetensors")
+SEAL = "crc32c"
+"""What ``state.json`` calls the checksum of the rest of itself."""
+
 WRITERS = 8
 """At most so many processes share the writing of a checkpoint."""
+
+T = TypeVar("T")
 
 PATIENCE = 600.0
 """Seconds that the first process waits for the files of the others."""
@@ -46,13 +57,31 @@ class Saved:
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
+    def progress(self, kind: type[T]) -> T:
+        """``state["progress"]`` as the dataclass ``kind``.
+
+        Raises
+        ------
+        ValueError
+            It has other fields, or values of other types (named).
+        """
+        given, like = self.state.get("progress"), kind()
+        names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+        if not isinstance(given, dict) or set(given) != names:
+            raise ValueError(f"checkpoint {self.path}: progress must hold {', '.join(sorted(names))}")
+        for name, value in given.items():
+            wanted = (int, float) if isinstance(getattr(like, name), float) else type(getattr(like, name))
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise ValueError(f"checkpoint {self.path}: progress.{name} is {received.kind(value)}")
+        return kind(**given)
+
 
 class Writer:
     """Writes checkpoints on a thread, one at a time, so that training waits for copies alone (a context).
 
-    Every process writes its share of the tensors into a hidden folder; the first one waits for all files, adds
-    ``state.json``, gives the folder its name, and drops what is no longer kept. Files are flushed to disk before a
-    rename tells of them, so a process may be killed at any moment.
+    Every process writes its share of the tensors into a hidden folder and reads it again for its checksums; the first
+    one waits for all files, adds ``state.json``, gives the folder its name, and drops what is no longer kept. Files are
+    flushed to disk before a rename tells of them, so a process may be killed at any moment.
 
     Parameters
     ----------
@@ -130,9 +159,10 @@ class Writer:
             self._write(hidden, tensors, body)
             if self.process == 0:
                 _flush(hidden)
-                if (self.folder / name).exists():  # the same step of the same run has the same bits
+                if (self.folder / name / "state.json").exists():  # the same step of the same run has the same bits
                     shutil.rmtree(hidden)
                 else:
+                    files.remove(self.folder / name)
                     os.replace(hidden, self.folder / name)
                     _flush(self.folder)
                 prune(self.folder, self.keep, best)
@@ -144,18 +174,28 @@ class Writer:
     def _write(self, hidden: Path, tensors: Mapping[str, Mapping[str, Tensor]], body: str) -> None:
         if self.process < self.writers:
             hidden.mkdir(parents=True, exist_ok=True)
+            sums = {}
             for group, entries in tensors.items():
                 target = hidden / f"{group}{_part(self.process, self.writers)}.safetensors"
                 save_file(dict(entries), target.with_suffix(".part"))
                 _flush(target.with_suffix(".part"))
+                sums[target.name] = received.record(target.with_suffix(".part"))
                 os.replace(target.with_suffix(".part"), target)
+            told = hidden / f"sums{_part(self.process, self.writers)}.json"
+            told.with_suffix(".part").write_text(json.dumps(sums))
+            os.replace(told.with_suffix(".part"), told)
         if self.process == 0:
             self._wait_for_others(hidden, tensors)
-            (hidden / "state.json").write_text(body)
+            told_by = [hidden / f"sums{_part(i, self.writers)}.json" for i in range(self.writers)]
+            state = {**json.loads(body), "files": {k: v for told in told_by for k, v in received.json_of(told).items()}}
+            for told in told_by:
+                told.unlink()
+            (hidden / "state.json").write_text(json.dumps({**state, SEAL: _seal(state)}, indent=1))
             _flush(hidden / "state.json")
 
     def _wait_for_others(self, hidden: Path, groups: Iterable[str]) -> None:
-        missing = {f"{group}{_part(i, self.writers)}.safetensors" for group in groups for i in range(self.writers)}
+        names = [*(f"{group}{{}}.safetensors" for group in groups), "sums{}.json"]
+        missing = {name.format(_part(i, self.writers)) for name in names for i in range(self.writers)}
         until = time.monotonic() + PATIENCE
         while missing := {name for name in missing if not (hidden / name).exists()}:
             if self.given_up.is_set() or time.monotonic() > until:
@@ -190,7 +230,7 @@ def share(accelerator: Accelerator, folder: Path, resume: str) -> tuple[Path | N
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f".{PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            files.remove(left)
         found = find(resume, folder)
         _set_aside(folder, found)
         told = [str(found or ""), os.urandom(4).hex()]
@@ -216,8 +256,9 @@ def prune(folder: Path, keep: int, best: int) -> None:
     for old in found[:-keep]:
         if old not in since[:1]:
             hidden = old.with_name(f".{old.name}.old")  # never half a checkpoint under a checkpoint's name
+            files.remove(hidden)
             os.replace(old, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            files.remove(hidden)
 
 
 def latest(folder: Path) -> Path | None:
@@ -247,8 +288,10 @@ def find(resume: str, folder: Path) -> Path | None:
     return Path(resume)
 
 
-def load(path: Path, expect: Mapping[str, Any], *, changed: bool = False) -> Saved:
-    """Read a checkpoint.
+def load(
+    path: Path, expect: Mapping[str, Any], *, changed: bool = False, like: Mapping[str, Tensor] | None = None
+) -> Saved:
+    """Read a checkpoint, and compare every file with its checksum.
 
     Parameters
     ----------
@@ -256,32 +299,88 @@ def load(path: Path, expect: Mapping[str, Any], *, changed: bool = False) -> Sav
         What must be as it was.
     changed
         The optimiser's settings (``config.optim``) may differ.
+    like
+        The weights to fill, by name: what the checkpoint holds must have their shapes.
 
     Raises
     ------
     ValueError
-        The checkpoint is of another format, or was made with other settings or data than ``expect`` (first difference
-        named).
+        The checkpoint is of another format, is damaged (the way back is named), or was made with other settings or data
+        than ``expect`` (first difference named).
     """
-    state = json.loads((path / "state.json").read_text())
+    try:
+        state = received.json_of(path / "state.json")
+        if state.get("format") == FORMAT and state.pop(SEAL, None) != _seal(state):
+            raise ValueError("state.json differs from what was written")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
     if state.get("format") != FORMAT:
         raise ValueError(
-            f"checkpoint {path} has format {state.get('format', 1)}, this distdiff reads {FORMAT}; start anew with "
-            "train.resume=never or another train.out"
+            f"checkpoint {path} has format {state.get('format', 1)}, this distdiff reads {FORMAT}; go on with the "
+            "version of distdiff that made it, or start anew with train.resume=never or another train.out (train.start="
+            "MODEL takes over the weights of the run's best model)"
         )
     for name, value in expect.items():
-        if changed and name == "config":
-            value = {**value, "optim": state["config"]["optim"]}
-        if state.get(name) != json.loads(json.dumps(value)):
+        there = state.get(name)
+        if changed and name == "config" and isinstance(there, dict):
+            value = {**value, "optim": there.get("optim")}
+        if there != json.loads(json.dumps(value)):
             raise ValueError(
-                f"checkpoint {path} was made with another {name}: {_difference(state.get(name), value)}; continue with "
+                f"checkpoint {path} was made with another {name}: {_difference(there, value)}; continue with "
                 "the old setting, or start anew with train.resume=never or another train.out"
             )
-    return Saved(path, state, *(_tensors(path, group) for group in ("weights", "ema", "optimizer")))
+    try:
+        found = _tensors(path, state.get("files"))
+        if like is not None:
+            _check_fit(found, like)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return Saved(path, state, *(found[group] for group in GROUPS))
 
 
-def _tensors(path: Path, group: str) -> dict[str, Tensor]:
-    return {k: v for file in sorted(path.glob(f"{group}*.safetensors")) for k, v in load_file(file).items()}
+def _damaged(path: Path, error: Exception) -> ValueError:
+    """What to say of a checkpoint that cannot be gone on with."""
+    before = [p for p in _whole_ones(path.parent) if p.name < path.name]
+    way = f"go back to the one before it with train.resume={before[-1]}, or " if before else ""
+    return ValueError(
+        f"checkpoint {path} is damaged: {error}; {way}start anew with train.resume=never or another train.out"
+    )
+
+
+def _seal(state: Mapping[str, Any]) -> int:
+    """Checksum of what ``state.json`` says."""
+    return google_crc32c.value(json.dumps(state, sort_keys=True).encode())
+
+
+def _tensors(path: Path, sums: Any) -> dict[str, dict[str, Tensor]]:
+    """Tensors of each group by name, from files that are as they were written."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, wanted in sorted(sums.items()) if isinstance(sums, dict) else ():
+        if not (known := FILE.fullmatch(name)):
+            raise ValueError(f"it lists {name!r}, which is no file of a checkpoint")
+        if not (path / name).exists():
+            raise ValueError(f"{name} is missing")
+        if list(received.record(path / name)) != wanted:
+            raise ValueError(f"{name} differs from what was written (checksum)")
+        tensors = received.tensors_of(path / name)
+        received.check_finite(tensors)
+        groups.setdefault(known[1], {}).update(tensors)
+    if absent := [group for group in GROUPS if group not in groups]:
+        raise ValueError(f"it lists no {absent[0]}")
+    return groups
+
+
+def _check_fit(found: Mapping[str, Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> None:
+    """Weights and averages must be those of ``like``; what the optimiser keeps, of their shapes or one number."""
+    for group in ("weights", "ema"):
+        try:
+            received.check_fit(found[group], like)
+        except ValueError as error:
+            raise ValueError(f"{group}: {error}") from None
+    for key, tensor in found["optimizer"].items():
+        weight = like.get(key.rpartition("/")[0])
+        if weight is None or not (tensor.shape == weight.shape or tensor.numel() == 1):
+            raise ValueError(f"optimizer: tensor {key} of shape {list(tensor.shape)} belongs to no weight")
 
 
 def _copy(tensor: Tensor) -> Tensor:

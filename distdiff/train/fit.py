@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from distdiff import files
+from distdiff import files, received
 from distdiff.data.loader import SHARE, memory_allowed
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser
@@ -62,7 +62,10 @@ def settled(
     found = [0]
     if accelerator.is_main_process:
         if settings.resume != "never" and known.exists():
-            found, said = [int(json.loads(known.read_text())["batch"])], f"as this run began with ({known})"
+            number = received.json_of(known).get("batch")
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{known}: batch must be a number of cells, is {number!r}; remove the file")
+            found, said = [number], f"as this run began with ({known})"
         else:
             with _margin(accelerator.device):
                 speeds, said = _Trial(settings, store, process, denoiser, survival, optim, accelerator, labels).search()

@@ -189,11 +189,12 @@ def train(
     imputes = survival.hidden + survival.two_level > 0 and process.relative
     progress = Progress("val/deviance" if imputes else "val/loss")
     ema = Ema(denoiser.to(accelerator.device), optim.ema)
-    saved = checkpoint.load(found, identity, changed=settings.resume != "auto") if found else None
+    like, changed = denoiser.state_dict(), settings.resume != "auto"
+    saved = checkpoint.load(found, identity, changed=changed, like=like) if found else None
     if saved:
         denoiser.load_state_dict(saved.weights)
         ema.model.load_state_dict(saved.ema)
-        progress = Progress(**saved.state["progress"])
+        progress = saved.progress(Progress)
         if not broadcast_object_list([best_is_there])[0]:
             progress.best, progress.bad = math.inf, 0
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")

@@ -71,9 +71,21 @@ class Times:
         return {"density": self.density.tolist(), "sums": sums}
 
     def load(self, state: Mapping[str, Any], accelerator: Accelerator) -> None:
-        """Put :meth:`state` back; under another number of processes the first one takes all records."""
-        self.density = torch.tensor(state["density"], device=self.density.device)
-        sums = torch.tensor(state["sums"], device=self.sums.device)
+        """Put :meth:`state` back; under another number of processes the first one takes all records.
+
+        Raises
+        ------
+        ValueError
+            It is no state of one.
+        """
+        try:
+            density = torch.tensor(state["density"], dtype=torch.float32, device=self.density.device)
+            sums = torch.tensor(state["sums"], dtype=torch.float32, device=self.sums.device)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint's times cannot be read: {error}") from None
+        if density.shape != self.density.shape or not (sums.numel() == 0 or sums.shape[1:] == self.sums.shape):
+            raise ValueError(f"the checkpoint's times have shapes {list(density.shape)} and {list(sums.shape)}")
+        self.density = density
         if len(sums) == accelerator.num_processes:
             self.sums = sums[accelerator.process_index]
         elif len(sums) and accelerator.is_main_process:

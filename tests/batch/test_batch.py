@@ -322,6 +322,39 @@ def test_what_is_no_result_is_not_replaced_unasked(model, atlas, mask, tmp_path)
     assert (tmp_path / "out.zarr" / "precious").exists()
 
 
+@pytest.mark.parametrize("link", [".", "claims", "store", "parts", "done", "job.json", "store/layers/imputed_mean"])
+def test_a_work_folder_that_is_or_holds_a_link_is_refused(model, atlas, mask, tmp_path, link):
+    victim, work = tmp_path / "victim", tmp_path / ".out.zarr.building"
+    victim.mkdir()
+    (victim / "precious").write_text("years of work")
+    (work / link).parent.mkdir(parents=True, exist_ok=True)
+    (work / link).symlink_to(victim)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is a symbolic link"):
+            impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, overwrite=overwrite, progress=False)
+    with pytest.raises(FileExistsError, match="is a symbolic link"):
+        batch.verify(tmp_path / "out.zarr")
+    assert [p.name for p in victim.iterdir()] == ["precious"]
+
+
+def test_a_plan_that_is_none_is_told_and_its_paths_stay_inside(model, atlas, mask, tmp_path):
+    out, work = tmp_path / "out.zarr", tmp_path / ".out.zarr.building"
+    impute_file(model, atlas, out, mask=mask, **SMALL)
+    about = json.loads((out / "zarr.json").read_text())["attributes"]["distdiff"]["plan"]
+    shutil.rmtree(out)
+    fields = about["layout"]["fields"]
+    odd = ["", "junk", "[]", "null", "{}", "[" * 100_000, json.dumps({**about, "zzz": 1})]
+    for path in ("../../escaped", "/escaped", "X/../../escaped", "", "."):
+        odd.append(json.dumps({**about, "layout": {**about["layout"], "fields": [{**fields[0], "path": path}]}}))
+    for text in odd:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        (work / "job.json").write_text(text)
+        with pytest.raises(ValueError, match=r"job\.json cannot be read: .*remove"):
+            impute_file(model, atlas, out, mask=mask, **SMALL)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.zarr.building"]
+
+
 def test_genes_that_do_not_match(model, atlas, tmp_path):
     strange = as_anndata(atlas)
     strange.var_names = [f"ENSG{i}" for i in range(30)]

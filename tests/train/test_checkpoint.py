@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from distdiff import config, experiment, received
 from distdiff.train import checkpoint, engine
 from distdiff.train.ema import Ema
+from distdiff.train.loop import Progress
 from distdiff.train.optim import Optim
 
 ONE = {"weights": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}, "optimizer": {"a/step": torch.ones(())}}
@@ -142,6 +147,113 @@ def test_a_launch_clears_what_killed_ones_left_and_moves_aside_what_it_will_writ
     assert (tmp_path / "left-2" / "step-000000003" / "state.json").exists()
 
 
+def flip(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def edit(change):
+    """Change what state.json says and seal it again, as only a person would."""
+
+    def do(path):
+        state = json.loads((path / "state.json").read_text())
+        del state[checkpoint.SEAL]
+        change(state)
+        (path / "state.json").write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}))
+
+    return do
+
+
+def poison(name, tensors):
+    """Other tensors in a file, and the sum that belongs to them."""
+
+    def do(path):
+        save_file(tensors, path / f"{name}.safetensors")
+        sums = list(received.record(path / f"{name}.safetensors"))
+        edit(lambda state: state["files"].update({f"{name}.safetensors": sums}))(path)
+
+    return do
+
+
+DAMAGES = {
+    "optimizer gone": (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+    "ema gone": (lambda path: (path / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+    "last bit": (lambda path: flip(path / "weights.safetensors"), "weights.safetensors differs from what was written"),
+    "header bit": (lambda path: flip(path / "ema.safetensors", 20), "ema.safetensors differs"),
+    "zeros": (lambda path: zero(path / "optimizer.safetensors"), "optimizer.safetensors differs"),
+    "empty": (lambda path: (path / "weights.safetensors").write_bytes(b""), "weights.safetensors differs"),
+    "a pipe": (lambda path: ((path / "ema.safetensors").unlink(), os.mkfifo(path / "ema.safetensors")), "no regular"),
+    "state digit": (lambda path: flip(path / "state.json", (path / "state.json").read_bytes().index(b'"step": 3') + 8),
+                    "state.json differs"),
+    "state cut": (lambda path: (path / "state.json").write_text("{"), "state.json cannot be read"),
+    "state deep": (lambda path: (path / "state.json").write_text("[" * 100_000), "more than 64 levels"),
+    "state list": (lambda path: (path / "state.json").write_text("[]"), "a mapping is wanted, it holds a list"),
+    "no files": (edit(lambda state: state.pop("files")), "lists no weights"),
+    "no optimizer": (edit(lambda state: state["files"].pop("optimizer.safetensors")), "lists no optimizer"),
+    "a path": (edit(lambda state: state["files"].update({"../../x.safetensors": [1, 1]})), "is no file of a check"),
+    "NaN": (poison("weights", {"a": torch.tensor([math.nan])}), "tensor a holds 1 numbers that are not finite"),
+    "shape": (poison("ema", {"a": torch.ones(2)}), r"ema: tensor a has shape \[2\], \[1\] is wanted"),
+    "name": (poison("weights", {"b": torch.ones(1)}), "weights: tensor a is missing"),
+    "more": (poison("weights", {"a": torch.ones(1), "b": torch.ones(1)}), "weights: tensor b belongs to nothing"),
+    "moments": (poison("optimizer", {"a/exp_avg": torch.ones(3)}), "optimizer: tensor a/exp_avg of shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, damage):
+    before, path = write(tmp_path, 3), write(tmp_path, 33)
+    harm, words = DAMAGES[damage]
+    harm(path)
+    with pytest.raises(ValueError, match=f"is damaged: .*{words}.*go back.*train.resume={before}, or start anew"):
+        checkpoint.load(path, {}, like={"a": torch.ones(1)})
+    assert checkpoint.load(before, {}, like={"a": torch.ones(1)}).state["step"] == 3
+    shutil.rmtree(before)
+    with pytest.raises(ValueError, match=f"is damaged: .*{words}.*; start anew with train.resume=never"):
+        checkpoint.load(path, {}, like={"a": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "3"}, {"step": True}, {"best": None}, {"history": {}}, {"more": 1}, None, [], "x"]
+)
+def test_progress_of_another_type_is_refused(tmp_path, change):
+    state = {"progress": {**vars(Progress()), **change} if isinstance(change, dict) else change}
+    path = write(tmp_path, 3, state=state)
+    with pytest.raises(ValueError, match=r"step-000000003: progress"):
+        checkpoint.load(path, {}).progress(Progress)
+    path = write(tmp_path, 4, state={"progress": {**vars(Progress()), "best": 1}})
+    assert checkpoint.load(path, {}).progress(Progress) == Progress(best=1)
+
+
+def test_a_step_that_lost_its_state_is_written_anew(tmp_path):
+    (write(tmp_path, 3) / "state.json").unlink()
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.load(write(tmp_path, 3), {}).state["step"] == 3
+
+
+def test_a_run_goes_back_where_the_refusal_says(atlas, tmp_path):
+    tree = {
+        "data": {"store": str(atlas)}, "denoiser": {"kind": "mlp", "width": 8, "depth": 1},
+        "train": {"out": str(tmp_path), "cells": 160, "batch": 32, "checkpoint_cells": 64, "eval_cells": 320},
+        "tracking": {"enabled": False}, "evaluate": {"enabled": False},
+    }  # fmt: skip
+    outcome = experiment.train(config.parse(tree))
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    wanted = load_file(newest / "weights.safetensors")
+    flip(newest / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="is damaged") as told:
+        experiment.train(config.parse(tree))
+    tree["train"]["resume"] = re.search(r"train\.resume=([^,]+),", str(told.value))[1]
+    assert experiment.train(config.parse(tree)).progress.step == outcome.progress.step
+    again = checkpoint.load(newest, {}).weights
+    assert all(torch.equal(wanted[name], again[name]) for name in wanted)
+
+
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     state = {"config": {"optim": {"lr": 0.1}, "train": {"seed": 0}}, "data": "abc"}
     path = write(tmp_path, 3, state=state)
@@ -157,5 +269,5 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint folder"):
         checkpoint.find(str(tmp_path / "nowhere"), tmp_path)
     (path / "state.json").write_text(json.dumps({"step": 3}))
-    with pytest.raises(ValueError, match="has format 1, this distdiff reads 2"):
+    with pytest.raises(ValueError, match="has format 1, this distdiff reads 3"):
         checkpoint.load(Path(path), {})

@@ -1,0 +1,213 @@
+"""Files that somebody else may have written and a disk may have damaged: bounded, compared, named where they fail.
+
+Nothing is unpickled and nothing is imported. What is no regular file (a pipe, a device) is not opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+Record = tuple[int, int]
+"""Bytes and CRC-32C of a file."""
+
+LARGEST = 64 << 20
+"""Bytes of a JSON file, at most: the names of a million genes and labels take less."""
+
+DEEPEST = 64
+"""Levels of a JSON file, at most."""
+
+PIECE = 4 << 20
+"""Bytes that are read and summed at a time."""
+
+
+def regular(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading.
+
+    Raises
+    ------
+    OSError
+        It is not there, or is something else.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would never open
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(f"{path} is no regular file")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def parsed(text: bytes | str) -> dict[str, Any]:
+    """The mapping that JSON text holds.
+
+    Raises
+    ------
+    ValueError
+        No JSON, no mapping, or more than :data:`DEEPEST` levels.
+    """
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it has more than {DEEPEST} levels") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"a mapping is wanted, it holds {kind(tree)}")
+    level: list[Any] = [tree]
+    for _ in range(DEEPEST):
+        level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)
+                 if isinstance(v, (dict, list))]  # fmt: skip
+        if not level:
+            return tree
+    raise ValueError(f"it has more than {DEEPEST} levels")
+
+
+def json_of(path: Path, most: int = LARGEST) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not there.
+    ValueError
+        It cannot be read, is larger than ``most`` bytes, or is not as :func:`parsed` wants it.
+    """
+    try:
+        with regular(path) as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"it has more than {most:,} bytes")
+        return parsed(text)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not there.
+    ValueError
+        It is damaged.
+    """
+    try:
+        regular(path).close()
+        return load_file(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors has its own, for each thing that a header can lie about
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What stands beside the tensors of a safetensors file: text by name."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record(path: Path) -> Record:
+    """Bytes and CRC-32C of a file, read piece by piece."""
+    size = found = 0
+    with regular(path) as file:
+        while piece := file.read(PIECE):
+            size, found = size + len(piece), google_crc32c.extend(found, piece)
+    return size, found
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], but: Collection[str] = ()) -> None:
+    """Refuse numbers that are not finite.
+
+    Raises
+    ------
+    ValueError
+        A tensor that holds some, and is not among ``but`` (named).
+    """
+    for name, tensor in tensors.items():
+        if name in but or not tensor.is_floating_point():
+            continue
+        if math.isfinite(float(tensor.sum(dtype=torch.float32))):  # five times as fast as a look at each number
+            continue
+        if bad := int((~tensor.isfinite()).sum()):
+            raise ValueError(f"tensor {name} holds {bad} numbers that are not finite, of {tensor.numel()}")
+
+
+def check_answer(values: Any, name: str, first: int = 0) -> Any:
+    """``values`` that a model gave, array or CSR ``[n, ...]``, if all are finite numbers (or no real numbers).
+
+    Parameters
+    ----------
+    name, first
+        What they are, and the row of the first, for the message.
+
+    Raises
+    ------
+    FloatingPointError
+        One is not (row and column named).
+    """
+    data = values.data if hasattr(values, "indptr") else values
+    if data.dtype.kind != "f":
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(data.sum()):
+            return values
+    if (bad := np.flatnonzero(~np.isfinite(data))).size:
+        if hasattr(values, "indptr"):
+            row, column = int(np.searchsorted(values.indptr, bad[0], "right")) - 1, int(values.indices[bad[0]])
+        else:
+            row, column = divmod(int(bad[0]), int(np.prod(values.shape[1:])))
+        raise FloatingPointError(
+            f"{name}: the model's answer for row {first + row}, column {column} is {data.flat[bad[0]]}, no finite "
+            "number, and is not written; its weights are damaged or its training went wrong: take another model, or "
+            "train again"
+        )
+    return values
+
+
+def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not those of ``like`` by name, shape, and whether they hold real numbers.
+
+    Raises
+    ------
+    ValueError
+        The first that is missing, unknown or does not fit (named).
+    """
+    for name, wanted in like.items():
+        if name not in tensors:
+            raise ValueError(f"tensor {name} is missing")
+        found = tensors[name]
+        if found.shape != wanted.shape:
+            raise ValueError(f"tensor {name} has shape {list(found.shape)}, {list(wanted.shape)} is wanted")
+        if found.is_floating_point() != wanted.is_floating_point():
+            raise ValueError(f"tensor {name} holds {found.dtype}, {wanted.dtype} is wanted")
+    if unknown := sorted(set(tensors) - set(like)):
+        raise ValueError(f"tensor {unknown[0]} belongs to nothing here")
+
+
+def kind(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a whole number",
+             float: "a number", type(None): "nothing"}  # fmt: skip
+    return names.get(type(value), type(value).__name__)

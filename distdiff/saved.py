@@ -1,0 +1,214 @@
+"""A model's folder as it is read: ``model.json`` and ``weights.safetensors``, checked before anything is built."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from distdiff import received
+from distdiff.component import check_trust, modules
+from distdiff.types import DataSpec, Tensor
+
+FORMAT = 2
+
+
+NAMES = "names"
+"""Note in the weights' file (see :func:`names_of`)."""
+
+
+class WrongFormat(ValueError):
+    """The folder is of an earlier or a later distdiff."""
+
+
+PARTS: dict[str, type] = {"process": dict, "denoiser": dict, "genes": list, "labels": dict, "info": dict}
+
+ABOUT: dict[str, type] = {
+    "name": str, "data": str, "store": str, "config": dict, "config_digest": str, "depth": dict, "nats": dict,
+    "excess": dict,
+}  # fmt: skip
+"""Entries of ``info`` that are read again, where there are any."""
+
+LENGTHS = ("depth", "layers")
+"""Options that say how often a denoiser repeats a layer."""
+
+MOST_LISTED = 4096
+"""Numbers that an option lists, at most."""
+
+MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye}
+
+SLACK = 1 << 22
+"""Numbers of a tensor that any denoiser may need on its way."""
+
+
+def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, dict[str, Tensor]]:
+    """What a model's folder holds: ``model.json``, what it says of the data, and tensors by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing.
+    ValueError
+        Another format, a damaged file, weights that are not those that were saved, numbers that are not finite, or a
+        kind from a module outside ``trust``.
+    """
+    weights = folder / "weights.safetensors"
+    card, tensors = received.json_of(folder / "model.json"), received.tensors_of(weights)
+    check_format(card, folder)
+    for name, wanted in PARTS.items():
+        if not isinstance(card.get(name), wanted):
+            raise ValueError(f"model.json: {name} must be {_word(wanted)}, is {received.kind(card.get(name))}")
+    check_trust((card["process"], card["denoiser"]), trust, f"the model in {folder}")
+    _check_about(card["info"])
+    wanted_sum, found_sum = card["info"].get("weights_sha256"), received.sha256(weights)
+    if found_sum != wanted_sum:
+        raise ValueError(
+            f"{weights.name} is not the file that was saved with model.json (sha256 {found_sum[:12]}..., model.json "
+            f"says {str(wanted_sum)[:12]}...); copy the folder again from where it was made"
+        )
+    received.check_finite(tensors, but=("shrink",))
+    genes = tuple(card["genes"])
+    _check_names("genes", genes)
+    for label, values in card["labels"].items():
+        if not isinstance(values, list):
+            raise ValueError(f"model.json: labels.{label} must be a list, is {received.kind(values)}")
+        _check_names(f"labels.{label}", values)
+    _check_per_gene(tensors, len(genes))
+    if received.notes_of(weights).get(NAMES, names := names_of(genes, card["labels"])) != names:
+        raise ValueError(
+            "model.json: genes or labels are not those that the weights were saved with, or are out of order"
+        )
+    mean = tensors["spec.gene_mean"].float().numpy()
+    return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean), tensors
+
+
+def names_of(genes: Sequence[str], labels: Mapping[str, Sequence[str]]) -> str:
+    """Which column is which gene, and which code which label: stands in the weights' file, as SHA-256."""
+    told = [list(genes), {name: list(values) for name, values in labels.items()}]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def check_format(card: Mapping[str, Any], folder: Path) -> None:
+    """Refuse another format than this one.
+
+    Raises
+    ------
+    WrongFormat
+        It is older or newer.
+    """
+    found = card.get("format", 0)
+    if type(found) is not int:
+        raise ValueError(f"model.json: format must be a whole number, is {received.kind(found)}")
+    if found < FORMAT:
+        raise WrongFormat(f"{folder} has model format {found}, of an earlier distdiff; train it again")
+    if found > FORMAT:
+        raise WrongFormat(f"{folder} has model format {found}, this distdiff reads up to {FORMAT}; upgrade")
+
+
+@contextlib.contextmanager
+def bounded(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Build a denoiser of distdiff's own kinds in here: options that the weights cannot fit take no memory or time.
+
+    Raises
+    ------
+    ValueError
+        A number that is not finite, more layers than tensors, or a tensor far larger than all of the file's.
+    """
+    denoiser = card["denoiser"]
+    if modules(denoiser):  # code that the user trusts
+        yield
+        return
+    for name in LENGTHS:
+        if isinstance(denoiser.get(name), int) and denoiser[name] > len(tensors):
+            raise ValueError(f"denoiser.{name}={denoiser[name]:g}, but there are {len(tensors)} tensors")
+    for value in _values((card["process"], denoiser)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"model.json: an option is {value}")
+        if isinstance(value, list) and len(value) > MOST_LISTED:
+            raise ValueError(f"model.json: an option is a list of {len(value)}")
+    with _Bounded(4 * max(tensor.numel() for tensor in tensors.values()) + SLACK):
+        yield
+
+
+class _Bounded(TorchFunctionMode):
+    """Refuses to make tensors of more than ``most`` numbers."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in MAKERS:
+            shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
+            if math.prod(n for n in shape if isinstance(n, int)) > self.most:
+                raise ValueError(f"its options ask for a tensor of shape {list(shape)}, the file has none so large")
+        return func(*args, **(kwargs or {}))
+
+
+def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's tensors; others than those and the two that belong to genes keep their names and fit nothing."""
+    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in ("spec.gene_mean", "shrink")}
+
+
+def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:
+    """Gene means and shrink weights: one finite number a gene (a weight may be infinite), not negative."""
+    if "spec.gene_mean" not in tensors:
+        raise ValueError("tensor spec.gene_mean is missing")
+    for name in ("spec.gene_mean", "shrink"):
+        if (tensor := tensors.get(name)) is None:
+            continue
+        if tuple(tensor.shape) != (genes,) or not tensor.is_floating_point():
+            raise ValueError(
+                f"tensor {name} has shape {list(tensor.shape)} of {tensor.dtype}, [{genes}] real numbers are wanted"
+            )
+        if not bool((tensor >= 0).all()):
+            raise ValueError(f"tensor {name} holds numbers that are negative or not finite")
+
+
+def _check_names(what: str, names: Sequence[Any]) -> None:
+    if what == "genes" and not names:
+        raise ValueError("model.json: genes is empty")
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"model.json: {what} must be names, one is {received.kind(odd[0])}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"model.json: {what} holds a name twice")
+
+
+def _check_about(info: Mapping[str, Any]) -> None:
+    for name, wanted in ABOUT.items():
+        if name in info and not isinstance(info[name], wanted):
+            raise ValueError(f"model.json: info.{name} must be {_word(wanted)}, is {received.kind(info[name])}")
+    for name in ("train", "data"):
+        if not isinstance(info.get("config", {}).get(name, {}), dict):
+            raise ValueError(f"model.json: info.config.{name} must be a mapping")
+    for name in ("depth", "nats"):
+        if name in info:
+            _check_numbers(f"info.{name}", [info[name].get(q) for q in ("q01", "q50", "q99")])
+    if "excess" in info:
+        parts = [info["excess"].get(part) for part in ("p", "impute", "generate")]
+        if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+            raise ValueError("model.json: info.excess must hold lists p, impute, generate of one length")
+        _check_numbers("info.excess", [value for part in parts for value in part])
+
+
+def _check_numbers(what: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"model.json: {what} must hold finite numbers, one is {str(value)[:40]}")
+
+
+def _values(tree: Any) -> Iterator[Any]:
+    yield tree
+    for value in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ():
+        yield from _values(value)
+
+
+def _word(wanted: type) -> str:
+    return received.kind(wanted())
