@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["CountStore", "Model", "evaluate", "impute_file", "load", "sample", "shard", "train"]
+from distdiff.version import __version__
+
+__all__ = ["CountStore", "Model", "__version__", "evaluate", "impute_file", "load", "sample", "shard", "train"]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

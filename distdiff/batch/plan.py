@@ -16,11 +16,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from distdiff import __version__, received
+from distdiff import received
 from distdiff.batch import output
 from distdiff.batch.output import Layout, Values
 from distdiff.batch.tasks import Task
 from distdiff.files import NoRoom
+from distdiff.version import __version__
 
 FORMAT = 1
 

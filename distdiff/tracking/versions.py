@@ -15,7 +15,7 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "zarr", "anndata", "mlf
 
 def versions() -> dict[str, str]:
     """Tags: who ran what, with which packages, from which commit (``-dirty`` where files were changed since)."""
-    from distdiff import __version__
+    from distdiff.version import __version__
 
     tags = {"distdiff": __version__, "python": platform.python_version(), "mlflow.source.type": "LOCAL",
             "mlflow.source.name": Path(sys.argv[0]).name}  # fmt: skip
