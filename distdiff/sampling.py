@@ -160,7 +160,7 @@ def _trapezoidal(process: Process, predict: Predict, theta: float = 0.5) -> Step
         if isinstance(sigma, Tensor) or sigma != 0:
             raise ValueError("solver 'trapezoidal' takes no attrition; use solver='plain'")
         eta = predict(x, p_t)
-        if bool(((p_s == 1) & (p_t < 1)).any()):
+        if bool(((p_s == 1) & (p_t < 1)).any()):  # (waits for a GPU: the last step is another one, of one call less)
             return process.reverse(x, eta, p_t, p_s, rng=rng)
         hazard = torch.where(p_t < 1, ((1 - p_t) / (1 - p_s).clamp_min(1e-12)).log(), 0.0)
         f = process.lost(eta, p_t)

@@ -57,7 +57,8 @@ def low_rank_score(e: Tensor, own: Tensor, shared: Tensor, where: Tensor) -> Ten
     """
     weighted = shared / own.unsqueeze(-1)
     small = torch.eye(shared.shape[-1], device=e.device) + shared.mT @ weighted
-    root = torch.linalg.cholesky(small)
+    # whether it succeeded is looked at on the CPU only, as that waits for a GPU; what failed there is not finite
+    root, _ = torch.linalg.cholesky_ex(small, check_errors=small.device.type == "cpu")
     along = torch.cholesky_solve((weighted.mT @ e.unsqueeze(-1)), root)
     fitted = (shared @ along).squeeze(-1)
     log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)

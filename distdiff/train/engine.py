@@ -65,7 +65,9 @@ class Engine:
         norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
         self._move()
         self.optimizer.zero_grad(set_to_none=True)
-        return _whole(torch.as_tensor(norm, device=self.accelerator.device))
+        if not isinstance(norm, Tensor):  # DeepSpeed's is a number; copying it to a GPU would wait
+            return torch.full((), norm, device=self.accelerator.device)
+        return _whole(norm)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:

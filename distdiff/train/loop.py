@@ -34,7 +34,7 @@ from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
 from distdiff.train.trace import NAME as TRACE
 from distdiff.train.trace import trace
-from distdiff.train.trouble import check_finite, memory_explained
+from distdiff.train.trouble import check_finite, memory_explained, not_finite
 from distdiff.types import Cells, Condition, Tensor
 
 
@@ -231,7 +231,8 @@ def train(
         for step, cells in waited:
             if progress.bad >= settings.patience:
                 break
-            cells = cells.to(accelerator.device)
+            counts, named = cells.counts.to(accelerator.device, non_blocking=True), cells.labels.to(accelerator.device)
+            cells = Cells(counts, named, cells.rows)  # which rows they are is asked on the CPU alone
             engine.rate(optim.rate(step * settings.batch, total))
             first = step * settings.batch + accelerator.process_index * share
             losses = []
@@ -253,10 +254,12 @@ def train(
 
             done, asked = progress.step == settings.steps, stop.agreed()
             if done or _crossed(progress.step, settings.batch, settings.eval_cells):
-                window.check(accelerator, folder)
-                numbers = window.drain(accelerator, settings.batch, waited.lap())
+                numbers = window.means(accelerator, settings.batch, waited.lap())
                 times.update(accelerator)
                 numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
+                numbers = _read(numbers)  # here, and nowhere else between two logs, the device is waited for
+                if numbers.pop("bad"):
+                    window.check(accelerator, folder)
                 window = _Window(progress.step)
                 _judge(progress, numbers, progress.step * settings.batch)
                 if accelerator.is_main_process:
@@ -342,7 +345,7 @@ def _of_cells(
 
 
 class _Window:
-    """Steps since the last log; :meth:`check` and :meth:`drain` are the places where the device is waited for."""
+    """Steps since the last log."""
 
     def __init__(self, start: int) -> None:
         self.start, self.began = start, time.perf_counter()
@@ -356,20 +359,29 @@ class _Window:
         self.rows.append(rows)
 
     def check(self, accelerator: Accelerator, folder: Path) -> None:
-        """Stop if a loss or a gradient is not finite."""
+        """Stop if a loss or a gradient is not finite; waits for the device."""
         check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
-    def drain(self, accelerator: Accelerator, batch: int, waited: float) -> dict[str, float]:
-        """Means over processes and steps: loss, gradient norm, cells per second, share of time ``waited`` for cells."""
-        norm, loss = float(torch.stack(self.norms).mean()), torch.cat(self.losses).mean()
-        took = time.perf_counter() - self.began
-        loss, share = accelerator.reduce(torch.stack((loss, loss.new_tensor(waited / took))), "mean").tolist()
+    def means(self, accelerator: Accelerator, batch: int, waited: float) -> dict[str, float | Tensor]:
+        """Means over processes and steps: loss, gradient norm, cells per second, share of time ``waited`` for cells;
+        and whether anything is ``bad`` (see :meth:`check`). What is on the device stays there.
+        """
+        loss, took = torch.cat(self.losses).mean(), time.perf_counter() - self.began
+        loss, share = accelerator.reduce(torch.stack((loss, torch.full_like(loss, waited / took))), "mean")
         return {
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": torch.stack(self.norms).mean(),
             "cells_per_second": len(self.losses) * batch / took,
             "data_wait": share,
+            "bad": not_finite(accelerator, self.losses, self.norms).any(),
         }
+
+
+def _read(numbers: dict[str, float | Tensor]) -> dict[str, float]:
+    """All numbers as Python's, in one wait for the device."""
+    on_device = {k: v.double() for k, v in numbers.items() if isinstance(v, Tensor)}
+    read = torch.stack(list(on_device.values())).tolist() if on_device else []
+    return {**numbers, **dict(zip(on_device, read, strict=True))}  # type: ignore[dict-item]
 
 
 class _Waited:
@@ -407,35 +419,36 @@ def validate(
     *,
     block: int = 256,
     limit: int = 8192,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Score held-out cells, no labels withheld.
 
     ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden outright (one call); ``val/loss``:
     the training loss under the mixture of ``survival``, times even. Masks and noise depend on the seed and the rows
-    alone; blocks of rows go round the processes; sums are reduced, then divided.
+    alone; blocks of rows go round the processes; sums are reduced, then divided. The answer stays on the device.
     """
     rows = rows[:: max(1, -(-len(rows) // limit))]
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for number, start in enumerate(range(0, len(rows), block)):
-        if number % accelerator.num_processes != accelerator.process_index:
+    for turn, start in enumerate(range(0, len(rows), block)):
+        if turn % accelerator.num_processes != accelerator.process_index:
             continue
         cells = store.cells(rows[start : start + block], labels)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(settings.seed, "validate", start))
-        cells, p = cells.to(accelerator.device), torch.from_numpy(~hidden).float().to(accelerator.device)
-        rng = generator(settings.seed, "validate", start, device=accelerator.device)
+        device = accelerator.device
+        cells, p = cells.to(device), torch.from_numpy(~hidden).to(device, non_blocking=True).float()
+        rng = generator(settings.seed, "validate", start, device=device)
         x_0, prior = process.enter(cells.counts, rng=rng), process.prior(tuple(p.shape), rng=rng)  # type: ignore[arg-type]
         x = torch.where(p == 1, x_0, prior)
         eta = predictor(process, denoiser, cells.labels)(x, p)
-        target = p == 0
-        mean = process.mean(eta, x, p)[target].clamp_min(1e-6).double()
-        truth = cells.counts[target].double()
+        target = torch.from_numpy(np.flatnonzero(hidden)).to(device, non_blocking=True)
+        mean = process.mean(eta, x, p).flatten()[target].clamp_min(1e-6).double()
+        truth = cells.counts.flatten()[target].double()
         deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
         t = ((torch.arange(len(cells), device=rng.device) + 0.5) / len(cells)).unsqueeze(1)
         p, _ = survival.draw(process.schedule, t, p.shape[1], rng=rng)
         losses = _of_cells(process, denoiser, x_0, process.forward(x_0, 1.0, p, rng=rng), p, cells.labels)
-        n = torch.tensor(len(cells), device=rng.device)
-        sums += torch.stack((deviance.sum(), target.sum(), losses.double().sum(), n))
-    deviance, targets, loss, n = accelerator.reduce(sums, "sum").tolist()
+        entries, n = (torch.full_like(sums[0], number) for number in (len(target), len(cells)))
+        sums += torch.stack((deviance.sum(), entries, losses.double().sum(), n))
+    deviance, targets, loss, n = accelerator.reduce(sums, "sum")
     return {"val/deviance": deviance / targets, "val/loss": loss / n}
 
 
