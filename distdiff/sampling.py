@@ -111,7 +111,8 @@ def sample(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}")
     step = SOLVERS[solver](process, predict)
-    if only is not None and solver == "plain" and sigma[0] == "none" and process.entrywise and isinstance(rng, Rows):
+    by_entry = isinstance(rng, Rows) and not rng.fused  # (a kernel gains nothing, and finding entries waits for a GPU)
+    if only is not None and solver == "plain" and sigma[0] == "none" and process.entrywise and by_entry:
         step = _some(process, predict, only)
     for p_t, p_s in itertools.pairwise(grid):
         s = attrition(sigma[0], sigma[1], p_t, p_s) if sigma[0] != "none" else 0.0

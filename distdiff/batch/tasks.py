@@ -156,7 +156,9 @@ class OnCells(Task):
         """The layers ``layers/NAME`` of a block, all genes of the result."""
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.at is None else values[:, torch.from_numpy(self.at).to(values.device)]
+        if self.at is None:
+            return values
+        return values[:, torch.from_numpy(self.at).to(values.device, non_blocking=True)]
 
     def _counts(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """The observed counts in the genes of the result, ascending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,10 @@ class Imputer(ABC):
 
 
 def by_row(cells: Cells, draws: int, seed: int, stream: str) -> Rows:
-    """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own."""
+    """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own.
+
+    On a GPU ``DISTDIFF_FUSED=1`` in the environment has it drawn by kernels of our own (:mod:`distdiff.rng.fused`).
+    """
+    fused = cells.rows.is_cuda and os.environ.get("DISTDIFF_FUSED") == "1"
     draw = torch.arange(draws, device=cells.rows.device).repeat_interleave(len(cells))
-    return Rows(cells.rows.repeat(draws), draw, seed, stream)
+    return Rows(cells.rows.repeat(draws), draw, seed, stream, fused=fused)

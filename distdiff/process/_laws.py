@@ -73,7 +73,8 @@ TERMS = 128
 def nb_mean_log1p(base: Tensor, mean: Tensor, log_size: Tensor, scale: Tensor) -> Tensor:
     """``E[log(1 + scale (base + d))]`` for ``d ~ NB(mean, size)``, entry by entry (EVIDENCE lesson 2).
 
-    Exact to 1e-6 where the law is summed term by term; to about 1e-3 where it is wide.
+    Exact to 1e-6 where the law is summed term by term; to about 1e-3 where it is wide. (Waits for a GPU once a term:
+    entries that are done are taken out, and few need many.)
 
     Parameters
     ----------
