@@ -121,7 +121,9 @@ SHAPED: dict[Any, Callable[..., Any]] = {
     aten.equal: lambda a, b: False,
     aten.nonzero: _some,
     aten.masked_select: lambda x, where: torch.empty(x.numel() // 2, dtype=x.dtype, device=DEVICE),
-    aten.bincount: lambda x, weights=None, minlength=0: torch.empty(max(1, minlength), dtype=torch.int64, device=DEVICE),
+    aten.bincount: lambda x, weights=None, minlength=0: torch.empty(
+        max(1, minlength), dtype=torch.int64, device=DEVICE
+    ),
     aten.repeat_interleave: lambda n: torch.empty(2 * n.numel(), dtype=torch.int64, device=DEVICE),
     aten._linalg_check_errors: lambda info, *a, **k: None,
     aten._unique2: lambda x, *a, **k: (torch.empty(x.numel(), dtype=x.dtype, device=DEVICE),) * 3,

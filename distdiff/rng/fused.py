@@ -105,7 +105,9 @@ def _poisson_of(rate, start, place, call):
         inside = (k >= 0) & (((us < 0.013) & (v > us)) == 0)
         fast = (us >= 0.07) & (v <= 0.9277 - 3.6224 / (b - 2))
         whole = tl.maximum(k, 0.0)
-        accepted = (fast | (inside & (bound <= k * tl.log(mean) - mean - _log_factorial(whole)))) & (mean < float("inf"))
+        accepted = (fast | (inside & (bound <= k * tl.log(mean) - mean - _log_factorial(whole)))) & (
+            mean < float("inf")
+        )
         out = tl.where(big & accepted, k.to(tl.float32), out)
         big = big & (accepted == 0)
         attempt += 1
@@ -215,8 +217,17 @@ def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], rng: rows
     place = rng.start if rng.columns is None else rng.columns
     wide = out.numel() // len(out)
     kernel[(triton.cdiv(out.numel(), BLOCK),)](
-        out, *given, rng.start, place, wide, out.numel(), rng.call, COLUMNS=rng.columns is not None, BLOCK=BLOCK,
-        enable_fp_fusion=False, **laws,
+        out,
+        *given,
+        rng.start,
+        place,
+        wide,
+        out.numel(),
+        rng.call,
+        COLUMNS=rng.columns is not None,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+        **laws,
     )
     return out
 

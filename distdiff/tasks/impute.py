@@ -42,11 +42,11 @@ class Filled:
         self.cells += len(answer.filled)
         mean = next(iter(answer.layers.values()))
         added = torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64)
-        whole = torch.stack((answer.filled.sum(), (~answer.evidence).sum(), answer.unknown))
-        *whole, added = torch.cat((whole.double(), added.unsqueeze(0))).tolist()  # one wait for the device
-        targets, empty, unknown = map(int, whole)
+        counts = torch.stack((answer.filled.sum(), (~answer.evidence).sum(), answer.unknown))
+        *numbers, molecules = torch.cat((counts.double(), added.unsqueeze(0))).tolist()  # one wait for the device
+        targets, empty, unknown = map(int, numbers)
         self.targets += targets
-        self.molecules_added += added
+        self.molecules_added += molecules
         self.cells_without_evidence += empty
         self.targets_of_unknown_genes += unknown
         return self

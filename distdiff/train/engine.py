@@ -58,7 +58,16 @@ class Engine:
     def rate(self, lr: float) -> None:
         """Set the learning rate of the coming step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def capturable(self) -> None:
+        """Let a CUDA graph hold the optimiser's move: its learning rate becomes a number on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.full((), group["lr"], device=self.accelerator.device)
+            group["capturable"] = True
 
     def step(self) -> Tensor:
         """Clip, move the weights, forget the gradients; returns the gradient's norm before clipping."""

@@ -6,8 +6,9 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +24,8 @@ from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.rng import borrowed, generator, numpy_generator
-from distdiff.rng.stream import Streams
 from distdiff.sampling import predictor
-from distdiff.train import checkpoint
+from distdiff.train import checkpoint, graphed, noise
 from distdiff.train import engine as engines
 from distdiff.train.compiled import compile_denoiser
 from distdiff.train.ema import Ema
@@ -73,6 +73,11 @@ class Training:
         float32 whose matrix products a GPU may round to 10 bits.
     compile
         ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
+    graph
+        Replay the step as one CUDA graph (see :mod:`~distdiff.train.graphed`): one GPU, networks of one shape.
+    noise
+        ``streams``: torch's generators, one for ``grain`` cells. ``rows``: numbers by the cell's place in the run, the
+        same for any ``grain``; on a GPU by one kernel a draw instead of one for ``grain`` cells (needs triton).
     trace
         Write a profiler's trace of a few steps of the main process to ``out`` (see :mod:`~distdiff.train.trace`).
     start
@@ -95,6 +100,8 @@ class Training:
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    graph: bool = False
+    noise: Literal["streams", "rows"] = "streams"
     trace: bool = False
     start: str = ""
     resume: str = "auto"
@@ -192,6 +199,8 @@ def train(
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
     if settings.compile:
         compile_denoiser(denoiser, share // settings.accumulate, len(store.genes), labels)
+    if settings.graph:
+        graphed.check(accelerator, denoiser, settings.accumulate)
     engine = engines.prepare(accelerator, denoiser, optim, share=share, accumulate=settings.accumulate)
     times = Times(survival.time, settings.batch, settings.seed, accelerator.device)
     if saved:
@@ -200,6 +209,7 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
     saved = None  # all in place: its tensors are not needed twice
+    graph = graphed.Step(engine, partial(_of_cells, process, engine.network), labels) if settings.graph else None
 
     loading = loading or Loading()
     plan = loading.plan(store, index, settings.batch, settings.seed)
@@ -235,18 +245,23 @@ def train(
             cells = Cells(counts, named, cells.rows)  # which rows they are is asked on the CPU alone
             engine.rate(optim.rate(step * settings.batch, total))
             first = step * settings.batch + accelerator.process_index * share
-            losses = []
-            for start in range(0, share, share // settings.accumulate):
-                part = cells[start : start + share // settings.accumulate]
-                with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
-                    loss = _loss(process, engine.network, survival, times, part, settings, step, first + start)
-                    accelerator.backward(loss.mean())
-                losses.append(loss.detach())
-            norm = engine.step()
+            if graph is not None:
+                noised = noise.draw(process, survival, times, cells, settings, step, first)
+                losses, norm = graph(noised)
+                losses = noised.weighted(losses, times)
+            else:
+                parts = []
+                for start in range(0, share, share // settings.accumulate):
+                    part = cells[start : start + share // settings.accumulate]
+                    with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
+                        loss = _loss(process, engine.network, survival, times, part, settings, step, first + start)
+                        accelerator.backward(loss.mean())
+                    parts.append(loss.detach())
+                losses, norm = torch.cat(parts), engine.step()
             if ema.due(step):
                 with engine.weights() as weights:
                     ema.update(weights, step)
-            window.add(torch.cat(losses), norm, cells.rows)
+            window.add(losses, norm, cells.rows)
             on_step(step, window.losses[-1].mean())
             progress.step = step + 1
             bar.update(settings.batch)
@@ -254,10 +269,10 @@ def train(
 
             done, asked = progress.step == settings.steps, stop.agreed()
             if done or _crossed(progress.step, settings.batch, settings.eval_cells):
-                numbers = window.means(accelerator, settings.batch, waited.lap())
+                means = window.means(accelerator, settings.batch, waited.lap())
                 times.update(accelerator)
-                numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
-                numbers = _read(numbers)  # here, and nowhere else between two logs, the device is waited for
+                scores = validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
+                numbers = _read({**means, **scores})  # nowhere else between two logs the device is waited for
                 if numbers.pop("bad"):
                     window.check(accelerator, folder)
                 window = _Window(progress.step)
@@ -323,17 +338,9 @@ def _loss(
     settings: Training, step: int, first: int,
 ) -> Tensor:  # fmt: skip
     """Loss of each cell ``[b]``, weighted mean over thinned genes; each ``grain`` cells have noise of their own."""
-    n, grain, device = len(cells), settings.grain, cells.counts.device
-    places = range(first, first + n, grain)
-    rng = Streams([generator(settings.seed, "noise", place, device=device) for place in places], grain)
-    t, weight = times.draw(step, first - step * settings.batch, n, rng=rng)
-    p, timed = survival.draw(process.schedule, t, cells.counts.shape[1], rng=rng)
-    x_0 = process.enter(cells.counts, rng=rng)
-    x = process.forward(x_0, 1.0, p, rng=rng)
-    labels = cells.labels.drop(rng.uniform(n) < settings.label_dropout)
-    losses = _of_cells(process, network, x_0, x, p, labels)
-    times.record(t, losses.detach(), timed.squeeze(1))
-    return losses * torch.where(timed, weight, 1.0).squeeze(1)
+    noised = noise.draw(process, survival, times, cells, settings, step, first)
+    losses = _of_cells(process, network, noised.x_0, noised.x, noised.p, noised.cond)
+    return noised.weighted(losses, times)
 
 
 def _of_cells(
@@ -377,7 +384,7 @@ class _Window:
         }
 
 
-def _read(numbers: dict[str, float | Tensor]) -> dict[str, float]:
+def _read(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
     """All numbers as Python's, in one wait for the device."""
     on_device = {k: v.double() for k, v in numbers.items() if isinstance(v, Tensor)}
     read = torch.stack(list(on_device.values())).tolist() if on_device else []

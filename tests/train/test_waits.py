@@ -13,7 +13,7 @@ from distdiff import config
 from distdiff.data.resident import Resident
 from distdiff.data.store import CountStore
 from distdiff.model import Model
-from distdiff.train import loop
+from distdiff.train import loop, noise
 from distdiff.train.optim import Optim
 from tests.waits import DEVICE, NoNumbers, Waits
 
@@ -75,7 +75,7 @@ CASES = [
 def test_a_step_waits_for_nothing_and_a_log_once(atlas, tmp_path, monkeypatch, case):
     monkeypatch.setattr(Optim, "build", unfused)  # (`meta` has no fused kernel)
     monkeypatch.setattr(loop, "generator", lambda *address, device: NoNumbers())
-    monkeypatch.setattr(loop, "Streams", lambda streams, size: NoNumbers())
+    monkeypatch.setattr(noise, "source", lambda settings, first, cells, device: NoNumbers())
     steps = train(atlas, tmp_path, Waits(), DEVICE, **case)
     found = [len(step) for step in steps]
     assert found == [0, 0, 1, 0, 0, 1, 0, 0], steps
