@@ -13,7 +13,7 @@ WARM = 3
 
 
 class Captured:
-    """``function`` of tensors that keep shape and dtype from call to call; each call is the function's, numbers and all.
+    """``function`` of tensors that keep shape and dtype from call to call; a call is the function's, numbers and all.
 
     The function must not ask for numbers on the host, and what it takes besides its arguments (weights, constants) must
     stay where it is. What it does to weights happens once a call, in the first calls and the recorded one too.
@@ -61,9 +61,14 @@ class Captured:
 
 def record(function: Function, inputs: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     """Record what ``function`` does to ``inputs`` where they are, without doing it; the answer does it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on: loader, writer
-        outputs = function(*inputs)
+    graph, cached = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()  # casts of weights belong into the graph: their copies do not outlive an autocast
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on: loader, writer
+            outputs = function(*inputs)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
     def replay() -> tuple[Tensor, ...]:
         graph.replay()

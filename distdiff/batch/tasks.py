@@ -210,7 +210,7 @@ class Impute(OnCells):
         if append is None and asked is not None:  # of a panel's absent genes only those that are written
             have = set(rows.genes)
             append = [g for g in asked if g not in have] or None
-        told = {k: v for k, v in options.items() if k not in ("batch_size", "device")}
+        told = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph")}
         self.options = {**told, "mask": _named(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
                         "mean_only": self.mean_only}  # fmt: skip

@@ -51,11 +51,16 @@ class Imputer(ABC):
         """Fill the entries where ``observed`` is false; with ``draws=0`` only the mean is asked for."""
 
 
+def fused_draws(device: torch.device) -> bool:
+    """Whether noise is drawn by kernels of our own (:mod:`distdiff.rng.fused`): on a GPU, by ``DISTDIFF_FUSED=1``."""
+    return device.type == "cuda" and os.environ.get("DISTDIFF_FUSED") == "1"
+
+
 def by_row(cells: Cells, draws: int, seed: int, stream: str) -> Rows:
     """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own.
 
-    On a GPU ``DISTDIFF_FUSED=1`` in the environment has it drawn by kernels of our own (:mod:`distdiff.rng.fused`).
+    See :func:`fused_draws` for how a GPU draws it.
     """
-    fused = cells.rows.is_cuda and os.environ.get("DISTDIFF_FUSED") == "1"
+    fused = fused_draws(cells.rows.device)
     draw = torch.arange(draws, device=cells.rows.device).repeat_interleave(len(cells))
     return Rows(cells.rows.repeat(draws), draw, seed, stream, fused=fused)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -72,6 +71,4 @@ class Step:
         with self.engine.one_pass():
             losses = self.losses(x_0, x, p, cond)
             self.engine.accelerator.backward((losses * weight).mean())
-        with torch.no_grad():
-            norm = self.engine.step()
-        return losses.detach(), norm
+        return losses.detach(), self.engine.step()
