@@ -123,7 +123,7 @@ def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 def test_a_step_in_a_graph_is_the_step(atlas, tmp_path, monkeypatch, stand_in, noise):
     """With the stand-in: the split into noise and the rest, the learning rate as a tensor, a resumed run."""
     plain = run(atlas, tmp_path / "plain", noise=noise)
-    with pytest.raises(ValueError, match="train.graph=true: CUDA graphs need a GPU"):
+    with pytest.raises(ValueError, match=r"train\.graph=true: CUDA graphs need a GPU"):
         run(atlas, tmp_path / "no", graph=True)
     monkeypatch.setattr(graphed, "check", lambda *_: None)
     monkeypatch.setattr("distdiff.train.engine.Engine.capturable", on_cpu)

@@ -1,16 +1,16 @@
 """Counts where code waits for a GPU, on a machine that has none.
 
-Tensors of torch's device ``meta`` stand for those on the GPU: they have shapes and no numbers. Whatever needs a number of
-theirs would wait for a real device: :class:`Waits` sees it, notes who asked, and answers with made-up numbers so that
-the run goes on. Code that asks ``device.type == "cpu"`` goes its GPU's way.
+Tensors of torch's device ``meta`` stand for those on the GPU: they have shapes and no numbers. Whatever needs a number
+of theirs would wait for a real device: :class:`Waits` sees it, notes who asked, and answers with made-up numbers so
+that the run goes on. Code that asks ``device.type == "cpu"`` goes its GPU's way.
 
 Seen: ``.item()``, ``float``, ``bool``, ``.tolist()``, ``.cpu()``; ``nonzero``, masks as indices, ``masked_select``,
 ``unique``, ``repeat_interleave`` without its output's size, ``bincount`` (shapes that depend on numbers); copies to the
 device that wait (``torch.tensor(..., device=)``, ``.to(device)`` without ``non_blocking``).
 
 Not seen: whether memory is pinned (``non_blocking`` copies of more than 64 KiB wait where it is not); waits inside
-kernels of CUDA, its allocator and NCCL; explicit ``torch.cuda.synchronize``; an optimiser's fused kernel, which ``meta``
-does not have. Tests marked ``gpu`` see those, under ``torch.cuda.set_sync_debug_mode("error")``.
+kernels of CUDA, its allocator and NCCL; explicit ``torch.cuda.synchronize``; an optimiser's fused kernel, which
+``meta`` does not have. Tests marked ``gpu`` see those, under ``torch.cuda.set_sync_debug_mode("error")``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from distdiff.rng import borrowed, generator, numpy_generator
 from distdiff.sampling import predictor
 from distdiff.train import checkpoint, graphed, noise
 from distdiff.train import engine as engines
-from distdiff.train.compiled import compile_denoiser
+from distdiff.train.compiled import Law, compile_denoiser, compile_law
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
 from distdiff.train.stop import LEAVE, Stop, Stopped
@@ -72,7 +72,7 @@ class Training:
         ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses; ``tf32`` is
         float32 whose matrix products a GPU may round to 10 bits.
     compile
-        ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
+        ``torch.compile`` the network and the loss, where it can be (see :mod:`~distdiff.train.compiled`).
     graph
         Replay the step as one CUDA graph (see :mod:`~distdiff.train.graphed`): one GPU, networks of one shape.
     noise
@@ -197,8 +197,11 @@ def train(
         ema.model.load_state_dict(saved.ema)
         progress = Progress(**saved.state["progress"])
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
+    law: Law = partial(_law, process)
     if settings.compile:
-        compile_denoiser(denoiser, share // settings.accumulate, len(store.genes), labels)
+        shape = share // settings.accumulate, len(store.genes)
+        compile_denoiser(denoiser, *shape, labels)
+        law = compile_law(law, process.outputs, *shape, accelerator.device)
     if settings.graph:
         graphed.check(accelerator, denoiser, settings.accumulate)
     engine = engines.prepare(accelerator, denoiser, optim, share=share, accumulate=settings.accumulate)
@@ -209,7 +212,8 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
     saved = None  # all in place: its tensors are not needed twice
-    graph = graphed.Step(engine, partial(_of_cells, process, engine.network), labels) if settings.graph else None
+    losses_of = partial(_of_cells, process, engine.network, law=law)
+    graph = graphed.Step(engine, losses_of, labels) if settings.graph else None
 
     loading = loading or Loading()
     plan = loading.plan(store, index, settings.batch, settings.seed)
@@ -254,7 +258,9 @@ def train(
                 for start in range(0, share, share // settings.accumulate):
                     part = cells[start : start + share // settings.accumulate]
                     with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
-                        loss = _loss(process, engine.network, survival, times, part, settings, step, first + start)
+                        loss = _loss(
+                            process, engine.network, survival, times, part, settings, step, first + start, law=law
+                        )
                         accelerator.backward(loss.mean())
                     parts.append(loss.detach())
                 losses, norm = torch.cat(parts), engine.step()
@@ -335,19 +341,24 @@ def _crossed(steps: int, batch: int, every: int) -> bool:
 
 def _loss(
     process: Process, network: Callable[..., Tensor], survival: Survival, times: Times, cells: Cells,
-    settings: Training, step: int, first: int,
+    settings: Training, step: int, first: int, *, law: Law | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of each cell ``[b]``, weighted mean over thinned genes; each ``grain`` cells have noise of their own."""
     noised = noise.draw(process, survival, times, cells, settings, step, first)
-    losses = _of_cells(process, network, noised.x_0, noised.x, noised.p, noised.cond)
+    losses = _of_cells(process, network, noised.x_0, noised.x, noised.p, noised.cond, law=law)
     return noised.weighted(losses, times)
 
 
 def _of_cells(
-    process: Process, network: Callable[..., Tensor], x_0: Tensor, x: Tensor, p: Tensor, cond: Condition
+    process: Process, network: Callable[..., Tensor], x_0: Tensor, x: Tensor, p: Tensor, cond: Condition, *,
+    law: Law | None = None,
 ) -> Tensor:  # fmt: skip
-    """Loss of each cell ``[b]``: the mean over its thinned genes."""
-    entries = process.loss(process.natural(network(*process.encode(x, p), cond), x, p), x_0, x, p)
+    """Loss of each cell ``[b]``: the mean over its thinned genes; ``law`` is `_law`, maybe compiled."""
+    return (law or partial(_law, process))(network(*process.encode(x, p), cond), x_0, x, p)
+
+
+def _law(process: Process, raw: Tensor, x_0: Tensor, x: Tensor, p: Tensor) -> Tensor:
+    entries = process.loss(process.natural(raw, x, p), x_0, x, p)
     return entries.sum(1) / (p < 1).sum(1).clamp_min(1)
 
 

@@ -1,7 +1,8 @@
-"""A training step waits for the GPU nowhere; between two logs the loop does so once (what the count sees: tests.waits)."""
+"""A training step waits for the GPU nowhere; from log to log the loop does once (what the count sees: tests.waits)."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def train(atlas: Path, out: Path, waits: Waits, device: torch.device, **sections
                 save_best=lambda *_: None,
             )  # fmt: skip
     assert len(ends) == 9
-    return [waits.seen[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [waits.seen[a:b] for a, b in itertools.pairwise(ends)]
 
 
 CASES = [
@@ -118,26 +119,23 @@ def test_a_batch_of_the_resident_copy_waits_for_nothing(atlas):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:4], {"train": {"noise": "rows"}}, {"train": {"graph": True}}], ids=str)
 def test_on_a_gpu_a_step_waits_for_nothing(atlas, tmp_path, monkeypatch, case):
-    """Under torch's own watch over what synchronises, from the noise to the weight average."""
-    real, watched = loop._loss, []
+    """Under torch's own watch over what synchronises, from the noise to the norm of the gradient."""
+    real, watched = noise.draw, []
 
-    def loss(*args):
+    def draw(*args):
         if args[-2] == 4:  # past what a first step sets up, before the log of the sixth
             torch.cuda.set_sync_debug_mode("error")
             watched.append(args[-2])
         return real(*args)
-
-    def at_end(step, loss):
-        torch.cuda.set_sync_debug_mode("default")
 
     class Watched(loop._Window):
         def add(self, *args):
             super().add(*args)
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(loop, "_loss", loss)
+    monkeypatch.setattr(noise, "draw", draw)
     monkeypatch.setattr(loop, "_Window", Watched)
     try:
         train(atlas, tmp_path, Waits(), torch.device("cuda"), **case)
