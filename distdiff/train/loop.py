@@ -236,7 +236,7 @@ def train(
         launch=launch,
     )  # fmt: skip
     waited = _Waited(batches, named=settings.trace)
-    window, asked = _Window(progress.step), 0
+    window, asked = _Window(progress.step, accelerator.device), 0
     explained = memory_explained(settings, share, accelerator.device)
     traced = trace(
         Path(settings.out) / TRACE if settings.trace and accelerator.is_main_process else None, accelerator.device
@@ -275,13 +275,14 @@ def train(
 
             done, asked = progress.step == settings.steps, stop.agreed()
             if done or _crossed(progress.step, settings.batch, settings.eval_cells):
-                means = window.means(accelerator, settings.batch, waited.lap())
+                means = window.means(accelerator, waited.lap())
                 times.update(accelerator)
                 scores = validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
                 numbers = _read({**means, **scores})  # nowhere else between two logs the device is waited for
                 if numbers.pop("bad"):
                     window.check(accelerator, folder)
-                window = _Window(progress.step)
+                numbers |= window.speed(settings.batch, numbers.pop("waited"))
+                window = _Window(progress.step, accelerator.device)
                 _judge(progress, numbers, progress.step * settings.batch)
                 if accelerator.is_main_process:
                     on_log(progress.step * settings.batch, numbers)
@@ -365,8 +366,9 @@ def _law(process: Process, raw: Tensor, x_0: Tensor, x: Tensor, p: Tensor) -> Te
 class _Window:
     """Steps since the last log."""
 
-    def __init__(self, start: int) -> None:
-        self.start, self.began = start, time.perf_counter()
+    def __init__(self, start: int, device: torch.device) -> None:
+        self.start, self.device = start, device
+        self.began = self.ended = self._mark()
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -380,25 +382,33 @@ class _Window:
         """Stop if a loss or a gradient is not finite; waits for the device."""
         check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
-    def means(self, accelerator: Accelerator, batch: int, waited: float) -> dict[str, float | Tensor]:
-        """Means over processes and steps: loss, gradient norm, cells per second, share of time ``waited`` for cells;
-        and whether anything is ``bad`` (see :meth:`check`). What is on the device stays there.
+    def means(self, accelerator: Accelerator, waited: float) -> dict[str, Tensor]:
+        """Means over processes and steps: loss, gradient norm, seconds ``waited`` for cells; and whether anything is
+        ``bad`` (see :meth:`check`). All stays on the device.
         """
-        loss, took = torch.cat(self.losses).mean(), time.perf_counter() - self.began
-        loss, share = accelerator.reduce(torch.stack((loss, torch.full_like(loss, waited / took))), "mean")
-        return {
-            "loss": loss,
-            "grad_norm": torch.stack(self.norms).mean(),
-            "cells_per_second": len(self.losses) * batch / took,
-            "data_wait": share,
-            "bad": not_finite(accelerator, self.losses, self.norms).any(),
-        }
+        self.ended, loss = self._mark(), torch.cat(self.losses).mean()
+        loss, waited_for = accelerator.reduce(torch.stack((loss, torch.full_like(loss, waited))), "mean")
+        bad = not_finite(accelerator, self.losses, self.norms).any()
+        return {"loss": loss, "grad_norm": torch.stack(self.norms).mean(), "waited": waited_for, "bad": bad}
+
+    def speed(self, batch: int, waited: float) -> dict[str, float]:
+        """Cells per second and the share of time ``waited`` for cells, once the means were read."""
+        took = self.ended - self.began if isinstance(self.ended, float) else self.began.elapsed_time(self.ended) / 1000
+        return {"cells_per_second": len(self.losses) * batch / took, "data_wait": waited / took}
+
+    def _mark(self) -> Any:
+        """Now, on the clock of the device, which runs behind the host's."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()  # type: ignore[no-untyped-call]
+        return event
 
 
 def _read(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
     """All numbers as Python's, in one wait for the device."""
     on_device = {k: v.double() for k, v in numbers.items() if isinstance(v, Tensor)}
-    read = torch.stack(list(on_device.values())).tolist() if on_device else []
+    read = torch.stack(list(on_device.values())).tolist()
     return {**numbers, **dict(zip(on_device, read, strict=True))}  # type: ignore[dict-item]
 
 
