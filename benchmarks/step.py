@@ -3,15 +3,19 @@
     python benchmarks/step.py --out benchmarks/results/step.json [--genes 2000 --batch 128 --kind mlp --compile]
 
 Made counts (gamma-Poisson, about 85 % zeros) in a store in a temporary folder, one thread. Every part of the step is
-timed alone, the parts in turn within each round, so that a busy machine slows all alike; medians of the rounds.
+timed alone, the parts in turn within each round, so that a busy machine slows all alike; medians of the rounds, on the
+wall and in seconds of the processor. ``operations`` counts torch's calls in each part, which on a GPU are launches, and
+``work`` the bytes that they read and write and their products, by type, under bfloat16 autocast.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ import _record
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from distdiff import config
 from distdiff.data.loader import loader
@@ -28,10 +35,10 @@ from distdiff.data.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator, numpy_generator
 from distdiff.rng.rows import Rows
-from distdiff.rng.stream import Streams
-from distdiff.train.compiled import compile_denoiser
+from distdiff.train import noise
+from distdiff.train.compiled import compile_denoiser, compile_law
 from distdiff.train.ema import Ema
-from distdiff.train.loop import Training
+from distdiff.train.loop import Training, _law
 from distdiff.train.times import Times
 
 
@@ -54,9 +61,12 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
     settings = config.parse(raw)
     model = Model.new(store.spec(()), settings.process, settings.denoiser)
     process, network, survival = model.process, model.denoiser, settings.survival
-    training = Training(batch=batch)
-    if compiled and not compile_denoiser(network, batch, len(store.genes)):
-        raise SystemExit("torch.compile cannot run here")
+    law: Any = partial(_law, process)
+    if compiled:
+        if not compile_denoiser(network, batch, len(store.genes)):
+            raise SystemExit("torch.compile cannot run here")
+        law = compile_law(law, process.outputs, batch, len(store.genes), torch.device("cpu"))
+    times = Times(survival.time, batch, 0, torch.device("cpu"))
     optimizer, ema = settings.optim.build(network), Ema(network, settings.optim.ema)
     index = store.rows("train")
     plan = Plan(n_cells=len(index), batch=batch, seed=0)
@@ -66,23 +76,19 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
     def read() -> None:
         state["step"], state["cells"] = next(feed)
 
-    def noise() -> None:
-        times = Times(survival.time, batch, 0, torch.device("cpu"))
-        places = range(state["step"] * batch, (state["step"] + 1) * batch, training.grain)
-        rng = Streams([generator(0, "noise", place) for place in places], training.grain)
-        x_0 = state["cells"].counts
-        t, _ = times.draw(state["step"], 0, batch, rng=rng)
-        p, _ = survival.draw(process.schedule, t, x_0.shape[1], rng=rng)
-        state["x_0"], state["x"], state["p"] = x_0, process.forward(x_0, 1.0, p, rng=rng), p
+    def thinned(source: Any) -> None:
+        training = Training(batch=batch, noise=source)
+        step = state["step"]
+        state["noised"] = noise.draw(process, survival, times, state["cells"], training, step, step * batch)
 
     def forward() -> None:
-        state["raw"] = network(*process.encode(state["x"], state["p"]), state["cells"].labels)
+        noised = state["noised"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=state.get("half", False)):
+            state["raw"] = network(*process.encode(noised.x, noised.p), noised.cond).float()
 
     def loss() -> None:
-        raw = state["raw"].detach().requires_grad_()
-        eta = process.natural(raw, state["x"], state["p"])
-        entries = process.loss(eta, state["x_0"], state["x"], state["p"])
-        (entries.sum(1) / (state["p"] < 1).sum(1).clamp_min(1)).mean().backward()
+        raw, noised = state["raw"].detach().requires_grad_(), state["noised"]
+        law(raw, noised.x_0, noised.x, noised.p).mean().backward()
         state["grad"] = raw.grad
 
     def backward() -> None:
@@ -96,18 +102,72 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
     def average() -> None:
         ema.update(list(network.parameters()), state["step"])
 
-    return {"loader": read, "noise": noise, "network forward": forward, "loss": loss, "network backward": backward,
-            "optimiser": step, "average": average}  # fmt: skip
+    def half() -> None:
+        state["half"] = True
+
+    return {"loader": read, ROWS: partial(thinned, "rows"), "noise": partial(thinned, "streams"),
+            "network forward": forward, "loss": loss, "network backward": backward, "optimiser": step,
+            "average": average, HALF: half}  # fmt: skip
 
 
-def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+ROWS, HALF = "noise, train.noise=rows", "half"
+
+
+def medians(
+    calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = clock()
             call()
-            took[name].append(time.perf_counter() - began)
+            took[name].append(clock() - began)
     return {name: float(np.median(values[rounds // 5 :])) for name, values in took.items()}
+
+
+class Work(TorchDispatchMode):
+    """Counts torch's calls that are no views: how many, bytes read and written, floating-point operations, by type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes, self.flops = 0, collections.Counter[str](), collections.Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(of) if isinstance(t, torch.Tensor)] for of in ((args, kwargs), answer))
+        if func.is_view or not (made or given):
+            return answer
+        dtype = str((made or given)[0].dtype).removeprefix("torch.")
+        self.calls += 1
+        self.bytes[dtype] += sum(t.numel() * t.element_size() for t in {id(t): t for t in (*given, *made)}.values())
+        if func.overloadpacket in flop_registry:
+            self.flops[dtype] += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=answer)
+        return answer
+
+
+def operations(calls: dict[str, Callable[[], Any]]) -> dict[str, int]:
+    """torch's calls in each part, in the second of two rounds."""
+    found = {}
+    for _ in range(2):
+        for name, call in calls.items():
+            with Work() as work:
+                call()
+            found[name] = work.calls
+    return found
+
+
+def work_of(calls: dict[str, Callable[[], Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Megabytes and billions of operations of network and loss, by type, under autocast."""
+    calls[HALF]()
+    found = {}
+    for name in ("network forward", "loss", "network backward"):
+        with Work() as work:
+            calls[name]()
+        found[name] = {
+            "megabytes": {k: v / 1e6 for k, v in work.bytes.items()},
+            "gflop": {k: v / 1e9 for k, v in work.flops.items()},
+        }
+    return found
 
 
 def thinning(counts: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -185,15 +245,22 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         store = made(Path(name), 4096, a.genes)
-        took = medians(parts(store, a.kind, a.batch, a.compile), a.rounds)
-        counts = store.cells(np.arange(256)).counts
-        ways = medians(thinning(counts), 15)
+        calls = parts(store, a.kind, a.batch, a.compile)
+        timed = {name: call for name, call in calls.items() if name != HALF}
+        took, cpu = medians(timed, a.rounds), medians(timed, a.rounds, time.process_time)
+        plain = {} if a.compile else calls
+        counted, work = (operations(timed), work_of(plain)) if plain else ({}, {})
+        counts = store.cells(np.arange(min(a.batch, 1024))).counts
+        ways = medians(thinning(counts), 15, time.process_time)
+    by_rows = took.pop(ROWS), cpu.pop(ROWS)
     layers: dict[str, float] = {}
     for genes, nonzero in ((2000, 0.1), (5000, 0.08), (20_000, 0.03)):
         layers |= medians(first_layer(a.batch, genes, nonzero), 15)
     total = sum(took.values())
     shares = {part: 100 * seconds / total for part, seconds in took.items()}
     outside = 100 - shares["loader"] - shares["network forward"] - shares["network backward"]
+    print(f"noise by train.noise=rows: {1000 * by_rows[0]:.2f} ms, {1000 * by_rows[1]:.2f} ms of the processor")
+    print(f"operations: {counted}\nwork: {work}")
     ways = {way: seconds / counts.numel() * 1e9 for way, seconds in ways.items()}
     for part, share in shares.items():
         print(f"{part:<18} {1000 * took[part]:8.2f} ms {share:6.1f} %")
@@ -206,6 +273,8 @@ def main() -> None:
         "genes": a.genes, "batch": a.batch, "denoiser": a.kind, "compiled": a.compile,
         "zeros": float((counts == 0).float().mean()),
         "milliseconds": {k: 1000 * v for k, v in took.items()}, "percent": shares, "outside_percent": outside,
+        "cpu_milliseconds": {k: 1000 * v for k, v in cpu.items()},
+        "noise_by_rows_ms": {"wall": 1000 * by_rows[0], "cpu": 1000 * by_rows[1]}, "operations": counted, "work": work,
         "thinning_ns_an_entry": ways,
         "first_layer_ms": {k: 1000 * v for k, v in layers.items()},
     })  # fmt: skip

@@ -84,10 +84,12 @@ class Config:
         """The settings that shape the weights: what a checkpoint must share to be continued."""
         whole = self.as_dict()
         for name in (
-            "out", "resume", "compile", "trace", "accumulate", "eval_cells", "checkpoint_cells", "checkpoint_minutes",
-            "keep", "minutes",
+            "out", "resume", "compile", "graph", "trace", "accumulate", "eval_cells", "checkpoint_cells",
+            "checkpoint_minutes", "keep", "minutes",
         ):  # fmt: skip
             whole["train"].pop(name)
+        if whole["train"]["noise"] == "streams":  # as it was before there was a choice
+            whole["train"].pop("noise")
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
             "data": {k: whole["data"][k] for k in ("genes", "labels")},
             "loader": {k: whole["loader"][k] for k in ("window", "strata", "weights")},

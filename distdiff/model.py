@@ -22,6 +22,7 @@ from distdiff.data.source import Source
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputer
 from distdiff.impute.conditional import Conditional
+from distdiff.impute.graphed import Graphed
 from distdiff.impute.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
@@ -145,20 +146,28 @@ class Model:
 
     # -- imputation ----------------------------------------------------------------------------------------------
 
-    def imputer(self, method: Literal["conditional", "repaint"] = "conditional", **options: Any) -> Imputer:
+    def imputer(
+        self, method: Literal["conditional", "repaint"] = "conditional", *, graph: bool = False, **options: Any
+    ) -> Imputer:  # fmt: skip
         """The imputer ``conditional`` (one call for the mean, ``steps`` for a draw) or ``repaint``.
+
+        Parameters
+        ----------
+        graph
+            Replay batches as CUDA graphs (``conditional`` alone; see :mod:`~distdiff.impute.graphed`).
 
         Raises
         ------
         ValueError
             Unknown method or option, ``spacing="variance"`` without measured variances, guidance of a model that was
-            not trained for it.
+            not trained for it, a graph of what can be none.
         """
         kinds: dict[str, Any] = {"conditional": Conditional, "repaint": RePaint}
         if method not in kinds:
             raise ValueError(f"unknown imputation method {method!r}{nearest(method, kinds)}")
         check_guidance(self, options.get("guidance", 1.0))
-        return kinds[method](self.process, self.denoiser, **self.spaced(options, "impute"))
+        made = kinds[method](self.process, self.denoiser, **self.spaced(options, "impute"))
+        return Graphed(made) if graph else made
 
     def spaced(self, options: Mapping[str, Any], task: Literal["impute", "generate"]) -> dict[str, Any]:
         """``spacing="variance"`` -> levels placed by the excess variance measured on validation cells (MATHS 4.11)."""

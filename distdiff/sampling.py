@@ -111,7 +111,8 @@ def sample(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}")
     step = SOLVERS[solver](process, predict)
-    if only is not None and solver == "plain" and sigma[0] == "none" and process.entrywise and isinstance(rng, Rows):
+    by_entry = isinstance(rng, Rows) and not rng.fused  # (a kernel gains nothing, and finding entries waits for a GPU)
+    if only is not None and solver == "plain" and sigma[0] == "none" and process.entrywise and by_entry:
         step = _some(process, predict, only)
     for p_t, p_s in itertools.pairwise(grid):
         s = attrition(sigma[0], sigma[1], p_t, p_s) if sigma[0] != "none" else 0.0
@@ -160,7 +161,7 @@ def _trapezoidal(process: Process, predict: Predict, theta: float = 0.5) -> Step
         if isinstance(sigma, Tensor) or sigma != 0:
             raise ValueError("solver 'trapezoidal' takes no attrition; use solver='plain'")
         eta = predict(x, p_t)
-        if bool(((p_s == 1) & (p_t < 1)).any()):
+        if bool(((p_s == 1) & (p_t < 1)).any()):  # (waits for a GPU: the last step is another one, of one call less)
             return process.reverse(x, eta, p_t, p_s, rng=rng)
         hazard = torch.where(p_t < 1, ((1 - p_t) / (1 - p_s).clamp_min(1e-12)).log(), 0.0)
         f = process.lost(eta, p_t)

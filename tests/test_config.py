@@ -72,6 +72,10 @@ def test_identity_leaves_out_what_does_not_shape_the_weights():
     assert a.identity() == b.identity()
     assert a.identity() != c.identity()
     assert a.digest() != b.digest()
+    d = config.load(None, ["data.store=x.zarr", "train.out=a", "train.graph=true"])
+    e = config.load(None, ["data.store=x.zarr", "train.out=a", "train.noise=rows"])
+    assert a.identity() == d.identity() != e.identity()
+    assert "noise" not in a.identity()["train"]  # checkpoints from before there was a choice go on
 
 
 def test_a_component_from_outside_the_tree(tmp_path, monkeypatch):

@@ -156,7 +156,9 @@ class OnCells(Task):
         """The layers ``layers/NAME`` of a block, all genes of the result."""
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.at is None else values[:, torch.from_numpy(self.at).to(values.device)]
+        if self.at is None:
+            return values
+        return values[:, torch.from_numpy(self.at).to(values.device, non_blocking=True)]
 
     def _counts(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """The observed counts in the genes of the result, ascending."""
@@ -208,7 +210,7 @@ class Impute(OnCells):
         if append is None and asked is not None:  # of a panel's absent genes only those that are written
             have = set(rows.genes)
             append = [g for g in asked if g not in have] or None
-        told = {k: v for k, v in options.items() if k not in ("batch_size", "device")}
+        told = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph")}
         self.options = {**told, "mask": _named(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
                         "mean_only": self.mean_only}  # fmt: skip

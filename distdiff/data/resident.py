@@ -23,7 +23,7 @@ class Resident:
     Build one with `Resident.load`.
     """
 
-    def __init__(self, store: CountStore, device: torch.device, parts: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def __init__(self, store: CountStore, device: torch.device, parts: list[tuple[Tensor, Tensor, np.ndarray]]) -> None:
         self.store, self.device, self._parts = store, device, parts
         self._places = _places(store, device)
         self._labels: dict[str, Tensor] = {}
@@ -44,28 +44,28 @@ class Resident:
         for group in range(len(store.columns)):
             of = [piece[group] for piece in pieces]
             lengths = np.concatenate([np.diff(c.starts) for c in of])
-            arrays = (
-                np.concatenate([c.gaps for c in of]), np.concatenate([c.values for c in of]),
-                np.concatenate([[0], np.cumsum(lengths)]),
-            )  # fmt: skip
-            gaps, values, starts = (torch.from_numpy(a).to(device) for a in arrays)
-            parts.append((gaps, values, starts))
+            arrays = np.concatenate([c.gaps for c in of]), np.concatenate([c.values for c in of])
+            gaps, values = (torch.from_numpy(a).to(device) for a in arrays)
+            parts.append((gaps, values, np.concatenate([[0], np.cumsum(lengths)])))
         return cls(store, device, parts)
 
     def cells(self, rows: np.ndarray, labels: Sequence[str] | None = None) -> Cells:
         """A batch on the device; arguments and errors as of `CountStore.cells`."""
-        at = torch.from_numpy(rows).to(self.device)
         counts: list[Tensor] = []
         for (gaps, values, starts), place in zip(self._parts, self._places, strict=True):
-            first, lengths = starts[at], starts[at + 1] - starts[at]
-            ends = lengths.cumsum(0)
-            n = int(ends[-1]) if len(ends) else 0
-            entry = torch.repeat_interleave(first - ends + lengths, lengths, output_size=n)
-            entry = entry + torch.arange(n, device=self.device)
-            begin = torch.cat([ends.new_zeros(1), ends])
-            counts.append(to_dense(gaps[entry], values[entry], begin, place, len(self.store.genes)))
+            lengths = starts[rows + 1] - starts[rows]
+            begin = np.concatenate([[0], np.cumsum(lengths)])  # here, as the device would have to be asked for its end
+            offset, long, begun = self._send(starts[rows] - begin[:-1], lengths, begin)
+            entry = torch.repeat_interleave(offset, long, output_size=int(begin[-1]))
+            entry = entry + torch.arange(len(entry), device=self.device)
+            counts.append(to_dense(gaps[entry], values[entry], begun, place, len(self.store.genes)))
+        (at,) = self._send(rows)
         codes = {k: self._codes(k)[at] for k in self.store.label_keys(labels)}
         return Cells(_sum(counts), Condition(codes), torch.from_numpy(rows))
+
+    def _send(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Small arrays to the device, which is not waited for."""
+        return [torch.from_numpy(a.astype(np.int64)).to(self.device, non_blocking=True) for a in arrays]
 
     def _codes(self, label: str) -> Tensor:
         if label not in self._labels:

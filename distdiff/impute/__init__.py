@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,16 @@ class Imputer(ABC):
         """Fill the entries where ``observed`` is false; with ``draws=0`` only the mean is asked for."""
 
 
+def fused_draws(device: torch.device) -> bool:
+    """Whether noise is drawn by kernels of our own (:mod:`distdiff.rng.fused`): on a GPU, by ``DISTDIFF_FUSED=1``."""
+    return device.type == "cuda" and os.environ.get("DISTDIFF_FUSED") == "1"
+
+
 def by_row(cells: Cells, draws: int, seed: int, stream: str) -> Rows:
-    """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own."""
+    """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own.
+
+    See :func:`fused_draws` for how a GPU draws it.
+    """
+    fused = fused_draws(cells.rows.device)
     draw = torch.arange(draws, device=cells.rows.device).repeat_interleave(len(cells))
-    return Rows(cells.rows.repeat(draws), draw, seed, stream)
+    return Rows(cells.rows.repeat(draws), draw, seed, stream, fused=fused)

@@ -82,12 +82,12 @@ class Conditional(Imputer):
                 for name in self.also}  # fmt: skip
         if draws == 0:
             return Imputed(mean, also=also)
-        answers = [eta.repeat(many, 1, 1)] if torch.equal(x, x[: len(p)].repeat(many, 1)) else []
+        answers = [eta.repeat(many, 1, 1)] if many == 1 or not rng.call else []  # nothing was drawn yet: all alike
 
         def ahead(x: Tensor, p: Tensor) -> Tensor:  # draws that begin alike share their first call
             return answers.pop() if answers else predict(x, p)
 
-        grid = [torch.maximum(p.repeat(many, 1), level) for level in self.levels.to(p.device)]
+        grid = [p.repeat(many, 1).clamp_min(level) for level in self.levels.tolist()]
         x = sample(self.process, ahead, x, grid, solver=self.solver, rng=rng, only=~observed.repeat(many, 1))
         drawn = torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1)))
         return Imputed(mean, drawn, also)

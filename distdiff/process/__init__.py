@@ -102,5 +102,7 @@ class Process(ABC):
 
 
 def tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a tensor of the type and device of ``like``."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    """``value`` as a tensor of the type and device of ``like``; a number is written there, as copying it would wait."""
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return torch.full((), value, dtype=like.dtype, device=like.device)

@@ -57,7 +57,8 @@ def low_rank_score(e: Tensor, own: Tensor, shared: Tensor, where: Tensor) -> Ten
     """
     weighted = shared / own.unsqueeze(-1)
     small = torch.eye(shared.shape[-1], device=e.device) + shared.mT @ weighted
-    root = torch.linalg.cholesky(small)
+    # whether it succeeded is looked at on the CPU only, as that waits for a GPU; what failed there is not finite
+    root, _ = torch.linalg.cholesky_ex(small, check_errors=small.device.type == "cpu")
     along = torch.cholesky_solve((weighted.mT @ e.unsqueeze(-1)), root)
     fitted = (shared @ along).squeeze(-1)
     log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
@@ -72,7 +73,8 @@ TERMS = 128
 def nb_mean_log1p(base: Tensor, mean: Tensor, log_size: Tensor, scale: Tensor) -> Tensor:
     """``E[log(1 + scale (base + d))]`` for ``d ~ NB(mean, size)``, entry by entry (EVIDENCE lesson 2).
 
-    Exact to 1e-6 where the law is summed term by term; to about 1e-3 where it is wide.
+    Exact to 1e-6 where the law is summed term by term; to about 1e-3 where it is wide. (Waits for a GPU once a term:
+    entries that are done are taken out, and few need many.)
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from distdiff.component import load, nearest
+from distdiff.process import tensor
 from distdiff.types import Float, Tensor
 
 
@@ -79,6 +81,12 @@ class Linear(Schedule):
         return torch.ones_like(p)
 
 
+@functools.lru_cache(maxsize=32)
+def _on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Constants on a device, copied there once, as each copy waits for it."""
+    return torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
+
+
 @dataclass(frozen=True)
 class Table(Schedule):
     """A schedule given by its values at equally spaced times, linear in between.
@@ -99,14 +107,14 @@ class Table(Schedule):
 
     def p(self, t: Tensor) -> Tensor:
         """Linear interpolation."""
-        v, n = torch.tensor(self.values, dtype=t.dtype, device=t.device), len(self.values) - 1
+        v, n = _on(self.values, t.dtype, t.device), len(self.values) - 1
         k = (t * n).floor().clamp(0, n - 1)
         low = v[k.long()]
         return low + (v[k.long() + 1] - low) * (t * n - k)
 
     def speed(self, p: Tensor) -> Tensor:
         """The slope of the piece that ``p`` lies in."""
-        v, n = torch.tensor(self.values, dtype=p.dtype, device=p.device), len(self.values) - 1
+        v, n = _on(self.values, p.dtype, p.device), len(self.values) - 1
         piece = n - torch.searchsorted(v.flip(0), p.contiguous(), right=False).clamp(1, n)
         return (v[piece] - v[piece + 1]) * n
 
@@ -129,13 +137,12 @@ class Discrete(Schedule):
             raise ValueError(f"a discrete schedule needs times >= 2, got {self.times}")
         if self.times > MOST_TIMES:
             raise ValueError(f"a discrete schedule takes {MOST_TIMES:,} times at most, got {self.times}")
+        p = self.base.p(torch.arange(self.times + 1, dtype=torch.float64) / self.times).tolist()
+        object.__setattr__(self, "_values", (1.0, *p[1:]))
 
     def table(self, like: Tensor) -> Tensor:
         """``p_0 ... p_times`` on the device and in the type of ``like``."""
-        t = torch.arange(self.times + 1, dtype=torch.float64) / self.times
-        p = self.base.p(t)
-        p[0] = 1.0
-        return p.to(like)
+        return _on(self._values, like.dtype, like.device)  # type: ignore[attr-defined]
 
     def p(self, t: Tensor) -> Tensor:
         """``p_k`` of the next point after ``t``."""
@@ -306,7 +313,7 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
-    """``sigma`` as a tensor, if the step allows it; a plain 0 always is.
+    """``sigma`` as a tensor, if the step allows it; a plain 0 always is. Looked at on the CPU only, as `survivors`.
 
     Raises
     ------
@@ -315,8 +322,8 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
         molecules.
     """
     none = not isinstance(sigma, Tensor) and sigma == 0
-    sigma = torch.as_tensor(sigma, dtype=p_t.dtype, device=p_t.device)
-    if none:
+    sigma = tensor(sigma, p_t)
+    if none or p_t.device.type != "cpu":
         return sigma
     cap = sigma_max(p_t, p_s)
     if bool(((sigma > cap + 1e-6) | (sigma < 0)).any()):
@@ -344,7 +351,7 @@ def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
         Not ``0 <= p_t <= p_s <= 1``.
     """
     whole = not isinstance(p_s, torch.Tensor) and p_s == 1
-    p_s, p_t = (torch.as_tensor(p, dtype=x.dtype, device=x.device) for p in (p_s, p_t))
+    p_s, p_t = tensor(p_s, x), tensor(p_t, x)
     if x.device.type == "cpu" and not bool((p_t >= 0).all() and (p_t <= p_s).all() and (p_s <= 1).all()):
         raise ValueError(
             f"thinning needs 0 <= p_t <= p_s <= 1, got p_t in [{p_t.min():g}, {p_t.max():g}], "

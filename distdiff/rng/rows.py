@@ -23,6 +23,9 @@ SMALL = 10.0
 NB_TAIL = 0.07
 """... of a negative binomial: only if also ``size / mean`` is above this, so that 256 terms reach the last of 2^23."""
 
+MOST = 512
+"""Largest count that inversion reaches."""
+
 TRIES = 64
 """A rejected entry tries again at most so often; the chance that one is rejected each time is below 1e-30."""
 
@@ -54,10 +57,13 @@ class Rows(Rng):
         The run's seed and a stream name.
     rows, draws
         ``int64 [b]`` each: cell and draw of every row of the batch.
+    fused
+        Draw by one Triton kernel each (:mod:`~distdiff.rng.fused`), which does not wait for the GPU. Not so, every draw
+        of counts there waits some ten times, as entries that are done are taken out.
     """
 
-    def __init__(self, rows: Tensor, draws: Tensor, seed: int, *address: int | str):
-        self.device = rows.device
+    def __init__(self, rows: Tensor, draws: Tensor, seed: int, *address: int | str, fused: bool = False):
+        self.device, self.fused = rows.device, fused
         start = mix(rows.long() * GOLDEN + _signed(key(seed, *address)))
         self.start = mix(start + draws.long() * GOLDEN).unsqueeze(1)
         self.call = 0
@@ -93,28 +99,42 @@ class Rows(Rng):
         low, high = bits & ((1 << 23) - 1), (bits >> 41) & ((1 << 23) - 1)
         return tuple((half.float() + 0.5) * 2**-23 for half in (high, low))  # type: ignore[return-value]
 
-    def _next(self, *shape: int) -> tuple[Tensor, Tensor]:
+    def _begin(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The next call, for a batch of this shape: rows and columns."""
         rows, columns = shape[0], math.prod(shape[1:])
         if rows != len(self.start):
             raise ValueError(f"{rows} rows of noise were asked for, the generator names {len(self.start)}")
-        self.call += 1
-        places = torch.arange(columns, device=self.device) if self.columns is None else self.columns
         if self.columns is not None and columns != 1:
             raise ValueError(f"draws for some entries have one column, {columns} were asked for")
+        self.call += 1
+        return rows, columns
+
+    def _kernel(self, law: str, shape: tuple[int, ...], *given: Tensor) -> Tensor:
+        """Draw by the kernel of a law."""
+        from distdiff.rng import fused
+
+        self._begin(shape)
+        return getattr(fused, law)(self, *(given or shape))
+
+    def _next(self, *shape: int) -> tuple[Tensor, Tensor]:
+        _, columns = self._begin(shape)
+        places = torch.arange(columns, device=self.device) if self.columns is None else self.columns
         u, v = self._pair(self._bits(places, self.start))
         return u.reshape(shape), v.reshape(shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """See :class:`~distdiff.rng.Rng`; ``shape[0]`` is the number of rows."""
-        return self._next(*shape)[0]
+        return self._kernel("uniform", shape) if self.fused else self._next(*shape)[0]
 
     def normal(self, *shape: int) -> Tensor:
         """See :class:`~distdiff.rng.Rng` (Box & Muller)."""
-        return _normal(*self._next(*shape))
+        return self._kernel("normal", shape) if self.fused else _normal(*self._next(*shape))
 
     def binomial(self, n: Tensor, p: Tensor) -> Tensor:
         """See :class:`~distdiff.rng.Rng`."""
         p = p.expand_as(n)
+        if self.fused:
+            return self._kernel("binomial", n.shape, n, p)
         u, _ = self._next(*n.shape)
         flip = p > 0.5
         q = torch.where(flip, 1 - p, p)
@@ -132,6 +152,8 @@ class Rows(Rng):
 
     def poisson(self, rate: Tensor) -> Tensor:
         """See :class:`~distdiff.rng.Rng`."""
+        if self.fused:
+            return self._kernel("poisson", rate.shape, rate)
         u, _ = self._next(*rate.shape)
         small = rate < SMALL
         out = _invert(u, torch.where(small, torch.exp(-rate), 2.0), lambda k, rate: rate / k, rate)
@@ -139,6 +161,10 @@ class Rows(Rng):
 
     def nb(self, mean: Tensor, log_size: Tensor) -> Tensor:
         """See :class:`~distdiff.rng.Rng`."""
+        if self.fused:
+            out = self._kernel("nb", mean.shape, mean, log_size)
+            self.call += 2  # (as below)
+            return out
         u, _ = self._next(*mean.shape)
         size = log_size.exp()
         small = (mean < SMALL) & (size > NB_TAIL * mean)
@@ -180,7 +206,7 @@ def _normal(u: Tensor, v: Tensor) -> Tensor:
     return torch.sqrt(-2 * torch.log(u)) * torch.cos(2 * math.pi * v)
 
 
-def _invert(u: Tensor, first: Tensor, ratio: Callable[..., Tensor], *parameters: Tensor, most: int = 512) -> Tensor:
+def _invert(u: Tensor, first: Tensor, ratio: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
     """Smallest ``k`` with ``CDF(k) > u``; ``first = pmf(0)``, ``pmf(k) = pmf(k - 1) ratio(k, *parameters)``.
 
     Only entries that are not done are touched again. An entry with ``first > 1`` is left at 0.
@@ -191,7 +217,7 @@ def _invert(u: Tensor, first: Tensor, ratio: Callable[..., Tensor], *parameters:
     u, pmf = u.reshape(-1)[index], first.reshape(-1)[index]
     given = [p.expand_as(out).reshape(-1)[index] for p in parameters]
     cdf = pmf
-    for k in range(1, most):
+    for k in range(1, MOST):
         if not len(index):
             break
         pmf = pmf * ratio(k, *given)
@@ -199,7 +225,7 @@ def _invert(u: Tensor, first: Tensor, ratio: Callable[..., Tensor], *parameters:
         more = (u >= cdf) & (pmf > 1e-12)
         flat[index[~more]] = float(k)
         index, u, pmf, cdf, *given = (a[more] for a in (index, u, pmf, cdf, *given))
-    flat[index] = float(most)
+    flat[index] = float(MOST)
     return out
 
 

@@ -44,12 +44,20 @@ class Block:
     observed: torch.Tensor
 
     def to(self, device: torch.device | str) -> Block:
-        """The same on a device."""
-        hidden = None if self.hidden is None else self.hidden.to(device)
+        """The same on a device, which is not waited for."""
+        hidden = None if self.hidden is None else self.hidden.to(device, non_blocking=True)
         return replace(
-            self, given=self.given.to(device), hidden=hidden, cells=self.cells.to(device),
-            observed=self.observed.to(device),
+            self, given=self.given.to(device, non_blocking=True), hidden=hidden, cells=self.cells.to(device),
+            observed=self.observed.to(device, non_blocking=True),
         )  # fmt: skip
+
+    def pinned(self) -> Block:
+        """The same in memory from which a GPU copies by itself."""
+        cells = Cells(self.cells.counts.pin_memory(), self.cells.labels, self.cells.rows)
+        hidden = None if self.hidden is None else self.hidden.pin_memory()
+        return replace(
+            self, given=self.given.pin_memory(), hidden=hidden, cells=cells, observed=self.observed.pin_memory()
+        )
 
 
 class Reader:
@@ -142,7 +150,8 @@ class Reader:
         labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
         cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop))
         gone = None if away is None else torch.from_numpy(away)
-        return Block(start, stop, counts, torch.from_numpy(given), gone, cells, torch.from_numpy(observed))
+        block = Block(start, stop, counts, torch.from_numpy(given), gone, cells, torch.from_numpy(observed))
+        return block.pinned() if str(self.device).startswith("cuda") else block
 
     def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
         """Name an entry that is looked at and is no count, if there is one."""

@@ -39,7 +39,7 @@ def deepen(
     rng = by_row(cells, 1, seed, "deepen")
     x = torch.where(measured, cells.counts, 0.0)
     first = measured.to(x.dtype) / times
-    grid = [first + (1 - first) * level for level in levels(model.process.schedule, steps).to(x.device)]
+    grid = [first + (1 - first) * level for level in levels(model.process.schedule, steps).tolist()]
     return sample(model.process, predictor(model.process, model.denoiser, cells.labels), x, grid, rng=rng)
 
 
@@ -52,7 +52,7 @@ def _check_depth(model: Model, cells: Cells, measured: Tensor, times: float) -> 
     mean = torch.as_tensor(model.spec.gene_mean, device=measured.device)
     share = (measured * mean).sum(1) / mean.sum().clamp_min(1e-12)
     asked, most = torch.where(measured, cells.counts, 0.0).sum(1) * times, depth["q99"] * share
-    if bool((asked > most).any()):
+    if bool((asked > most).any()):  # (waits for a GPU: a refusal must come before the answer)
         worst = int((asked / most.clamp_min(1e-12)).argmax())
         raise ValueError(
             f"row {int(cells.rows[worst])} would have {float(asked[worst]):,.0f} molecules, but 99 % of the training "

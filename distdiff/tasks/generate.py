@@ -58,7 +58,8 @@ def generate(
     for start in range(0, n, batch_size):
         rows = torch.arange(start, min(start + batch_size, n))
         cond = Condition({k: v[rows] for k, v in labels.items()}).to(device)
-        cells = Cells(torch.zeros(len(rows), model.spec.n_genes, device=device), cond, rows.to(device))
+        counts = torch.zeros(len(rows), model.spec.n_genes, device=device)
+        cells = Cells(counts, cond, rows.to(device, non_blocking=True))
         rng = by_row(cells, 1, seed, "generate")
         x = model.process.prior(tuple(cells.counts.shape), rng=rng)  # type: ignore[arg-type]
         predict = predictor(model.process, model.denoiser, cond, guidance=guidance)

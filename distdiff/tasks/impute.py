@@ -41,11 +41,15 @@ class Filled:
     def add(self, answer: Answer) -> Filled:
         """Count one block's answer, and return itself."""
         self.cells += len(answer.filled)
-        self.targets += int(answer.filled.sum())
         mean = next(iter(answer.layers.values()))
-        self.molecules_added += float(torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64))
-        self.cells_without_evidence += int((~answer.evidence).sum())
-        self.targets_of_unknown_genes += int(answer.unknown)
+        added = torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64)
+        counts = torch.stack((answer.filled.sum(), (~answer.evidence).sum(), answer.unknown))
+        *numbers, molecules = torch.cat((counts.double(), added.unsqueeze(0))).tolist()  # one wait for the device
+        targets, empty, unknown = map(int, numbers)
+        self.targets += targets
+        self.molecules_added += molecules
+        self.cells_without_evidence += empty
+        self.targets_of_unknown_genes += unknown
         return self
 
 
@@ -170,7 +174,7 @@ class Job:
         given, device = block.given, block.given.device
         if self.added:
             given = torch.cat((given, given.new_zeros(len(given), len(self.added))), 1)
-        place = torch.from_numpy(self.place).to(device)
+        place = torch.from_numpy(self.place).to(device, non_blocking=True)
         some = block.cells.counts.sum(1, keepdim=True) > 0
         wanted = torch.zeros(given.shape, dtype=torch.bool, device=device)
         if block.hidden is not None:
@@ -186,7 +190,8 @@ class Job:
         layers = [whole(values, given) for values in parts]
         layers += [whole(imputed.also[name], 0.0 if name == "sd" else given) for name in self.also]
         at = slice(len(self.reader.columns))
-        unknown = torch.tensor(0) if block.hidden is None else (block.hidden & (place[at] < 0)).sum()
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        unknown = none if block.hidden is None else (block.hidden & (place[at] < 0)).sum()
         return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
 from distdiff.denoise import Denoiser
-from distdiff.types import Condition
+from distdiff.types import Condition, Tensor
 
 log = logging.getLogger("distdiff")
 
@@ -40,10 +41,45 @@ def compile_denoiser(denoiser: Denoiser, cells: int, genes: int, labels: tuple[s
             denoiser(x, p, cond).sum().backward()
     except Exception as error:  # whatever the compiler cannot do here: no C++ compiler, an operation, a device
         denoiser._compiled_call_impl = None
-        first = str(error).strip().splitlines() or [""]
-        log.warning("train.compile: %s: %s; the network runs uncompiled", type(error).__name__, first[0])
+        _tell(error, "network")
         return False
     finally:
         for name, w in denoiser.named_parameters():
             w.grad = kept[name]
     return True
+
+
+Law = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(raw [b g k], x_0, x, p [b g]) -> losses [b]``: a process's loss of a network's answers."""
+
+
+def compile_law(law: Law, outputs: int, cells: int, genes: int, device: torch.device) -> Law:
+    """Compile what a process makes of the network's answers, proved by one forward and backward pass.
+
+    It is nothing but sums, products and logarithms of ``[b g]`` in float32: apart they read and write far more memory
+    than the network does, together little.
+
+    Parameters
+    ----------
+    outputs, cells, genes
+        Shape of the answers to come.
+
+    Returns
+    -------
+    callable
+        The compiled law; if it cannot be compiled the law as it is, and the reason was logged.
+    """
+    raw = torch.zeros(cells, outputs, genes, device=device, requires_grad=True)
+    x, p = torch.zeros(cells, genes, device=device), torch.full((cells, genes), 0.5, device=device)
+    try:
+        compiled = torch.compile(law)
+        compiled(raw.transpose(1, 2), x + 1, x, p).sum().backward()
+    except Exception as error:  # see above
+        _tell(error, "loss")
+        return law
+    return compiled
+
+
+def _tell(error: Exception, what: str) -> None:
+    first = str(error).strip().splitlines() or [""]
+    log.warning("train.compile: %s: %s; the %s runs uncompiled", type(error).__name__, first[0], what)

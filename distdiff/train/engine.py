@@ -58,14 +58,25 @@ class Engine:
     def rate(self, lr: float) -> None:
         """Set the learning rate of the coming step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def capturable(self) -> None:
+        """Let a CUDA graph hold the optimiser's move: its learning rate becomes a number on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.full((), group["lr"], device=self.accelerator.device)
+            group["capturable"] = True
 
     def step(self) -> Tensor:
         """Clip, move the weights, forget the gradients; returns the gradient's norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self._clipped, self.clip)
         self._move()
         self.optimizer.zero_grad(set_to_none=True)
-        return _whole(torch.as_tensor(norm, device=self.accelerator.device))
+        if not isinstance(norm, Tensor):  # DeepSpeed's is a number; copying it to a GPU would wait
+            return torch.full((), norm, device=self.accelerator.device)
+        return _whole(norm)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:

@@ -6,8 +6,9 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,18 +25,17 @@ from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.rng import borrowed, generator, numpy_generator
-from distdiff.rng.stream import Streams
 from distdiff.sampling import predictor
-from distdiff.train import checkpoint
+from distdiff.train import checkpoint, graphed, noise
 from distdiff.train import engine as engines
-from distdiff.train.compiled import compile_denoiser
+from distdiff.train.compiled import Law, compile_denoiser, compile_law
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
 from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
 from distdiff.train.trace import NAME as TRACE
 from distdiff.train.trace import trace
-from distdiff.train.trouble import check_finite, memory_explained
+from distdiff.train.trouble import check_finite, memory_explained, not_finite
 from distdiff.types import Cells, Condition, Tensor
 
 
@@ -73,7 +73,12 @@ class Training:
         ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses; ``tf32`` is
         float32 whose matrix products a GPU may round to 10 bits.
     compile
-        ``torch.compile`` the network, where it can be (see :mod:`~distdiff.train.compiled`).
+        ``torch.compile`` the network and the loss, where it can be (see :mod:`~distdiff.train.compiled`).
+    graph
+        Replay the step as one CUDA graph (see :mod:`~distdiff.train.graphed`): one GPU, networks of one shape.
+    noise
+        ``streams``: torch's generators, one for ``grain`` cells. ``rows``: numbers by the cell's place in the run, the
+        same for any ``grain``; on a GPU by one kernel a draw instead of one for ``grain`` cells (needs triton).
     trace
         Write a profiler's trace of a few steps of the main process to ``out`` (see :mod:`~distdiff.train.trace`).
     start
@@ -96,6 +101,8 @@ class Training:
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    graph: bool = False
+    noise: Literal["streams", "rows"] = "streams"
     trace: bool = False
     start: str = ""
     resume: str = "auto"
@@ -198,8 +205,13 @@ def train(
         if not broadcast_object_list([best_is_there])[0]:
             progress.best, progress.bad = math.inf, 0
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
+    law: Law = partial(_law, process)
     if settings.compile:
-        compile_denoiser(denoiser, share // settings.accumulate, len(store.genes), labels)
+        shape = share // settings.accumulate, len(store.genes)
+        compile_denoiser(denoiser, *shape, labels)
+        law = compile_law(law, process.outputs, *shape, accelerator.device)
+    if settings.graph:
+        graphed.check(accelerator, denoiser, settings.accumulate)
     engine = engines.prepare(accelerator, denoiser, optim, share=share, accumulate=settings.accumulate)
     times = Times(survival.time, settings.batch, settings.seed, accelerator.device)
     if saved:
@@ -208,6 +220,8 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
     saved = None  # all in place: its tensors are not needed twice
+    losses_of = partial(_of_cells, process, engine.network, law=law)
+    graph = graphed.Step(engine, losses_of, labels) if settings.graph else None
 
     loading = loading or Loading()
     plan = loading.plan(store, index, settings.batch, settings.seed)
@@ -230,7 +244,7 @@ def train(
         launch=launch,
     )  # fmt: skip
     waited = _Waited(batches, named=settings.trace)
-    window, asked = _Window(progress.step), 0
+    window, asked = _Window(progress.step, accelerator.device), 0
     explained = memory_explained(settings, share, accelerator.device)
     traced = trace(
         Path(settings.out) / TRACE if settings.trace and accelerator.is_main_process else None, accelerator.device
@@ -239,21 +253,29 @@ def train(
         for step, cells in waited:
             if progress.bad >= settings.patience:
                 break
-            cells = cells.to(accelerator.device)
+            counts, named = cells.counts.to(accelerator.device, non_blocking=True), cells.labels.to(accelerator.device)
+            cells = Cells(counts, named, cells.rows)  # which rows they are is asked on the CPU alone
             engine.rate(optim.rate(step * settings.batch, total))
             first = step * settings.batch + accelerator.process_index * share
-            losses = []
-            for start in range(0, share, share // settings.accumulate):
-                part = cells[start : start + share // settings.accumulate]
-                with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
-                    loss = _loss(process, engine.network, survival, times, part, settings, step, first + start)
-                    accelerator.backward(loss.mean())
-                losses.append(loss.detach())
-            norm = engine.step()
+            if graph is not None:
+                noised = noise.draw(process, survival, times, cells, settings, step, first)
+                losses, norm = graph(noised)
+                losses = noised.weighted(losses, times)
+            else:
+                parts = []
+                for start in range(0, share, share // settings.accumulate):
+                    part = cells[start : start + share // settings.accumulate]
+                    with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
+                        loss = _loss(
+                            process, engine.network, survival, times, part, settings, step, first + start, law=law
+                        )
+                        accelerator.backward(loss.mean())
+                    parts.append(loss.detach())
+                losses, norm = torch.cat(parts), engine.step()
             if ema.due(step):
                 with engine.weights() as weights:
                     ema.update(weights, step)
-            window.add(torch.cat(losses), norm, cells.rows)
+            window.add(losses, norm, cells.rows)
             on_step(step, window.losses[-1].mean())
             progress.step = step + 1
             bar.update(settings.batch)
@@ -261,11 +283,14 @@ def train(
 
             done, asked = progress.step == settings.steps, stop.agreed()
             if done or _crossed(progress.step, settings.batch, settings.eval_cells):
-                window.check(accelerator, folder)
-                numbers = window.drain(accelerator, settings.batch, waited.lap())
+                means = window.means(accelerator, waited.lap())
                 times.update(accelerator)
-                numbers |= validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
-                window = _Window(progress.step)
+                scores = validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
+                numbers = _read({**means, **scores})  # nowhere else between two logs the device is waited for
+                if numbers.pop("bad"):
+                    window.check(accelerator, folder)
+                numbers |= window.speed(settings.batch, numbers.pop("waited"))
+                window = _Window(progress.step, accelerator.device)
                 _judge(progress, numbers, progress.step * settings.batch)
                 if accelerator.is_main_process:
                     on_log(progress.step * settings.batch, numbers)
@@ -325,35 +350,33 @@ def _crossed(steps: int, batch: int, every: int) -> bool:
 
 def _loss(
     process: Process, network: Callable[..., Tensor], survival: Survival, times: Times, cells: Cells,
-    settings: Training, step: int, first: int,
+    settings: Training, step: int, first: int, *, law: Law | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of each cell ``[b]``, weighted mean over thinned genes; each ``grain`` cells have noise of their own."""
-    n, grain, device = len(cells), settings.grain, cells.counts.device
-    places = range(first, first + n, grain)
-    rng = Streams([generator(settings.seed, "noise", place, device=device) for place in places], grain)
-    t, weight = times.draw(step, first - step * settings.batch, n, rng=rng)
-    p, timed = survival.draw(process.schedule, t, cells.counts.shape[1], rng=rng)
-    x_0 = process.enter(cells.counts, rng=rng)
-    x = process.forward(x_0, 1.0, p, rng=rng)
-    labels = cells.labels.drop(rng.uniform(n) < settings.label_dropout)
-    losses = _of_cells(process, network, x_0, x, p, labels)
-    times.record(t, losses.detach(), timed.squeeze(1))
-    return losses * torch.where(timed, weight, 1.0).squeeze(1)
+    noised = noise.draw(process, survival, times, cells, settings, step, first)
+    losses = _of_cells(process, network, noised.x_0, noised.x, noised.p, noised.cond, law=law)
+    return noised.weighted(losses, times)
 
 
 def _of_cells(
-    process: Process, network: Callable[..., Tensor], x_0: Tensor, x: Tensor, p: Tensor, cond: Condition
+    process: Process, network: Callable[..., Tensor], x_0: Tensor, x: Tensor, p: Tensor, cond: Condition, *,
+    law: Law | None = None,
 ) -> Tensor:  # fmt: skip
-    """Loss of each cell ``[b]``: the mean over its thinned genes."""
-    entries = process.loss(process.natural(network(*process.encode(x, p), cond), x, p), x_0, x, p)
+    """Loss of each cell ``[b]``: the mean over its thinned genes; ``law`` is `_law`, maybe compiled."""
+    return (law or partial(_law, process))(network(*process.encode(x, p), cond), x_0, x, p)
+
+
+def _law(process: Process, raw: Tensor, x_0: Tensor, x: Tensor, p: Tensor) -> Tensor:
+    entries = process.loss(process.natural(raw, x, p), x_0, x, p)
     return entries.sum(1) / (p < 1).sum(1).clamp_min(1)
 
 
 class _Window:
-    """Steps since the last log; :meth:`check` and :meth:`drain` are the places where the device is waited for."""
+    """Steps since the last log."""
 
-    def __init__(self, start: int) -> None:
-        self.start, self.began = start, time.perf_counter()
+    def __init__(self, start: int, device: torch.device) -> None:
+        self.start, self.device = start, device
+        self.began = self.ended = self._mark()
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -364,20 +387,37 @@ class _Window:
         self.rows.append(rows)
 
     def check(self, accelerator: Accelerator, folder: Path) -> None:
-        """Stop if a loss or a gradient is not finite."""
+        """Stop if a loss or a gradient is not finite; waits for the device."""
         check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
-    def drain(self, accelerator: Accelerator, batch: int, waited: float) -> dict[str, float]:
-        """Means over processes and steps: loss, gradient norm, cells per second, share of time ``waited`` for cells."""
-        norm, loss = float(torch.stack(self.norms).mean()), torch.cat(self.losses).mean()
-        took = time.perf_counter() - self.began
-        loss, share = accelerator.reduce(torch.stack((loss, loss.new_tensor(waited / took))), "mean").tolist()
-        return {
-            "loss": loss,
-            "grad_norm": norm,
-            "cells_per_second": len(self.losses) * batch / took,
-            "data_wait": share,
-        }
+    def means(self, accelerator: Accelerator, waited: float) -> dict[str, Tensor]:
+        """Means over processes and steps: loss, gradient norm, seconds ``waited`` for cells; and whether anything is
+        ``bad`` (see :meth:`check`). All stays on the device.
+        """
+        self.ended, loss = self._mark(), torch.cat(self.losses).mean()
+        loss, waited_for = accelerator.reduce(torch.stack((loss, torch.full_like(loss, waited))), "mean")
+        bad = not_finite(accelerator, self.losses, self.norms).any()
+        return {"loss": loss, "grad_norm": torch.stack(self.norms).mean(), "waited": waited_for, "bad": bad}
+
+    def speed(self, batch: int, waited: float) -> dict[str, float]:
+        """Cells per second and the share of time ``waited`` for cells, once the means were read."""
+        took = self.ended - self.began if isinstance(self.ended, float) else self.began.elapsed_time(self.ended) / 1000
+        return {"cells_per_second": len(self.losses) * batch / took, "data_wait": waited / took}
+
+    def _mark(self) -> Any:
+        """Now, on the clock of the device, which runs behind the host's."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()  # type: ignore[no-untyped-call]
+        return event
+
+
+def _read(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """All numbers as Python's, in one wait for the device."""
+    on_device = {k: v.double() for k, v in numbers.items() if isinstance(v, Tensor)}
+    read = torch.stack(list(on_device.values())).tolist()
+    return {**numbers, **dict(zip(on_device, read, strict=True))}  # type: ignore[dict-item]
 
 
 class _Waited:
@@ -415,35 +455,36 @@ def validate(
     *,
     block: int = 256,
     limit: int = 8192,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Score held-out cells, no labels withheld.
 
     ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden outright (one call); ``val/loss``:
     the training loss under the mixture of ``survival``, times even. Masks and noise depend on the seed and the rows
-    alone; blocks of rows go round the processes; sums are reduced, then divided.
+    alone; blocks of rows go round the processes; sums are reduced, then divided. The answer stays on the device.
     """
     rows = rows[:: max(1, -(-len(rows) // limit))]
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for number, start in enumerate(range(0, len(rows), block)):
-        if number % accelerator.num_processes != accelerator.process_index:
+    for turn, start in enumerate(range(0, len(rows), block)):
+        if turn % accelerator.num_processes != accelerator.process_index:
             continue
         cells = store.cells(rows[start : start + block], labels)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(settings.seed, "validate", start))
-        cells, p = cells.to(accelerator.device), torch.from_numpy(~hidden).float().to(accelerator.device)
-        rng = generator(settings.seed, "validate", start, device=accelerator.device)
+        device = accelerator.device
+        cells, p = cells.to(device), torch.from_numpy(~hidden).to(device, non_blocking=True).float()
+        rng = generator(settings.seed, "validate", start, device=device)
         x_0, prior = process.enter(cells.counts, rng=rng), process.prior(tuple(p.shape), rng=rng)  # type: ignore[arg-type]
         x = torch.where(p == 1, x_0, prior)
         eta = predictor(process, denoiser, cells.labels)(x, p)
-        target = p == 0
-        mean = process.mean(eta, x, p)[target].clamp_min(1e-6).double()
-        truth = cells.counts[target].double()
+        target = torch.from_numpy(np.flatnonzero(hidden)).to(device, non_blocking=True)
+        mean = process.mean(eta, x, p).flatten()[target].clamp_min(1e-6).double()
+        truth = cells.counts.flatten()[target].double()
         deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
         t = ((torch.arange(len(cells), device=rng.device) + 0.5) / len(cells)).unsqueeze(1)
         p, _ = survival.draw(process.schedule, t, p.shape[1], rng=rng)
         losses = _of_cells(process, denoiser, x_0, process.forward(x_0, 1.0, p, rng=rng), p, cells.labels)
-        n = torch.tensor(len(cells), device=rng.device)
-        sums += torch.stack((deviance.sum(), target.sum(), losses.double().sum(), n))
-    deviance, targets, loss, n = accelerator.reduce(sums, "sum").tolist()
+        entries, n = (torch.full_like(sums[0], number) for number in (len(target), len(cells)))
+        sums += torch.stack((deviance.sum(), entries, losses.double().sum(), n))
+    deviance, targets, loss, n = accelerator.reduce(sums, "sum")
     return {"val/deviance": deviance / targets, "val/loss": loss / n}
 
 

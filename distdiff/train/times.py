@@ -58,11 +58,11 @@ class Times:
             return
         squares, seen = accelerator.reduce(self.sums, "sum")
         root = torch.where(seen > 0, (squares / seen.clamp_min(1)).sqrt(), math.nan)
-        if bool(root.isfinite().any()):
-            root = torch.where(root.isfinite(), root, root.nanmean())
-            new = FLOOR + (1 - FLOOR) * root / root.mean().clamp_min(1e-12)
-            self.density = (0.5 * self.density + 0.5 * new).mul(1e4).round().div(1e4)
-            self.density /= self.density.mean()
+        some = root.isfinite().any()
+        root = torch.where(root.isfinite(), root, root.nanmean())
+        new = FLOOR + (1 - FLOOR) * root / root.mean().clamp_min(1e-12)
+        new = (0.5 * self.density + 0.5 * new).mul(1e4).round().div(1e4)
+        self.density = torch.where(some, new / new.mean(), self.density)
         self.sums.zero_()
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:

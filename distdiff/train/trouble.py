@@ -67,6 +67,14 @@ def _ways_out(settings: Training, share: int) -> str:
     )
 
 
+def not_finite(accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor]) -> Tensor:
+    """``bool [2 steps]``: steps in which a loss, or the gradient, is not finite on any process; see `check_finite`."""
+    cells = ~torch.stack([step.isfinite().all() for step in losses])
+    skips = accelerator.scaler is not None  # of fp16: it leaves a step out whose gradients are not finite, by design
+    gradients = torch.zeros_like(cells) if skips else ~torch.stack(norms).to(cells.device).isfinite()
+    return accelerator.reduce(torch.stack((cells, gradients)).float(), "sum") > 0
+
+
 def check_finite(
     accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor], rows: list[Tensor], first: int, folder: Path
 ) -> None:
@@ -75,7 +83,8 @@ def check_finite(
     Parameters
     ----------
     losses, norms, rows
-        For each step the losses of this process's cells ``[b]``, the gradient's norm, the store's rows ``int64 [b]``.
+        For each step the losses of this process's cells ``[b]``, the gradient's norm, the store's rows ``int64 [b]``
+        (on the CPU).
     folder
         Where the checkpoint to go back to is.
 
@@ -86,14 +95,11 @@ def check_finite(
     """
     if not losses:
         return
-    cells = ~torch.stack([step.isfinite().all() for step in losses])
-    skips = accelerator.scaler is not None  # of fp16: it leaves a step out whose gradients are not finite, by design
-    gradients = torch.zeros_like(cells) if skips else ~torch.stack(norms).to(cells.device).isfinite()
-    bad = accelerator.reduce(torch.stack((cells, gradients)).float(), "sum") > 0
+    bad = not_finite(accelerator, losses, norms)
     if not bool(bad.any()):
         return
     at = int(bad.any(0).nonzero()[0])
-    mine = rows[at][(~losses[at].isfinite()) | (not bool(bad[0, at]))].tolist()
+    mine = rows[at][((~losses[at].isfinite()) | (not bool(bad[0, at]))).cpu()].tolist()
     named = sorted(gather_object(mine))
     what = "the loss" if bad[0, at] else "the gradient (of finite losses)"
     few = ", ".join(map(str, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")

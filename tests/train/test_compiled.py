@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 
 from distdiff.component import build
 from distdiff.denoise import Denoiser
-from distdiff.train.compiled import compile_denoiser
+from distdiff.process import Process
+from distdiff.train.compiled import compile_denoiser, compile_law
+from distdiff.train.loop import _law
 from distdiff.types import Condition, DataSpec
 
 SPEC = DataSpec(tuple("abcdef"), {"type": ("x", "y")}, np.linspace(0.2, 2, 6, dtype=np.float32))
@@ -46,6 +49,31 @@ def same(options: dict) -> None:
         assert torch.allclose(w.grad, v.grad, atol=1e-4)
 
 
+def same_law(options: dict) -> None:
+    law = partial(_law, build(Process, options))
+    outputs, (x, p, _) = law.args[0].outputs, inputs()
+    compiled = compile_law(law, outputs, 2, 6, torch.device("cpu"))
+    assert compiled is not law
+    raw = torch.randn(2, outputs, 6, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for of in (law, compiled):
+        answers = raw.clone().requires_grad_()
+        losses = of(answers.transpose(1, 2), torch.expm1(x).round() + 2 * (p < 1), torch.expm1(x).round(), p)
+        losses.sum().backward()
+        gradients.append(torch.cat((answers.grad.flatten(), losses.detach())))
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("options", [{"kind": "counts"}, {"kind": "counts", "head": "loadings", "weight": "nll"}])
+def test_a_compiled_loss_and_its_gradient_are_the_same(options):
+    """In a process of its own, as below."""
+    code = f"from tests.train.test_compiled import same_law; same_law({options!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
@@ -75,6 +103,17 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
         "train.compile: RuntimeError: no C++ compiler here; the network runs uncompiled"
     ]
     assert torch.equal(tried(*inputs()), plain(*inputs()))
+
+
+def test_a_loss_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
+    def broken(law):
+        raise RuntimeError("no C++ compiler here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    law = partial(_law, build(Process, {"kind": "counts"}))
+    with caplog.at_level(logging.WARNING, "distdiff"):
+        assert compile_law(law, 2, 2, 6, torch.device("cpu")) is law
+    assert "no C++ compiler here; the loss runs uncompiled" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distdiff.train.ema import Ema
+from distdiff.train.engine import Engine
 from distdiff.train.optim import Optim
 
 
@@ -38,3 +41,26 @@ def test_ema_follows_the_weights_after_the_step():
     assert float(ema.model.weight) == pytest.approx(first)
     ema.update(list(model.parameters()), 1003)  # decay .9, four times
     assert float(ema.model.weight) == pytest.approx(1 - (1 - first) * 0.9**4)
+
+
+def test_optimiser_and_average_move_all_weights_in_one_call_each():
+    """One kernel for each of the two groups of weights, and one for the average, however many weights there are."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(7)))
+    ema = Ema(model, 0.9)
+    engine = Engine(Accelerator(cpu=True), model, Optim(), share=4, accumulate=1)
+    engine.network(torch.ones(4, 3)).sum().backward()
+    engine.step()
+    engine.network(torch.ones(4, 3)).sum().backward()
+    with Calls():
+        engine.step()
+        ema.update(list(model.parameters()), 3)
+    assert called.count("_fused_adamw_") == 2
+    assert called.count("_foreach_lerp_") == 1
+    assert not {"addcdiv_", "addcmul_", "lerp_", "sqrt"} & set(called)

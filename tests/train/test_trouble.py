@@ -27,8 +27,8 @@ def poisons(step: int) -> None:
     """Make one loss of the second process nan."""
     real = loop._loss
 
-    def loss(*args):
-        losses = real(*args)
+    def loss(*args, **law):
+        losses = real(*args, **law)
         if os.environ["RANK"] == "1" and args[-2] == step:
             losses = losses.masked_fill(torch.arange(len(losses)) == 3, float("nan"))
         return losses
@@ -65,7 +65,7 @@ def test_after_a_loss_that_is_not_finite_a_smaller_rate_goes_on_from_the_checkpo
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 20.00 GiB", None])
 def test_out_of_memory_says_what_would_help(atlas, tmp_path, monkeypatch, words):
-    def full(*args):
+    def full(*args, **law):
         if words:
             raise torch.OutOfMemoryError(words)
         return torch.empty(1 << 60)  # what a CPU says
@@ -78,7 +78,7 @@ def test_out_of_memory_says_what_would_help(atlas, tmp_path, monkeypatch, words)
 
 
 def test_other_errors_keep_their_words(atlas, tmp_path, monkeypatch):
-    def wrong(*args):
+    def wrong(*args, **law):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(loop, "_loss", wrong)
@@ -92,10 +92,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from distdiff.cli import main
 from distdiff.train import loop
 real = loop._loss
-def loss(*args):
+def loss(*args, **law):
     if os.environ["RANK"] == "1" and args[-2] == 3:
         raise RuntimeError("the cat sat on the cable")
-    return real(*args)
+    return real(*args, **law)
 loop._loss = loss
 record(main)(["train", *sys.argv[1:]])
 """
