@@ -30,6 +30,7 @@ from distdiff.train import engine as engines
 from distdiff.train.compiled import compile_denoiser
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
+from distdiff.train.peers import Peers
 from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
 from distdiff.train.trace import NAME as TRACE
@@ -152,6 +153,7 @@ def train(
     save_best: Callable[[Denoiser, dict[str, float]], None],
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
+    peers: Peers | None = None,
 ) -> Progress:
     """Train until ``settings.cells`` or until validation stops improving.
 
@@ -165,6 +167,8 @@ def train(
         Called on the main process with the averaged weights whenever validation improves.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
+    peers
+        Is told how far training is.
 
     Raises
     ------
@@ -190,6 +194,11 @@ def train(
         ema.model.load_state_dict(saved.ema)
         progress = Progress(**saved.state["progress"])
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
+    if peers is not None:
+        peers.where = lambda: (
+            f"after step {progress.step} of {settings.steps}; the last checkpoint is "
+            f"{checkpoint.latest(folder) or 'not written yet'}"
+        )
     if settings.compile:
         compile_denoiser(denoiser, share // settings.accumulate, len(store.genes), labels)
     engine = engines.prepare(accelerator, denoiser, optim, share=share, accumulate=settings.accumulate)

@@ -1,0 +1,178 @@
+"""Whether the other machines of a run are still there, and one sentence when they are not.
+
+A process that is killed closes its connections, and whoever exchanges numbers with it fails at once, not knowing why. A
+machine that falls off the network closes nothing, and an exchange may wait for a slow process, so its own time limit
+must be long. Each machine therefore gives a sign of life every few seconds, through the store by which the processes of
+a launch find each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from datetime import timedelta
+from types import TracebackType
+
+import psutil
+import torch.distributed as dist
+
+from distdiff.train.stop import Stopped
+
+BEAT = 2.0
+"""Seconds between two signs of life."""
+
+SILENCE = 45.0
+"""Seconds without a sign after which a machine counts as lost (``DISTDIFF_SILENCE`` in the environment: another number).
+
+Long enough for a machine whose Python is held up by one long call; a process that waits for cells gives signs.
+"""
+
+DIAGNOSIS = 4 * BEAT
+"""The same once an exchange has failed: somebody is gone, only who is not known."""
+
+
+class Lost(RuntimeError):
+    """Another machine or process of the run is gone; the same command goes on from the last checkpoint."""
+
+    code = Stopped.code
+    """Exit status: try again."""
+
+
+class Peers:
+    """Watches the other machines of a launch (a context), and explains exchanges that fail.
+
+    The first process of each machine watches. When another machine has been silent for too long, it says so and ends
+    its process with status 75 from a thread, because the main one may wait for ever; the launcher then ends the others
+    of this machine.
+
+    Attributes
+    ----------
+    where
+        Tells how far training is and where its last checkpoint lies, for the sentence.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        number = {k: int(environment.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
+        local = int(environment.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"]))
+        self.environment, self.first = environment, number["LOCAL_RANK"] == 0
+        self.hosts, self.mine = number["WORLD_SIZE"] // max(1, local), number["RANK"] // max(1, local)
+        self.silence = float(environment.get("DISTDIFF_SILENCE", SILENCE))
+        self.where: Callable[[], str] = lambda: "before the first step"
+        self.closed = threading.Event()
+        self.names: dict[int, str] = {}
+        self.counts: dict[int, int] = {}
+        self.seen: dict[int, float] = {}
+        self.gone = False
+        """Whether the store, which lives on the first machine, has hung up."""
+
+    def __enter__(self) -> Peers:
+        if self.hosts > 1:
+            address = _reach(self.environment)
+            if self.first:
+                name = f"{socket.gethostname()}, {address}" if address else socket.gethostname()
+                self.seen[self.mine] = time.monotonic()
+                threading.Thread(target=self._give_signs, args=(name,), name="distdiff-signs", daemon=True).start()
+                threading.Thread(target=self._judge, name="distdiff-peers", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, RuntimeError) and _of_an_exchange(error):
+                raise Lost(self._explained(error)) from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Others may end from now on: nothing is exchanged any more."""
+        self.closed.set()
+
+    def _give_signs(self, name: str) -> None:
+        try:
+            store = _store(self.environment)
+            store.set(f"name/{self.mine}", name)
+            while not self.closed.wait(BEAT):
+                for host in range(self.hosts):
+                    count = store.add(f"signs/{host}", int(host == self.mine))
+                    if count != self.counts.get(host, 0):
+                        self.counts[host], self.seen[host] = count, time.monotonic()
+                    if count and host not in self.names:
+                        self.names[host] = store.get(f"name/{host}").decode()
+        except RuntimeError:
+            self.gone = True
+
+    def _judge(self) -> None:
+        while not self.closed.wait(0.5):
+            if lost := self._silent(self.silence):
+                why = "it ended" if self.gone else f"no sign of life for {self.silence:g} s"
+                with contextlib.suppress(OSError):
+                    print(f"\ndistdiff: {self._sentence(lost, why)}", file=sys.stderr, flush=True)
+                os._exit(Lost.code)
+
+    def _silent(self, seconds: float) -> list[int]:
+        """Machines that gave no sign for so long; the first alone when not even this one's own come through to it."""
+        before = time.monotonic() - seconds
+        if self.seen.get(self.mine, before) <= before:
+            return [0] if self.mine else []
+        return [host for host, last in self.seen.items() if last <= before]
+
+    def _explained(self, error: RuntimeError) -> str:
+        """Find out who is gone, and say it."""
+        lost: list[int] = []
+        if self.hosts > 1:
+            until = time.monotonic() + 1.5 * DIAGNOSIS  # on a machine's other processes: until the launcher ends them
+            while not (lost := self._silent(DIAGNOSIS)) and time.monotonic() < until:
+                time.sleep(0.1)
+        words = re.sub(r"\[/\S*\]\s*", "", str(error).strip().splitlines()[0])
+        return self._sentence(lost, f"torch: {words}")
+
+    def _sentence(self, lost: list[int], why: str) -> str:
+        names = [f"host {h + 1} of {self.hosts}" + (f" ({n})" if (n := self.names.get(h)) else "") for h in lost]
+        who = " and ".join(names) or "another process of this run"
+        verb = "are" if len(names) > 1 else "is"
+        everywhere = " on all hosts" if self.hosts > 1 else ""
+        return f"{who} {verb} lost ({why}) {self.where()}; the same command{everywhere} goes on"
+
+
+def _of_an_exchange(error: RuntimeError) -> bool:
+    """Whether torch says that processes could not exchange something."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
+
+
+def _store(environment: Mapping[str, str]) -> dist.Store:
+    """A connection of our own to the launch's store, and a place in it that this attempt has for itself."""
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+        timeout=EXCHANGE,
+    )  # fmt: skip
+    return dist.PrefixStore(f"distdiff/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _reach(environment: MutableMapping[str, str]) -> str:
+    """This machine's address on the way to the first one (empty: not known); gloo is told to use that interface.
+
+    By itself gloo takes the address of the host's name, which many an ``/etc/hosts`` gives as 127.0.0.1.
+    """
+    try:
+        family, kind, _, _, to = socket.getaddrinfo(environment["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(to)  # sends nothing
+            address = str(probe.getsockname()[0])
+    except (OSError, KeyError):
+        return ""
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == address for a in addresses) and not address.startswith(("127.", "::1")):
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+            return address
+    return ""
+
+
+EXCHANGE = timedelta(minutes=10)
+"""How long an exchange waits for a process that lives: one may read from a slow disk, compile, write a checkpoint."""
