@@ -30,7 +30,8 @@ from distdiff.train import checkpoint
 from distdiff.train.fit import settled
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
-from distdiff.train.peers import EXCHANGE, Peers
+from distdiff.train.peers import Peers
+from distdiff.train.stop import EXCHANGE
 from distdiff.train.trace import NAME as TRACE
 
 if TYPE_CHECKING:

@@ -16,13 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from datetime import timedelta
 from types import TracebackType
 
 import psutil
 import torch.distributed as dist
 
-from distdiff.train.stop import Stopped
+from distdiff.train.stop import EXCHANGE, Stopped
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -76,7 +75,6 @@ class Peers:
             address = _reach(self.environment)
             if self.first:
                 name = f"{socket.gethostname()}, {address}" if address else socket.gethostname()
-                self.seen[self.mine] = time.monotonic()
                 threading.Thread(target=self._give_signs, args=(name,), name="distdiff-signs", daemon=True).start()
                 threading.Thread(target=self._judge, name="distdiff-peers", daemon=True).start()
         return self
@@ -109,7 +107,11 @@ class Peers:
             self.gone = True
 
     def _judge(self) -> None:
+        awake = time.monotonic()
         while not self.closed.wait(0.5):
+            if time.monotonic() - awake > BEAT:  # this process itself was held up: it may have missed signs
+                self.seen = dict.fromkeys(self.seen, time.monotonic())
+            awake = time.monotonic()
             if lost := self._silent(self.silence):
                 why = "it ended" if self.gone else f"no sign of life for {self.silence:g} s"
                 with contextlib.suppress(OSError):
@@ -118,10 +120,8 @@ class Peers:
 
     def _silent(self, seconds: float) -> list[int]:
         """Machines that gave no sign for so long; the first alone when not even this one's own come through to it."""
-        before = time.monotonic() - seconds
-        if self.seen.get(self.mine, before) <= before:
-            return [0] if self.mine else []
-        return [host for host, last in self.seen.items() if last <= before]
+        silent = [host for host, last in self.seen.copy().items() if time.monotonic() - last >= seconds]
+        return [0] if self.mine in silent and self.mine else [host for host in silent if host != self.mine]
 
     def _explained(self, error: RuntimeError) -> str:
         """Find out who is gone, and say it."""
@@ -130,7 +130,7 @@ class Peers:
             until = time.monotonic() + 1.5 * DIAGNOSIS  # on a machine's other processes: until the launcher ends them
             while not (lost := self._silent(DIAGNOSIS)) and time.monotonic() < until:
                 time.sleep(0.1)
-        words = re.sub(r"\[/\S*\]\s*", "", str(error).strip().splitlines()[0])
+        words = re.sub(r"\[/\S*\]\s*|\. .*", "", str(error).strip().splitlines()[0])
         return self._sentence(lost, f"torch: {words}")
 
     def _sentence(self, lost: list[int], why: str) -> str:
@@ -172,7 +172,3 @@ def _reach(environment: MutableMapping[str, str]) -> str:
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
             return address
     return ""
-
-
-EXCHANGE = timedelta(minutes=10)
-"""How long an exchange waits for a process that lives: one may read from a slow disk, compile, write a checkpoint."""
