@@ -27,7 +27,7 @@ BEAT = 2.0
 """Seconds between two signs of life."""
 
 SILENCE = 45.0
-"""Seconds without a sign after which a machine counts as lost (``DISTDIFF_SILENCE`` in the environment: another number).
+"""Seconds without a sign after which a machine counts as lost; ``DISTDIFF_SILENCE`` in the environment overrides it.
 
 Long enough for a machine whose Python is held up by one long call; a process that waits for cells gives signs.
 """
@@ -67,15 +67,16 @@ class Peers:
         self.names: dict[int, str] = {}
         self.counts: dict[int, int] = {}
         self.seen: dict[int, float] = {}
-        self.gone = False
-        """Whether the store, which lives on the first machine, has hung up."""
+        self.last_words = ""
+        self.ended: tuple[int, str] | None = None
+        """The machine whose program ended by an error of its own, and the error."""
+        self.signs = threading.Thread(target=self._give_signs, name="distdiff-signs", daemon=True)
 
     def __enter__(self) -> Peers:
         if self.hosts > 1:
-            address = _reach(self.environment)
+            self.name = ", ".join(filter(None, (socket.gethostname(), _reach(self.environment))))
             if self.first:
-                name = f"{socket.gethostname()}, {address}" if address else socket.gethostname()
-                threading.Thread(target=self._give_signs, args=(name,), name="distdiff-signs", daemon=True).start()
+                self.signs.start()
                 threading.Thread(target=self._judge, name="distdiff-peers", daemon=True).start()
         return self
 
@@ -85,26 +86,36 @@ class Peers:
         try:
             if isinstance(error, RuntimeError) and _of_an_exchange(error):
                 raise Lost(self._explained(error)) from error
+            if isinstance(error, Exception):  # the others wait for this machine: let them know
+                self.last_words = str(error).strip().partition("\n")[0] or type(error).__name__
         finally:
             self.close()
+            if self.last_words and self.signs.is_alive():
+                self.signs.join(2 * BEAT)
 
     def close(self) -> None:
         """Others may end from now on: nothing is exchanged any more."""
         self.closed.set()
 
-    def _give_signs(self, name: str) -> None:
-        try:
+    def _give_signs(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store has hung up: then there are no signs either
             store = _store(self.environment)
-            store.set(f"name/{self.mine}", name)
-            while not self.closed.wait(BEAT):
+            store.set(f"name/{self.mine}", self.name)
+            while True:
                 for host in range(self.hosts):
                     count = store.add(f"signs/{host}", int(host == self.mine))
                     if count != self.counts.get(host, 0):
                         self.counts[host], self.seen[host] = count, time.monotonic()
                     if count and host not in self.names:
                         self.names[host] = store.get(f"name/{host}").decode()
-        except RuntimeError:
-            self.gone = True
+                if self.last_words:
+                    store.compare_set("ended", "", f"{self.mine} {self.last_words}")
+                elif store.check(["ended"]):
+                    who, _, words = store.get("ended").decode().partition(" ")
+                    self.ended = int(who), words
+                if self.closed.is_set():
+                    return
+                self.closed.wait(BEAT)
 
     def _judge(self) -> None:
         awake = time.monotonic()
@@ -112,8 +123,10 @@ class Peers:
             if time.monotonic() - awake > BEAT:  # this process itself was held up: it may have missed signs
                 self.seen = dict.fromkeys(self.seen, time.monotonic())
             awake = time.monotonic()
-            if lost := self._silent(self.silence):
-                why = "it ended" if self.gone else f"no sign of life for {self.silence:g} s"
+            lost, why = self._silent(self.silence), f"no sign of life for {self.silence:g} s"
+            if self.ended:
+                lost, why = [self.ended[0]], f"it ended: {self.ended[1]}"
+            if lost:
                 with contextlib.suppress(OSError):
                     print(f"\ndistdiff: {self._sentence(lost, why)}", file=sys.stderr, flush=True)
                 os._exit(Lost.code)
