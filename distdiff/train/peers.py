@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from distdiff.train.stop import EXCHANGE, Stopped
 
-BEAT = 2.0
+BEAT = 1.0
 """Seconds between two signs of life."""
 
 SILENCE = 45.0
@@ -32,7 +32,7 @@ SILENCE = 45.0
 Long enough for a machine whose Python is held up by one long call; a process that waits for cells gives signs.
 """
 
-DIAGNOSIS = 4 * BEAT
+DIAGNOSIS = 5 * BEAT
 """The same once an exchange has failed: somebody is gone, only who is not known."""
 
 
@@ -91,7 +91,7 @@ class Peers:
         finally:
             self.close()
             if self.last_words and self.signs.is_alive():
-                self.signs.join(2 * BEAT)
+                self.signs.join(DIAGNOSIS)
 
     def close(self) -> None:
         """Others may end from now on: nothing is exchanged any more."""
@@ -120,7 +120,7 @@ class Peers:
     def _judge(self) -> None:
         awake = time.monotonic()
         while not self.closed.wait(0.5):
-            if time.monotonic() - awake > BEAT:  # this process itself was held up: it may have missed signs
+            if time.monotonic() - awake > DIAGNOSIS:  # this process itself was held up: it may have missed signs
                 self.seen = dict.fromkeys(self.seen, time.monotonic())
             awake = time.monotonic()
             lost, why = self._silent(self.silence), f"no sign of life for {self.silence:g} s"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 
-from distdiff import experiment
-from distdiff.batch import run as run_batch
+from distdiff import batch, experiment
 from distdiff.data.store import CountStore
 from distdiff.model import Model
+from distdiff.train import checkpoint
 from tests.batch.test_batch import content
 from tests.hosts.network import wait_for
 from tests.train.test_loop import assert_equal, final, make
@@ -21,42 +19,83 @@ from tests.train.test_loop import assert_equal, final, make
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
+def cluster(scheduling, working, folder):
+    """A scheduler on one host, a worker on another; its address, and what waits until both are there."""
+    address, log = f"tcp://{scheduling.address}:8786", folder / "worker.txt"
+    scheduling.start(
+        "dask", "scheduler", "--host", scheduling.address, "--no-dashboard", log=folder / "scheduler.txt"
+    )  # fmt: skip
+    working.start("dask", "worker", address, "--nthreads", 2, "--no-dashboard", log=log)
+
+    def ready():
+        wait_for(lambda: "Registered to" in log.read_text(), 90, log.read_text)
+        assert f"tcp://{working.address}:" in log.read_text()
+
+    return address, ready
+
+
+def config_of(store, out, address, **train):
+    tree = make(store, out, **train).as_dict()
+    tree["loader"] |= {"reader": "dask", "scheduler": address, "window": 64}
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 def test_sharding_training_and_imputing_with_a_worker_on_another_host(hosts, counts, atlas, tmp_path):
     here, there = hosts
-    address, log = f"tcp://{here.address}:8786", tmp_path / "worker.txt"
-    here.start("dask", "scheduler", "--host", here.address, "--no-dashboard", log=tmp_path / "scheduler.txt")
-    there.start("dask", "worker", address, "--nthreads", 1, "--no-dashboard", "--name", "far", log=log)
-
-    # reference, in this process, while the cluster starts
-    want = make(atlas, tmp_path / "alone", cells=640)
-    experiment.train(want)
-    model = tmp_path / "alone" / "model"
-    mask = np.random.default_rng(0).random((199, 30)) < 0.3
-    np.save(tmp_path / "mask.npy", mask)
-    run_batch("impute", Model.load(model), atlas, tmp_path / "alone.zarr", mask=str(tmp_path / "mask.npy"), command="x")
-    wait_for(lambda: "Registered to" in log.read_text(), 60, log.read_text)
-
+    address, ready = cluster(here, there, tmp_path)
+    # meanwhile, what it is in this process alone
+    config = make(atlas, tmp_path / "alone", cells=640)
+    experiment.train(replace(config, loader=replace(config.loader, window=64)))
+    model, mask = tmp_path / "alone" / "model", tmp_path / "mask.npy"
+    np.save(mask, np.random.default_rng(0).random((199, 30)) < 0.3)
+    batch.run("impute", Model.load(model), atlas, tmp_path / "alone.zarr", mask=str(mask), progress=False)
     counts.write_h5ad(tmp_path / "counts.h5ad")
-    out = tmp_path / "atlas.zarr"
-    here.run(
-        "distdiff", "shard", tmp_path / "counts.h5ad", "--out", out, "--labels", "cell_type", "--scheduler", address,
-        log=tmp_path / "shard.txt",
-    )  # fmt: skip
+    out, far = tmp_path / "atlas.zarr", tmp_path / "far"
+    ready()
+    commands = {
+        "shard": [tmp_path / "counts.h5ad", "--out", out, "--labels", "cell_type", "--scheduler", address],
+        "train": ["--config", config_of(atlas, far, address, cells=640)],
+        "impute": ["--model", model, "--data", atlas, "--out", tmp_path / "far.zarr", "--mask", mask, "--scheduler",
+                   address],
+    }  # fmt: skip
+    logs = {name: tmp_path / f"{name}.txt" for name in commands}
+    started = {name: here.start("distdiff", name, *words, log=logs[name]) for name, words in commands.items()}
+    for name, process in started.items():
+        assert process.wait(120) == 0, logs[name].read_text()[-3000:]
     made, alone = CountStore.open(out), CountStore.open(atlas)
     assert made.manifest == alone.manifest
-    rows = np.arange(made.n_cells)
-    assert (made.read(rows) != alone.read(rows)).nnz == 0
-
-    far = make(out, tmp_path / "far", cells=640).as_dict()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(far))
-    here.run(
-        "distdiff", "train", "--config", tmp_path / "config.yaml", "loader.reader=dask", f"loader.scheduler={address}",
-        log=tmp_path / "train.txt",
-    )  # fmt: skip
-    assert_equal(final(tmp_path / "alone"), final(tmp_path / "far"))
-
-    here.run(
-        "distdiff", "impute", "--model", model, "--data", out, "--out", tmp_path / "far.zarr", "--mask",
-        tmp_path / "mask.npy", "--scheduler", address, log=tmp_path / "impute.txt",
-    )  # fmt: skip
+    made.verify()
+    assert_equal(final(tmp_path / "alone"), final(far))
     assert content(tmp_path / "far.zarr") == content(tmp_path / "alone.zarr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "silent"])
+def test_a_host_with_scheduler_and_worker_is_lost(hosts, atlas, tmp_path, how):
+    """Training ends with a sentence, and the same command goes on once they are back."""
+    here, there = hosts
+    address, ready = cluster(there, there, tmp_path)
+    ready()
+    config, log, saved = (
+        config_of(atlas, tmp_path / "run", address, cells=32 * 2000),
+        tmp_path / "log",
+        tmp_path / "run",
+    )
+    training = here.start("distdiff", "train", "--config", config, log=log)
+    wait_for(lambda: checkpoint.latest(saved / "checkpoints") or training.poll() is not None, 90, log.read_text)
+    there.kill() if how == "killed" else there.plug("down")
+    assert training.wait(150) == 2
+    line = log.read_text().splitlines()[-1]
+    assert line == (
+        f"distdiff: error: the dask scheduler at {address} is lost; once one is back there, with workers, the same "
+        "command goes on"
+    )
+    there.kill()
+    there.plug("up")
+    (tmp_path / "worker.txt").unlink()
+    _, ready = cluster(there, there, tmp_path)
+    ready()
+    here.run("distdiff", "train", "--config", config, log=log, seconds=150)
+    assert "continuing " in log.read_text()
