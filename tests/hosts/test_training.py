@@ -18,8 +18,8 @@ from tests.train.test_loop import assert_equal, final, make
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-TRAIN = {"cells": 32 * 160, "eval_cells": 32 * 8, "checkpoint_cells": 32 * 2}
-"""160 steps, some seconds; every other step is saved."""
+TRAIN = {"cells": 32 * 80, "eval_cells": 32 * 8, "checkpoint_cells": 32 * 4}
+"""80 steps, some seconds; every fourth is saved."""
 
 
 class Run:
@@ -67,7 +67,7 @@ class Run:
         (line,) = (line for line in text.splitlines() if line.startswith("distdiff: "))
         number = self.hosts.index(host) + 1
         assert line.startswith(f"distdiff: host {number} of 2 ({host.name}, {host.address}) is lost ({why}"), line
-        assert " of 160; the last checkpoint is " in line
+        assert " of 80; the last checkpoint is " in line
         named = Path(line.split("the last checkpoint is ")[1].split(";")[0])
         assert named == checkpoint.latest(self.out / "checkpoints")
         assert line.endswith("; the same command on all hosts goes on")
@@ -90,7 +90,7 @@ def test_a_host_is_killed_the_other_says_so_and_both_go_on(hosts, atlas, tmp_pat
     one = experiment.train(make(atlas, tmp_path / "one", **TRAIN)).progress.history
     state = json.loads((checkpoint.latest(run.out / "checkpoints") / "state.json").read_text())
     history = state["progress"]["history"]
-    assert len(history) == len(one) == 20
+    assert len(history) == len(one) == 10
     for mine, theirs in zip(history, one, strict=True):
         for name in ("cells", "val/deviance", "val/loss"):
             assert mine[name] == pytest.approx(theirs[name], rel=RTOL)
@@ -129,7 +129,7 @@ def test_a_network_that_comes_back_in_time_costs_nothing(hosts, atlas, tmp_path)
     time.sleep(8)
     hosts[1].plug("up")
     assert [p.wait(120) for p in launchers] == [0, 0], run.said()
-    assert checkpoint.latest(run.out / "checkpoints").name == "step-000000160"
+    assert checkpoint.latest(run.out / "checkpoints").name == "step-000000080"
 
 
 @pytest.mark.slow
