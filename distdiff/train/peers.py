@@ -57,12 +57,14 @@ class Peers:
     """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        number = {k: int(environment.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-        local = int(environment.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"]))
-        self.environment, self.first = environment, number["LOCAL_RANK"] == 0
-        self.hosts, self.mine = number["WORLD_SIZE"] // max(1, local), number["RANK"] // max(1, local)
+        # the launcher's words for machines (torchrun's, which accelerate uses; others are taken for one machine)
+        self.hosts, self.mine = int(environment.get("GROUP_WORLD_SIZE", "1")), int(environment.get("GROUP_RANK", "0"))
+        self.environment, self.first = environment, environment.get("LOCAL_RANK", "0") == "0"
         self.silence = float(environment.get("DISTDIFF_SILENCE", SILENCE))
-        self.where: Callable[[], str] = lambda: "before the first step"
+        self.where: Callable[[], str] = lambda: (
+            "before the first step"
+            + (" (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between hosts)" if self.hosts > 1 else "")
+        )
         self.closed = threading.Event()
         self.names: dict[int, str] = {}
         self.counts: dict[int, int] = {}
@@ -101,9 +103,12 @@ class Peers:
         with contextlib.suppress(RuntimeError):  # the store has hung up: then there are no signs either
             store = _store(self.environment)
             store.set(f"name/{self.mine}", self.name)
+            keys = [f"signs/{host}" for host in range(self.hosts)]
             while True:
-                for host in range(self.hosts):
-                    count = store.add(f"signs/{host}", int(host == self.mine))
+                store.add(keys[self.mine], 1)
+                # one request once all have come; a key that is not there would be waited for
+                counts = store.multi_get(keys) if len(self.names) == self.hosts else [store.add(k, 0) for k in keys]
+                for host, count in enumerate(map(int, counts)):
                     if count != self.counts.get(host, 0):
                         self.counts[host], self.seen[host] = count, time.monotonic()
                     if count and host not in self.names:
@@ -148,10 +153,12 @@ class Peers:
 
     def _sentence(self, lost: list[int], why: str) -> str:
         names = [f"host {h + 1} of {self.hosts}" + (f" ({n})" if (n := self.names.get(h)) else "") for h in lost]
-        who = " and ".join(names) or "another process of this run"
-        verb = "are" if len(names) > 1 else "is"
+        what = f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} lost"
         everywhere = " on all hosts" if self.hosts > 1 else ""
-        return f"{who} {verb} lost ({why}) {self.where()}; the same command{everywhere} goes on"
+        return (
+            f"{what if names else 'the exchange with another process failed'} ({why}) {self.where()}; the same command"
+            f"{everywhere} goes on"
+        )
 
 
 def _of_an_exchange(error: RuntimeError) -> bool:

@@ -30,9 +30,9 @@ def two(monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(peers, "BEAT", 0.05)
     monkeypatch.setattr(peers, "DIAGNOSIS", 1.0)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"LOCAL_RANK": "0", "DISTDIFF_SILENCE": "2"}
-    machines, ended = [Peers({**common, "RANK": rank}) for rank in ("0", "2")], []
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "2"}
+    common |= {"DISTDIFF_SILENCE": "2"}
+    machines, ended = [Peers({**common, "GROUP_RANK": rank}) for rank in ("0", "1")], []
 
     def end(code):
         ended.append(code)
@@ -69,7 +69,7 @@ def test_a_machine_that_is_silent_is_lost(two, capfd):
 def test_a_machine_that_does_not_hear_itself_lost_the_first():
     """Nobody's signs come through to a store that is away, so nothing is known of the others."""
     for rank, lost in (("0", [1, 2]), ("1", [0]), ("2", [0])):
-        machine = Peers({"RANK": rank, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1"})
+        machine = Peers({"GROUP_RANK": rank, "GROUP_WORLD_SIZE": "3"})
         machine.seen = dict.fromkeys(range(3), time.monotonic() - 9)
         assert machine._silent(5) == lost
         assert machine._silent(50) == []
@@ -92,8 +92,11 @@ def test_an_exchange_that_failed_is_explained(two):
 
 def test_processes_of_one_machine_watch_nobody():
     before = threading.active_count()
-    alone = Peers({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
-    with pytest.raises(Lost, match=r"^another process of this run is lost \(torch: x\) before the first"), alone:
+    alone = Peers({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"})
+    with (
+        pytest.raises(Lost, match=r"^the exchange with another process failed \(torch: x\) before the first step; the"),
+        alone,
+    ):
         raise dist.DistBackendError("x")
     assert threading.active_count() == before
     for other in (ValueError("gloo"), RuntimeError("out of memory")):

@@ -130,9 +130,7 @@ def test_one_of_two_processes_is_killed_the_other_ends_and_both_go_on_bit_for_bi
     assert processes.finish(ranks) == [75, -signal.SIGKILL]
     assert time.monotonic() - began < 60
     said = (tmp_path / "log.0.txt").read_text().splitlines()[-1]
-    assert re.match(
-        r"another process of this run is lost \(torch: .*peer.*\) after step \d+ of 20; the last checkp", said
-    )
+    assert re.match(r"the exchange with another process failed \(torch: .*peer.*\) after step \d+ of 20; the", said)
     processes.run(config, tmp_path / "log", world=2)
     assert_equal(final(tmp_path / "whole"), final(tmp_path / "run"))
 
