@@ -45,7 +45,10 @@ def explained(scheduler: str) -> Iterator[None]:
 
     try:
         yield
-    except (CancelledError, CommClosedError) as error:  # dask cancels what was asked of it
+    except (CancelledError, OSError) as error:  # dask cancels what was asked of a scheduler that hangs up
+        silent = str(error).startswith("Timed out trying to connect")
+        if not (silent or isinstance(error, CancelledError | CommClosedError)):
+            raise  # a worker's own, of a file
         raise OSError(
             f"the dask scheduler at {scheduler} is lost; once one is back there, with workers, the same command goes on"
         ) from error

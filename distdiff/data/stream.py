@@ -60,7 +60,6 @@ def stream(
         What reading raises.
     """
     from dask.distributed import TimeoutError as Late
-    from distributed.comm import CommClosedError
 
     client = connect(scheduler)
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
@@ -80,11 +79,7 @@ def stream(
             try:
                 return future.result(timeout=PATIENCE)
             except (Late, TimeoutError):
-                try:
-                    left = client.nthreads()
-                except OSError as error:  # not even the scheduler answers
-                    raise CommClosedError(str(error)) from error
-                if not left:
+                if not client.nthreads():
                     raise OSError(
                         f"no worker is left at {scheduler}; start some, or use another loader.reader"
                     ) from None
