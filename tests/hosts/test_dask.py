@@ -28,7 +28,7 @@ def cluster(scheduling, working, folder):
     working.start("dask", "worker", address, "--nthreads", 2, "--no-dashboard", log=log)
 
     def ready():
-        wait_for(lambda: "Registered to" in log.read_text(), 90, log.read_text)
+        wait_for(lambda: "Registered to" in log.read_text(), 180, log.read_text)
         assert f"tcp://{working.address}:" in log.read_text()
 
     return address, ready
@@ -63,7 +63,7 @@ def test_sharding_training_and_imputing_with_a_worker_on_another_host(hosts, cou
     logs = {name: tmp_path / f"{name}.txt" for name in commands}
     started = {name: here.start("distdiff", name, *words, log=logs[name]) for name, words in commands.items()}
     for name, process in started.items():
-        assert process.wait(120) == 0, logs[name].read_text()[-3000:]
+        assert process.wait(240) == 0, logs[name].read_text()[-3000:]
     made, alone = CountStore.open(out), CountStore.open(atlas)
     assert made.manifest == alone.manifest
     made.verify()
@@ -84,7 +84,7 @@ def test_a_host_with_scheduler_and_worker_is_lost(hosts, atlas, tmp_path, how):
         tmp_path / "run",
     )
     training = here.start("distdiff", "train", "--config", config, log=log)
-    wait_for(lambda: checkpoint.latest(saved / "checkpoints") or training.poll() is not None, 90, log.read_text)
+    wait_for(lambda: checkpoint.latest(saved / "checkpoints") or training.poll() is not None, 180, log.read_text)
     there.kill() if how == "killed" else there.plug("down")
     assert training.wait(150) == 2
     line = log.read_text().splitlines()[-1]

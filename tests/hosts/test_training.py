@@ -52,13 +52,13 @@ class Run:
         """Start, and wait for the first checkpoint."""
         launchers = self.start()
         saved = self.out / "checkpoints"
-        wait_for(lambda: checkpoint.latest(saved) or any(p.poll() is not None for p in launchers), 90, self.said)
+        wait_for(lambda: checkpoint.latest(saved) or any(p.poll() is not None for p in launchers), 180, self.said)
         assert [p.poll() for p in launchers] == [None, None], self.said()
         return launchers
 
     def goes_on(self) -> None:
         """To the end, by the same command."""
-        assert [p.wait(90) for p in self.start()] == [0, 0], self.said()
+        assert [p.wait(180) for p in self.start()] == [0, 0], self.said()
         assert "continuing " in self.log(self.hosts[0]).read_text()
 
     def lost(self, by, host, why: str) -> None:
@@ -113,7 +113,7 @@ def test_the_network_goes_silent_and_both_hosts_end(hosts, atlas, tmp_path):
     launchers = run.under_way()
     hosts[1].plug("down")
     began = time.monotonic()
-    assert [p.wait(90) for p in launchers] == [1, 1]
+    assert [p.wait(180) for p in launchers] == [1, 1]
     assert 40 < time.monotonic() - began < 60
     for host, other in (hosts, reversed(hosts)):
         run.lost(host, other, "no sign of life for 45 s)")
