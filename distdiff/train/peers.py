@@ -92,12 +92,12 @@ class Peers:
                 self.last_words = str(error).strip().partition("\n")[0] or type(error).__name__
         finally:
             self.close()
-            if self.last_words and self.signs.is_alive():
-                self.signs.join(DIAGNOSIS)
 
     def close(self) -> None:
         """Others may end from now on: nothing is exchanged any more."""
         self.closed.set()
+        if self.signs.is_alive():  # Python must not end while a thread is in torch's code: that aborts the process
+            self.signs.join(DIAGNOSIS)
 
     def _give_signs(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store has hung up: then there are no signs either

@@ -54,6 +54,8 @@ def test_machines_that_give_signs_are_left_alone(two):
     time.sleep(3)
     assert two[2] == []
     assert [two[i]._silent(2) for i in (0, 1)] == [[], []]
+    two[0].close()
+    assert not two[0].signs.is_alive()  # in torch's code when Python ends, it would abort the process
 
 
 def test_a_machine_that_is_silent_is_lost(two, capfd):
