@@ -130,12 +130,13 @@ def train(
     """
     from distdiff import config as configs
     from distdiff import experiment
+    from distdiff.train.peers import Lost
     from distdiff.train.stop import Stopped
 
     resolved = configs.load(config, overrides or [])
     try:
         outcome = experiment.train(resolved, trust=tuple(trust or ()))
-    except Stopped as stopped:
+    except (Stopped, Lost) as stopped:
         typer.echo(f"distdiff: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
     if outcome.report is not None:

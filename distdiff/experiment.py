@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +32,8 @@ from distdiff.train import checkpoint
 from distdiff.train.fit import settled
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
+from distdiff.train.peers import Peers
+from distdiff.train.stop import EXCHANGE
 from distdiff.train.trace import NAME as TRACE
 
 if TYPE_CHECKING:
@@ -68,12 +69,14 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
         A store or config that does not fit.
     RuntimeError
         The launcher was asked for several processes but only one runs.
+    Lost
+        Another process, or machine, of the run is gone.
     """
-    with _products(config.train.precision):
-        return _train(config, (*trust, *modules((config.process, config.denoiser))))
+    with _products(config.train.precision), Peers() as peers:
+        return _train(config, (*trust, *modules((config.process, config.denoiser))), peers)
 
 
-def _train(config: Config, trust: Sequence[str]) -> Outcome:
+def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
     began = time.perf_counter()
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
@@ -128,8 +131,10 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
             identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
             labels=config.data.labels,
             save_best=save_best, best_is_there=best.exists(), on_log=lambda seen, numbers: run.metrics(numbers, seen),
+            peers=peers,
         )  # fmt: skip
         accelerator.wait_for_everyone()
+        peers.close()
         accelerator.end_training()
         if not main:
             return Outcome(best, progress)
@@ -339,7 +344,7 @@ def _exchange() -> list[KwargsHandler]:
     """
     backend = "gloo" if not (torch.cuda.is_available() or _cpu()) else None
     return [
-        InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10)),
+        InitProcessGroupKwargs(backend=backend, timeout=EXCHANGE),
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
 

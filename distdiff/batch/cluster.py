@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch.summary import Summary
-from distdiff.data.cluster import connect
+from distdiff.data.cluster import connect, explained
 from distdiff.model import Model
 
 
@@ -31,9 +31,9 @@ def on_cluster(
     Raises
     ------
     OSError
-        No scheduler with workers answers there.
+        No scheduler with workers answers there, or it is lost.
     """
-    with connect(scheduler) as client:
+    with explained(scheduler), connect(scheduler) as client:
         workers = list(client.scheduler_info(n_workers=-1)["workers"])
         paths = [None if p is None else p if "://" in str(p) else str(Path(p).absolute()) for p in (data, out)]
         say(f"{len(workers)} workers")

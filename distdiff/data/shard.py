@@ -24,7 +24,7 @@ from tqdm import tqdm
 from distdiff import files
 from distdiff.data import manifest as about
 from distdiff.data.build import Build, Run, Wanted
-from distdiff.data.cluster import connect
+from distdiff.data.cluster import connect, explained
 from distdiff.data.manifest import Manifest
 from distdiff.data.pool import cores
 from distdiff.data.scan import Job, forget
@@ -191,7 +191,7 @@ def _runner(
     from dask.distributed import Client, LocalCluster
 
     if scheduler is not None:
-        with connect(scheduler) as client, client.as_current():
+        with explained(scheduler), connect(scheduler) as client, client.as_current():
             yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress), _memory(client)
         return
     with (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from distdiff.data import coding
-from distdiff.data.cluster import connect
+from distdiff.data.cluster import connect, explained
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.plan import Order
 from distdiff.data.store import CountStore
@@ -55,7 +55,7 @@ def stream(
     Raises
     ------
     OSError
-        No scheduler with workers answers there, or all workers are gone.
+        No scheduler with workers answers there, it is lost, or all workers are.
     ValueError
         What reading raises.
     """
@@ -90,7 +90,8 @@ def stream(
             feed()
             while waiting:
                 numbers, rows, future = waiting.popleft()
-                coded, codes = answer(future)
+                with explained(scheduler):
+                    coded, codes = answer(future)
                 del future
                 size = sum(a.nbytes for a in coded)
                 feed()

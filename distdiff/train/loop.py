@@ -31,6 +31,7 @@ from distdiff.train import engine as engines
 from distdiff.train.compiled import Law, compile_denoiser, compile_law
 from distdiff.train.ema import Ema
 from distdiff.train.optim import Optim
+from distdiff.train.peers import Peers
 from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
 from distdiff.train.trace import NAME as TRACE
@@ -161,6 +162,7 @@ def train(
     best_is_there: bool = True,
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
+    peers: Peers | None = None,
 ) -> Progress:
     """Train until ``settings.cells`` or until validation stops improving.
 
@@ -177,6 +179,8 @@ def train(
         in another folder), its next validation counts as the best so far. The main process decides.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
+    peers
+        Is told how far training is.
 
     Raises
     ------
@@ -206,6 +210,11 @@ def train(
             progress.best, progress.bad = math.inf, 0
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
     law: Law = partial(_law, process)
+    if peers is not None:
+        peers.where = lambda: (
+            f"after step {progress.step} of {settings.steps}; the last checkpoint is "
+            f"{checkpoint.latest(folder) or 'not written yet'}"
+        )
     if settings.compile:
         shape = share // settings.accumulate, len(store.genes)
         compile_denoiser(denoiser, *shape, labels)

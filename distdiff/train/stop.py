@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,6 +19,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 MARGIN = 90.0
 """Seconds before the end of a SLURM job at which a run saves and leaves by itself."""
+
+EXCHANGE = timedelta(minutes=10)
+"""How long an exchange waits for a process that lives: one may read from a slow disk, compile, write a checkpoint."""
 
 GO_ON, SAVE, LEAVE = 0, 1, 2
 
@@ -47,7 +51,8 @@ class Stop:
     def __init__(self, every: float, minutes: float = 0.0, environment: Mapping[str, str] = os.environ) -> None:
         self.every, self.reason = 60 * every, ""
         self.limit, self.saved_at = _limit(minutes, environment), time.monotonic()
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo", timeout=EXCHANGE) if several else None
         self.asked = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
         self.before: dict[signal.Signals, Any] = {}

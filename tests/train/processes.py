@@ -36,6 +36,7 @@ def train(config, log: str, environment: Mapping[str, str], prepare: Callable[..
 
     from distdiff import experiment
     from distdiff.train import loop
+    from distdiff.train.peers import Lost
     from distdiff.train.stop import Stopped
 
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def train(config, log: str, environment: Mapping[str, str], prepare: Callable[..
     try:
         history = experiment.train(config).progress.history
         Path(f"{log}.json").write_text(json.dumps([losses, history]))
-    except Stopped as stopped:
+    except (Stopped, Lost) as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.code)
 
