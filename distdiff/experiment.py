@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
-from distdiff import tracking
+from distdiff import files, tracking
 from distdiff.component import nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
@@ -67,6 +67,7 @@ def train(config: Config) -> Outcome:
 
 def _train(config: Config) -> Outcome:
     began = time.perf_counter()
+    files.local(config.train.out)
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
         store = store.panel()

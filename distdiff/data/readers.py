@@ -24,6 +24,7 @@ from numcodecs import blosc, zstd
 from distdiff.component import nearest
 from distdiff.data import remote
 from distdiff.data.coding import Slots
+from distdiff.files import is_url
 
 GONE = 2**64 - 1
 """Offset of a chunk that a shard does not hold."""
@@ -90,7 +91,7 @@ class DirectReader(Reader):
     """Reads shard files of a local store; it knows the two codec profiles and refuses any other."""
 
     def __init__(self, url: str, group: str) -> None:
-        if remote.is_url(url):
+        if is_url(url):
             raise ValueError(f"reader 'direct' reads local folders, not {url}; use reader 'tensorstore'")
         self._parts = [_Part(Path(url) / "counts" / group / part) for part in Slots._fields]
 
@@ -179,7 +180,7 @@ def reader_class(name: str, url: str) -> type[Reader]:
         No such reader (the nearest is named).
     """
     if name == "auto":
-        name = "tensorstore" if remote.is_url(url) else "direct"
+        name = "tensorstore" if is_url(url) else "direct"
     if name not in READERS:
         raise ValueError(f"no reader {name!r}{nearest(name, [*READERS, 'auto'])}")
     return READERS[name]

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import tensorstore as ts
 
+from distdiff.files import is_url
+
 T = TypeVar("T")
 
 RETRIES = {"max_retries": 10, "initial_delay": "1s", "max_delay": "16s"}
@@ -37,11 +39,6 @@ KEYS = {"s3": FOR_S3, "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
 class Unreachable(OSError):
     """A place that cannot be read or written now: no answer, no access, no bucket. Nothing is known of its content."""
-
-
-def is_url(path: object) -> bool:
-    """Whether this names a place by URL."""
-    return "://" in str(path)
 
 
 def checked(url: str) -> str:

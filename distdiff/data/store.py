@@ -21,6 +21,7 @@ from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_dige
 from distdiff.data.pool import Lease, Pool, cores
 from distdiff.data.readers import Reader, reader_class
 from distdiff.data.source import LAST_EXACT, dense
+from distdiff.files import is_url
 from distdiff.types import Cells, Condition, DataSpec
 
 GROUP = 64
@@ -94,9 +95,9 @@ class CountStore:
         ValueError
             A manifest that cannot be used, a damaged array, or no such reader.
         """
-        url = remote.checked(str(path)) if remote.is_url(path) else str(Path(path).absolute())
+        url = remote.checked(str(path)) if is_url(path) else str(Path(path).absolute())
         threads = threads or max(1, min(4, cores()))
-        if remote.is_url(url):
+        if is_url(url):
             return cls(url, _remote_manifest(url), cache_bytes, reader, threads)
         about = Manifest.read(Path(url))
         for shard, info, part in itertools.product(about.shards, about.groups, Slots._fields):
@@ -117,7 +118,7 @@ class CountStore:
     @property
     def path(self) -> PurePosixPath | Path:
         """Its folder; of a remote store the path in its URL."""
-        return PurePosixPath(self.url.split("://", 1)[1]) if remote.is_url(self.url) else Path(self.url)
+        return PurePosixPath(self.url.split("://", 1)[1]) if is_url(self.url) else Path(self.url)
 
     @property
     def n_cells(self) -> int:
@@ -288,7 +289,7 @@ class CountStore:
               + (f", {len(s.absent):,} genes absent" if s.absent else "") for s in about.sources),
             f"fingerprint {about.fingerprint}",
         ]  # fmt: skip
-        if not remote.is_url(self.url):
+        if not is_url(self.url):
             size = sum(f.stat().st_size for f in Path(self.url).rglob("*") if f.is_file())
             lines.insert(-1, f"{size:,} bytes on disk, {size / max(1, nnz):.2f} a count")
         return "\n".join(lines)
@@ -466,9 +467,7 @@ class CountStore:
         except (ValueError, KeyError) as error:
             if "reader 'direct'" in str(error):
                 raise
-            raise ValueError(
-                f"{self.url}: counts/{group} is damaged ({error}); {self._mend}"
-            ) from error
+            raise ValueError(f"{self.url}: counts/{group} is damaged ({error}); {self._mend}") from error
 
     @property
     def _entry_bytes(self) -> int:
@@ -480,7 +479,7 @@ class CountStore:
     @property
     def _mend(self) -> str:
         """What helps a damaged store."""
-        if remote.is_url(self.url):
+        if is_url(self.url):
             return "upload it again: distdiff store upload --overwrite"
         return "rebuild the store: distdiff shard --overwrite"
 
@@ -520,9 +519,7 @@ class CountStore:
         try:
             return remote.open_array(self.url, name)
         except ValueError as e:
-            raise ValueError(
-                f"{self.url}: {name} is damaged ({e}); {self._mend}"
-            ) from e
+            raise ValueError(f"{self.url}: {name} is damaged ({e}); {self._mend}") from e
 
     def _array_of(self, name: str) -> np.ndarray:
         """A small array, read once and kept."""
@@ -538,9 +535,7 @@ class CountStore:
         try:
             return remote.read_array(self.url, array)
         except ValueError as e:
-            raise ValueError(
-                f"{self.url}: {name} cannot be read ({e}); {self._mend}"
-            ) from e
+            raise ValueError(f"{self.url}: {name} cannot be read ({e}); {self._mend}") from e
 
 
 def _release(leases: Sequence[Lease | None]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distdiff.data.manifest import FILE, Manifest
-from distdiff.data.remote import Place, is_url
+from distdiff.data.remote import Place
 from distdiff.data.store import UPLOADING, CountStore
+from distdiff.files import is_url
 
 THREADS = 4
 """Files on their way at once; each is in memory meanwhile (a shard has 32 MiB or less by default)."""
@@ -80,9 +81,10 @@ def _claimed(place: Place, fingerprint: str, whole: bool, overwrite: bool) -> se
     """
     there, begun = place.keys(), place.read(UPLOADING)
     if there and not whole and begun is None:
-        raise FileExistsError(f"{place.url} holds files that are no distdiff store, so it is left alone; choose another")
-    of = json.loads(begun)["fingerprint"] if begun else None
-    if not overwrite and (whole or of not in (None, fingerprint)):
+        raise FileExistsError(f"{place.url} holds files that are no distdiff store, so they are left alone; "
+                              "choose another place")  # fmt: skip
+    of = json.loads(begun)["fingerprint"] if begun else fingerprint
+    if not overwrite and (whole or of != fingerprint):
         what = "another store" if whole else f"a part of another store (fingerprint {of[:12]})"
         raise FileExistsError(f"{place.url} holds {what}; give --overwrite to replace it, or another place")
     place.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
