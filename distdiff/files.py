@@ -32,8 +32,8 @@ def local(path: str | Path) -> Path:
     """
     if is_url(path):
         raise ValueError(
-            f"{path}: output is written to a local folder, not to a URL; "
-            "copy what is ready there (a store: distdiff store upload FOLDER URL)"
+            f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy what is ready "
+            "there (a store: distdiff store upload FOLDER URL)"
         )
     return Path(path)
 

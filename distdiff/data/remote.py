@@ -68,6 +68,8 @@ def context(cache_bytes: int = 0) -> Any:
     about["cache_pool"] = {"total_bytes_limit": cache_bytes}
     if "AWS_ACCESS_KEY_ID" in os.environ:  # first in the usual order anyway; the others complain of missing files
         about["aws_credentials"] = {"type": "environment"}
+    else:  # left out, the name is empty and no profile is read (tensorstore 0.1.86)
+        about["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE", "default")}
     return ts.Context(about)
 
 

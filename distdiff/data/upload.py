@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distdiff.data.manifest import FILE, Manifest
-from distdiff.data.remote import Place
+from distdiff.data.remote import Place, checked
 from distdiff.data.store import UPLOADING, CountStore
 from distdiff.files import is_url
 
@@ -49,8 +49,9 @@ def upload(folder: str | Path, url: str, *, overwrite: bool = False, progress: b
     OSError
         The place cannot be written.
     """
-    if is_url(folder) or not is_url(url) or url.startswith("http"):
-        raise ValueError(f"{folder} to {url}: a folder, then s3://BUCKET/PATH or gs://BUCKET/PATH is wanted")
+    url = checked(url)
+    if is_url(folder) or url.startswith("http"):
+        raise ValueError(f"upload to {url}: a local folder, then s3://BUCKET/PATH or gs://BUCKET/PATH is wanted")
     store, place = CountStore.open(folder), Place(url)
     root = Path(store.url)
     manifest = (root / FILE).read_bytes()
