@@ -11,8 +11,13 @@ CONNECT = 30
 """Seconds in which a scheduler must answer."""
 
 
-def connect(scheduler: str) -> Client:
+def connect(scheduler: str, *, direct_to_workers: bool = False) -> Client:
     """A client of the dask scheduler at an address, once it has a worker.
+
+    Parameters
+    ----------
+    direct_to_workers
+        Fetch results from the workers themselves where they can be reached, and not through the scheduler.
 
     Raises
     ------
@@ -22,7 +27,7 @@ def connect(scheduler: str) -> Client:
     from dask.distributed import Client
 
     try:
-        client = Client(scheduler, timeout=CONNECT, set_as_default=False)
+        client = Client(scheduler, timeout=CONNECT, set_as_default=False, direct_to_workers=direct_to_workers)
         client.wait_for_workers(1, timeout=2 * CONNECT)
     except (OSError, TimeoutError) as error:
         raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error

@@ -368,6 +368,11 @@ class CountStore:
         return self._panel is not None
 
     @property
+    def whole_groups(self) -> bool:
+        """Whether this view has all genes of every column group that it reads."""
+        return all(bool((c.place >= 0).all()) for c in self.columns)
+
+    @property
     def cache_for_all(self) -> int:
         """``cache_bytes`` with which this view stays in memory whole."""
         return self.manifest.n_blocks * sum(self._slot_bytes(g.cap) for g in self.manifest.groups)
