@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -10,14 +13,12 @@ if TYPE_CHECKING:
 CONNECT = 30
 """Seconds in which a scheduler must answer."""
 
+REACH = 3
+"""Seconds in which a worker must take a connection."""
 
-def connect(scheduler: str, *, direct_to_workers: bool = False) -> Client:
+
+def connect(scheduler: str) -> Client:
     """A client of the dask scheduler at an address, once it has a worker.
-
-    Parameters
-    ----------
-    direct_to_workers
-        Fetch results from the workers themselves where they can be reached, and not through the scheduler.
 
     Raises
     ------
@@ -27,8 +28,19 @@ def connect(scheduler: str, *, direct_to_workers: bool = False) -> Client:
     from dask.distributed import Client
 
     try:
-        client = Client(scheduler, timeout=CONNECT, set_as_default=False, direct_to_workers=direct_to_workers)
+        client = Client(scheduler, timeout=CONNECT, set_as_default=False)
         client.wait_for_workers(1, timeout=2 * CONNECT)
     except (OSError, TimeoutError) as error:
         raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error
     return client
+
+
+def within_reach(workers: Iterable[str]) -> bool:
+    """Whether some workers can be spoken to from here (``tcp://HOST:PORT``), not only through their scheduler."""
+    for address in workers:
+        parts = urlsplit(address)
+        try:
+            socket.create_connection((parts.hostname or "", parts.port or 0), timeout=REACH).close()
+        except OSError:
+            return False
+    return True

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from distdiff.data import coding, recycle
-from distdiff.data.cluster import connect
+from distdiff.data.cluster import connect, within_reach
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.plan import Order
 from distdiff.data.source import told_apart
@@ -63,8 +63,9 @@ def stream(
     """
     from dask.distributed import TimeoutError as Late
 
-    client = connect(scheduler, direct_to_workers=True)
-    places = {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
+    client = connect(scheduler)
+    client.direct_to_workers = within_reach(list(client.nthreads())[:1])  # else pieces come by way of the scheduler
+    columns = places(store)
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
     pieces = _pieces(plan, rows_of, steps)
     waiting: deque[tuple[list[int], list[np.ndarray], Any]] = deque()
@@ -99,7 +100,7 @@ def stream(
                 feed()
                 first = 0
                 for step, some in zip(numbers, rows, strict=True):
-                    yield step, _unpack(coded, places[as_stored], codes, first, some)
+                    yield step, _unpack(coded, columns[as_stored], codes, first, some)
                     first += len(some)
         finally:
             waiting.clear()
@@ -126,13 +127,19 @@ def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels:
     return [coding.encode(counts, store.manifest.dtype)], False, codes
 
 
+def places(store: CountStore) -> dict[bool, list[np.ndarray]]:
+    """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view."""
+    return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
+
+
 def _unpack(
-    coded: list[Coded], places: list[np.ndarray], codes: dict[str, np.ndarray], first: int, rows: np.ndarray
+    coded: list[Coded], columns: list[np.ndarray], codes: dict[str, np.ndarray], first: int, rows: np.ndarray
 ) -> Cells:
     """Cells of one step out of a piece; for each part of it the column of each of its genes."""
-    out = recycle.empty((len(rows), sum(map(len, places))), np.float32)
+    n_genes = sum(int((place >= 0).sum()) for place in columns)
+    out = recycle.empty((len(rows), n_genes), np.float32)
     local, alone = np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64)
-    for part, (of, place) in enumerate(zip(coded, places, strict=True)):
+    for part, (of, place) in enumerate(zip(coded, columns, strict=True)):
         coding.add_dense(Slots(*(a[None] for a in of)), alone, local, place, out, clear=part == 0)
     labels = {k: torch.from_numpy(v[first : first + len(rows)].copy()) for k, v in codes.items()}
     return Cells(torch.from_numpy(out), Condition(labels), torch.from_numpy(rows))
