@@ -26,13 +26,6 @@ RETRIES = {"max_retries": 10, "initial_delay": "1s", "max_delay": "16s"}
 MUTE = 20
 """Seconds without a byte after which a request counts as failed; tensorstore would wait for ever."""
 
-ANSWERS = {
-    "401": "access denied",
-    "403": "access denied",
-    "404": "not found",
-}
-"""What a status means, where the server says nothing better."""
-
 FOR_S3 = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE"
 KEYS = {"s3": FOR_S3, "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
@@ -123,9 +116,7 @@ def _unreachable(url: str, text: str) -> str | None:
     code, _, rest = text.partition(": ")
     status = found[1] if (found := re.search(r"http_response_code='(\d+)'", text)) else ""
     said = rest.split(" [")[0].strip()  # what follows may quote the request
-    if status in ANSWERS and said in ("", "Unknown"):
-        said = ANSWERS[status]
-    said = said.rstrip(".") + (f", HTTP {status}" if status else "")
+    said = (said if said not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
     if "NoSuchBucket" in text:
         return f"{url}: there is no such bucket ({said}); make it first, or look for a mistake in the name"
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or "credential" in text or status in ("400", "401", "403"):
@@ -134,11 +125,8 @@ def _unreachable(url: str, text: str) -> str | None:
     if "aws_region" in text:
         return f"{url}: no such bucket, or its region is not told ({said}); check the name, or set AWS_ENDPOINT_URL"
     if code in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED") or status:
-        return (
-            f"{url}: no useful answer ({said}); check the network and AWS_ENDPOINT_URL, then run the same command again"
-            if url.startswith("s3://")
-            else f"{url}: no useful answer ({said}); check the network, then run the same command again"
-        )
+        where = "the network and AWS_ENDPOINT_URL" if url.startswith("s3://") else "the network"
+        return f"{url}: no useful answer ({said}); check {where}, then run the same command again"
     return None
 
 

@@ -94,7 +94,7 @@ def test_what_was_sent_is_what_was_built(folder, dense, url, proxy, capsys):
 def test_an_upload_that_was_cut_goes_on(folder, dense, proxy):
     url, size = next(NAMES), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     proxy.fault = after(8, "403", "", "PUT")
-    with pytest.raises(OSError, match=re.escape(f"{url}: access denied (access denied, HTTP 403)")):
+    with pytest.raises(OSError, match=re.escape(f"{url}: access denied (PERMISSION_DENIED, HTTP 403)")):
         upload(folder, url, progress=False)
     proxy.fault = lambda method, path: ""
     with pytest.raises(FileNotFoundError, match="not uploaded whole: run the same distdiff store upload again"):
