@@ -4,6 +4,8 @@
         --annbatch /work/env/peer312/bin/python --scdataset /work/env/scvi/bin/python [--repeats 3 --seconds 3]
     python benchmarks/loader.py --work /tmp/trial --out /tmp/trial.json --cells 20000 --repeats 1 --seconds 1
 
+    git archive REVISION | tar -x -C /tmp/old     # then a change is measured with --before /tmp/old
+
 annbatch wants Python 3.12 (``pip install annbatch zarrs psutil``, no torch needed), scDataset wants torch; without an
 interpreter for them they are left out. Atlases, stores and what building took stay in ``--work`` for the next run.
 
@@ -228,6 +230,14 @@ def candidates(case: str, atlas: Path, stores: dict[str, dict[str, Any]], a: arg
                 if path := of(f"distdiff {codec}{suffix[:6]}"):
                     command = [sys.executable, str(HERE / "loader.py"), "ours", "--reader", reader]
                     add(f"distdiff {codec} {reader}{suffix}", command + (columns if panel else []), path)
+                    if a.before:
+                        other = [
+                            "env",
+                            f"PYTHONPATH={a.before}",
+                            sys.executable,
+                            str(a.before / "benchmarks/loader.py"),
+                        ]
+                        add(f"before, {codec} {reader}{suffix}", other + command[2:] + (columns if panel else []), path)
     return [c for c in found if not a.only or any(word in c.name for word in a.only)]
 
 
@@ -325,6 +335,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--annbatch", help="interpreter that has annbatch and zarrs")
     parser.add_argument("--scdataset", help="interpreter that has scDataset")
+    parser.add_argument("--before", type=Path, help="folder of another distdiff, to run beside this one")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--modes", nargs="*", choices=("warm", "cold"), default=["warm", "cold"])
     parser.add_argument("--codecs", nargs="*", default=["local", "compact"], help="of distdiff's stores")

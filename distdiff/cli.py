@@ -104,6 +104,19 @@ def export(
     typer.echo(f"{out}: {store.n_cells} cells, fingerprint {store.manifest.fingerprint[:12]}")
 
 
+@stores.command()
+def upload(
+    path: Annotated[Path, typer.Argument(help="Folder of a store.")],
+    url: Annotated[str, typer.Argument(help="Where to: s3://BUCKET/PATH or gs://BUCKET/PATH.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Copy a store to an object store; the same command goes on with a copy that was cut."""
+    from distdiff.data.upload import upload as send
+
+    manifest, sent = send(path, url, overwrite=overwrite)
+    typer.echo(f"{url}: {manifest.n_cells} cells, {sent:,} bytes sent, fingerprint {manifest.fingerprint[:12]}")
+
+
 @server.command()
 def sync(
     folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")],
@@ -146,7 +159,7 @@ def train(
 
 
 ModelName = Annotated[str, typer.Option("--model", help="models:/NAME@champion, or a model folder.")]
-Data = Annotated[Path, typer.Option("--data", help="h5ad, AnnData zarr, 10x, or a distdiff store.")]
+Data = Annotated[str, typer.Option("--data", help="h5ad, AnnData zarr, 10x, or a distdiff store (folder or URL).")]
 Out = Annotated[Path, typer.Option("--out", help="Output: .zarr for any size, .h5ad for small ones.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Layer with raw counts (default: X).")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
@@ -280,7 +293,7 @@ def generate(
 
 
 def _batch(
-    context: typer.Context, kind: str, model: str, data: Path | None, out: Path, *, scheduler: str | None,
+    context: typer.Context, kind: str, model: str, data: str | None, out: Path, *, scheduler: str | None,
     verify: bool, repair: bool, trust: list[str] | None, **options: Any,
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
@@ -333,7 +346,7 @@ def _genes(text: str | None) -> list[str] | None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="models:/NAME@champion, or a model folder.")],
-    data: Annotated[Path, typer.Option(help="The distdiff store; its test cells are scored.")],
+    data: Annotated[str, typer.Option(help="The distdiff store (folder or URL); its test cells are scored.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
     protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
-from distdiff import tracking
+from distdiff import files, tracking
 from distdiff.component import modules, nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
@@ -78,6 +78,7 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
 
 def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
     began = time.perf_counter()
+    files.local(config.train.out)
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
         store = store.panel()

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,6 +15,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+
+def is_url(path: object) -> bool:
+    """Whether this names a place by URL, also where `Path` has made one slash of two."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
+
+
+def local(path: str | Path) -> Path:
+    """A path to write to.
+
+    Raises
+    ------
+    ValueError
+        It is a URL: only whole stores are sent to those.
+    """
+    if is_url(path):
+        raise ValueError(
+            f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy what is ready "
+            "there (a store: distdiff store upload FOLDER URL)"
+        )
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -29,8 +51,10 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ``target`` exists and ``overwrite`` is false.
     OSError
         The disk is full: says where, and that nothing was left behind.
+    ValueError
+        ``target`` is a URL.
     """
-    target = Path(target)
+    target = local(target)
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from distdiff.batch.summary import Summary
 from distdiff.data.cluster import connect, explained
+from distdiff.files import is_url
 from distdiff.model import Model
 
 
@@ -35,7 +36,7 @@ def on_cluster(
     """
     with explained(scheduler), connect(scheduler) as client:
         workers = list(client.scheduler_info(n_workers=-1)["workers"])
-        paths = [None if p is None else p if "://" in str(p) else str(Path(p).absolute()) for p in (data, out)]
+        paths = [None if p is None else p if is_url(p) else str(Path(p).absolute()) for p in (data, out)]
         say(f"{len(workers)} workers")
         futures = [
             client.submit(_work, kind, load, *paths, i, options, workers=[w], pure=False, key=f"distdiff-{kind}-{i}")

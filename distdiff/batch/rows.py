@@ -128,7 +128,7 @@ def _is_anndata(path: Path) -> bool:
 
 def is_store(path: Path | str) -> bool:
     """Whether there is a distdiff store (or the URL of one)."""
-    return "://" in str(path) or (Path(path) / "manifest.json").exists()
+    return files.is_url(path) or (Path(path) / "manifest.json").exists()
 
 
 def open_rows(path: Path | str, layer: str | None = None) -> Any:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from dask.distributed import Client
 
 CONNECT = 30
 """Seconds in which a scheduler must answer."""
+
+REACH = 3
+"""Seconds in which a worker must take a connection."""
 
 
 def connect(scheduler: str) -> Client:
@@ -52,3 +57,14 @@ def explained(scheduler: str) -> Iterator[None]:
         raise OSError(
             f"the dask scheduler at {scheduler} is lost; once one is back there, with workers, the same command goes on"
         ) from error
+
+
+def within_reach(workers: Iterable[str]) -> bool:
+    """Whether some workers can be spoken to from here (``tcp://HOST:PORT``), not only through their scheduler."""
+    for address in workers:
+        parts = urlsplit(address)
+        try:
+            socket.create_connection((parts.hostname or "", parts.port or 0), timeout=REACH).close()
+        except OSError:
+            return False
+    return True

@@ -145,7 +145,7 @@ def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarra
     starts = np.concatenate([[0], np.cumsum(lengths)])
     total = int(starts[-1])
     if into is None or len(into[0]) < total:
-        into = np.empty(total, np.uint8), np.empty(total, slots.values.dtype)
+        into = recycle.empty(total, np.uint8), recycle.empty(total, slots.values.dtype)
     gaps, values = into[0][:total], into[1][:total]
     _cut(slots.gaps, slots.values, slots.starts, slot, local, starts, gaps, values)
     return Coded(gaps, values, starts)

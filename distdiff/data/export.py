@@ -86,9 +86,9 @@ def named(out: str | Path) -> Path:
     Raises
     ------
     ValueError
-        It ends neither in ``.h5ad`` nor in ``.zarr``.
+        It ends neither in ``.h5ad`` nor in ``.zarr``, or is a URL.
     """
-    out = Path(out)
+    out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
         raise ValueError(f"--out {out} must end in .h5ad or .zarr")
     return out

@@ -19,11 +19,12 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import tensorstore as ts
 from numcodecs import blosc, zstd
 
 from distdiff.component import nearest
+from distdiff.data import remote
 from distdiff.data.coding import Slots
+from distdiff.files import is_url
 
 GONE = 2**64 - 1
 """Offset of a chunk that a shard does not hold."""
@@ -50,38 +51,17 @@ class Reader(ABC):
         """
 
 
-def open_kvstore(url: str) -> Any:
-    """A tensorstore key-value store over a folder, local path or URL (``s3://``, ``gs://``, ``http://``)."""
-    return ts.KvStore.open(kvstore(url)).result()
-
-
-def kvstore(url: str) -> Any:
-    """What tensorstore wants to hear of a folder."""
-    url = url.rstrip("/")
-    return f"{url}/" if "://" in url else {"driver": "file", "path": f"{url}/"}
-
-
 class TensorstoreReader(Reader):
     """Through tensorstore: its threads, its decoders, any place it reaches."""
 
     def __init__(self, url: str, group: str) -> None:
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 16 << 20}})
-        self._arrays = [open_array(url, f"counts/{group}/{part}", context) for part in Slots._fields]
+        self._url, context = url, remote.context(16 << 20)
+        self._arrays = [remote.open_array(url, f"counts/{group}/{part}", context) for part in Slots._fields]
 
     def read(self, blocks: Sequence[int], into: Slots, slots: Sequence[int]) -> None:
-        at = np.asarray(blocks, np.int64)
-        with ts.Batch() as batch:
-            futures = [array[at].read(batch=batch) for array in self._arrays]
-        for future, out in zip(futures, into, strict=True):
-            out[np.asarray(slots)] = future.result()
-
-
-def open_array(url: str, name: str, context: Any = None) -> Any:
-    """One zarr v3 array of a store, by tensorstore."""
-    base = kvstore(url)
-    place = base + f"{name}/" if isinstance(base, str) else base | {"path": f"{base['path']}{name}/"}
-    spec = {"driver": "zarr3", "kvstore": place, "recheck_cached_data": False, "recheck_cached_metadata": False}
-    return ts.open(spec, context=context or ts.Context(), open=True, read=True).result()
+        found = remote.read_together(self._url, self._arrays, np.asarray(blocks, np.int64))
+        for part, out in zip(found, into, strict=True):
+            out[np.asarray(slots)] = part
 
 
 class ZarrReader(Reader):
@@ -92,7 +72,10 @@ class ZarrReader(Reader):
 
         rust = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if importlib.util.find_spec("zarrs") else {}
         with zarr.config.set(rust):
-            opened: Any = zarr.open_group(url, mode="r", use_consolidated=False)
+            try:
+                opened: Any = zarr.open_group(url, mode="r", use_consolidated=False)
+            except ImportError as error:
+                raise ValueError(f"{url}: reader 'zarr' lacks a package ({error}); use reader 'tensorstore'") from error
             self._arrays = [opened[f"counts/{group}/{part}"] for part in Slots._fields]
 
     def read(self, blocks: Sequence[int], into: Slots, slots: Sequence[int]) -> None:
@@ -108,7 +91,7 @@ class DirectReader(Reader):
     """Reads shard files of a local store; it knows the two codec profiles and refuses any other."""
 
     def __init__(self, url: str, group: str) -> None:
-        if "://" in url:
+        if is_url(url):
             raise ValueError(f"reader 'direct' reads local folders, not {url}; use reader 'tensorstore'")
         self._parts = [_Part(Path(url) / "counts" / group / part) for part in Slots._fields]
 
@@ -197,7 +180,7 @@ def reader_class(name: str, url: str) -> type[Reader]:
         No such reader (the nearest is named).
     """
     if name == "auto":
-        name = "tensorstore" if "://" in url else "direct"
+        name = "tensorstore" if is_url(url) else "direct"
     if name not in READERS:
         raise ValueError(f"no reader {name!r}{nearest(name, [*READERS, 'auto'])}")
     return READERS[name]

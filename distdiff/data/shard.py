@@ -131,7 +131,8 @@ def shard(
     FileExistsError
         ``out`` exists, or another process is building it.
     ValueError, FileNotFoundError
-        Inputs, layer, genes, labels or split cannot be used; something is no count; a source changed meanwhile.
+        Inputs, layer, genes, labels or split cannot be used; something is no count; a source changed meanwhile;
+        ``out`` is a URL (`distdiff.data.upload` sends a store there).
     OSError
         The disk is full.
     """
@@ -141,7 +142,7 @@ def shard(
     if codec not in about.CODECS:
         raise ValueError(f"codec {codec!r}: {' or '.join(about.CODECS)} is wanted")
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    out = Path(out).absolute()
+    out = files.local(out).absolute()
     _refuse_foreign(out)
     say = partial(print, flush=True) if progress else lambda text: None
     kept_labels = tuple(labels) + ((strata,) if strata and strata not in labels else ())

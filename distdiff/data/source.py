@@ -342,6 +342,18 @@ def dense(counts: sparse.csr_matrix) -> np.ndarray:
     Raises
     ------
     ValueError
+        As `told_apart`.
+    """
+    told_apart(counts)
+    return counts.astype(np.float32).toarray()
+
+
+def told_apart(counts: sparse.csr_matrix) -> None:
+    """See to it that float32 can hold some counts.
+
+    Raises
+    ------
+    ValueError
         A count of 2^24 or more, from where on float32 no longer tells one molecule.
     """
     if counts.nnz and (most := counts.data.max()) >= LAST_EXACT:
@@ -349,7 +361,6 @@ def dense(counts: sparse.csr_matrix) -> np.ndarray:
             f"a count of {most:.0f} overflows float32, which tells molecules apart up to {LAST_EXACT - 1}; no cell "
             "holds so many of one gene: were bulk samples or reads summed? leave that gene out (--genes FILE)"
         )
-    return counts.astype(np.float32).toarray()
 
 
 _KINDS = "an h5ad file, an AnnData zarr folder, a 10x h5 file or a folder with a matrix.mtx"

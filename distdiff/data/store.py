@@ -15,16 +15,20 @@ import torch
 from scipy import sparse
 
 from distdiff.component import nearest
-from distdiff.data import coding, recycle
+from distdiff.data import coding, recycle, remote
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_digests, digest
 from distdiff.data.pool import Lease, Pool, cores
-from distdiff.data.readers import Reader, open_array, open_kvstore, reader_class
+from distdiff.data.readers import Reader, reader_class
 from distdiff.data.source import LAST_EXACT, dense
+from distdiff.files import is_url
 from distdiff.types import Cells, Condition, DataSpec
 
 GROUP = 64
 """Blocks asked for at once."""
+
+UPLOADING = "upload.json"
+"""What lies at a URL until the whole store is there."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,9 @@ class CountStore:
         ValueError
             A manifest that cannot be used, a damaged array, or no such reader.
         """
-        url = str(path) if "://" in str(path) else str(Path(path).absolute())
+        url = remote.checked(str(path)) if is_url(path) else str(Path(path).absolute())
         threads = threads or max(1, min(4, cores()))
-        if "://" in url:
+        if is_url(url):
             return cls(url, _remote_manifest(url), cache_bytes, reader, threads)
         about = Manifest.read(Path(url))
         for shard, info, part in itertools.product(about.shards, about.groups, Slots._fields):
@@ -114,7 +118,7 @@ class CountStore:
     @property
     def path(self) -> PurePosixPath | Path:
         """Its folder; of a remote store the path in its URL."""
-        return PurePosixPath(self.url.split("://", 1)[1]) if "://" in self.url else Path(self.url)
+        return PurePosixPath(self.url.split("://", 1)[1]) if is_url(self.url) else Path(self.url)
 
     @property
     def n_cells(self) -> int:
@@ -285,7 +289,7 @@ class CountStore:
               + (f", {len(s.absent):,} genes absent" if s.absent else "") for s in about.sources),
             f"fingerprint {about.fingerprint}",
         ]  # fmt: skip
-        if "://" not in self.url:
+        if not is_url(self.url):
             size = sum(f.stat().st_size for f in Path(self.url).rglob("*") if f.is_file())
             lines.insert(-1, f"{size:,} bytes on disk, {size / max(1, nnz):.2f} a count")
         return "\n".join(lines)
@@ -364,6 +368,11 @@ class CountStore:
         return self._panel is not None
 
     @property
+    def whole_groups(self) -> bool:
+        """Whether this view has all genes of every column group that it reads."""
+        return all(bool((c.place >= 0).all()) for c in self.columns)
+
+    @property
     def cache_for_all(self) -> int:
         """``cache_bytes`` with which this view stays in memory whole."""
         return self.manifest.n_blocks * sum(self._slot_bytes(g.cap) for g in self.manifest.groups)
@@ -432,6 +441,8 @@ class CountStore:
         memory = memory if into is None else into
         try:
             reader.read(blocks, memory, slots)
+        except remote.Unreachable:
+            raise
         except (ValueError, OSError, RuntimeError, IndexError) as error:
             shards = np.asarray(blocks) // self.manifest.blocks_per_shard  # first by shard: not all readers check a
             numbers = shards if shards.min() < shards.max() else np.asarray(blocks)  # block that they read alone
@@ -461,9 +472,7 @@ class CountStore:
         except (ValueError, KeyError) as error:
             if "reader 'direct'" in str(error):
                 raise
-            raise ValueError(
-                f"{self.url}: counts/{group} is damaged ({error}); rebuild the store: distdiff shard --overwrite"
-            ) from error
+            raise ValueError(f"{self.url}: counts/{group} is damaged ({error}); {self._mend}") from error
 
     @property
     def _entry_bytes(self) -> int:
@@ -472,11 +481,18 @@ class CountStore:
     def _slot_bytes(self, cap: int) -> int:
         return cap * self._entry_bytes + 4 * (self.manifest.block + 1)
 
+    @property
+    def _mend(self) -> str:
+        """What helps a damaged store."""
+        if is_url(self.url):
+            return "upload it again: distdiff store upload --overwrite"
+        return "rebuild the store: distdiff shard --overwrite"
+
     def _corrupt(self, block: int, why: str) -> ValueError:
         shard = self.manifest.shards[block // self.manifest.blocks_per_shard]
         return ValueError(
             f"{self.url}: shard {shard.index} (rows {shard.start} to {shard.stop}) is corrupt in block {block} "
-            f"({why}); rebuild the store: distdiff shard --overwrite"
+            f"({why}); {self._mend}"
         )
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
@@ -506,11 +522,9 @@ class CountStore:
     def _open_array(self, name: str) -> Any:
         """Open one small array of the store."""
         try:
-            return open_array(self.url, name)
+            return remote.open_array(self.url, name)
         except ValueError as e:
-            raise ValueError(
-                f"{self.url}: {name} is damaged ({e}); rebuild the store: distdiff shard --overwrite"
-            ) from e
+            raise ValueError(f"{self.url}: {name} is damaged ({e}); {self._mend}") from e
 
     def _array_of(self, name: str) -> np.ndarray:
         """A small array, read once and kept."""
@@ -524,11 +538,9 @@ class CountStore:
 
     def _values(self, name: str, array: Any) -> np.ndarray:
         try:
-            return array.read().result()
+            return remote.read_array(self.url, array)
         except ValueError as e:
-            raise ValueError(
-                f"{self.url}: {name} cannot be read ({e}); rebuild the store: distdiff shard --overwrite"
-            ) from e
+            raise ValueError(f"{self.url}: {name} cannot be read ({e}); {self._mend}") from e
 
 
 def _release(leases: Sequence[Lease | None]) -> None:
@@ -538,13 +550,19 @@ def _release(leases: Sequence[Lease | None]) -> None:
 
 
 def _remote_manifest(url: str) -> Manifest:
-    try:
-        found = open_kvstore(url).read(FILE).result()
-    except ValueError as error:
-        raise ValueError(f"{url} cannot be read ({error})") from error
-    if found.state != "value":
-        raise FileNotFoundError(f"{url} is not a distdiff store, or a build that did not finish (no {FILE})")
-    return Manifest.from_json(found.value.decode(), f"{url}/{FILE}")
+    place = remote.Place(url)
+    if (found := place.read(FILE)) is None:
+        raise FileNotFoundError(f"{url} {_absent(place)}")
+    return Manifest.from_json(found.decode(), f"{url}/{FILE}")
+
+
+def _absent(place: remote.Place) -> str:
+    """What a place without a manifest is; a bucket that is missing says so itself."""
+    if not place.url.startswith("http"):  # which has no lists
+        if place.read(UPLOADING) is not None:
+            return "is a store that was not uploaded whole: run the same distdiff store upload again"
+        place.keys(FILE)
+    return f"is not a distdiff store (no {FILE}); look for a mistake in its name, or upload it: distdiff store upload"
 
 
 def _reopen(url: str, options: dict[str, Any], genes: tuple[str, ...] | None) -> CountStore:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from distdiff.data import coding
-from distdiff.data.cluster import connect, explained
+from distdiff.data import coding, recycle
+from distdiff.data.cluster import connect, explained, within_reach
 from distdiff.data.coding import Coded, Slots
 from distdiff.data.plan import Order
+from distdiff.data.source import told_apart
 from distdiff.data.store import CountStore
 from distdiff.types import Cells, Condition
 
@@ -27,8 +28,9 @@ IN_FLIGHT = 512 << 20
 PATIENCE = 60.0
 """Seconds without an answer after which to see whether any worker is left."""
 
-Piece = tuple[Coded, dict[str, np.ndarray]]
-"""Some cells, coded in the genes of the view, and their label codes."""
+Piece = tuple[list[Coded], bool, dict[str, np.ndarray]]
+"""Some cells, coded as in the store (a part for each column group of the view) or in the genes of the view; whether it
+is the first; their label codes."""
 
 
 def stream(
@@ -62,6 +64,8 @@ def stream(
     from dask.distributed import TimeoutError as Late
 
     client = connect(scheduler)
+    client.direct_to_workers = within_reach(list(client.nthreads())[:1])  # else pieces come by way of the scheduler
+    columns = places(store)
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
     pieces = _pieces(plan, rows_of, steps)
     waiting: deque[tuple[list[int], list[np.ndarray], Any]] = deque()
@@ -91,13 +95,13 @@ def stream(
             while waiting:
                 numbers, rows, future = waiting.popleft()
                 with explained(scheduler):
-                    coded, codes = answer(future)
+                    coded, as_stored, codes = answer(future)
                 del future
-                size = sum(a.nbytes for a in coded)
+                size = sum(a.nbytes for part in coded for a in part)
                 feed()
                 first = 0
                 for step, some in zip(numbers, rows, strict=True):
-                    yield step, _unpack(coded, codes, first, some, len(store.genes))
+                    yield step, _unpack(coded, columns[as_stored], codes, first, some)
                     first += len(some)
         finally:
             waiting.clear()
@@ -107,18 +111,37 @@ def stream(
 
 
 def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels: Sequence[str] | None) -> Piece:
-    """A worker's task: cells of a store, coded in the genes wanted, with their label codes."""
+    """A worker's task: coded cells of a store with their label codes.
+
+    Where the view has all genes of its column groups, cells are cut out of their blocks as they are.
+    """
     store = _store(*how)
+    codes = store.labels(rows, labels)
+    if store.exact and store.whole_groups and (leases := store.lease(rows)) is not None:
+        try:
+            return store.coded_of(rows, leases), True, codes
+        finally:
+            for lease in leases:
+                lease.release()
     counts = store.read(rows)
-    return coding.encode(counts, store.manifest.dtype), store.labels(rows, labels)
+    told_apart(counts)
+    return [coding.encode(counts, store.manifest.dtype)], False, codes
 
 
-def _unpack(coded: Coded, codes: dict[str, np.ndarray], first: int, rows: np.ndarray, n_genes: int) -> Cells:
-    """Cells of one step out of a piece."""
-    out = np.zeros((len(rows), n_genes), np.float32)
-    slots = Slots(coded.gaps[None], coded.values[None], coded.starts[None])
-    local = np.arange(first, first + len(rows))
-    coding.add_dense(slots, np.zeros(len(rows), np.int64), local, np.arange(n_genes, dtype=np.int32), out)
+def places(store: CountStore) -> dict[bool, list[np.ndarray]]:
+    """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view."""
+    return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
+
+
+def _unpack(
+    coded: list[Coded], columns: list[np.ndarray], codes: dict[str, np.ndarray], first: int, rows: np.ndarray
+) -> Cells:
+    """Cells of one step out of a piece; for each part of it the column of each of its genes."""
+    n_genes = sum(int((place >= 0).sum()) for place in columns)
+    out = recycle.empty((len(rows), n_genes), np.float32)
+    local, alone = np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64)
+    for part, (of, place) in enumerate(zip(coded, columns, strict=True)):
+        coding.add_dense(Slots(*(a[None] for a in of)), alone, local, place, out, clear=part == 0)
     labels = {k: torch.from_numpy(v[first : first + len(rows)].copy()) for k, v in codes.items()}
     return Cells(torch.from_numpy(out), Condition(labels), torch.from_numpy(rows))
 

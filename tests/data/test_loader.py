@@ -136,6 +136,40 @@ def test_dask_workers_feed_two_ranks_and_one_may_die(atlas, usual):
         same(taken(panel, plan, index, scheduler=address, stop=5), taken(panel, plan, index, stop=5))
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+@pytest.mark.parametrize("genes", ["all", "panel", "turned", "some"])
+def test_a_piece_is_the_batch_coded(atlas, usual, monkeypatch, cache, genes):
+    """What a worker sends and the receiver decodes, for every kind of view, with room for the blocks and without."""
+    from distdiff.data import stream
+
+    store, index, plan, _ = usual
+    view = {"all": lambda s: s, "panel": lambda s: s.panel(), "turned": lambda s: s.panel(s.genes[::-1]),
+            "some": lambda s: s.panel(s.genes[30:4:-3])}[genes]  # fmt: skip
+    worker = view(CountStore.open(atlas, cache_bytes=cache))
+    monkeypatch.setattr(stream, "_store", lambda *how: worker)
+    rows = index[plan.rows(3)]
+    coded, as_stored, codes = stream.make(("", "", None), rows, ["donor"])
+    assert as_stored == (cache > 0 and genes != "some")
+    places = stream.places(view(store))[as_stored]
+    for some in (slice(0, 7), slice(7, len(rows))):
+        got, want = (
+            stream._unpack(coded, places, codes, some.start, rows[some]),
+            view(store).cells(rows[some], ["donor"]),
+        )
+        assert torch.equal(got.counts, want.counts)
+        assert torch.equal(got.labels.labels["donor"], want.labels.labels["donor"])
+
+
+def test_workers_out_of_reach():
+    import socket
+
+    from distdiff.data.cluster import within_reach
+
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        assert within_reach([f"tcp://127.0.0.1:{there.getsockname()[1]}"])
+    assert not within_reach(["tcp://127.0.0.1:9"])
+
+
 def test_no_scheduler_there(usual, monkeypatch):
     monkeypatch.setattr("distdiff.data.cluster.CONNECT", 1)
     store, index, plan, _ = usual

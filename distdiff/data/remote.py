@@ -1,0 +1,200 @@
+"""Folders and URLs behind one face, by tensorstore: ``s3://``, ``gs://``, ``http://`` and local paths.
+
+S3 finds its keys as the AWS tools do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE with ``~/.aws``, the
+machine's role), another server than Amazon's by AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL. Whoever does not answer is
+asked again for some minutes; then an `Unreachable` says who it was and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import tensorstore as ts
+
+from distdiff.files import is_url
+
+T = TypeVar("T")
+
+RETRIES = {"max_retries": 10, "initial_delay": "1s", "max_delay": "16s"}
+"""Of one request: 1 + 2 + 4 + 8 + 5 x 16 s, so a minute and a half with a second of jitter each."""
+
+MUTE = 20
+"""Seconds without a byte after which a request counts as failed; tensorstore would wait for ever."""
+
+FOR_S3 = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE"
+KEYS = {"s3": FOR_S3, "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
+
+
+class Unreachable(OSError):
+    """A place that cannot be read or written now: no answer, no access, no bucket. Nothing is known of its content."""
+
+
+def checked(url: str) -> str:
+    """The URL without a slash at its end.
+
+    Raises
+    ------
+    ValueError
+        It names no host or bucket, or holds a password or a signature: URLs are printed and logged.
+    """
+    parts = urlsplit(url)
+    if not parts.netloc and parts.scheme != "file":
+        raise ValueError(f"{url}: s3://BUCKET/PATH, gs://BUCKET/PATH or http://HOST/PATH is wanted")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: a URL with a user, a password or a query "
+            f"is refused, as URLs are printed and logged; give keys by {KEYS.get(parts.scheme, FOR_S3)}"
+        )
+    return url.rstrip("/")
+
+
+def context(cache_bytes: int = 0) -> Any:
+    """How requests are made: retries, keys, and memory for what is read again and again."""
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(MUTE))  # there is no other way to say it
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    about: dict[str, Any] = {f"{kind}_request_retries": RETRIES for kind in ("s3", "gcs", "http")}
+    about["cache_pool"] = {"total_bytes_limit": cache_bytes}
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # first in the usual order anyway; the others complain of missing files
+        about["aws_credentials"] = {"type": "environment"}
+    else:  # left out, the name is empty and no profile is read (tensorstore 0.1.86)
+        about["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE", "default")}
+    return ts.Context(about)
+
+
+def kvstore(url: str) -> dict[str, Any]:
+    """What tensorstore wants to hear of a folder, local path or URL.
+
+    Raises
+    ------
+    ValueError
+        A password in the URL or in that of the endpoint, or no kind of URL that is known.
+    """
+    if not is_url(url):
+        return {"driver": "file", "path": f"{url.rstrip('/')}/"}
+    url = checked(url)
+    if url.startswith("s3://"):
+        bucket, _, path = url.removeprefix("s3://").partition("/")
+        spec = {"driver": "s3", "bucket": bucket, "path": f"{path}/" if path else ""}
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if not endpoint:
+            return spec  # Amazon tells the bucket's region
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        return spec | {"endpoint": checked(endpoint), "aws_region": region}
+    try:
+        return ts.KvStore.Spec(f"{url}/").to_json()
+    except ValueError as error:
+        raise ValueError(f"{url}: s3://BUCKET/PATH, gs://BUCKET/PATH or http://HOST/PATH is wanted ({error})") from None
+
+
+def asked(url: str, request: Callable[[], T]) -> T:
+    """What a request gives.
+
+    Raises
+    ------
+    Unreachable
+        It was not answered, or not allowed.
+    ValueError
+        What came cannot be what was written.
+    """
+    try:
+        return request()
+    except (ValueError, RuntimeError, OSError) as error:
+        if (why := _unreachable(url, str(error))) is not None:
+            raise Unreachable(why) from error
+        raise
+
+
+def _unreachable(url: str, text: str) -> str | None:
+    """The sentence for an answer that says nothing of the content; None where it does."""
+    if not is_url(url):
+        return None
+    code, _, rest = text.partition(": ")
+    status = found[1] if (found := re.search(r"http_response_code='(\d+)'", text)) else ""
+    said = rest.split(" [")[0].strip()  # what follows may quote the request
+    said = (said if said not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
+    if "NoSuchBucket" in text:
+        return f"{url}: there is no such bucket ({said}); make it first, or look for a mistake in the name"
+    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or "credential" in text or status in ("400", "401", "403"):
+        scheme = urlsplit(url).scheme
+        return f"{url}: access denied ({said}); check {KEYS.get(scheme, 'who may read it')} and the bucket's policy"
+    if "aws_region" in text:
+        return f"{url}: no such bucket, or its region is not told ({said}); check the name, or set AWS_ENDPOINT_URL"
+    if code in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED") or status:
+        where = "the network and AWS_ENDPOINT_URL" if url.startswith("s3://") else "the network"
+        return f"{url}: no useful answer ({said}); check {where}, then run the same command again"
+    return None
+
+
+class Place:
+    """Whole files under one URL or folder.
+
+    Parameters
+    ----------
+    url
+        Folder or URL. Nothing is asked of it before the first call.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._store = asked(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result())
+        except ValueError as error:
+            raise error if url in str(error) else ValueError(f"{url}: {error}") from None
+
+    def read(self, key: str) -> bytes | None:
+        """Content of one file, None where there is none."""
+        found = asked(self.url, lambda: self._store.read(key).result())
+        return found.value if found.state == "value" else None
+
+    def holds(self, key: str, md5: bytes) -> bool:
+        """Whether a file with this MD5 is there already; false also where the place does not tell."""
+        stamp = b'\0"' + md5.hex().encode() + b'"'  # tensorstore's form of an entity tag
+        answer = asked(
+            self.url, lambda: self._store.read(key, if_not_equal=stamp, byte_range=slice(0, 1)).result()
+        )  # fmt: skip
+        return answer.state == "unspecified"
+
+    def keys(self, prefix: str = "") -> set[str]:
+        """Names of all files, or of those that begin so."""
+        of = ts.KvStore.KeyRange(prefix, f"{prefix}\x7f" if prefix else "")
+        return {key.decode() for key in asked(self.url, lambda: self._store.list(of).result())}
+
+    def write(self, key: str, content: bytes | None) -> None:
+        """Write one file, or remove it (None)."""
+        asked(self.url, lambda: self._store.write(key, content).result())
+
+
+def open_array(url: str, name: str, context_: Any = None) -> Any:
+    """One zarr v3 array of a store."""
+    place = kvstore(url)
+    place["path"] += f"{name}/"
+    spec = {"driver": "zarr3", "kvstore": place, "recheck_cached_data": False, "recheck_cached_metadata": False}
+    return asked(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result())
+
+
+def read_array(url: str, array: Any) -> np.ndarray:
+    """All of an array, or of a part of it."""
+    return asked(url, lambda: array.read().result())
+
+
+def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.ndarray]:
+    """The same rows of several arrays; neighbours on disk come in one request."""
+
+    def read() -> list[np.ndarray]:
+        with ts.Batch() as batch:
+            futures = [array[rows].read(batch=batch) for array in arrays]
+        return [future.result() for future in futures]
+
+    try:
+        return asked(url, read)
+    except Unreachable:
+        raise
+    except ValueError:
+        if not is_url(url):
+            raise
+        return asked(url, read)  # what was damaged on its way is not the next time
