@@ -1,12 +1,13 @@
 """Impute a million cells x 2,000 genes: a store to a finished file, reading and writing included.
 
 An untrained default network on made counts, a tenth of the entries hidden. The rates of a store of 65,536 cells come
-first; then each task on the whole million, if its rate says that it fits into the time left. ``busy``: share of the
+first, with and without what is off until it is measured here (draws by our own kernels, CUDA graphs); then each task on the whole million, if its rate says that it fits into the time left. ``busy``: share of the
 time in which a kernel ran.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -29,9 +30,9 @@ def main() -> None:
     part.add("made the small store", {"cells": few, "s": round(time.monotonic() - began, 1)})
     model = Model.new(CountStore.open(small).spec(()), {"kind": "counts"}, {"kind": "mlp"})
 
-    def impute(store: Path, task: str) -> dict[str, Any]:
+    def impute(store: Path, task: str, **flags: Any) -> dict[str, Any]:
         out = part.work / "imputed.zarr"
-        asked = by_hand.task_of(model, store, out, by_hand.TASKS[task] | {"device": str(DEVICE)})
+        asked = by_hand.task_of(model, store, out, by_hand.TASKS[task] | {"device": str(DEVICE)} | flags)
         began = time.perf_counter()
         with Load() as load:
             filled = job.run(asked, out, progress=False)
@@ -45,6 +46,12 @@ def main() -> None:
     rates = {
         task: part.case(f"{few:,}, {task}", 4, lambda task=task: impute(small, task)).get("cells/s") for task in ORDER
     }
+    if DEVICE.type == "cuda":
+        os.environ["DISTDIFF_FUSED"] = "1"
+        for task in ORDER:
+            part.case(f"{few:,}, {task}, fused draws", 4, lambda task=task: impute(small, task))
+            part.case(f"{few:,}, {task}, fused draws, graph", 4, lambda task=task: impute(small, task, graph=True))
+        del os.environ["DISTDIFF_FUSED"]
     began = time.monotonic()
     large = made(part.work, many, genes, seconds=20)
     part.add("made the large store", {
