@@ -1,8 +1,8 @@
 """Impute a million cells x 2,000 genes: a store to a finished file, reading and writing included.
 
 An untrained default network on made counts, a tenth of the entries hidden. The rates of a store of 65,536 cells come
-first, with and without what is off until it is measured here (draws by our own kernels, CUDA graphs); then each task on the whole million, if its rate says that it fits into the time left. ``busy``: share of the
-time in which a kernel ran.
+first, with and without what is off until it is measured here (draws by our own kernels, CUDA graphs); then each task on
+the whole million, if its rate says that it fits into the time left. ``busy``: share of the time in which a kernel ran.
 """
 
 from __future__ import annotations
