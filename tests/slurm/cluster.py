@@ -21,7 +21,7 @@ from pathlib import Path
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 
 SHORT = {
-    "cred_expire": 3,  # a job that is queued again waits as long as a credential may live: 120 s by default
+    "cred_expire": 5,  # the least; a job that is queued again waits as long as a credential may live: 120 s by default
     "KillWait": 10,
     "SlurmdTimeout": 10,  # seconds of silence after which a node counts as dead: 300 by default
     "MessageTimeout": 5,
@@ -84,7 +84,7 @@ class Cluster:
         For everything that is written; SLURM_CONF of what uses the cluster points there.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
+    def __init__(self, folder: Path, nodes: int = 3) -> None:
         self.folder, self.names = folder, [f"node{i + 1}" for i in range(nodes)]
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         self.started: dict[str, subprocess.Popen[bytes]] = {}
@@ -181,7 +181,9 @@ class Cluster:
         told = self.run("scontrol", "show", "job", "--oneliner", str(number))
         return dict(word.partition("=")[::2] for word in told.split() if "=" in word)
 
-    def wait_for_job(self, number: int, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait_for_job(
+        self, number: int, *states: str, seconds: float = 120, told: Callable[[], str] = str
+    ) -> dict[str, str]:
         """A job, once it is in one of some states (default: at its end)."""
         found: dict[str, str] = {}
 
@@ -189,7 +191,7 @@ class Cluster:
             found.update(self.job(number))
             return found["JobState"] in (states or ENDS)
 
-        self.wait(there, f"job {number} to be {' or '.join(states) or 'at its end'}", seconds, told=lambda: str(found))
+        self.wait(there, f"job {number} to be {' or '.join(states) or 'at its end'}", seconds, lambda: f"{found}\n{told()}")
         return found
 
     def wait(
@@ -237,7 +239,8 @@ def main() -> None:
         sys.exit(why)
     with Cluster(Path(sys.argv[1]).absolute()) as cluster:
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
-        signal.sigwait([signal.SIGINT, signal.SIGTERM])
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        signal.pause()
 
 
 if __name__ == "__main__":
