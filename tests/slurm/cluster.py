@@ -22,7 +22,7 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue"
 
 SHORT = {
     "cred_expire": 5,  # the least; a job that is queued again waits as long as a credential may live: 120 s by default
-    "KillWait": 10,
+    "KillWait": 5,
     "SlurmdTimeout": 10,  # seconds of silence after which a node counts as dead: 300 by default
     "MessageTimeout": 5,
 }
