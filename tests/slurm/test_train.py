@@ -91,6 +91,56 @@ def test_told_that_its_time_is_up_the_job_saves_queues_itself_and_ends_bit_equal
     assert_equal(whole, final(training.out))
 
 
+@pytest.mark.slow
+def test_the_time_limit_of_slurm_itself_is_no_end(cluster, atlas, tmp_path):
+    """Two minutes, of which the signal takes off 30 to 60 s, as SLURM looks every half minute; newer SLURMs tell the end
+    to the processes too, which must not leave by themselves: the script would take that for a failure."""
+    steps = 6000
+    training = Training(cluster, atlas, tmp_path, steps)
+    training.submit("--time=2", "--signal=B:USR1@40", "--export=ALL,SLURM_JOB_END_TIME=1", GRACE="30")
+    job = training.end(900)
+    assert job["JobState"] == "COMPLETED", training.said()
+    stops = training.stops()
+    assert int(job["Restarts"]) == len(stops) >= 1
+    assert stops == sorted(stops)
+    assert len(set(stops)) == len(stops)
+    straight = Training(cluster, atlas, tmp_path / "straight", steps)
+    straight.submit()
+    assert straight.end(900)["Restarts"] == "0"
+    assert_equal(final(straight.out), final(training.out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["main", "abrupt"])
+def test_a_better_job_takes_the_nodes_and_the_run_saves_and_goes_on(cluster, training, whole, partition):
+    """With time to leave (GraceTime), and without: then SLURM queues the job again, and kills it after KillWait."""
+    training.submit(f"--partition={partition}")
+    training.wait_for_checkpoint()
+    other = cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--output=none", "--wrap=sleep 1", cwd="/")
+    job = training.end()
+    assert cluster.job(other)["JobState"] == "COMPLETED"
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), training.said()
+    (stop,) = training.stops()
+    assert 50 <= stop < STEPS
+    assert_equal(whole, final(training.out))
+
+
+@pytest.mark.slow
+def test_a_job_that_is_broken_or_cancelled_is_not_queued_again(cluster, training):
+    training.submit()
+    training.wait_for_checkpoint()
+    cluster.run("scancel", str(training.number))
+    job = training.end()
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), training.said()
+    assert training.stops(), "what is cancelled has KillWait seconds, and saves"
+    training.config.write_text(training.config.read_text().replace("grain: 8", "grain: 7"))
+    training.submit()
+    job = training.end()
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), training.said()
+    assert "train.grain=7" in training.said()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_node_dies_and_the_job_goes_on_elsewhere(cluster, training, whole, node):
     """The first node has the batch script and the process that saves."""
