@@ -159,7 +159,9 @@ class Cluster:
             command, env=self.environment, capture_output=True, text=True, timeout=timeout, **more,  # type: ignore[call-overload]
         )  # fmt: skip
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}{self.logs()}")
+            raise RuntimeError(
+                f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}{self.logs()}"
+            )
         return done.stdout
 
     def submit(self, *words: str | Path, cwd: Path, environment: Mapping[str, str] | None = None) -> int:
@@ -192,12 +194,12 @@ class Cluster:
             found.update(self.job(number))
             return found["JobState"] in (states or ENDS)
 
-        self.wait(there, f"job {number} to be {' or '.join(states) or 'at its end'}", seconds, lambda: f"{found}\n{told()}")
+        self.wait(
+            there, f"job {number} to be {' or '.join(states) or 'at its end'}", seconds, lambda: f"{found}\n{told()}"
+        )
         return found
 
-    def wait(
-        self, ready: Callable[[], bool], what: str, seconds: float = 30, told: Callable[[], str] = str
-    ) -> None:
+    def wait(self, ready: Callable[[], bool], what: str, seconds: float = 30, told: Callable[[], str] = str) -> None:
         """Until something is so; else all logs are shown."""
         end = time.monotonic() + seconds
         while not ready():
