@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "launch" / "slurm"
 SCRIPTS = sorted(path for path in SLURM.iterdir() if path.suffix in (".sbatch", ".sh"))
 PROGRAMS = "sbatch|distdiff|python launch/\\S+|accelerate launch|mlflow server"
+RECIPES = sorted(SLURM.glob("*_dask.py"))
 MANIFESTS = sorted((ROOT / "launch" / "kubernetes").glob("*.yaml"))
 
 
@@ -37,7 +39,7 @@ def pods(tree):
 
 def commands():
     """``(where, words)`` of every command that the launch files and the README tell to run, or run."""
-    texts = [ROOT / "README.md", *SCRIPTS, *MANIFESTS, SLURM / "shard_dask.py"]
+    texts = [ROOT / "README.md", *SCRIPTS, *MANIFESTS, *RECIPES]
     for path in texts:
         text = path.read_text().replace("\\\n", " ")
         for line in re.findall(rf"^[# ]*((?:{PROGRAMS}) .*)$", text, re.MULTILINE):
@@ -71,10 +73,9 @@ def of_distdiff(words):
         for place, word in enumerate(words):
             if word.endswith(script):
                 return [task, *words[place + 1 :]]
-    if "launch/slurm/shard_dask.py" in words:
-        mine = {"--jobs", "--cores", "--memory", "--walltime", "--queue", "--account"}
-        rest = iter(words[2:])
-        return ["shard", *(word for word in rest if word not in mine or next(rest) is None)]
+    if words[1:] and words[1].endswith("_dask.py"):
+        options = runpy.run_path(str(SLURM / "workers.py"))["options"]
+        return [Path(words[1]).name.removesuffix("_dask.py"), *options(None).parse_known_args(words[2:])[1]]
     return []
 
 
@@ -97,6 +98,7 @@ def test_every_command_has_flags_that_exist():
     seen = {(where, ours[0]) for where, _, ours in found if ours}
     assert seen >= {
         ("train.sbatch", "train"), ("impute_array.sbatch", "impute"), ("shard_dask.py", "shard"),
+        ("impute_dask.py", "impute"),
         ("train-pytorchjob.yaml", "train"), ("impute-job.yaml", "impute"), ("dask-cluster.yaml", "shard"),
         ("README.md", "mlflow"),
     }  # fmt: skip
@@ -289,8 +291,8 @@ def test_the_dask_recipe_shards_with_the_workers_it_starts(counts, tmp_path):
         "    def __init__(self, **given):\n"
         "        pathlib.Path('given').write_text(repr(sorted(given.items())))\n"
         "        super().__init__(n_workers=1, threads_per_worker=1, dashboard_address=None)\n"
-        "    def scale(self, n=0, jobs=None):\n"
-        "        pathlib.Path('jobs').write_text(str(jobs)) if jobs else super().scale(n)\n"
+        "    def adapt(self, **given):\n"
+        "        pathlib.Path('jobs').write_text(repr(sorted(given.items())))\n"
     )
     counts.write_h5ad(tmp_path / "a.h5ad")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -300,5 +302,5 @@ def test_the_dask_recipe_shards_with_the_workers_it_starts(counts, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "199 cells x 30 genes" in done.stdout
-    assert (tmp_path / "jobs").read_text() == "2"
+    assert (tmp_path / "jobs").read_text() == "[('maximum_jobs', 2), ('minimum_jobs', 2)]"
     assert "('processes', 3)" in (tmp_path / "given").read_text()

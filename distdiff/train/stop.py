@@ -20,7 +20,7 @@ MARGIN = 90.0
 """Seconds before the end of a SLURM job at which a run saves and leaves by itself."""
 
 REPEAT = 5.0
-"""Seconds in which a signal that comes again is the same request: SLURM signals a whole job, and so does its launcher."""
+"""Seconds in which a signal that comes again is the same request: SLURM signals a whole job, and launchers do too."""
 
 GO_ON, SAVE, LEAVE = 0, 1, 2
 

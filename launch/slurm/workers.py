@@ -1,11 +1,9 @@
-"""What shard_dask.py and impute_dask.py share: dask workers that SLURM starts, and a command of distdiff that they do."""
+"""What shard_dask.py and impute_dask.py share: dask workers that SLURM starts, and a command that they do."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-
-from dask_jobqueue import SLURMCluster
 
 from distdiff.cli import main
 
@@ -30,6 +28,8 @@ def run(asked: argparse.Namespace, words: Sequence[str], *, processes: int, dire
 
     A job that ends early (cancelled, out of time, its node dead) is replaced by a new one.
     """
+    from dask_jobqueue import SLURMCluster
+
     with SLURMCluster(
         cores=asked.cores, processes=processes, memory=asked.memory, walltime=asked.walltime, queue=asked.queue,
         account=asked.account, interface=asked.interface, job_extra_directives=list(directives),

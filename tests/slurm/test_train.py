@@ -93,9 +93,11 @@ def test_told_that_its_time_is_up_the_job_saves_queues_itself_and_ends_bit_equal
 
 @pytest.mark.slow
 def test_the_time_limit_of_slurm_itself_is_no_end(cluster, atlas, tmp_path):
-    """Two minutes, of which the signal takes off 30 to 60 s, as SLURM looks every half minute; newer SLURMs tell the end
-    to the processes too, which must not leave by themselves: the script would take that for a failure."""
-    steps = 6000
+    """Of two minutes: SLURM looks every half minute, so the signal may come that much earlier than asked.
+
+    Newer SLURMs tell the end to the processes too. They must not leave by themselves: that would look like a failure.
+    """
+    steps = 5000
     training = Training(cluster, atlas, tmp_path, steps)
     training.submit("--time=2", "--signal=B:USR1@40", "--export=ALL,SLURM_JOB_END_TIME=1", GRACE="30")
     job = training.end(900)
