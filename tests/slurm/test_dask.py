@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 
 from distdiff.batch import impute_file
+from distdiff.data.masks import mcar
 from distdiff.data.shard import shard
 from distdiff.data.store import CountStore
 from distdiff.model import Model
@@ -102,9 +103,13 @@ def test_impute(cluster, atlas, tmp_path, cancel):
     network = {"kind": "tests.slurm.slow:Slow", "asked": 0.1 if cancel else 0.0}
     model = Model.new(CountStore.open(atlas).spec(("cell_type",)), {"kind": "counts"}, network)
     saved, out = model.save(tmp_path / "model"), tmp_path / "got.zarr"
-    impute_file(Model.load(saved), atlas, tmp_path / "want.zarr", shard_cells=10, batch_size=10, progress=False)
-    words = ("--model", saved, "--data", atlas, "--out", out, "--shard-cells", "10", "--batch-size", "10")
-    with Recipe(cluster, "impute_dask", tmp_path, "--cpu" if cancel else "--queue=main", *map(str, words)) as recipe:
+    mask = str(tmp_path / "mask.npy")
+    np.save(mask, mcar((199, 30), 0.2, np.random.default_rng(0)))
+    small = {"shard_cells": 10, "batch_size": 10, "progress": False}
+    impute_file(Model.load(saved), atlas, tmp_path / "want.zarr", mask=mask, **small)
+    words = ("--model", saved, "--data", atlas, "--out", out, "--mask", mask, "--shard-cells", "10", "--batch-size", "10")
+    jobs = "--cpu" if cancel else "--queue=main"  # the second asks for a GPU each, which here is but a name
+    with Recipe(cluster, "impute_dask", tmp_path, jobs, *map(str, words)) as recipe:
         if cancel:
             done = tmp_path / ".got.zarr.building" / "done"
             recipe.wait_for(lambda: len(recipe.jobs()) == 2 and len(list(done.glob("*.json"))) > 2, "some shards")
