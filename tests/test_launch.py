@@ -290,7 +290,7 @@ def test_the_dask_recipe_shards_with_the_workers_it_starts(counts, tmp_path):
         "class SLURMCluster(LocalCluster):\n"
         "    def __init__(self, **given):\n"
         "        pathlib.Path('given').write_text(repr(sorted(given.items())))\n"
-        "        super().__init__(n_workers=1, threads_per_worker=1, dashboard_address=None)\n"
+        "        super().__init__(n_workers=1, threads_per_worker=1, dashboard_address='127.0.0.1:0')\n"
         "    def adapt(self, **given):\n"
         "        pathlib.Path('jobs').write_text(repr(sorted(given.items())))\n"
     )

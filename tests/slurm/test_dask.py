@@ -100,14 +100,30 @@ def test_shard(cluster, counts, tmp_path, copies, cancel):
 @pytest.mark.parametrize("cancel", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_impute(cluster, atlas, tmp_path, cancel):
     """A job that is cancelled is replaced; the shard that it was at is done by another one when its claim is stale."""
-    network = {"kind": "tests.slurm.slow:Slow", "asked": 0.1 if cancel else 0.0}
-    model = Model.new(CountStore.open(atlas).spec(("cell_type",)), {"kind": "counts"}, network)
-    saved, out = model.save(tmp_path / "model"), tmp_path / "got.zarr"
+
+    def model(seconds):
+        network = {"kind": "tests.slurm.slow:Slow", "asked": seconds}
+        return Model.new(CountStore.open(atlas).spec(("cell_type",)), {"kind": "counts"}, network)
+
+    saved, out = model(0.6 if cancel else 0.0).save(tmp_path / "model"), tmp_path / "got.zarr"
     mask = str(tmp_path / "mask.npy")
     np.save(mask, mcar((199, 30), 0.2, np.random.default_rng(0)))
     small = {"shard_cells": 10, "batch_size": 10, "progress": False}
-    impute_file(Model.load(saved), atlas, tmp_path / "want.zarr", mask=mask, **small)
-    words = ("--model", saved, "--data", atlas, "--out", out, "--mask", mask, "--shard-cells", "10", "--batch-size", "10")
+    impute_file(model(0.0), atlas, tmp_path / "want.zarr", mask=mask, **small)
+    words = (
+        "--model",
+        saved,
+        "--data",
+        atlas,
+        "--out",
+        out,
+        "--mask",
+        mask,
+        "--shard-cells",
+        "10",
+        "--batch-size",
+        "10",
+    )
     jobs = "--cpu" if cancel else "--queue=main"  # the second asks for a GPU each, which here is but a name
     with Recipe(cluster, "impute_dask", tmp_path, jobs, *map(str, words)) as recipe:
         if cancel:
