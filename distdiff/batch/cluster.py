@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from distdiff.data.cluster import connect, explained
 from distdiff.files import is_url
 from distdiff.model import Model
 
+LOOK = 0.5
+"""Seconds between looks at who is there."""
+
+ALONE = 600
+"""Seconds without any worker after which none is believed to come."""
+
 
 def on_cluster(
     scheduler: str, kind: str, load: Callable[[], Model], data: str | Path | None, out: str | Path, *,
@@ -18,7 +25,7 @@ def on_cluster(
 ) -> Summary:  # fmt: skip
     """Do a task on files on a dask cluster whose workers see them: one task a worker, one worker a GPU.
 
-    A worker that joins the cluster later takes no part; one that dies leaves its shard to the others.
+    A worker that joins later takes part too; one that dies or leaves costs the shard that it was at, which others do.
 
     Parameters
     ----------
@@ -32,17 +39,33 @@ def on_cluster(
     Raises
     ------
     OSError
-        No scheduler with workers answers there, or it is lost.
+        No scheduler with workers answers there, it is lost, or its workers left and none came for ten minutes.
     """
+    paths = [None if p is None else p if is_url(p) else str(Path(p).absolute()) for p in (data, out)]
     with explained(scheduler), connect(scheduler) as client:
-        workers = list(client.scheduler_info(n_workers=-1)["workers"])
-        paths = [None if p is None else p if is_url(p) else str(Path(p).absolute()) for p in (data, out)]
-        say(f"{len(workers)} workers")
-        futures = [
-            client.submit(_work, kind, load, *paths, i, options, workers=[w], pure=False, key=f"distdiff-{kind}-{i}")
-            for i, w in enumerate(workers)
-        ]
-        return client.gather(futures)[0]
+        shares: dict[str, Any] = {}  # of each worker
+        seen, told, began = 0, 0, time.monotonic()
+        while True:
+            here = set(client.scheduler_info(n_workers=-1)["workers"])
+            if here:
+                began = time.monotonic()
+            elif time.monotonic() - began > ALONE:
+                raise OSError(
+                    f"no worker is left at {scheduler}, and none came for {ALONE} s: start some; the same command goes "
+                    "on with what is done"
+                )
+            for gone in shares.keys() - here:
+                del shares[gone]  # it is bound to its worker and would wait for it for ever
+            for new in sorted(here - shares.keys()):
+                shares[new] = client.submit(_work, kind, load, *paths, seen, options, workers=[new], pure=False)
+                seen += 1
+            if len(shares) != told:
+                told = len(shares)
+                say(f"{told} workers")
+            for share in shares.values():
+                if share.done():  # with the whole job: whoever finds nothing to do waits for the others
+                    return share.result()
+            time.sleep(LOOK)
 
 
 def _work(

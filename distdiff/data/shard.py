@@ -253,7 +253,10 @@ def _run_dask(
             number[future.key] = i
             done.add(future)
 
-    feed(2 * max(1, sum(client.nthreads().values())))
+    def room() -> int:
+        return 2 * max(1, sum(client.nthreads().values())) - len(number)  # workers come and go
+
+    feed(room())
     with _bar(tasks, what, progress) as bar:
         for future in done:
             try:
@@ -263,7 +266,7 @@ def _run_dask(
                     f"{what}: workers died again and again, most likely of memory; use fewer --workers"
                 ) from e
             bar.update()
-            feed(1)
+            feed(max(1, room()))
     return [results[i] for i in range(len(tasks))]
 
 

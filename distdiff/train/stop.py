@@ -23,6 +23,9 @@ MARGIN = 90.0
 EXCHANGE = timedelta(minutes=10)
 """How long an exchange waits for a process that lives: one may read from a slow disk, compile, write a checkpoint."""
 
+REPEAT = 5.0
+"""Seconds in which a signal that comes again is the same request: SLURM signals a whole job, and launchers do too."""
+
 GO_ON, SAVE, LEAVE = 0, 1, 2
 
 
@@ -56,6 +59,7 @@ class Stop:
         self.asked = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
         self.before: dict[signal.Signals, Any] = {}
+        self.told: dict[int, float] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python knows no other place for handlers
@@ -71,9 +75,13 @@ class Stop:
             self.pending.wait()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is a request; the second does what it always did."""
-        self.reason = signal.Signals(number).name
-        signal.signal(number, self.before[signal.Signals(number)])
+        """The first signal is a request; one that comes after `REPEAT` seconds does what it always did."""
+        now = time.monotonic()
+        if number not in self.told:
+            self.reason, self.told[number] = signal.Signals(number).name, now
+        elif now - self.told[number] > REPEAT:
+            signal.signal(number, self.before[signal.Signals(number)])
+            os.kill(os.getpid(), number)
 
     def agreed(self) -> int:
         """``GO_ON``, ``SAVE`` or ``LEAVE``, the same on every process; call it once a step."""

@@ -584,7 +584,7 @@ def test_the_workers_of_a_dask_cluster(saved, atlas, mask, tmp_path):
 
     load = functools.partial(Model.load, str(saved))
     impute_file(Model.load(saved), atlas, tmp_path / "want.zarr", mask=mask, **SMALL)
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         filled = batch.on_cluster(
             cluster.scheduler_address,
             "impute",

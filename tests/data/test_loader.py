@@ -109,7 +109,7 @@ def test_dask_workers_feed_two_ranks_and_one_may_die(atlas, usual):
     from dask.distributed import LocalCluster
 
     store, index, plan, want = usual
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster:
         address = cluster.scheduler_address
         got: dict[int, list] = {0: [], 1: []}
 

@@ -208,7 +208,7 @@ def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monke
     path = save(make_adata(sparse.csr_matrix(bad)), tmp_path / "bad.h5ad")
     from dask.distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         again = build(one, tmp_path / "there", genes="hvg:30", workers=None, scheduler=cluster.scheduler_address)
         assert again == alone
         with pytest.raises(ValueError, match=r"cell 'c77', gene 'g5': 0.5 is not a whole number"):

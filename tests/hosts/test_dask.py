@@ -72,6 +72,7 @@ def test_sharding_training_and_imputing_with_a_worker_on_another_host(hosts, cou
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["killed", "silent"])
 def test_a_host_with_scheduler_and_worker_is_lost(hosts, atlas, tmp_path, how):
     """Training ends with a sentence, and the same command goes on once they are back."""

@@ -97,6 +97,7 @@ def test_a_host_is_killed_the_other_says_so_and_both_go_on(hosts, atlas, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_other_host_is_killed(hosts, atlas, tmp_path):
     run = Run(hosts, atlas, tmp_path)
     launchers = run.under_way()
@@ -107,6 +108,7 @@ def test_the_other_host_is_killed(hosts, atlas, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_network_goes_silent_and_both_hosts_end(hosts, atlas, tmp_path):
     """No connection is closed: only time tells."""
     run = Run(hosts, atlas, tmp_path)
@@ -122,6 +124,7 @@ def test_the_network_goes_silent_and_both_hosts_end(hosts, atlas, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_network_that_comes_back_in_time_costs_nothing(hosts, atlas, tmp_path):
     run = Run(hosts, atlas, tmp_path)
     launchers = run.under_way()
@@ -133,6 +136,7 @@ def test_a_network_that_comes_back_in_time_costs_nothing(hosts, atlas, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_host_that_ends_by_an_error_does_not_leave_the_other_waiting(hosts, atlas, tmp_path):
     """The store is not where the second host looks for it, and the first waits for it to come."""
     run = Run(hosts, atlas, tmp_path)
