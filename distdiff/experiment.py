@@ -202,10 +202,10 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     store = CountStore.open(settings["store"])
     if store.manifest.fingerprint != ours.info["data"]:
         raise ValueError(f"{settings['store']} is not what the model was trained on any more")
-    store = _shared(_shared(store, ours)[0], theirs)[0]
+    store = _shared(_shared(store, ours), theirs)
     found = []
     for model in (ours, theirs):
-        on = _shared(store, model)[1]
+        on = _on(store, model)
         known = tuple(k for k, v in model.spec.labels.items() if tuple(store.manifest.labels.get(k, ())) == tuple(v))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
@@ -234,7 +234,8 @@ def evaluate_model(
     """
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
-    store, ours = _shared(store, model)
+    store = _shared(store, model)
+    ours = _on(store, model)
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,22 +257,29 @@ def evaluate_model(
     )  # fmt: skip
 
 
-def _shared(store: CountStore, model: Model) -> tuple[CountStore, Callable[[Imputer], Imputer]]:
-    """The store on the genes that the model knows, and the model's imputers for those genes."""
-    genes, have = model.spec.genes, set(store.genes)
+def _shared(store: CountStore, model: Model) -> CountStore:
+    """The store on the genes that the model knows too, in the model's order."""
+    genes, have = tuple(model.spec.genes), set(store.genes)
     panel = tuple(gene for gene in genes if gene in have)
     if not panel:
         raise ValueError(
             f"none of the store's {len(have)} genes ({', '.join(store.genes[:3])}...) is among the model's "
             f"{len(genes)} ({', '.join(genes[:3])}...); are both symbols or both Ensembl ids?"
         )
-    if panel == tuple(store.genes) == tuple(genes):
-        return store, lambda imputer: imputer
-    log.warning(
-        "evaluate: %d genes are scored; %d of the store's are unknown to the model and left out, %d of the model's are "
-        "absent and count as not measured", len(panel), len(have) - len(panel), len(genes) - len(panel),
-    )  # fmt: skip
-    return store.panel(panel), lambda imputer: OnPanel(imputer, genes, panel) if len(panel) < len(genes) else imputer
+    if panel == tuple(store.genes) == genes:
+        return store
+    if len(panel) < max(len(have), len(genes)):
+        log.warning(
+            "evaluate: %d genes are scored; %d of the store's are unknown to the model and left out, %d of the model's "
+            "are absent and count as not measured", len(panel), len(have) - len(panel), len(genes) - len(panel),
+        )  # fmt: skip
+    return store.panel(panel)
+
+
+def _on(store: CountStore, model: Model) -> Callable[[Imputer], Imputer]:
+    """Let the model's imputers answer about cells of a store whose genes it knows, whatever their order."""
+    genes, panel = tuple(model.spec.genes), tuple(store.genes)
+    return lambda imputer: imputer if panel == genes else OnPanel(imputer, genes, panel)
 
 
 OURS = "distdiff"
@@ -293,7 +301,7 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
 
     cells = store.cells(store.rows("val")[:limit], tuple(model.spec.labels))
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
-    return deviances({OURS: model.imputer(), **cheap()}, store, cells, hidden)
+    return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 
 
 def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:

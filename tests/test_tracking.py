@@ -154,6 +154,7 @@ def test_a_champion_of_other_data_is_scored_again_on_the_new_data(here, model):
 
 def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
     from distdiff.data.store import CountStore
+    from distdiff.denoise import adopt
     from distdiff.experiment import compare
 
     store = CountStore.open(atlas)
@@ -168,6 +169,20 @@ def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
     ours, theirs = compare(new, champion)
     assert 0 < ours < 100
     assert ours == pytest.approx(theirs), "untrained networks say the same of the same genes"
+    genes = list(store.genes)
+    rng = np.random.default_rng(0)
+    for order in (genes[::-1], rng.permutation(genes).tolist(), genes):
+        taught = Model.load(new)
+        for weights in taught.denoiser.parameters():
+            weights.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        one = taught.save(tmp_path / "one")
+        twin = Model.new(DataSpec(tuple(order), taught.spec.labels, np.full(len(order), 0.5, np.float32)),
+                         {"kind": "counts"}, SMALL)  # fmt: skip
+        adopt(twin.denoiser, twin.spec.genes, taught.denoiser.state_dict(), taught.spec.genes)
+        twin.info = dict(taught.info)
+        other = twin.save(tmp_path / "other")
+        for pair in ((one, other), (other, one)):
+            assert compare(*pair)[0] == pytest.approx(compare(*pair)[1], rel=1e-4), "the same network by name"
     with pytest.raises(ValueError, match="is not what the model was trained on any more"):
         compare(saved("old", store.genes, {}, "another"), champion)
 
