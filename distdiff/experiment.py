@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 
-from distdiff import tracking
+from distdiff import received, tracking
 from distdiff.component import modules, nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
@@ -33,6 +39,7 @@ from distdiff.train import checkpoint
 from distdiff.train.fit import settled
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
+from distdiff.train.owner import owned
 from distdiff.train.trace import NAME as TRACE
 
 if TYPE_CHECKING:
@@ -67,18 +74,17 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
     ValueError
         A store or config that does not fit.
     RuntimeError
-        The launcher was asked for several processes but only one runs.
+        The launcher was asked for several processes but only one runs, another run works in ``train.out``, or what
+        stands there in the end is not what this run saved.
     """
     with _products(config.train.precision):
         return _train(config, (*trust, *modules((config.process, config.denoiser))))
 
 
 def _train(config: Config, trust: Sequence[str]) -> Outcome:
-    began = time.perf_counter()
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
         store = store.panel()
-    fingerprint = store.manifest.fingerprint
     for label in config.data.labels:
         if label not in store.manifest.labels:
             raise ValueError(
@@ -92,7 +98,15 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
         kwargs_handlers=_exchange(),
     )  # fmt: skip
     check_world(accelerator)
-    main = accelerator.is_main_process
+    with owned(Path(config.train.out), main=accelerator.is_main_process):
+        return _owning(config, store, accelerator, trust)
+
+
+def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str]) -> Outcome:
+    """The experiment, by the only run that works in its folder."""
+    began, fingerprint, main = time.perf_counter(), store.manifest.fingerprint, accelerator.is_main_process
+    out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
+    going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     config = replace(config, train=settled(
         config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
@@ -102,22 +116,19 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
-    if config.train.start:
+    if config.train.start and not going_on:  # a checkpoint holds what became of those weights
         accelerator.print(_start(model, config.train.start, trust))
-    best = Path(config.train.out) / "model"
     accelerator.print(
         f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
         f"{sum(p.numel() for p in model.denoiser.parameters()):,} weights, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, config {config.digest()}"
     )
-    out, profile = Path(config.train.out), _profile(store)
     with tracking.run(
         experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
         tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
         folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile),
         judge=partial(compare, trust=trust),
-        again=main and checkpoint.find(config.train.resume, out / "checkpoints") is not None,
-        enabled=main and config.tracking.enabled,
+        again=going_on, enabled=main and config.tracking.enabled,
     ) as run:  # fmt: skip
 
         def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:
@@ -127,7 +138,8 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
             store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
             identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
             labels=config.data.labels,
-            save_best=save_best, best_is_there=best.exists(), on_log=lambda seen, numbers: run.metrics(numbers, seen),
+            save_best=save_best, standing=_standing(best, fingerprint),
+            on_log=lambda seen, numbers: run.metrics(numbers, seen),
         )  # fmt: skip
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -136,6 +148,16 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
         _after_training(progress, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
+        if _standing(best, fingerprint).get(progress.judge) != progress.best:
+            raise RuntimeError(
+                f"{best} is not the model that this run saved at step {progress.best_step} ({progress.judge} "
+                f"{progress.best}), so it is neither measured nor registered: "
+                + (
+                    "no validation gave a number"
+                    if math.isinf(progress.best)
+                    else "somebody else wrote there meanwhile"
+                )
+            )
         finished = Model.load(best, trust=trust)
         finished.denoiser.to(accelerator.device)
         measure(finished, store, labels=config.data.labels, seed=config.train.seed)
@@ -165,6 +187,15 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
             description=text, step=progress.step,
         )  # fmt: skip
     return Outcome(best, progress, report, run.run_id, run.registered)
+
+
+def _standing(model: Path, fingerprint: str) -> dict[str, float]:
+    """Validation numbers of the model that stands there, if it was trained on these data; else none."""
+    try:
+        info = received.json_of(model / "model.json")["info"]
+        return dict(info["validation"]) if info["data"] == fingerprint else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _profile(store: CountStore) -> dict[str, int]:

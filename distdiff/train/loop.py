@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +151,7 @@ def train(
     loading: Loading | None = None,
     labels: tuple[str, ...] = (),
     save_best: Callable[[Denoiser, dict[str, float]], None],
-    best_is_there: bool = True,
+    standing: Mapping[str, float],
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> Progress:
@@ -165,9 +165,10 @@ def train(
         How cells come in, and in which proportions.
     save_best
         Called on the main process with the averaged weights whenever validation improves.
-    best_is_there
-        Whether the best weights of a run that is continued are still where ``save_best`` put them; if not (it goes on
-        in another folder), its next validation counts as the best so far. The main process decides.
+    standing
+        Validation numbers of the weights that stand where ``save_best`` puts them. If they are not the best ones of a
+        run that is continued (it goes on in another folder, or from an older checkpoint), its next validation counts
+        as the best so far. The main process decides.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
 
@@ -195,7 +196,7 @@ def train(
         denoiser.load_state_dict(saved.weights)
         ema.model.load_state_dict(saved.ema)
         progress = saved.progress(Progress)
-        if not broadcast_object_list([best_is_there])[0]:
+        if not broadcast_object_list([standing.get(progress.judge) == progress.best])[0]:
             progress.best, progress.bad = math.inf, 0
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
     if settings.compile:
