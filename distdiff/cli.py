@@ -157,7 +157,8 @@ ShardCells = Annotated[int | None, typer.Option("--shard-cells", help="Cells of 
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16; auto: the second on a GPU.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda:0; auto: the GPU, if there is one.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", help="Address of a dask scheduler: its workers do it.")]
-NoLabels = Annotated[bool, typer.Option("--no-labels", help="Do not condition on obs columns.")]
+UseLabels = Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on the model's obs columns.")]
+Unseen = Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")]
 Repair = Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")]
 LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
@@ -176,15 +177,15 @@ def impute(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
     _batch(
         context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
         mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
         sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
 
@@ -199,15 +200,15 @@ def complete(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
         context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
         ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
-        precision=precision, device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair,
-        overwrite=overwrite, trust=trust,
+        precision=precision, device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify,
+        repair=repair, overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
 
@@ -219,14 +220,14 @@ def denoise(
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
         context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
         dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
 
@@ -241,15 +242,15 @@ def deepen(
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
         context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
         keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
-        device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
-        trust=trust,
+        device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
+        overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
 

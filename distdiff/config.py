@@ -96,10 +96,13 @@ class Config:
     def comparable(self, judge: str) -> str:
         """What validation scores ``judge`` on the same data must share to be compared.
 
-        A deviance is one of the same genes; a loss means the same only under the same law and mixture.
+        A deviance is one of the same genes and labels (validation tells them, and they were made from the counts); a
+        loss means the same only under the same law and mixture.
         """
         law = {k: self.identity()[k] for k in ("process", "survival")} if judge == "val/loss" else {}
-        return f"{self.data.genes}/{judge}/{hashlib.sha256(json.dumps(law, sort_keys=True).encode()).hexdigest()[:12]}"
+        labels = "".join(f"/{label}" for label in sorted(self.data.labels))
+        digest = hashlib.sha256(json.dumps(law, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.data.genes}{labels}/{judge}/{digest}"
 
     def digest(self) -> str:
         """First 12 hex digits of the SHA-256 of the resolved config."""

@@ -31,6 +31,7 @@ from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser, adopt
 from distdiff.impute import Imputer
+from distdiff.impute.labels import Told
 from distdiff.impute.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
@@ -160,7 +161,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
             )
         finished = Model.load(best, trust=trust)
         finished.denoiser.to(accelerator.device)
-        measure(finished, store, labels=config.data.labels, seed=config.train.seed)
+        measure(finished, store, labels=finished.always_told, seed=config.train.seed)
         finished.save(best)
         report = None
         if config.evaluate.enabled:
@@ -208,7 +209,8 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     """Poisson deviance of a new model and of a champion trained on other data, on what the new one was held out from.
 
     Half of the entries of the validation cells are hidden, in genes that both know. The store is the one that the new
-    model's config names. A label that the champion knows by other values is withheld from it.
+    model's config names. Labels were made from the counts that are hidden, so they are withheld; from a model that
+    never went without, only those that it knows by other values.
 
     Parameters
     ----------
@@ -237,7 +239,8 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     found = []
     for model in (ours, theirs):
         on = _on(store, model)
-        known = tuple(k for k, v in model.spec.labels.items() if tuple(store.manifest.labels.get(k, ())) == tuple(v))
+        ours_too = {k: tuple(v) for k, v in store.manifest.labels.items()}
+        known = tuple(k for k in model.always_told if ours_too.get(k) == tuple(model.spec.labels[k]))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
         found.append(deviances({OURS: on(model.imputer())}, store, cells, hidden)[OURS])
@@ -261,12 +264,17 @@ def evaluate_model(
 ) -> Report:
     """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluate``).
 
-    The genes that both know are scored, whatever their order; the model's others count as not measured.
+    The genes that both know are scored, whatever their order; the model's others count as not measured. A model with
+    labels answers without them, as its tasks do; a row of its own has them, and peeks.
     """
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
     store = _shared(store, model)
-    ours = _on(store, model)
+    on = _on(store, model)
+
+    def ours(imputer: Imputer, told: bool = bool(model.always_told)) -> Imputer:
+        return on(Told(imputer, told) if model.spec.labels else imputer)
+
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,6 +285,8 @@ def evaluate_model(
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
+    if model.spec.labels and not model.always_told:
+        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), told=True)))
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
@@ -324,13 +334,14 @@ VALIDATED = 2048
 def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int = VALIDATED) -> dict[str, float]:
     """Poisson deviance of the model and of the cheap estimators on validation cells, half of the entries hidden.
 
-    A model that a regression beats on the user's own data should not be used there; this is how one finds out.
+    A model that a regression beats on the user's own data should not be used there; this is how one finds out. None is
+    told labels (a model that never went without is).
     """
     from distdiff.data.masks import mcar
     from distdiff.evaluate import cheap, deviances
     from distdiff.rng import numpy_generator
 
-    cells = store.cells(store.rows("val")[:limit], tuple(model.spec.labels))
+    cells = store.cells(store.rows("val")[:limit], model.always_told)
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
     return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 

@@ -25,7 +25,7 @@ from distdiff.impute.conditional import Conditional
 from distdiff.impute.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
-from distdiff.tasks import Reader
+from distdiff.tasks import Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.generate import check_guidance, generate, label_codes
@@ -74,6 +74,12 @@ class Model:
         network.relative = law.relative
         options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
         return cls(law, network, spec, options)
+
+    @property
+    def always_told(self) -> tuple[str, ...]:
+        """Labels that it never went without in training (``train.label_dropout=0``): its answers need them."""
+        train = self.info.get("config", {}).get("train", {})
+        return tuple(self.spec.labels) if train.get("label_dropout", 1.0) == 0 else ()
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +203,9 @@ class Model:
             Draws from the predictive law: layers ``imputed`` (the first), ``imputed_draw2`` ...; ``mean_only`` writes
             the posterior mean alone. A draw depends on the seed and the row, not on the batch.
         use_labels
-            Condition on the obs columns that the model was trained with, where they are present.
+            Condition on the obs columns that the model was trained with; by default the answer does not know them,
+            so that their groups can be compared in it (:class:`~distdiff.tasks.Reader`). ``unseen``: values that the
+            model never saw are ``unknown``, or refused.
         **options
             The rest of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>` and of :meth:`imputer`: ``method``,
             ``steps``, ``guidance``, ``readout``, ``batch_size``, ``device`` ...
@@ -275,7 +283,7 @@ class Model:
         shrink
             Weigh in each gene's own count, as fitted on validation cells.
         **reading
-            ``use_labels``, ``batch_size``, ``device``.
+            ``use_labels``, ``unseen``, ``batch_size``, ``device``.
         """
         reader = self._reader(adata, layer, reading)
         out, name = adata.copy(), "denoised" if readout == "mean" else f"denoised_{readout}"
@@ -334,6 +342,7 @@ class Model:
 
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
+        check_labels(self, reader)
         self.denoiser.to(reader.device).eval()
         return reader
 

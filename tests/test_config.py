@@ -74,6 +74,12 @@ def test_identity_leaves_out_what_does_not_shape_the_weights():
     assert a.digest() != b.digest()
 
 
+def test_scores_of_other_labels_do_not_compare():
+    """Validation tells the labels, which were made from the counts that are hidden."""
+    plain, told = (config.load(None, ["data.store=x.zarr", f"data.labels={x}"]) for x in ("[]", "[cell_type]"))
+    assert plain.comparable("val/deviance") != told.comparable("val/deviance")
+
+
 def test_a_component_from_outside_the_tree(tmp_path, monkeypatch):
     (tmp_path / "elsewhere.py").write_text("from distdiff.process.counts import Counts\nclass Mine(Counts): pass\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -20,6 +20,7 @@ class OnPanel(Imputer):
         place = {gene: i for i, gene in enumerate(genes)}
         self.imputer, self.n_genes = imputer, len(genes)
         self.denoiser = getattr(imputer, "denoiser", None)  # whoever asks sends cells to its device
+        self.peeks = getattr(imputer, "peeks", False)
         self.at = torch.tensor([place[gene] for gene in panel])
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
