@@ -108,13 +108,14 @@ def export(
 def sync(
     folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")],
     uri: Annotated[str, typer.Option(help="The server (default: MLFLOW_TRACKING_URI).")] = "",
+    anew: Annotated[bool, typer.Option("--anew", help="Begin a run anew that the server does not know.")] = False,
     trust: Trust = None,
 ) -> None:
     """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
     from distdiff import experiment, tracking
 
     judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
-    lines = tracking.sync(folder, judge=judge, uri=uri)
+    lines = tracking.sync(folder, judge=judge, uri=uri, anew=anew)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 

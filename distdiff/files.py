@@ -26,7 +26,7 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false.
+        ``target`` exists and ``overwrite`` is false; it may have come meanwhile.
     OSError
         The disk is full: says where, and that nothing was left behind.
     """
@@ -43,7 +43,7 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        publish(temporary, target)
+        (publish if overwrite else _appear)(temporary, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
@@ -188,6 +188,22 @@ def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
         os.replace(old, target)
         raise
     remove(old)
+
+
+def _appear(temporary: Path, target: Path) -> None:
+    """Give the new one its name, unless somebody else has given it to another meanwhile."""
+    try:
+        if temporary.is_file():
+            with contextlib.suppress(PermissionError, NotImplementedError):  # file systems without links
+                os.link(temporary, target)
+                return
+        if os.path.lexists(target):
+            raise FileExistsError
+        os.rename(temporary, target)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{target} was made by another process meanwhile and was not replaced; give another name"
+        ) from None
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -245,6 +245,54 @@ def test_an_interrupted_first_use_leaves_no_half_made_database(here, monkeypatch
     assert list(here.iterdir()) == []
 
 
+def test_a_database_that_came_meanwhile_is_not_replaced(here, monkeypatch):
+    """By another launch, or by ``mlflow ui``, while ours was being made."""
+    import mlflow
+
+    os.rename("mlflow.db", "theirs.db")
+    real = mlflow.search_experiments
+
+    def meanwhile(*args, **more):
+        if not os.path.exists("mlflow.db"):
+            os.rename("theirs.db", "mlflow.db")
+            mlflow.MlflowClient(f"sqlite:///{here}/mlflow.db").create_experiment("theirs")
+        return real(*args, **more)
+
+    monkeypatch.setattr(mlflow, "search_experiments", meanwhile)
+    with a_run():
+        pass
+    names = {e.name for e in mlflow.MlflowClient(f"sqlite:///{here}/mlflow.db").search_experiments()}
+    assert names >= {"theirs", "e"}
+    assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
+
+
+def first_launch(folder, ready):
+    os.chdir(folder)
+    ready.wait(60)
+    with tracking.run(experiment="e", name="n", params={}, tags={}, folder=f"run{os.getpid()}") as run:
+        run.metrics({"loss": 1.0}, 1)
+
+
+@pytest.mark.distributed
+def test_first_launches_side_by_side_lose_no_run(tmp_path, monkeypatch):
+    import multiprocessing
+
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(3)
+    launches = [context.Process(target=first_launch, args=(tmp_path, ready)) for _ in range(3)]
+    for launch in launches:
+        launch.start()
+    for launch in launches:
+        launch.join(120)
+    assert [launch.exitcode for launch in launches] == [0, 0, 0]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert [r.data.metrics["loss"] for r in runs] == [1.0] * 3
+
+
 def test_tracking_off_is_silent(here, model):
     os.remove("mlflow.db")
     with a_run(enabled=False) as run:
@@ -386,19 +434,107 @@ def test_the_next_run_sends_what_a_killed_one_left(here, monkeypatch):
     assert runs[first.run_id].info.status == "KILLED"
 
 
-def test_a_run_is_not_sent_to_a_server_that_does_not_know_it(here, migrated, monkeypatch):
-    shutil.copy(migrated, here / "other.db")
-    with a_run():
-        pass
+def test_a_run_that_its_server_has_forgotten_is_begun_anew_only_when_asked(here, monkeypatch):
+    import mlflow
+    from typer.testing import CliRunner
+
+    from distdiff import cli
+
+    with a_run() as run:
+        run.metrics({"early": 3.0}, 1)
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "send", lambda self: 0)
         with a_run(again=True) as run:
-            run.metrics({"loss": 1.0}, 1)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/other.db")
-    with pytest.raises(RuntimeError, match=r"is not on this server.*entries stay"):
+            run.metrics({"loss": 1.0}, 2)
+    client, state = mlflow.MlflowClient(), run.spool.state
+    client.set_tag(run.run_id, "distdiff.spool", "of a server that was lost")
+    run.spool.state = {**state, "run_id": "a" * 32}
+    with pytest.raises(RuntimeError, match=r"is not on this server; .*--anew.*entries stay"):
         tracking.sync("run")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert "entries sent" in tracking.sync("run")[0]
+    assert "entries sent" in CliRunner().invoke(cli.app, ["mlflow", "sync", "run", "--anew"]).output
+    assert run.run_id not in (state["run_id"], "a" * 32)
+    stored = client.get_run(run.run_id)
+    assert (stored.data.metrics["early"], stored.data.metrics["loss"]) == (3.0, 1.0)
+    assert tracking.sync("run", anew=True) == []
+
+
+def test_a_second_server_gets_everything_once_and_the_first_is_left_alone(here, migrated, model):
+    import mlflow
+
+    shutil.copy(migrated, here / "other.db")
+    shutil.copytree(model, here / "run" / "model")
+    with a_run() as run:
+        run.metrics({"loss": 1.0}, 1)
+        run.register("pbmc", "run/model", score=1.0, data="abc", description="# A card")
+    assert not list(Path("run").rglob("*.model"))
+    there = f"sqlite:///{here}/other.db"
+    assert "now 'champion'" in tracking.sync("run", uri=there)[0]
+    assert tracking.sync("run", uri=there) == tracking.sync("run", uri=f"{there}/") == []
+    for spool in spools("run"):
+        for state in spool.path.parent.glob("*.sent-*.json"):
+            state.unlink()  # what was sent is found again on the server
+        assert "entries sent" in tracking.sync("run", uri=there)[0]
+    for uri in (there, f"sqlite:///{here}/mlflow.db"):
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
+        (stored,) = client.search_runs(["1"])
+        assert stored.data.metrics["loss"] == 1.0
+        assert stored.info.status == "FINISHED"
+        (version,) = client.search_model_versions("name = 'pbmc'")
+        assert Model.load(tracking.address.download(version.source, uri)).spec.genes == GENES
+    assert tracking.sync("run") == []
+
+
+def test_a_model_that_could_not_be_packed_is_registered_later(here, model, monkeypatch, caplog):
+    """The temporary folder is full when training ends."""
+    import errno
+
+    import mlflow
+
+    shutil.copytree(model, here / "run" / "model")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pyfunc, "save_model", full)
+        with a_run() as run:
+            run.register("pbmc", "run/model", score=1.0, data="abc", description="# A card")
+    assert run.registered.startswith("not yet")
+    assert "could not be packed (" in caplog.text
+    assert "pbmc version 1, now 'champion'" in tracking.sync("run")[0]
+    made = Model.load("run/model")
+    made.info["other"] = 1
+    for weights in made.denoiser.parameters():
+        weights.data += 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pyfunc, "save_model", full)
+        with a_run("run") as run:
+            run.register("pbmc", "run/model", score=1.0, data="abc")
+    made.save("run/model")
+    tracking.sync("run")
+    assert "holds other weights by now" in caplog.text
+    assert len(mlflow.MlflowClient().search_model_versions("name = 'pbmc'")) == 1
+
+
+@pytest.mark.parametrize("by", ["launch", "sync"])
+def test_a_killed_run_that_was_sent_does_not_stay_running(here, monkeypatch, by):
+    import mlflow
+
+    with monkeypatch.context() as patch:
+        real = Spool.append
+        patch.setattr(Spool, "append", lambda self, kind, **what: kind == "end" or real(self, kind, **what))
+        with a_run() as killed:
+            killed.metrics({"loss": 1.0}, 1)
+    assert not killed.spool.left
+    assert mlflow.get_run(killed.run_id).info.status == "RUNNING"
+    if by == "launch":
+        with a_run() as other:
+            pass
+        assert other.run_id != killed.run_id
+    else:
+        assert tracking.sync(".") == [f"run {killed.run_id}: its process was gone, now KILLED"]
+    assert mlflow.get_run(killed.run_id).info.status == "KILLED"
 
 
 def unsent(here, monkeypatch, name, uri, *entries):
