@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -38,6 +37,7 @@ from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
 from distdiff.train import checkpoint
 from distdiff.train.fit import settled
+from distdiff.train.launched import check_world
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
 from distdiff.train.owner import owned
@@ -392,34 +392,3 @@ def _exchange() -> list[KwargsHandler]:
         InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10)),
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
-
-
-def check_world(accelerator: Accelerator) -> None:
-    """Stop when the launcher was asked for more processes than accelerate sees.
-
-    ``accelerate launch --cpu --num_processes 2`` runs one process without a word (its multi-CPU launcher wants MPI).
-    """
-    asked = max(int(os.environ.get("WORLD_SIZE", "1")), _asked_of_launcher())
-    if asked != accelerator.num_processes:
-        raise RuntimeError(
-            f"{asked} processes were asked for, {accelerator.num_processes} is running: on CPU use 'accelerate launch "
-            "--config_file launch/accelerate/cpu2.yaml', or ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
-            f"{asked}"
-        )
-
-
-def _asked_of_launcher() -> int:
-    import psutil
-
-    words: Sequence[str] = ()
-    if (parent := psutil.Process().parent()) is not None:
-        try:
-            words = parent.cmdline()
-        except psutil.Error:
-            return 1
-    if not {Path(word).name for word in words[:4]} & {"accelerate", "accelerate-launch", "accelerate.commands.launch"}:
-        return 1
-    for flag, value in itertools.pairwise(words):
-        if flag in ("--num_processes", "--num-processes"):
-            return int(value)
-    return 1
