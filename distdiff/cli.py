@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -379,13 +380,19 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+HOME = re.compile(r"^(--[\w-]+=|)~(?=/|$)")
+"""``--out=~/x``: shells leave it to us."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2.
 
     DISTDIFF_DEBUG=1 shows the traceback; so does one process of several, where the first to fail explains the others.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [HOME.sub(lambda at: f"{at[1]}{Path.home()}", word) for word in given]
     try:
-        app(arguments, obj=sys.argv[1:] if arguments is None else arguments)
+        app(words, obj=words)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise

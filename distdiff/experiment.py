@@ -86,12 +86,7 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
         store = store.panel()
-    for label in config.data.labels:
-        if label not in store.manifest.labels:
-            raise ValueError(
-                f"data.labels: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
-                f"shard with --labels {label}"
-            )
+    _check_label_names(config, store)
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training here, in another precision
     accelerator = Accelerator(
@@ -101,6 +96,20 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
     check_world(accelerator)
     with owned(Path(config.train.out), main=accelerator.is_main_process):
         return _owning(config, store, accelerator, trust)
+
+
+def _check_label_names(config: Config, store: CountStore) -> None:
+    """All labels that a config names must be the store's, now and not when training is over."""
+    asked = [("data.labels", label) for label in config.data.labels]
+    asked += [("loader.strata", config.loader.strata)] if config.loader.strata else []
+    if config.evaluate.enabled and config.evaluate.cell_type:
+        asked.append(("evaluate.cell_type", config.evaluate.cell_type))
+    for where, label in asked:
+        if label not in store.manifest.labels:
+            raise ValueError(
+                f"{where}: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
+                f"shard with --labels {label}"
+            )
 
 
 def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str]) -> Outcome:
@@ -275,8 +284,6 @@ def evaluate_model(
     def ours(imputer: Imputer, told: bool = bool(model.always_told)) -> Imputer:
         return on(Told(imputer, told) if model.spec.labels else imputer)
 
-    if settings.draws < 2:
-        raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
     if isinstance(model.process, Counts) and model.process.molecules:

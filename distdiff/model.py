@@ -105,12 +105,13 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
             "info": {**self.info, "weights_sha256": hashlib.sha256(weights).hexdigest()},
         }
+        folder = Path(folder).expanduser()
         with files.whole(folder, overwrite=overwrite) as temporary:
             temporary.mkdir()
             (temporary / "weights.safetensors").write_bytes(weights)
             (temporary / "model.json").write_text(json.dumps(card, indent=1))
         self.info = card["info"]  # type: ignore[assignment]
-        return Path(folder)
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path, *, trust: Sequence[str] = ()) -> Model:
@@ -128,7 +129,7 @@ class Model:
             No model there, a damaged one (weights are compared with the sha256 that they were saved with), one of a
             newer format, or one with code from a package that is not trusted.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         try:
             card, spec, tensors = saved.read(folder, trust)
             with saved.bounded(card, tensors):

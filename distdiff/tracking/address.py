@@ -84,9 +84,10 @@ def fetch(model: str) -> Path:
         No such model in the registry, or no such folder.
     """
     if not model.startswith(("models:/", "runs:/")):
-        if not Path(model).is_dir():
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
             raise ValueError(f"no model folder at {model}; give a folder or models:/NAME@{CHAMPION}")
-        return Path(model)
+        return folder
     from mlflow.exceptions import MlflowException
 
     mlflow = library()

@@ -38,6 +38,9 @@ from distdiff.train.trace import trace
 from distdiff.train.trouble import check_finite, memory_explained
 from distdiff.types import Cells, Condition, Tensor
 
+MOST = 10**15
+"""Cells of a run, at most: its steps are counted in 64 bits, and in the floating-point numbers of the schedule."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -66,7 +69,8 @@ class Training:
     minutes
         Save and leave after so many minutes of training (0: a SLURM job leaves before its end, others never).
     patience
-        Validations without a better score after which training stops.
+        Validations without a better score after which training stops; it and ``cells`` may change when a run is
+        continued, and the learning rate then follows the new length.
     label_dropout
         Share of cells trained without their labels (guidance needs some; CD 3.4).
     precision
@@ -107,7 +111,13 @@ class Training:
         for name in ("cells", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.checkpoint_minutes <= 0 or self.minutes < 0:
+        if not self.out or not self.resume:
+            raise ValueError("train.out must be a folder, and train.resume auto, never or a checkpoint; got nothing")
+        if self.cells > MOST or not 0 <= self.seed < 2**63:
+            raise ValueError(
+                f"train.cells must be at most {MOST:,} and train.seed in [0, 2^63), got {self.cells} and {self.seed}"
+            )
+        if not (self.checkpoint_minutes > 0 and self.minutes >= 0):
             raise ValueError(
                 f"train.checkpoint_minutes must be above 0 and train.minutes not below, got {self.checkpoint_minutes} "
                 f"and {self.minutes}"
@@ -286,6 +296,12 @@ def train(
             if asked == LEAVE:
                 break
     accelerator.wait_for_everyone()
+    if progress.bad >= settings.patience:
+        accelerator.print(
+            f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was not "
+            f"better than {progress.best:.4f}, that of step {progress.best_step}, in {progress.bad} validations "
+            f"(train.patience={settings.patience}; the same command with a larger one goes on)"
+        )
     if asked == LEAVE:
         raise Stopped(
             f"stopped by {stop.reason or 'another process'} after step {progress.step} of {settings.steps}; saved in "

@@ -109,6 +109,50 @@ def test_a_run_starts_from_a_trained_model_of_other_genes(atlas, counts, tmp_pat
         experiment.train(odd)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"evaluate": {"cell_type": "celltype"}},
+            "evaluate.cell_type: .*'celltype'; did you mean 'cell_type'",
+        ),
+        ({"loader": {"strata": "celltype"}}, "loader.strata: .* no label 'celltype'"),
+        ({"data": {"labels": ["celltype"]}}, "data.labels: .* no label 'celltype'"),
+    ],
+)
+def test_labels_that_the_store_lacks_are_named_before_training(atlas, tmp_path, change, words):
+    tree = make(atlas, tmp_path / "run").as_dict()
+    for section, values in change.items():
+        tree[section] |= {"enabled": True, **values} if section == "evaluate" else values
+    with pytest.raises(ValueError, match=words):
+        experiment.train(config.parse(tree))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
+    """As the message of an early stop, and of a model that a regression beats, says: more patience, more cells."""
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": 1.0, "val/loss": 1.0})
+    short = experiment.train(make(atlas, tmp_path / "run", patience=1, eval_cells=320))
+    assert short.progress.step == 20
+    said = capsys.readouterr().out
+    assert "after step 20 of 40: val/deviance was not better than 1.0000, that of step 10, in 1 validations" in said
+    more = experiment.train(make(atlas, tmp_path / "run", patience=100, eval_cells=320))
+    assert more.progress.step == 40
+    assert "stopped early" not in capsys.readouterr().out
+    monkeypatch.setattr(loop, "validate", real)
+    longer = experiment.train(make(atlas, tmp_path / "run", cells=1920))
+    assert longer.progress.step == 60
+    with pytest.raises(ValueError, match=r"made with another config: train.seed was 0, is 1"):
+        experiment.train(make(atlas, tmp_path / "run", cells=2560, seed=1))
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["train"] |= {"cells": 1920, "patience": 100}  # as older versions of distdiff wrote them
+    state.pop(checkpoint.SEAL)
+    (newest / "state.json").write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}))
+    assert experiment.train(make(atlas, tmp_path / "run", cells=2048)).progress.step == 64
+
+
 def test_early_stop(atlas, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})
