@@ -194,16 +194,14 @@ def _appear(temporary: Path, target: Path) -> None:
     """Give the new one its name, unless somebody else has given it to another meanwhile."""
     try:
         if temporary.is_file():
-            with contextlib.suppress(PermissionError, NotImplementedError):  # file systems without links
-                os.link(temporary, target)
-                return
-        if os.path.lexists(target):
-            raise FileExistsError
+            os.link(temporary, target)
+            return
+    except OSError:  # it is there, or a file system without links
+        pass
+    if not os.path.lexists(target):
         os.rename(temporary, target)
-    except FileExistsError:
-        raise FileExistsError(
-            f"{target} was made by another process meanwhile and was not replaced; give another name"
-        ) from None
+        return
+    raise FileExistsError(f"{target} was made by another process meanwhile and was not replaced; give another name")
 
 
 def _exchange(one: Path, other: Path) -> bool:

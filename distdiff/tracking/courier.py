@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distdiff.tracking.address import public, where
 from distdiff.tracking.registry import Judge
-from distdiff.tracking.sender import Sender, short
+from distdiff.tracking.sender import Gone, Sender, short
 from distdiff.tracking.spool import Spool, spools
 
 log = logging.getLogger("distdiff")
@@ -133,6 +133,8 @@ def sync(folder: str | Path, judge: Judge | None = None, *, uri: str = "", anew:
     for sender in senders:
         try:
             lines.append(deliver(sender, anew=anew))
+        except Gone as error:
+            raise RuntimeError(f"{error}; {sender.spool.left} entries stay in {sender.spool.path}") from error
         except Exception as error:
             home = public(sender.uri) or sender.home
             raise RuntimeError(
