@@ -115,6 +115,17 @@ def test_the_quickstart_goes_on_with_the_model_it_made():
     assert lines[0][lines[0].index("--layer") + 1] == "x"
 
 
+@pytest.mark.parametrize("word", ["--model=~/m", "~/m"])
+def test_the_home_folder_is_known_where_no_shell_expands_it(tmp_path, monkeypatch, capsys, word):
+    from distdiff.cli import main
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = [word] if word.startswith("--") else ["--model", word]
+    with pytest.raises(SystemExit):
+        main(["impute", *words, "--data", "x.h5ad", "--out", "y.h5ad"])
+    assert f"no model folder at {tmp_path}/m" in capsys.readouterr().err
+
+
 def test_tasks_on_files(atlas, tmp_path, monkeypatch, capsys):
     from distdiff.cli import main
     from distdiff.data.store import CountStore
