@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,13 +122,14 @@ def upload(
 def sync(
     folder: Annotated[Path, typer.Argument(help="train.out of a run, or a folder of many.")],
     uri: Annotated[str, typer.Option(help="The server (default: MLFLOW_TRACKING_URI).")] = "",
+    anew: Annotated[bool, typer.Option("--anew", help="Begin a run anew that the server does not know.")] = False,
     trust: Trust = None,
 ) -> None:
     """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
     from distdiff import experiment, tracking
 
     judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
-    lines = tracking.sync(folder, judge=judge, uri=uri)
+    lines = tracking.sync(folder, judge=judge, uri=uri, anew=anew)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 
@@ -171,7 +173,8 @@ ShardCells = Annotated[int | None, typer.Option("--shard-cells", help="Cells of 
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16; auto: the second on a GPU.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda:0; auto: the GPU, if there is one.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", help="Address of a dask scheduler: its workers do it.")]
-NoLabels = Annotated[bool, typer.Option("--no-labels", help="Do not condition on obs columns.")]
+UseLabels = Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on the model's obs columns.")]
+Unseen = Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")]
 Repair = Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")]
 LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
@@ -190,15 +193,15 @@ def impute(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
     _batch(
         context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
         mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
         sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
 
@@ -213,15 +216,15 @@ def complete(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
         context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
         ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
-        precision=precision, device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair,
-        overwrite=overwrite, trust=trust,
+        precision=precision, device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify,
+        repair=repair, overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
 
@@ -233,14 +236,14 @@ def denoise(
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
         context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
         dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
+        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
 
@@ -255,15 +258,15 @@ def deepen(
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, no_labels: NoLabels = False, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
         context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
         keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
-        device=device, scheduler=scheduler, use_labels=not no_labels, verify=verify, repair=repair, overwrite=overwrite,
-        trust=trust,
+        device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
+        overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
 
@@ -391,13 +394,19 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+HOME = re.compile(r"^(--[\w-]+=|)~(?=/|$)")
+"""``--out=~/x``: shells leave it to us."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2.
 
     DISTDIFF_DEBUG=1 shows the traceback; so does one process of several, where the first to fail explains the others.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [HOME.sub(lambda at: f"{at[1]}{Path.home()}", word) for word in given]
     try:
-        app(arguments, obj=sys.argv[1:] if arguments is None else arguments)
+        app(words, obj=words)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise

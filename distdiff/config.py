@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +38,12 @@ class Data:
     genes: Literal["all", "panel"] = "all"
     labels: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.store:
+            raise ValueError("data.store must be the folder or URL of a store, got nothing")
+        if len(set(self.labels)) < len(self.labels) or "" in self.labels:
+            raise ValueError(f"data.labels must name each label once, got {list(self.labels)}")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -52,6 +61,19 @@ class Evaluation:
     cell_type: str | None = None
     repaint_steps: int = 100
 
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"evaluate.rate must lie between 0 and 1, got {self.rate}")
+        if self.draws < 2:
+            raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {self.draws}")
+        if self.cells < 1 or self.repaint_steps < 0:
+            raise ValueError(
+                f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, got {self.cells} and "
+                f"{self.repaint_steps}"
+            )
+        if self.protocol == "paper" and not self.cell_type:
+            raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type, --cell-type)")
+
 
 @dataclass(frozen=True)
 class Tracking:
@@ -60,6 +82,13 @@ class Tracking:
     enabled: bool = True
     experiment: str = "distdiff"
     model: str = "distdiff"
+
+    def __post_init__(self) -> None:
+        for name, refused in (("experiment", ""), ("model", "/:@'\"`")):
+            value = getattr(self, name)
+            if not value.strip() or not value.isprintable() or set(value) & set(refused):
+                but = f" and none of {' '.join(refused)}" if refused else ""
+                raise ValueError(f"tracking.{name} must be a name of printable characters{but}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +114,7 @@ class Config:
         whole = self.as_dict()
         for name in (
             "out", "resume", "compile", "graph", "trace", "accumulate", "eval_cells", "checkpoint_cells",
-            "checkpoint_minutes", "keep", "minutes",
+            "checkpoint_minutes", "keep", "minutes", *CHANGEABLE,
         ):  # fmt: skip
             whole["train"].pop(name)
         if whole["train"]["noise"] == "streams":  # as it was before there was a choice
@@ -98,10 +127,13 @@ class Config:
     def comparable(self, judge: str) -> str:
         """What validation scores ``judge`` on the same data must share to be compared.
 
-        A deviance is one of the same genes; a loss means the same only under the same law and mixture.
+        A deviance is one of the same genes and labels (validation tells them, and they were made from the counts); a
+        loss means the same only under the same law and mixture.
         """
         law = {k: self.identity()[k] for k in ("process", "survival")} if judge == "val/loss" else {}
-        return f"{self.data.genes}/{judge}/{hashlib.sha256(json.dumps(law, sort_keys=True).encode()).hexdigest()[:12]}"
+        labels = "".join(f"/{label}" for label in sorted(self.data.labels))
+        digest = hashlib.sha256(json.dumps(law, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.data.genes}{labels}/{judge}/{digest}"
 
     def digest(self) -> str:
         """First 12 hex digits of the SHA-256 of the resolved config."""
@@ -117,9 +149,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         Unreadable file, unknown key (the nearest one is told), wrong type or literal, an override without ``=``.
     """
     raw: Any = {}
+    text: Any = {}
     if path is not None:
+        path = Path(path).expanduser()
         try:
-            raw = yaml.safe_load(Path(path).read_text()) or {}
+            written = path.read_text()
+            raw, text = yaml.safe_load(written) or {}, yaml.load(written, yaml.BaseLoader) or {}
         except FileNotFoundError:
             raise ValueError(f"config file {path} does not exist") from None
         except yaml.YAMLError as error:
@@ -130,28 +165,29 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         key, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"override {override!r} must read key=value, for example optim.lr=1e-4")
-        node = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
-        node[last] = _scalar(value)
-    return parse(raw, where=str(path) if path else "config")
+        try:
+            read, words = _scalar(value), yaml.load(value, yaml.BaseLoader)
+        except yaml.YAMLError:
+            read = words = value
+        for tree, leaf in ((raw, read), (text, value if words is None else words)):
+            node = tree
+            *parents, last = key.split(".")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+                if not isinstance(node, dict):
+                    raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+            node[last] = leaf
+    return parse(_as_text(typing.get_type_hints(Config), raw, text), where=str(path) if path else "config")
 
 
 def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     """Validate a nested mapping into a :class:`Config`, the components' options included."""
     _check_keys(Config, raw, where)
-    raw = dict(raw)
-    parts: tuple[tuple[str, type, str, int], ...] = (
-        ("process", Process, "counts", 0),
-        ("denoiser", Denoiser, "mlp", 2),
-    )
-    for section, base, kind, given in parts:
+    raw = _at_home(raw)
+    for section, base, kind, given in SECTIONS:
         options = raw.get(section, {})
         if isinstance(options, Mapping):
-            raw[section] = complete(base, {"kind": kind, **options}, given=given)
+            raw[section] = _checked(base, complete(base, {"kind": kind, **options}, given=given), section)
     train = raw.get("train")
     if isinstance(train, Mapping) and train.get("batch") == "auto":
         raw["train"] = {**train, "batch": 0}
@@ -164,6 +200,8 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
         if first["type"] == "literal_error":
             allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ",").split(",")]
             message = message + nearest(str(value), allowed)
+        if first["type"] == "value_error":  # of the section's own checks, which name the key
+            raise ValueError(f"{where}: {first['ctx']['error']}") from None
         if first["type"] == "missing":
             raise ValueError(f"{where}: {place} is missing") from None
         raise ValueError(f"{where}: {place}={value!r}: {message}") from None
@@ -180,12 +218,97 @@ def _check_keys(cls: type, raw: Mapping[str, Any], where: str) -> None:
             _check_keys(typing.cast(type, hints[key]), value, f"{where}: {key}")
 
 
+PATHS = (("data", "store"), ("train", "out"), ("train", "start"), ("train", "resume"))
+"""Values in which ``~`` is the home folder."""
+
+CHANGEABLE = ("cells", "patience")
+"""Of ``train``: how long to go on. A run that is continued may change it; the learning rate follows the new length."""
+
+SECTIONS: tuple[tuple[str, type, str, int], ...] = (("process", Process, "counts", 0), ("denoiser", Denoiser, "mlp", 2))
+"""Components of a config: section, base, kind by default, and constructor arguments that are no options."""
+
+
+def _at_home(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with ``~`` expanded in paths."""
+    raw = dict(raw)
+    for section, key in PATHS:
+        part = raw.get(section)
+        if isinstance(part, Mapping) and isinstance(part.get(key), str) and part[key].startswith("~"):
+            raw[section] = {**part, key: os.path.expanduser(part[key])}
+    return raw
+
+
+def _as_text(hints: Mapping[str, Any], read: Any, text: Any) -> Any:
+    """``read``, as YAML reads it, with the very words where text is wanted: ``no``, ``12345``; names by commas."""
+    if not (isinstance(read, Mapping) and isinstance(text, Mapping)):
+        return read
+    found = dict(read)
+    for key, value in read.items():
+        hint, words = hints.get(key), text.get(key)
+        if dataclasses.is_dataclass(hint):
+            found[key] = _as_text(typing.get_type_hints(hint), value, words)
+        elif isinstance(value, Mapping):
+            section = next((s for s in SECTIONS if s[0] == key), None)
+            found[key] = _as_text(_option_types(section, value), value, words) if section else value
+        elif hint == tuple[str, ...]:
+            if isinstance(words, str):
+                found[key] = [word.strip() for word in words.split(",") if word.strip()]
+            elif isinstance(words, list):
+                found[key] = words
+        elif isinstance(words, str) and _is_text(hint) and (value is not None or hint is str):
+            found[key] = words
+        elif hint in (int, float):
+            found[key] = _number(value)
+    return found
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether nothing but text is wanted (or none)."""
+    if typing.get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in typing.get_args(hint))
+    return hint in (str, str | None)
+
+
+def _option_types(section: tuple[str, type, str, int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Type of the default of each option of a component; none where there is no such component."""
+    _, base, kind, given = section
+    try:
+        defaults = complete(base, {"kind": options.get("kind", kind)}, given=given)
+    except (ValueError, TypeError):
+        return {}
+    return {name: type(value) for name, value in defaults.items()}
+
+
+def _checked(base: type, options: dict[str, Any], section: str) -> dict[str, Any]:
+    """Options of a component, numbers as its defaults are: whole, finite, at least 1 (0 where that is the default)."""
+    defaults = complete(base, {"kind": options["kind"]}, given=next(g for s, _, _, g in SECTIONS if s == section))
+    found = dict(options)
+    for name, value in options.items():
+        default = defaults.get(name)
+        wrong = ""
+        if isinstance(default, bool):
+            wrong = "" if isinstance(value, bool) else "yes or no"
+        elif isinstance(default, int):
+            least = min(1, default)
+            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            wrong = "" if whole and not isinstance(value, bool) and value >= least else f"a whole number >= {least}"
+            found[name] = value if wrong else int(value)
+        elif isinstance(default, float):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            wrong = "" if number and math.isfinite(value) else "a number"
+        if wrong:
+            raise ValueError(f"{section}.{name} must be {wrong}, got {value!r}")
+    return found
+
+
 def _scalar(text: str) -> Any:
     """YAML's reading of a value, with ``1e-4`` taken as a number."""
-    value = yaml.safe_load(text)
+    return _number(yaml.safe_load(text))
+
+
+def _number(value: Any) -> Any:
+    """Text that is a number, to Python though not to YAML, as that number."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            return value
     return value

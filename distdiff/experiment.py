@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +16,30 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 
-from distdiff import files, tracking
+from distdiff import files, received, tracking
 from distdiff.component import modules, nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store import CountStore
 from distdiff.denoise import Denoiser, adopt
 from distdiff.impute import Imputer
+from distdiff.impute.labels import Told
 from distdiff.impute.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
 from distdiff.train import checkpoint
 from distdiff.train.fit import settled
+from distdiff.train.launched import check_world
 from distdiff.train.loop import Progress
 from distdiff.train.loop import train as fit
+from distdiff.train.owner import owned
 from distdiff.train.peers import Peers
 from distdiff.train.stop import EXCHANGE
 from distdiff.train.trace import NAME as TRACE
@@ -68,7 +76,8 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
     ValueError
         A store or config that does not fit.
     RuntimeError
-        The launcher was asked for several processes but only one runs.
+        The launcher was asked for several processes but only one runs, another run works in ``train.out``, or what
+        stands there in the end is not what this run saved.
     Lost
         Another process, or machine, of the run is gone.
     """
@@ -77,18 +86,11 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
 
 
 def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
-    began = time.perf_counter()
     files.local(config.train.out)
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
         store = store.panel()
-    fingerprint = store.manifest.fingerprint
-    for label in config.data.labels:
-        if label not in store.manifest.labels:
-            raise ValueError(
-                f"data.labels: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
-                f"shard with --labels {label}"
-            )
+    _check_label_names(config, store)
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training here, in another precision
     accelerator = Accelerator(
@@ -96,7 +98,29 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
         kwargs_handlers=_exchange(),
     )  # fmt: skip
     check_world(accelerator)
-    main = accelerator.is_main_process
+    with owned(Path(config.train.out), main=accelerator.is_main_process):
+        return _owning(config, store, accelerator, trust, peers)
+
+
+def _check_label_names(config: Config, store: CountStore) -> None:
+    """All labels that a config names must be the store's, now and not when training is over."""
+    asked = [("data.labels", label) for label in config.data.labels]
+    asked += [("loader.strata", config.loader.strata)] if config.loader.strata else []
+    if config.evaluate.enabled and config.evaluate.cell_type:
+        asked.append(("evaluate.cell_type", config.evaluate.cell_type))
+    for where, label in asked:
+        if label not in store.manifest.labels:
+            raise ValueError(
+                f"{where}: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
+                f"shard with --labels {label}"
+            )
+
+
+def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str], peers: Peers) -> Outcome:
+    """The experiment, by the only run that works in its folder."""
+    began, fingerprint, main = time.perf_counter(), store.manifest.fingerprint, accelerator.is_main_process
+    out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
+    going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     config = replace(config, train=settled(
         config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
@@ -106,22 +130,19 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
-    if config.train.start:
+    if config.train.start and not going_on:  # a checkpoint holds what became of those weights
         accelerator.print(_start(model, config.train.start, trust))
-    best = Path(config.train.out) / "model"
     accelerator.print(
         f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
         f"{sum(p.numel() for p in model.denoiser.parameters()):,} weights, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, config {config.digest()}"
     )
-    out, profile = Path(config.train.out), _profile(store)
     with tracking.run(
         experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
         tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
         folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile),
         judge=partial(compare, trust=trust),
-        again=main and checkpoint.find(config.train.resume, out / "checkpoints") is not None,
-        enabled=main and config.tracking.enabled,
+        again=going_on, enabled=main and config.tracking.enabled,
     ) as run:  # fmt: skip
 
         def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:
@@ -131,8 +152,8 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
             store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
             identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
             labels=config.data.labels,
-            save_best=save_best, best_is_there=best.exists(), on_log=lambda seen, numbers: run.metrics(numbers, seen),
-            peers=peers,
+            save_best=save_best, standing=_standing(best, fingerprint),
+            on_log=lambda seen, numbers: run.metrics(numbers, seen), peers=peers,
         )  # fmt: skip
         accelerator.wait_for_everyone()
         peers.close()
@@ -142,9 +163,19 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
         _after_training(progress, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
+        if _standing(best, fingerprint).get(progress.judge) != progress.best:
+            raise RuntimeError(
+                f"{best} is not the model that this run saved at step {progress.best_step} ({progress.judge} "
+                f"{progress.best}), so it is neither measured nor registered: "
+                + (
+                    "no validation gave a number"
+                    if math.isinf(progress.best)
+                    else "somebody else wrote there meanwhile"
+                )
+            )
         finished = Model.load(best, trust=trust)
         finished.denoiser.to(accelerator.device)
-        measure(finished, store, labels=config.data.labels, seed=config.train.seed)
+        measure(finished, store, labels=finished.always_told, seed=config.train.seed)
         finished.save(best)
         report = None
         if config.evaluate.enabled:
@@ -173,6 +204,15 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
     return Outcome(best, progress, report, run.run_id, run.registered)
 
 
+def _standing(model: Path, fingerprint: str) -> dict[str, float]:
+    """Validation numbers of the model that stands there, if it was trained on these data; else none."""
+    try:
+        info = received.json_of(model / "model.json")["info"]
+        return dict(info["validation"]) if info["data"] == fingerprint else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _profile(store: CountStore) -> dict[str, int]:
     """Numbers that describe a store."""
     splits = zip(("training cells", "validation cells", "test cells"), store.manifest.split.n_cells, strict=True)
@@ -183,7 +223,8 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     """Poisson deviance of a new model and of a champion trained on other data, on what the new one was held out from.
 
     Half of the entries of the validation cells are hidden, in genes that both know. The store is the one that the new
-    model's config names. A label that the champion knows by other values is withheld from it.
+    model's config names. Labels were made from the counts that are hidden, so they are withheld; from a model that
+    never went without, only those that it knows by other values.
 
     Parameters
     ----------
@@ -208,11 +249,12 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     store = CountStore.open(settings["store"])
     if store.manifest.fingerprint != ours.info["data"]:
         raise ValueError(f"{settings['store']} is not what the model was trained on any more")
-    store = _shared(_shared(store, ours)[0], theirs)[0]
+    store = _shared(_shared(store, ours), theirs)
     found = []
     for model in (ours, theirs):
-        on = _shared(store, model)[1]
-        known = tuple(k for k, v in model.spec.labels.items() if tuple(store.manifest.labels.get(k, ())) == tuple(v))
+        on = _on(store, model)
+        ours_too = {k: tuple(v) for k, v in store.manifest.labels.items()}
+        known = tuple(k for k in model.always_told if ours_too.get(k) == tuple(model.spec.labels[k]))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
         found.append(deviances({OURS: on(model.imputer())}, store, cells, hidden)[OURS])
@@ -236,13 +278,17 @@ def evaluate_model(
 ) -> Report:
     """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluate``).
 
-    The genes that both know are scored, whatever their order; the model's others count as not measured.
+    The genes that both know are scored, whatever their order; the model's others count as not measured. A model with
+    labels answers without them, as its tasks do; a row of its own has them, and peeks.
     """
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
-    store, ours = _shared(store, model)
-    if settings.draws < 2:
-        raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")
+    store = _shared(store, model)
+    on = _on(store, model)
+
+    def ours(imputer: Imputer, told: bool = bool(model.always_told)) -> Imputer:
+        return on(Told(imputer, told) if model.spec.labels else imputer)
+
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
     if isinstance(model.process, Counts) and model.process.molecules:
@@ -251,6 +297,8 @@ def evaluate_model(
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
+    if model.spec.labels and not model.always_told:
+        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), told=True)))
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
@@ -262,22 +310,29 @@ def evaluate_model(
     )  # fmt: skip
 
 
-def _shared(store: CountStore, model: Model) -> tuple[CountStore, Callable[[Imputer], Imputer]]:
-    """The store on the genes that the model knows, and the model's imputers for those genes."""
-    genes, have = model.spec.genes, set(store.genes)
+def _shared(store: CountStore, model: Model) -> CountStore:
+    """The store on the genes that the model knows too, in the model's order."""
+    genes, have = tuple(model.spec.genes), set(store.genes)
     panel = tuple(gene for gene in genes if gene in have)
     if not panel:
         raise ValueError(
             f"none of the store's {len(have)} genes ({', '.join(store.genes[:3])}...) is among the model's "
             f"{len(genes)} ({', '.join(genes[:3])}...); are both symbols or both Ensembl ids?"
         )
-    if panel == tuple(store.genes) == tuple(genes):
-        return store, lambda imputer: imputer
-    log.warning(
-        "evaluate: %d genes are scored; %d of the store's are unknown to the model and left out, %d of the model's are "
-        "absent and count as not measured", len(panel), len(have) - len(panel), len(genes) - len(panel),
-    )  # fmt: skip
-    return store.panel(panel), lambda imputer: OnPanel(imputer, genes, panel) if len(panel) < len(genes) else imputer
+    if panel == tuple(store.genes) == genes:
+        return store
+    if len(panel) < max(len(have), len(genes)):
+        log.warning(
+            "evaluate: %d genes are scored; %d of the store's are unknown to the model and left out, %d of the model's "
+            "are absent and count as not measured", len(panel), len(have) - len(panel), len(genes) - len(panel),
+        )  # fmt: skip
+    return store.panel(panel)
+
+
+def _on(store: CountStore, model: Model) -> Callable[[Imputer], Imputer]:
+    """Let the model's imputers answer about cells of a store whose genes it knows, whatever their order."""
+    genes, panel = tuple(model.spec.genes), tuple(store.genes)
+    return lambda imputer: imputer if panel == genes else OnPanel(imputer, genes, panel)
 
 
 OURS = "distdiff"
@@ -291,15 +346,16 @@ VALIDATED = 2048
 def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int = VALIDATED) -> dict[str, float]:
     """Poisson deviance of the model and of the cheap estimators on validation cells, half of the entries hidden.
 
-    A model that a regression beats on the user's own data should not be used there; this is how one finds out.
+    A model that a regression beats on the user's own data should not be used there; this is how one finds out. None is
+    told labels (a model that never went without is).
     """
     from distdiff.data.masks import mcar
     from distdiff.evaluate import cheap, deviances
     from distdiff.rng import numpy_generator
 
-    cells = store.cells(store.rows("val")[:limit], tuple(model.spec.labels))
+    cells = store.cells(store.rows("val")[:limit], model.always_told)
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
-    return deviances({OURS: model.imputer(), **cheap()}, store, cells, hidden)
+    return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 
 
 def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
@@ -348,34 +404,3 @@ def _exchange() -> list[KwargsHandler]:
         InitProcessGroupKwargs(backend=backend, timeout=EXCHANGE),
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
-
-
-def check_world(accelerator: Accelerator) -> None:
-    """Stop when the launcher was asked for more processes than accelerate sees.
-
-    ``accelerate launch --cpu --num_processes 2`` runs one process without a word (its multi-CPU launcher wants MPI).
-    """
-    asked = max(int(os.environ.get("WORLD_SIZE", "1")), _asked_of_launcher())
-    if asked != accelerator.num_processes:
-        raise RuntimeError(
-            f"{asked} processes were asked for, {accelerator.num_processes} is running: on CPU use 'accelerate launch "
-            "--config_file launch/accelerate/cpu2.yaml', or ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
-            f"{asked}"
-        )
-
-
-def _asked_of_launcher() -> int:
-    import psutil
-
-    words: Sequence[str] = ()
-    if (parent := psutil.Process().parent()) is not None:
-        try:
-            words = parent.cmdline()
-        except psutil.Error:
-            return 1
-    if not {Path(word).name for word in words[:4]} & {"accelerate", "accelerate-launch", "accelerate.commands.launch"}:
-        return 1
-    for flag, value in itertools.pairwise(words):
-        if flag in ("--num_processes", "--num-processes"):
-            return int(value)
-    return 1

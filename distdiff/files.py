@@ -48,7 +48,7 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false.
+        ``target`` exists and ``overwrite`` is false; it may have come meanwhile.
     OSError
         The disk is full: says where, and that nothing was left behind.
     ValueError
@@ -67,7 +67,7 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        publish(temporary, target)
+        (publish if overwrite else _appear)(temporary, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
@@ -212,6 +212,20 @@ def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
         os.replace(old, target)
         raise
     remove(old)
+
+
+def _appear(temporary: Path, target: Path) -> None:
+    """Give the new one its name, unless somebody else has given it to another meanwhile."""
+    try:
+        if temporary.is_file():
+            os.link(temporary, target)
+            return
+    except OSError:  # it is there, or a file system without links
+        pass
+    if not os.path.lexists(target):
+        os.rename(temporary, target)
+        return
+    raise FileExistsError(f"{target} was made by another process meanwhile and was not replaced; give another name")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -26,7 +26,7 @@ from distdiff.impute.graphed import Graphed
 from distdiff.impute.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
-from distdiff.tasks import Reader
+from distdiff.tasks import Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.generate import check_guidance, generate, label_codes
@@ -76,6 +76,12 @@ class Model:
         options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
         return cls(law, network, spec, options)
 
+    @property
+    def always_told(self) -> tuple[str, ...]:
+        """Labels that it never went without in training (``train.label_dropout=0``): its answers need them."""
+        train = self.info.get("config", {}).get("train", {})
+        return tuple(self.spec.labels) if train.get("label_dropout", 1.0) == 0 else ()
+
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
@@ -100,12 +106,13 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
             "info": {**self.info, "weights_sha256": hashlib.sha256(weights).hexdigest()},
         }
+        folder = Path(folder).expanduser()
         with files.whole(folder, overwrite=overwrite) as temporary:
             temporary.mkdir()
             (temporary / "weights.safetensors").write_bytes(weights)
             (temporary / "model.json").write_text(json.dumps(card, indent=1))
         self.info = card["info"]  # type: ignore[assignment]
-        return Path(folder)
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path, *, trust: Sequence[str] = ()) -> Model:
@@ -123,7 +130,7 @@ class Model:
             No model there, a damaged one (weights are compared with the sha256 that they were saved with), one of a
             newer format, or one with code from a package that is not trusted.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         try:
             card, spec, tensors = saved.read(folder, trust)
             with saved.bounded(card, tensors):
@@ -206,7 +213,9 @@ class Model:
             Draws from the predictive law: layers ``imputed`` (the first), ``imputed_draw2`` ...; ``mean_only`` writes
             the posterior mean alone. A draw depends on the seed and the row, not on the batch.
         use_labels
-            Condition on the obs columns that the model was trained with, where they are present.
+            Condition on the obs columns that the model was trained with; by default the answer does not know them,
+            so that their groups can be compared in it (:class:`~distdiff.tasks.Reader`). ``unseen``: values that the
+            model never saw are ``unknown``, or refused.
         **options
             The rest of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>` and of :meth:`imputer`: ``method``,
             ``steps``, ``guidance``, ``readout``, ``batch_size``, ``device`` ...
@@ -284,7 +293,7 @@ class Model:
         shrink
             Weigh in each gene's own count, as fitted on validation cells.
         **reading
-            ``use_labels``, ``batch_size``, ``device``.
+            ``use_labels``, ``unseen``, ``batch_size``, ``device``.
         """
         reader = self._reader(adata, layer, reading)
         out, name = adata.copy(), "denoised" if readout == "mean" else f"denoised_{readout}"
@@ -343,6 +352,7 @@ class Model:
 
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
+        check_labels(self, reader)
         self.denoiser.to(reader.device).eval()
         return reader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from pathlib import Path
 
@@ -85,13 +86,18 @@ def run(
         tracking.attach(out / "run", figure)
     print(f"\n{outcome.report.to_text()}\n")
     _paths(out, figure, outcome, time.perf_counter() - began)
-    print(_NEXT.format(name=name, store=store, data=data, imputed=out / "dropout.h5ad", groups=cell_type or "leiden"))
+    print(after(outcome.model, store, data, out / "dropout.h5ad", groups=cell_type or "leiden", layer=layer))
 
 
-_NEXT = """Next:
-  distdiff impute --model models:/{name}@champion --data {data} --sites dropout --groups {groups} --out {imputed}
-  distdiff evaluate --model models:/{name}@champion --data {store} --rate 0.25
-  mlflow ui --backend-store-uri sqlite:///mlflow.db"""
+def after(model: Path, store: Path, data: Path, imputed: Path, *, groups: str, layer: str | None = None) -> str:
+    """What to run next; the model is named by its folder, as the registry's champion may be one of other data."""
+    of = f"--model {shlex.quote(str(model))} --data"
+    counts = shlex.quote(str(data)) + (f" --layer {shlex.quote(layer)}" if layer else "")
+    return (
+        f"Next:\n  distdiff impute {of} {counts} --sites dropout --groups {shlex.quote(groups)} "
+        f"--out {shlex.quote(str(imputed))}\n  distdiff evaluate {of} {shlex.quote(str(store))} --rate 0.25\n"
+        "  mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    )
 
 
 def settings(store: Path, out: Path, cell_type: str | None, name: str) -> dict[str, object]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -98,6 +100,30 @@ def test_quickstart_interrupted_then_run_twice(tmp_path):
         assert (tmp_path / "distdiff-quickstart" / name).stat().st_size > 1000
     again = distdiff("quickstart", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+
+
+def test_the_quickstart_goes_on_with_the_model_it_made():
+    from distdiff.quickstart import after
+    from tests.test_launch import parse
+
+    text = after(Path("my runs/run/model"), Path("a.zarr"), Path("b.h5ad"), Path("c.h5ad"), groups="T cells", layer="x")
+    lines = [shlex.split(line) for line in text.splitlines() if line.strip().startswith("distdiff ")]
+    assert [words[1] for words in lines] == ["impute", "evaluate"]
+    for words in lines:
+        assert words[words.index("--model") + 1] == "my runs/run/model"
+        parse(words[1:])
+    assert lines[0][lines[0].index("--layer") + 1] == "x"
+
+
+@pytest.mark.parametrize("word", ["--model=~/m", "~/m"])
+def test_the_home_folder_is_known_where_no_shell_expands_it(tmp_path, monkeypatch, capsys, word):
+    from distdiff.cli import main
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = [word] if word.startswith("--") else ["--model", word]
+    with pytest.raises(SystemExit):
+        main(["impute", *words, "--data", "x.h5ad", "--out", "y.h5ad"])
+    assert f"no model folder at {tmp_path}/m" in capsys.readouterr().err
 
 
 def test_tasks_on_files(atlas, tmp_path, monkeypatch, capsys):

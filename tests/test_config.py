@@ -38,6 +38,94 @@ def test_overrides_are_typed():
 
 
 @pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("loader.resident=no", ("loader", "resident"), "no"),
+        ("loader.resident=yes", ("loader", "resident"), "yes"),
+        ("train.out=12345", ("train", "out"), "12345"),
+        ("train.out=2024-01-02", ("train", "out"), "2024-01-02"),
+        ("train.out=1e5", ("train", "out"), "1e5"),
+        ("train.out=nan", ("train", "out"), "nan"),
+        ("train.start=", ("train", "start"), ""),
+        ("tracking.model=null", ("tracking", "model"), "null"),
+        ("data.labels=cell_type", ("data", "labels"), ("cell_type",)),
+        ("data.labels=cell_type, donor", ("data", "labels"), ("cell_type", "donor")),
+        ("data.labels=[no, 1]", ("data", "labels"), ("no", "1")),
+        ("data.labels=", ("data", "labels"), ()),
+        ("evaluate.cell_type=1", ("evaluate", "cell_type"), "1"),
+        ("evaluate.cell_type=null", ("evaluate", "cell_type"), None),
+        ("train.compile=yes", ("train", "compile"), True),
+        ("train.cells=1e5", ("train", "cells"), 100_000),
+        ("loader.weights=0.5", ("loader", "weights"), 0.5),
+        ("denoiser.width=1e2", ("denoiser", "width"), 100),
+        ("process.schedule=cosine", ("process", "schedule"), "cosine"),
+        ("train.out=~/x", ("train", "out"), "/home/me/x"),
+        ("train.start=~/x", ("train", "start"), "/home/me/x"),
+        ("train.resume=~/x", ("train", "resume"), "/home/me/x"),
+    ],
+)
+def test_values_are_read_as_their_key_wants_them(tmp_path, monkeypatch, override, key, value):
+    """On the command line and in a file, where ``no`` and ``12345`` are no text to YAML."""
+    monkeypatch.setenv("HOME", "/home/me")
+    path, _, word = override.partition("=")
+    section, name = path.split(".")
+    given = [config.load(None, ["data.store=~/x.zarr", override])]
+    if word and word != "cell_type, donor":
+        tree = f"data:\n  store: ~/x.zarr\n{f'{section}:' if section != 'data' else ''}\n  {name}: {word}\n"
+        (tmp_path / "c.yaml").write_text(tree)
+        given.append(config.load(tmp_path / "c.yaml"))
+    for made in given:
+        found = getattr(made, key[0])
+        assert (found[key[1]] if isinstance(found, dict) else getattr(found, key[1])) == value
+        assert made.data.store == "/home/me/x.zarr"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluate.rate=2", "evaluate.rate must lie between 0 and 1, got 2"),
+        ("evaluate.rate=nan", "evaluate.rate must lie"),
+        ("evaluate.draws=1", "evaluate.draws must be at least 2"),
+        ("evaluate.cells=0", "evaluate.cells must be at least 1"),
+        ("evaluate.repaint_steps=-1", "evaluate.repaint_steps at least 0"),
+        ("evaluate.protocol=paper", "needs the label of the cell groups"),
+        ("optim.lr=-1", "optim.lr must be above 0"),
+        ("optim.lr=nan", "optim.lr must be above 0"),
+        ("optim.weight_decay=-1", "optim.weight_decay not below"),
+        ("optim.clip=-1", "optim.clip must be above 0"),
+        ("optim.clip=nan", "optim.clip must be above 0"),
+        ("optim.warmup_cells=-1", "optim.warmup_cells not below"),
+        ("optim.ema=2", r"optim.betas and optim.ema must lie in \[0, 1\)"),
+        ("optim.betas=[2, 2]", r"optim.betas and optim.ema must lie in \[0, 1\)"),
+        ("survival.hidden=nan", "survival shares must be >= 0"),
+        ("survival.target_share=[0.5, nan]", "survival target_share"),
+        ("denoiser.depth=-1", "denoiser.depth must be a whole number >= 1, got -1"),
+        ("denoiser.width=1.5", "denoiser.width must be a whole number >= 1, got 1.5"),
+        ("denoiser.width=no", "denoiser.width must be a whole number >= 1, got False"),
+        ("denoiser.rank=-1", "denoiser.rank must be a whole number >= 0, got -1"),
+        ("process.loadings=-3", "process.loadings must be a whole number"),
+        ("process.own=2", "process.own must be yes or no"),
+        ("loader.weights=nan", "loader.weights must be finite"),
+        ("train.seed=-1", "train.seed in"),
+        ("train.seed=99999999999999999999", "train.seed"),
+        ("train.cells=1000000000000000000000000000000", "train.cells"),
+        ("train.minutes=nan", "train.minutes not below"),
+        ("train.checkpoint_minutes=nan", "train.checkpoint_minutes must be above"),
+        ("train.label_dropout=nan", "train.label_dropout must lie"),
+        ("train.out=", "train.out must be a folder"),
+        ("data.store=", "data.store must be"),
+        ("data.labels=[a, a]", "data.labels must name each label once"),
+        ("tracking.model=a/b", "tracking.model must be a name .* none of /"),
+        ("tracking.model=it's", "tracking.model must be a name"),
+        ("tracking.experiment=", "tracking.experiment must be a name"),
+    ],
+)
+def test_every_value_is_checked_when_it_is_read(override, words):
+    with pytest.raises(ValueError, match=words):
+        config.load(None, ["data.store=x.zarr", override])
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["optm.lr=1"], "unknown key 'optm'; did you mean 'optim'"),
@@ -76,6 +164,12 @@ def test_identity_leaves_out_what_does_not_shape_the_weights():
     e = config.load(None, ["data.store=x.zarr", "train.out=a", "train.noise=rows"])
     assert a.identity() == d.identity() != e.identity()
     assert "noise" not in a.identity()["train"]  # checkpoints from before there was a choice go on
+
+
+def test_scores_of_other_labels_do_not_compare():
+    """Validation tells the labels, which were made from the counts that are hidden."""
+    plain, told = (config.load(None, ["data.store=x.zarr", f"data.labels={x}"]) for x in ("[]", "[cell_type]"))
+    assert plain.comparable("val/deviance") != told.comparable("val/deviance")
 
 
 def test_a_component_from_outside_the_tree(tmp_path, monkeypatch):

@@ -283,6 +283,37 @@ def test_the_model_is_held_against_the_cheap_estimators(atlas):
     assert min(found.values()) < found["distdiff"]  # and something here knows better
 
 
+def test_a_model_with_labels_is_scored_without_them_and_a_row_that_has_them_peeks(atlas):
+    """They were made from the full counts: what a model makes of them must not stand beside imputers without."""
+    from distdiff.config import Evaluation
+    from distdiff.experiment import against_cheap, evaluate_model
+    from distdiff.model import Model
+
+    store = CountStore.open(atlas)
+    model = Model.new(store.spec(("cell_type",)), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+    generator = torch.Generator().manual_seed(0)
+    for weights in model.denoiser.parameters():
+        weights.data.normal_(0, 0.3, generator=generator)
+    settings = Evaluation(repaint_steps=0, draws=2)
+    rows = _rows(evaluate_model(model, store, settings))
+    cheap = against_cheap(model, store)
+    with torch.no_grad():
+        for name, table in model.denoiser.named_parameters():
+            if name.startswith(model.denoiser.label_tables):
+                table.add_(1.0)
+    other = _rows(evaluate_model(model, store, settings))
+    assert other["distdiff mean"].values["deviance"] == rows["distdiff mean"].values["deviance"]
+    assert against_cheap(model, store) == cheap
+    told = "distdiff, labels told"
+    assert other[told].values["deviance"] != rows[told].values["deviance"] != rows["distdiff mean"].values["deviance"]
+    assert (rows[told].note, rows["distdiff mean"].note) == ("peeks", "")
+    model.info["config"] = {"train": {"label_dropout": 0}}
+    always = _rows(evaluate_model(model, store, settings))
+    assert told not in always
+    assert always["distdiff mean"].note == "peeks"
+    assert always["distdiff mean"].values["deviance"] == other[told].values["deviance"]
+
+
 def test_a_store_with_other_genes_is_scored_on_those_that_both_know(atlas, counts, tmp_path, caplog):
     """Another order: the same table. A subset and unknown genes: told, and every imputer sees the same genes."""
     from distdiff.config import Evaluation

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import threading
 
@@ -58,3 +59,32 @@ def test_a_work_folder_that_is_or_holds_a_link_is_refused(tmp_path, link):
             pass
     assert (victim / "precious").read_text() == "years of work"
     assert [p.name for p in victim.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_came_meanwhile_is_not_replaced_unless_asked(tmp_path, monkeypatch, kind, links):
+    target = tmp_path / "out"
+
+    def fill(path, text):
+        if kind == "folder":
+            path.mkdir()
+            path = path / "x"
+        path.write_text(text)
+
+    def read():
+        return (target / "x" if kind == "folder" else target).read_text()
+
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    with pytest.raises(FileExistsError, match="made by another process meanwhile"), files.whole(target) as temporary:
+        [fill(path, text) for path, text in ((temporary, "ours"), (target, "theirs"))]
+    assert read() == "theirs"
+    with files.whole(target, overwrite=True) as temporary:
+        fill(temporary, "asked")
+    assert read() == "asked"
+    files.remove(target)
+    with files.whole(target) as temporary:
+        fill(temporary, "first")
+    assert read() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

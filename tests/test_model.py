@@ -172,16 +172,81 @@ def test_every_network_does_every_task_and_survives_its_file(network, atlas, cou
     assert np.array_equal(out.layers["denoised"][:, -3:], some.X[:, -3:].toarray())
 
 
-def test_labels_condition_the_answer(model, counts, mask):
+def test_labels_condition_the_answer_where_they_are_asked_to(model, counts, mask, caplog):
     model = Model.new(model.spec, *OPTIONS)
     for weight in model.denoiser.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    with_labels = model.impute(counts, mask=mask, mean_only=True).layers["imputed_mean"]
-    without = model.impute(counts, mask=mask, mean_only=True, use_labels=False).layers["imputed_mean"]
-    assert not np.allclose(with_labels, without)
-    bare = counts.copy()
+    bare, shuffled = counts.copy(), counts.copy()
     del bare.obs["cell_type"]
-    assert np.allclose(model.impute(bare, mask=mask, mean_only=True).layers["imputed_mean"], without)
+    shuffled.obs["cell_type"] = counts.obs["cell_type"].to_numpy()[::-1]
+    tasks = {
+        "impute": lambda a, **o: model.impute(a, mask=mask, mean_only=True, **o),
+        "denoise": model.denoise,
+        "deepen": lambda a, **o: model.deepen(a, 2, beyond="allow", **o),
+        "likelihood": model.likelihood,
+    }
+    for name, task in tasks.items():
+        plain, told = task(counts), task(counts, use_labels=True)
+        for other in (bare, shuffled):
+            assert same(task(other), plain), f"{name}: by default labels are not looked at"
+        assert not same(told, plain)
+        assert not same(task(shuffled, use_labels=True), told)
+        if name != "likelihood":
+            assert plain.uns["distdiff"]["conditioned_on"] == ""
+            assert told.uns["distdiff"]["conditioned_on"] == "cell_type"
+    assert caplog.text.count("conditioned on obs cell_type, as asked") == 8
+
+
+def same(one, other):
+    """Whether two answers hold the same numbers."""
+    numbers = [a if hasattr(a, "iloc") else dense(a.layers[max(a.layers)]) for a in (one, other)]
+    return np.allclose(*numbers, equal_nan=True)
+
+
+def test_a_label_value_that_was_never_seen_counts_as_unknown_and_is_told(model, counts, mask, caplog):
+    model = Model.new(model.spec, *OPTIONS)
+    for weight in model.denoiser.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    odd, empty, misspelt = counts.copy(), counts.copy(), counts.copy()
+    for adata, value in ((odd, "Bb"), (empty, None)):
+        adata.obs["cell_type"] = [value, value, *counts.obs["cell_type"][2:]]
+    ask = {"mask": mask, "mean_only": True, "use_labels": True}
+    out = model.impute(odd, **ask)
+    assert np.array_equal(out.layers["imputed_mean"], model.impute(empty, **ask).layers["imputed_mean"])
+    assert (out.uns["distdiff"]["labels_unseen"], out.uns["distdiff"]["conditioned_on"]) == (2, "cell_type")
+    assert "2 of 200 cells have a value that the model never saw, such as 'Bb'; did you mean 'B'" in caplog.text
+    with pytest.raises(ValueError, match=r"'Bb', which the model never saw.*unseen='unknown'"):
+        model.impute(odd, **ask, unseen="refuse")
+    with pytest.raises(ValueError, match="unseen='refsue'; did you mean 'refuse'"):
+        model.impute(odd, **ask, unseen="refsue")
+    misspelt.obs = misspelt.obs.rename(columns={"cell_type": "celltype"})
+    with pytest.raises(ValueError, match=r"no column 'cell_type'; did you mean 'celltype'.*rename the column"):
+        model.impute(misspelt, **ask)
+
+
+@pytest.mark.parametrize("kind", ["impute", "denoise", "deepen"])
+def test_files_say_what_they_were_conditioned_on(model, counts, mask, tmp_path, kind):
+    from distdiff import batch
+
+    counts.write_h5ad(tmp_path / "in.h5ad")
+    sp.save_npz(tmp_path / "mask.npz", sp.csr_matrix(mask))
+    more = {"impute": {"mask": str(tmp_path / "mask.npz")}, "deepen": {"times": 2, "beyond": "allow"}}.get(kind, {})
+    for use in (False, True):
+        batch.run(kind, model, tmp_path / "in.h5ad", tmp_path / f"{use}.h5ad", use_labels=use, **more)
+        told = ad.read_h5ad(tmp_path / f"{use}.h5ad").uns["distdiff"]
+        assert (told["conditioned_on"], told["labels_unseen"]) == ("cell_type" if use else "", 0)
+
+
+def test_a_model_that_never_went_without_labels_is_not_asked_without(model, counts, mask):
+    told = Model(model.process, model.denoiser, model.spec, model.options, {"config": {"train": {"label_dropout": 0}}})
+    tasks = (lambda **o: told.impute(counts, mask=mask, **o), lambda **o: told.denoise(counts, **o),
+             lambda **o: told.likelihood(counts, **o))  # fmt: skip
+    for task in tasks:
+        with pytest.raises(ValueError, match=r"always told cell_type.*use_labels=True"):
+            task()
+        task(use_labels=True)
+    with pytest.raises(ValueError, match="guidance=2 weighs labels, which are not used"):
+        model.impute(counts, mask=mask, guidance=2)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +261,6 @@ def test_labels_condition_the_answer(model, counts, mask):
         (None, {"sites": "dropuot", "groups": "cell_type"}, "did you mean 'dropout'"),
         (None, {"sites": "dropout", "groups": "celltype"}, "did you mean 'cell_type'"),
         (None, {"mask": "mask", "method": "repant"}, "did you mean 'repaint'"),
-        (lambda a: a.obs.__setitem__("cell_type", "Bb"), {"mask": "mask"}, "'Bb', which the model never saw.*--no-lab"),
         (lambda a: setattr(a, "var_names", [f"E{i}" for i in range(30)]), {"mask": "mask"}, "none of the input's 30"),
         (lambda a: a.__setattr__("X", a.X * 0.5), {"mask": "mask"}, "gene.*log-normalised"),
         (lambda a: a.__setattr__("X", a.X * -1), {"mask": "mask"}, "cell 'cell.*-1"),

@@ -154,6 +154,7 @@ def test_a_champion_of_other_data_is_scored_again_on_the_new_data(here, model):
 
 def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
     from distdiff.data.store import CountStore
+    from distdiff.denoise import adopt
     from distdiff.experiment import compare
 
     store = CountStore.open(atlas)
@@ -168,6 +169,20 @@ def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
     ours, theirs = compare(new, champion)
     assert 0 < ours < 100
     assert ours == pytest.approx(theirs), "untrained networks say the same of the same genes"
+    genes = list(store.genes)
+    rng = np.random.default_rng(0)
+    for order in (genes[::-1], rng.permutation(genes).tolist(), genes):
+        taught = Model.load(new)
+        for weights in taught.denoiser.parameters():
+            weights.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        one = taught.save(tmp_path / "one")
+        twin = Model.new(DataSpec(tuple(order), taught.spec.labels, np.full(len(order), 0.5, np.float32)),
+                         {"kind": "counts"}, SMALL)  # fmt: skip
+        adopt(twin.denoiser, twin.spec.genes, taught.denoiser.state_dict(), taught.spec.genes)
+        twin.info = dict(taught.info)
+        other = twin.save(tmp_path / "other")
+        for pair in ((one, other), (other, one)):
+            assert compare(*pair)[0] == pytest.approx(compare(*pair)[1], rel=1e-4), "the same network by name"
     with pytest.raises(ValueError, match="is not what the model was trained on any more"):
         compare(saved("old", store.genes, {}, "another"), champion)
 
@@ -228,6 +243,54 @@ def test_an_interrupted_first_use_leaves_no_half_made_database(here, monkeypatch
         with pytest.raises(KeyboardInterrupt), a_run():
             pass
     assert list(here.iterdir()) == []
+
+
+def test_a_database_that_came_meanwhile_is_not_replaced(here, monkeypatch):
+    """By another launch, or by ``mlflow ui``, while ours was being made."""
+    import mlflow
+
+    os.rename("mlflow.db", "theirs.db")
+    real = mlflow.search_experiments
+
+    def meanwhile(*args, **more):
+        if not os.path.exists("mlflow.db"):
+            os.rename("theirs.db", "mlflow.db")
+            mlflow.MlflowClient(f"sqlite:///{here}/mlflow.db").create_experiment("theirs")
+        return real(*args, **more)
+
+    monkeypatch.setattr(mlflow, "search_experiments", meanwhile)
+    with a_run():
+        pass
+    names = {e.name for e in mlflow.MlflowClient(f"sqlite:///{here}/mlflow.db").search_experiments()}
+    assert names >= {"theirs", "e"}
+    assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
+
+
+def first_launch(folder, ready):
+    os.chdir(folder)
+    ready.wait(60)
+    with tracking.run(experiment="e", name="n", params={}, tags={}, folder=f"run{os.getpid()}") as run:
+        run.metrics({"loss": 1.0}, 1)
+
+
+@pytest.mark.distributed
+def test_first_launches_side_by_side_lose_no_run(tmp_path, monkeypatch):
+    import multiprocessing
+
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(3)
+    launches = [context.Process(target=first_launch, args=(tmp_path, ready)) for _ in range(3)]
+    for launch in launches:
+        launch.start()
+    for launch in launches:
+        launch.join(120)
+    assert [launch.exitcode for launch in launches] == [0, 0, 0]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert [r.data.metrics["loss"] for r in runs] == [1.0] * 3
 
 
 def test_tracking_off_is_silent(here, model):
@@ -371,19 +434,107 @@ def test_the_next_run_sends_what_a_killed_one_left(here, monkeypatch):
     assert runs[first.run_id].info.status == "KILLED"
 
 
-def test_a_run_is_not_sent_to_a_server_that_does_not_know_it(here, migrated, monkeypatch):
-    shutil.copy(migrated, here / "other.db")
-    with a_run():
-        pass
+def test_a_run_that_its_server_has_forgotten_is_begun_anew_only_when_asked(here, monkeypatch):
+    import mlflow
+    from typer.testing import CliRunner
+
+    from distdiff import cli
+
+    with a_run() as run:
+        run.metrics({"early": 3.0}, 1)
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "send", lambda self: 0)
         with a_run(again=True) as run:
-            run.metrics({"loss": 1.0}, 1)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here}/other.db")
-    with pytest.raises(RuntimeError, match=r"is not on this server.*entries stay"):
+            run.metrics({"loss": 1.0}, 2)
+    client, state = mlflow.MlflowClient(), run.spool.state
+    client.set_tag(run.run_id, "distdiff.spool", "of a server that was lost")
+    run.spool.state = {**state, "run_id": "a" * 32}
+    with pytest.raises(RuntimeError, match=r"is not on this server; .*--anew.*entries stay"):
         tracking.sync("run")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert "entries sent" in tracking.sync("run")[0]
+    assert "entries sent" in CliRunner().invoke(cli.app, ["mlflow", "sync", "run", "--anew"]).output
+    assert run.run_id not in (state["run_id"], "a" * 32)
+    stored = client.get_run(run.run_id)
+    assert (stored.data.metrics["early"], stored.data.metrics["loss"]) == (3.0, 1.0)
+    assert tracking.sync("run", anew=True) == []
+
+
+def test_a_second_server_gets_everything_once_and_the_first_is_left_alone(here, migrated, model):
+    import mlflow
+
+    shutil.copy(migrated, here / "other.db")
+    shutil.copytree(model, here / "run" / "model")
+    with a_run() as run:
+        run.metrics({"loss": 1.0}, 1)
+        run.register("pbmc", "run/model", score=1.0, data="abc", description="# A card")
+    assert not list(Path("run").rglob("*.model"))
+    there = f"sqlite:///{here}/other.db"
+    assert "now 'champion'" in tracking.sync("run", uri=there)[0]
+    assert tracking.sync("run", uri=there) == tracking.sync("run", uri=f"{there}/") == []
+    for spool in spools("run"):
+        for state in spool.path.parent.glob("*.sent-*.json"):
+            state.unlink()  # what was sent is found again on the server
+        assert "entries sent" in tracking.sync("run", uri=there)[0]
+    for uri in (there, f"sqlite:///{here}/mlflow.db"):
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
+        (stored,) = client.search_runs(["1"])
+        assert stored.data.metrics["loss"] == 1.0
+        assert stored.info.status == "FINISHED"
+        (version,) = client.search_model_versions("name = 'pbmc'")
+        assert Model.load(tracking.address.download(version.source, uri)).spec.genes == GENES
+    assert tracking.sync("run") == []
+
+
+def test_a_model_that_could_not_be_packed_is_registered_later(here, model, monkeypatch, caplog):
+    """The temporary folder is full when training ends."""
+    import errno
+
+    import mlflow
+
+    shutil.copytree(model, here / "run" / "model")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pyfunc, "save_model", full)
+        with a_run() as run:
+            run.register("pbmc", "run/model", score=1.0, data="abc", description="# A card")
+    assert run.registered.startswith("not yet")
+    assert "could not be packed (" in caplog.text
+    assert "pbmc version 1, now 'champion'" in tracking.sync("run")[0]
+    made = Model.load("run/model")
+    made.info["other"] = 1
+    for weights in made.denoiser.parameters():
+        weights.data += 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pyfunc, "save_model", full)
+        with a_run("run") as run:
+            run.register("pbmc", "run/model", score=1.0, data="abc")
+    made.save("run/model")
+    tracking.sync("run")
+    assert "holds other weights by now" in caplog.text
+    assert len(mlflow.MlflowClient().search_model_versions("name = 'pbmc'")) == 1
+
+
+@pytest.mark.parametrize("by", ["launch", "sync"])
+def test_a_killed_run_that_was_sent_does_not_stay_running(here, monkeypatch, by):
+    import mlflow
+
+    with monkeypatch.context() as patch:
+        real = Spool.append
+        patch.setattr(Spool, "append", lambda self, kind, **what: kind == "end" or real(self, kind, **what))
+        with a_run() as killed:
+            killed.metrics({"loss": 1.0}, 1)
+    assert not killed.spool.left
+    assert mlflow.get_run(killed.run_id).info.status == "RUNNING"
+    if by == "launch":
+        with a_run() as other:
+            pass
+        assert other.run_id != killed.run_id
+    else:
+        assert tracking.sync(".") == [f"run {killed.run_id}: its process was gone, now KILLED"]
+    assert mlflow.get_run(killed.run_id).info.status == "KILLED"
 
 
 def unsent(here, monkeypatch, name, uri, *entries):
@@ -578,9 +729,13 @@ def test_whole_numbers_labels_records_and_repeated_names_are_taken(imputes):
     counts = pd.DataFrame({"gene0": [1, 2], "gene1": [0, 4]}, index=["same", "same"])
     plain = imputes.predict(counts)
     assert list(plain.index) == ["same", "same"]
-    labelled = imputes.predict(counts.assign(cell_type=["B", "T"]))
+    named = counts.assign(cell_type=["B", "T"])
+    np.testing.assert_array_equal(imputes.predict(named), plain)
+    labelled = imputes.predict(named, params={"use_labels": True})
     assert labelled.shape == plain.shape
     assert not np.allclose(labelled, plain)
+    with pytest.raises(ValueError, match="no column 'cell_type'"):
+        imputes.predict(counts, params={"use_labels": True})
     records = imputes.predict([{"gene0": 1, "gene1": 0}, {"gene0": 2, "gene1": 4}])
     np.testing.assert_array_equal(records, plain)
 
@@ -591,7 +746,6 @@ def test_whole_numbers_labels_records_and_repeated_names_are_taken(imputes):
         (pd.DataFrame({"gene0": ["many"]}), "must hold counts, a gene a column"),
         (pd.DataFrame({"gene0": [0.5]}), "0.5 is not a whole number"),
         (pd.DataFrame({"stranger": [1]}), "none of the frame's 1 columns"),
-        (pd.DataFrame({"gene0": [1], "cell_type": ["Q"]}), "'Q', which the model never saw"),
     ],
 )
 def test_frames_that_are_no_counts_are_refused(imputes, frame, words):

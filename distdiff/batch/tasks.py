@@ -22,7 +22,7 @@ from distdiff.impute import by_row
 from distdiff.model import Model
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
-from distdiff.tasks import Block, Reader
+from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.generate import check_guidance, label_codes
@@ -114,6 +114,7 @@ class OnCells(Task):
     ) -> None:  # fmt: skip
         self.model, self.rows, self.reader, self.ood, self.seed = model, rows, reader, ood, seed
         self.device = reader.device
+        check_labels(model, reader)
         self.at: np.ndarray | None = None
         self.genes = genes
         if keep is not None and tuple(keep) != genes:
@@ -284,7 +285,7 @@ class Denoise(OnCells):
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options)
+        return self.model.provenance(task=self.name, **self.options, **self.reader.conditioned())
 
 
 class Deepen(OnCells):
@@ -313,7 +314,7 @@ class Deepen(OnCells):
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options)
+        return self.model.provenance(task=self.name, **self.options, **self.reader.conditioned())
 
 
 class Generate(Task):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -80,6 +81,9 @@ class Loading:
         for name in ("cache_mb", "window", "ahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loader.{name} must be at least 1, got {getattr(self, name)}")
+        weights = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"loader.weights must be finite, got {self.weights}")
         if (self.reader == "dask") != bool(self.scheduler):
             raise ValueError(
                 f"loader.reader={self.reader!r} with loader.scheduler={self.scheduler!r}: reader 'dask' wants the "

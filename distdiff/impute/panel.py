@@ -19,6 +19,8 @@ class OnPanel(Imputer):
     def __init__(self, imputer: Imputer, genes: Sequence[str], panel: Sequence[str]):
         place = {gene: i for i, gene in enumerate(genes)}
         self.imputer, self.n_genes = imputer, len(genes)
+        self.denoiser = getattr(imputer, "denoiser", None)  # whoever asks sends cells to its device
+        self.peeks = getattr(imputer, "peeks", False)
         self.at = torch.tensor([place[gene] for gene in panel])
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:

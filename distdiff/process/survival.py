@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ class Survival:
     def __post_init__(self) -> None:
         shares = (self.hidden, self.two_level, self.uniform)
         low, high = self.target_share
-        if min(shares) < 0 or sum(shares) <= 0:
+        if not all(0 <= share < math.inf for share in shares) or sum(shares) <= 0:
             raise ValueError(f"survival shares must be >= 0 and not all 0, got {shares}")
         if not 0 <= low <= high <= 1:
             raise ValueError(f"survival target_share must satisfy 0 <= low <= high <= 1, got {self.target_share}")

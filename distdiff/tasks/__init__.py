@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,7 +17,12 @@ from distdiff.data.source import LAST_EXACT, check_counts, codes, dense, first_b
 from distdiff.impute.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
 
+if TYPE_CHECKING:
+    from distdiff.model import Model
+
 log = logging.getLogger("distdiff")
+
+UNSEEN = ("unknown", "refuse")
 
 
 @dataclass(frozen=True)
@@ -70,19 +75,24 @@ class Reader:
     rows
         Anything with ``n_cells``, ``genes``, ``read(start, stop)`` and ``obs(key)``: a Source, or a store behind it.
     use_labels
-        Condition on the obs columns that the model was trained with, where they are present.
+        Condition on the obs columns that the model was trained with. Then the answer holds what they say: whoever
+        compares their groups in it afterwards finds, in part, the labels again.
+    unseen
+        What a value that the model never saw is: ``unknown``, as a missing one (their number is told), or refused.
     device
         ``auto``: the GPU where there is one.
 
     Raises
     ------
     ValueError
-        No gene in common, a label value that the model never saw.
+        No gene in common; labels that are to be used and are no column (the nearest one is named), or hold values that
+        the model never saw with ``unseen="refuse"``.
     """
 
     def __init__(
-        self, spec: DataSpec, rows: Any, *, use_labels: bool = True, batch_size: int = 256, device: str = "auto"
-    ) -> None:
+        self, spec: DataSpec, rows: Any, *, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
+        batch_size: int = 256, device: str = "auto",
+    ) -> None:  # fmt: skip
         where = {gene: i for i, gene in enumerate(spec.genes)}
         self.spec, self.rows, self.batch_size = spec, rows, batch_size
         self.columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
@@ -106,14 +116,19 @@ class Reader:
             )  # fmt: skip
         self.same = tuple(rows.genes) == tuple(spec.genes)
         """Whether the input's genes are the model's, in its order."""
-        self.labels = _labels(spec, rows) if use_labels else {}
+        self.labels, self.unseen = _labels(spec, rows, unseen) if use_labels else ({}, 0)
+        """Codes of the labels that answers are conditioned on, and how many values the model never saw."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device
 
-    def told(self) -> dict[str, int]:
-        """What stands in ``uns`` about genes that only one of input and model knows."""
-        return {"genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent}
+    def told(self) -> dict[str, Any]:
+        """What stands in ``uns`` about genes that only one of input and model knows, and about labels."""
+        return {"genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent, **self.conditioned()}
+
+    def conditioned(self) -> dict[str, Any]:
+        """What stands in ``uns`` about labels: those that the answer is conditioned on, and values never seen."""
+        return {"conditioned_on": ",".join(self.labels), "labels_unseen": self.unseen}
 
     def blocks(self, hidden: Hidden | None = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
         """All rows in order, on the device."""
@@ -170,17 +185,52 @@ class Reader:
         return out
 
 
-def _labels(spec: DataSpec, rows: Any) -> dict[str, np.ndarray]:
-    found = {}
+def _labels(spec: DataSpec, rows: Any, unseen: str) -> tuple[dict[str, np.ndarray], int]:
+    """Codes of each label of the model, and how many values it never saw."""
+    if unseen not in UNSEEN:
+        raise ValueError(f"unseen={unseen!r}{nearest(unseen, UNSEEN)}")
+    if not spec.labels:
+        raise ValueError("use_labels: this model was trained without labels (data.labels), so there are none to use")
+    found, total = {}, 0
     for name, vocabulary in spec.labels.items():
         try:
             values = rows.obs(name)
-        except ValueError:  # the column is absent: the model goes without
-            continue
-        if unseen := sorted(set(values) - {*vocabulary, None}):
+        except ValueError as error:
             raise ValueError(
-                f"obs[{name!r}] holds {unseen[0]!r}, which the model never saw in training"
-                f"{nearest(unseen[0], vocabulary)}; rename it, leave it empty, or impute with --no-labels"
-            )
+                f"use_labels: the model is conditioned on {name!r}, and {error}; rename the column, give one that is "
+                "empty (its values count as unknown), or go without labels"
+            ) from None
         found[name] = codes(values, vocabulary)
-    return found
+        never = [v for v, code in zip(values, found[name], strict=True) if code < 0 and v is not None]
+        if never and unseen == "refuse":
+            raise ValueError(
+                f"obs[{name!r}] holds {never[0]!r}, which the model never saw in training"
+                f"{nearest(never[0], vocabulary)}; rename it, empty it, or let it count as unknown (unseen='unknown')"
+            )
+        if never:
+            log.warning(
+                "obs[%r]: %d of %d cells have a value that the model never saw, such as %r%s; it counts as unknown",
+                name, len(never), len(values), never[0], nearest(never[0], vocabulary),
+            )  # fmt: skip
+        total += len(never)
+    log.warning("conditioned on obs %s, as asked: differences between its groups are in part put in", ", ".join(found))
+    return found, total
+
+
+def check_labels(model: Model, reader: Reader, guidance: float = 1.0) -> None:
+    """Refuse answers without labels of a model that never went without, and guidance by labels that are not used.
+
+    Raises
+    ------
+    ValueError
+        As said.
+    """
+    if model.always_told and (reader.unseen or not reader.labels):
+        raise ValueError(
+            f"this model was always told {', '.join(model.always_told)} (train.label_dropout=0) and knows no cell "
+            "without: use the labels (use_labels=True, --use-labels), with values that it saw, or train another one"
+        )
+    if guidance != 1 and not reader.labels:
+        raise ValueError(
+            f"guidance={guidance:g} weighs labels, which are not used: give use_labels=True (--use-labels)"
+        )

@@ -78,8 +78,7 @@ def check_guidance(model: Model, guidance: float) -> None:
         return
     if not model.spec.labels:
         raise ValueError(f"guidance={guidance:g} needs a model trained with labels (data.labels); this one has none")
-    train = model.info.get("config", {}).get("train", {})
-    if train.get("label_dropout", 1.0) == 0:
+    if model.always_told:
         raise ValueError(
             f"guidance={guidance:g} needs a model trained with label dropout (train.label_dropout > 0); this one was "
             "always told the labels"

@@ -16,7 +16,7 @@ from distdiff.component import nearest
 from distdiff.data.source import codes
 from distdiff.impute import Imputer, targets
 from distdiff.received import check_answer
-from distdiff.tasks import Block, Reader
+from distdiff.tasks import Block, Reader, check_labels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,7 +110,8 @@ class Job:
         draws: int = 1,
         mean_only: bool = False,
         seed: int = 0,
-        use_labels: bool = True,
+        use_labels: bool = False,
+        unseen: Literal["unknown", "refuse"] = "unknown",
         method: Literal["conditional", "repaint"] = "conditional",
         batch_size: int = 256,
         device: str = "auto",
@@ -121,21 +122,23 @@ class Job:
         Raises
         ------
         ValueError
-            No gene in common, nothing to impute, a mask of another shape, ``draws < 1``, a label value that the model
-            never saw, sites without groups, mask and sites together, genes that the model does not know.
+            No gene in common, nothing to impute, a mask of another shape, ``draws < 1``, labels that cannot be used as
+            asked, sites without groups, mask and sites together, genes that the model does not know.
         """
         if draws < 1 and not mean_only:
             raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give --mean-only")
         draws = 0 if mean_only else draws
-        reader = Reader(model.spec, rows, use_labels=use_labels, batch_size=batch_size, device=device)
+        reader = Reader(model.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
+        check_labels(model, reader, options.get("guidance", 1.0))
         kind, hidden = _targets(rows, mask, sites, groups, seed)
         added = _absent(model.spec.genes, set(rows.genes), genes) if kind == "panel" else ()
         model.denoiser.to(reader.device).eval()
         imputer = model.imputer(method, **options)
         point = getattr(imputer, "readout", "mean")
         provenance = model.provenance(
-            targets=kind, groups=groups or "", method=method, readout=point, draws=draws, seed=seed
-        )
+            targets=kind, groups=groups or "", method=method, readout=point, draws=draws, seed=seed,
+            **reader.conditioned(),
+        )  # fmt: skip
         return cls(reader, imputer, hidden, added, point, draws, seed, getattr(imputer, "also", ()), provenance)
 
     @property

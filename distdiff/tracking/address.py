@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from distdiff import files
 
@@ -19,6 +22,9 @@ QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_B
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow would wait 120 s, eight times; what is not sent now is sent later. The user's own settings go first."""
 
+PATIENT = 120.0
+"""Seconds to wait for another process that makes the database."""
+
 
 def where() -> str:
     """The tracking URI in use: MLFLOW_TRACKING_URI, else ``mlflow.db`` (SQLite) in the working directory."""
@@ -28,7 +34,8 @@ def where() -> str:
 def public(uri: str) -> str:
     """The address without user and password, which are not to lie in files."""
     parts = urlsplit(uri)
-    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else uri
+    uri = uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else uri
+    return uri.rstrip("/")
 
 
 def library(uri: str = "") -> Any:
@@ -47,13 +54,23 @@ def library(uri: str = "") -> Any:
 
 
 def _make_database(mlflow: Any) -> None:
-    """Let MLflow lay out its tables under a temporary name: interrupted half-way, they could not be opened again."""
-    with files.whole(DATABASE) as temporary:
-        try:
-            mlflow.set_tracking_uri(f"sqlite:///{temporary.absolute()}")
-            mlflow.search_experiments()
-        finally:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow puts what is set there, for its subprocesses
+    """Let MLflow lay out its tables under a temporary name: interrupted half-way, they could not be opened again.
+
+    Of launches at the same time one does, the others wait; a database that is there by then is never replaced.
+    """
+    lock = FileLock(f".{DATABASE}.lock", timeout=PATIENT)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(Timeout, NotImplementedError):  # a file system without locks: whole() replaces nothing
+            held.enter_context(lock)
+            held.callback(files.remove, Path(lock.lock_file))
+        if Path(DATABASE).exists():
+            return
+        with contextlib.suppress(FileExistsError), files.whole(DATABASE) as temporary:
+            try:
+                mlflow.set_tracking_uri(f"sqlite:///{temporary.absolute()}")
+                mlflow.search_experiments()
+            finally:
+                os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow puts what is set there, for its subprocesses
 
 
 def fetch(model: str) -> Path:
@@ -67,9 +84,10 @@ def fetch(model: str) -> Path:
         No such model in the registry, or no such folder.
     """
     if not model.startswith(("models:/", "runs:/")):
-        if not Path(model).is_dir():
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
             raise ValueError(f"no model folder at {model}; give a folder or models:/NAME@{CHAMPION}")
-        return Path(model)
+        return folder
     from mlflow.exceptions import MlflowException
 
     mlflow = library()

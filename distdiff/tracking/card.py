@@ -63,7 +63,7 @@ def _limits(spec: Mapping[str, Any]) -> list[str]:
             f"{depth['q50']:,.0f}); deeper or shallower cells are extrapolation."
         )
     for name, values in spec["labels"].items():
-        out.append(f"{name}: {len(values)} values were seen; a cell with another one is refused.")
+        out.append(f"{name}: {len(values)} values were seen; it conditions answers only where asked to (use_labels).")
     if nats := info.get("nats"):
         out.append(
             f"Held-out cells cost {nats['q01']:,.0f} to {nats['q99']:,.0f} nats (1 % to 99 %); cells above that are "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distdiff.tracking.address import public, where
 from distdiff.tracking.registry import Judge
-from distdiff.tracking.sender import Sender, short
+from distdiff.tracking.sender import Gone, Sender, short
 from distdiff.tracking.spool import Spool, spools
 
 log = logging.getLogger("distdiff")
@@ -68,26 +68,28 @@ class Courier:
             spool = self.others.pop()
             try:
                 sender = Sender(spool, self.sender.uri, self.sender.judge)
-                if sender.home == self.sender.home:
+                if sender.home == public(self.sender.uri or self.sender.home):
                     deliver(sender)
             except Exception as error:
                 log.warning("MLflow: %s stays unsent (%s)", spool.path, short(error))
 
 
-def deliver(sender: Sender) -> str:
+def deliver(sender: Sender, *, anew: bool = False) -> str:
     """Send a spool whose process is gone; what was done in words, or empty."""
     with sender.alone() as mine:
         if not mine:
             return f"{sender.spool.path}: being sent by another process now"
+        if anew:
+            sender.begin_anew()
         sent = sender.send()
-        sender.close("KILLED")
+        closed = sender.close("KILLED")
         if not sent:
-            return ""
+            return f"run {sender.run_id}: its process was gone, now KILLED" if closed else ""
         registered = f"; {sender.state['registered']}" if "registered" in sender.state else ""
         return f"run {sender.state.get('run_id')}: {sent} entries sent{registered}"
 
 
-def sync(folder: str | Path, judge: Judge | None = None, *, uri: str = "") -> list[str]:
+def sync(folder: str | Path, judge: Judge | None = None, *, uri: str = "", anew: bool = False) -> list[str]:
     """Send what runs in ``folder`` (of one run, or of many) could not send while their server was away.
 
     Of a run only what lies in its own folder is read or removed, whoever wrote it.
@@ -98,7 +100,9 @@ def sync(folder: str | Path, judge: Judge | None = None, *, uri: str = "") -> li
         Scores a new model and a champion that was trained on other data.
     uri
         The server; by default that of MLFLOW_TRACKING_URI, else ``mlflow.db`` here if the runs were begun with it. A
-        server that only the runs' folders name is not sent to.
+        server that only the runs' folders name is not sent to. A server that a run was not begun with is sent all.
+    anew
+        A run that the server does not know any more is begun anew there, and all of it sent.
 
     Returns
     -------
@@ -128,7 +132,9 @@ def sync(folder: str | Path, judge: Judge | None = None, *, uri: str = "") -> li
         senders.append(sender)
     for sender in senders:
         try:
-            lines.append(deliver(sender))
+            lines.append(deliver(sender, anew=anew))
+        except Gone as error:
+            raise RuntimeError(f"{error}; {sender.spool.left} entries stay in {sender.spool.path}") from error
         except Exception as error:
             home = public(sender.uri) or sender.home
             raise RuntimeError(

@@ -78,6 +78,7 @@ def _signature(genes: list[str], labels: dict[str, Any]) -> Any:
         *text.values(),
         ParamSpec("readout", DataType.string, "mean"),
         ParamSpec("batch_size", DataType.long, 256),
+        ParamSpec("use_labels", DataType.boolean, False),
     ]
     signature = ModelSignature(
         Schema(inputs + [ColSpec(DataType.double, gene, required=False) for gene in genes[:LISTED]]),

@@ -30,6 +30,7 @@ def predict(
     groups: str = "",
     readout: str = "mean",
     batch_size: int = 256,
+    use_labels: bool = False,
 ) -> DataFrame:
     """Impute cells and return ``float32 [cells, genes]``: expected molecules where imputed, else what was given.
 
@@ -41,6 +42,8 @@ def predict(
         (cell_type ...) are labels. Or an AnnData, the path of one (h5ad, zarr), or a frame with a column ``path``.
     layer, mask, sites, groups
         Of AnnData: where counts are, and what to impute, as of ``distdiff impute``; nothing: the genes that are absent.
+    use_labels
+        Condition on the labels (see :class:`~distdiff.tasks.Reader`).
     readout
         ``mean``, ``log1p``, ``median`` ...
 
@@ -51,7 +54,7 @@ def predict(
     """
     import pandas as pd
 
-    options = {"readout": readout, "batch_size": int(batch_size), "mean_only": True}
+    options = {"readout": readout, "batch_size": int(batch_size), "mean_only": True, "use_labels": use_labels}
     targets = {**options, "sites": sites or None, "groups": groups or None}
     if hasattr(data, "obs_names"):
         return _cells(model, Source.from_anndata(data, layer=layer or None), mask_of(data, mask or None), targets)

@@ -24,6 +24,12 @@ LONGEST = 5000
 """Characters that MLflow's registry takes of a description."""
 
 
+def known_version(client: MlflowClient, run_id: str, entry: Mapping[str, Any]) -> ModelVersion | None:
+    """The version that this run has made of these weights before, if any."""
+    found = client.search_model_versions(f"name = '{entry['name']}' and run_id = '{run_id}'")
+    return next((v for v in found if v.tags.get("weights") == entry["weights"]), None)
+
+
 def version_of(client: MlflowClient, run_id: str, model_id: str, entry: Mapping[str, Any]) -> ModelVersion:
     """The version of a logged model, made unless an attempt that broke off has made it."""
     from mlflow.exceptions import MlflowException
@@ -37,7 +43,8 @@ def version_of(client: MlflowClient, run_id: str, model_id: str, entry: Mapping[
     for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         if version.tags.get("model_id") == model_id:
             return version
-    tags = {"score": repr(entry["score"]), "data": entry["data"], "model_id": model_id}
+    tags = {"score": repr(entry["score"]), "data": entry["data"], "model_id": model_id,
+            "weights": entry["weights"]}  # fmt: skip
     return client.create_model_version(
         name, f"models:/{model_id}", run_id, tags=tags, description=entry["description"][:LONGEST],
         await_creation_for=0, model_id=model_id,

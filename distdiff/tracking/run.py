@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distdiff import received
 from distdiff.tracking.address import library, public, where
 from distdiff.tracking.courier import Courier
 from distdiff.tracking.registry import Judge
@@ -111,8 +112,12 @@ class Run:
         try:
             weights = pack(Path(model), packed, card=description)
         except Exception as error:  # weeks of training end well without MLflow
-            log.warning("MLflow: %s could not be packed and is not registered: %s", model, error)
-            return
+            log.warning("MLflow: %s could not be packed (%s); registered later by: distdiff mlflow sync %s", model,
+                        error, self.spool.run)  # fmt: skip
+            try:
+                weights = str(received.json_of(Path(model) / "model.json")["info"]["weights_sha256"])
+            except (OSError, ValueError, KeyError, TypeError):
+                return
         self.spool.append(
             "model", name=name, path=self._relative(packed), score=score, data=data, description=description,
             step=step, weights=weights,
@@ -177,8 +182,9 @@ def run(
         if dataset is not None:
             described = {**dataset.profile, "fingerprint": dataset.fingerprint}
             spool.append("dataset", **{**dataclasses.asdict(dataset), "profile": json.dumps(described)})
-    others = [other for other in spools(folder) if other.path != spool.path and other.left]
-    courier = Courier(Sender(spool, where(), judge), others)
+    others = [other for other in spools(folder) if other.path != spool.path and other.due]
+    sender = Sender(spool, where(), judge)
+    spool, courier = sender.spool, Courier(sender, others)
     courier.start()
     status, current = "FAILED", Run(spool)
     try:
@@ -202,8 +208,9 @@ def attach(folder: str | Path, path: str | Path) -> None:
     found = spools(folder)
     if not found:
         return
-    Run(found[-1]).artifact(path)
-    courier = Courier(Sender(found[-1], where()), [])
+    sender = Sender(found[-1], where())
+    Run(sender.spool).artifact(path)
+    courier = Courier(sender, [])
     courier.start()
     courier.close(LIMIT["FINISHED"])
 

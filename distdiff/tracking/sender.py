@@ -12,12 +12,15 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from distdiff import files
-from distdiff.tracking.address import library
-from distdiff.tracking.registry import Judge, crown, version_of
+from distdiff import files, received
+from distdiff.tracking.address import library, public
+from distdiff.tracking.registry import Judge, crown, known_version, version_of
 from distdiff.tracking.spool import Spool
 
 log = logging.getLogger("distdiff")
+
+MODEL = "model"
+"""Where a run's folder has its model."""
 
 BATCH = 1000
 """Most metrics of a request (MLflow's own limit)."""
@@ -28,6 +31,10 @@ REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREA
 
 class Lost(Exception):
     """What an entry names cannot be sent any more."""
+
+
+class Gone(RuntimeError):
+    """The server does not know the run that was begun on it."""
 
 
 class Sender:
@@ -44,8 +51,11 @@ class Sender:
     """
 
     def __init__(self, spool: Spool, uri: str = "", judge: Judge | None = None) -> None:
-        spool.check_links()
         self.spool, self.uri, self.judge = spool, uri, judge
+        if uri and self.home and public(uri) != self.home:
+            self.spool = spool.to(public(uri))
+        self.spool.check_links()
+        spool = self.spool
         self.state: dict[str, Any] = spool.state
         self._client: Any = None
         self._told: set[str] = set()
@@ -103,10 +113,20 @@ class Sender:
         finally:
             self._lock.release()
 
-    def close(self, status: str) -> None:
-        """End the run of a process that could not do so itself."""
-        if self.state.get("run_id") and not self.state.get("ended"):
+    def close(self, status: str) -> bool:
+        """End the run of a process that could not do so itself; whether there was need."""
+        needed = bool(self.state.get("run_id") and not self.state.get("ended"))
+        if needed:
             self._end([{"status": status, "time": None}])
+        return needed
+
+    def begin_anew(self) -> None:
+        """Forget what was sent, if the server does not know the run (any more)."""
+        if self.state.get("run_id"):
+            try:
+                _ = self.client
+            except Gone:
+                self.state, self.spool.state = {}, {}
 
     # -- one method a kind of entry ------------------------------------------------------------------------------
 
@@ -164,8 +184,14 @@ class Sender:
         from mlflow.entities import LoggedModelOutput
 
         entry = entries[0]
-        folder, weights = self._path(entry["path"]), f"{entry['name']} {entry['weights']}"
+        weights = f"{entry['name']} {entry['weights']}"
+        folder = self._packed(entry, needed=self.state.get("weights") != weights)
         if self.state.get("weights") == weights:  # a training that was over was started again
+            self._drop(folder)
+            return
+        if "model_id" not in self.state and (version := known_version(self.client, self.run_id, entry)):
+            line = crown(self.client, version, folder / "artifacts" / "model", self.judge)
+            self._mark(registered=line, weights=weights)
             self._drop(folder)
             return
         if "model_id" not in self.state:
@@ -186,6 +212,33 @@ class Sender:
         self._mark(registered=line, weights=weights, model_id=None, uploaded=None)
         self._drop(folder)
 
+    def _packed(self, entry: dict[str, Any], *, needed: bool) -> Path:
+        """The packed model; made again of the run's own model where it was sent to another server, or never made.
+
+        Raises
+        ------
+        Lost
+            Neither is there.
+        """
+        packed = self.spool.inside(entry["path"])
+        model = self.spool.inside(MODEL)
+        if not needed or packed is None or packed.exists() or model is None or not self._ours(packed):
+            return self._path(entry["path"])
+        from distdiff.tracking.pack import pack
+
+        try:
+            if received.json_of(model / "model.json")["info"]["weights_sha256"] != entry["weights"]:
+                raise Lost(f"{packed} is gone, and {model} holds other weights by now")
+            pack(model, packed, card=entry["description"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise Lost(f"{packed} is gone and cannot be made again: {error}") from error
+        return packed
+
+    def _ours(self, folder: Path) -> bool:
+        """Whether a path is one that :meth:`Run.register` gives to a packed model of this run."""
+        mine = self.spool.path.resolve()
+        return folder.parent == mine.parent and folder.name.startswith(f"{mine.stem}.") and folder.suffix == ".model"
+
     def _end(self, entries: list[dict[str, Any]]) -> None:
         self.client.set_terminated(self.run_id, entries[0]["status"], entries[0]["time"])
         self._mark(ended=True)
@@ -199,7 +252,7 @@ class Sender:
         Raises
         ------
         RuntimeError
-            The run is not there: nothing may be sent, and nothing given up.
+            The run is not there: nothing may be sent, and nothing given up, but the run begun anew if that is asked.
         """
         if self._client is None:
             from mlflow.exceptions import MlflowException
@@ -209,7 +262,10 @@ class Sender:
                 client.get_run(self.run_id)
             except MlflowException as error:
                 if _refused(error):
-                    raise RuntimeError(f"run {self.run_id} is not on this server") from error
+                    raise Gone(
+                        f"run {self.run_id} is not on this server; if it will not come back, --anew begins it anew "
+                        "there and sends everything"
+                    ) from error
                 raise
             self._client = client
         return self._client
@@ -222,12 +278,12 @@ class Sender:
     @property
     def due(self) -> bool:
         """Whether the server is still to be told something."""
-        return bool(self.spool.left or (self.state.get("run_id") and not self.state.get("ended")))
+        return self.spool.due
 
     @property
     def home(self) -> str:
         """Address of the server that the run was begun with."""
-        return self._begun.get("uri", "")
+        return public(str(self._begun.get("uri", "")))
 
     @property
     def _begun(self) -> dict[str, Any]:
@@ -249,8 +305,7 @@ class Sender:
 
     def _drop(self, folder: Path) -> None:
         """Remove a packed model that was sent; nothing but what :meth:`Run.register` has made."""
-        mine = self.spool.path.resolve()
-        if folder.parent == mine.parent and folder.name.startswith(f"{mine.stem}.") and folder.suffix == ".model":
+        if self._ours(folder):
             files.remove(folder)
 
     def _mark(self, **what: Any) -> None:

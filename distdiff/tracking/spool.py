@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -24,13 +25,25 @@ class Spool:
 
     A line cut short by a kill is passed over when read. Entries may be sent twice after a kill, so whoever sends them
     must not mind; MLflow keeps one of two equal metrics.
+
+    Parameters
+    ----------
+    path
+        The file.
+    server
+        Address of the server that is told, if it is another one than the run was begun with; each has its own state.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, server: str = "") -> None:
         self.path = path
-        self._state = path.with_suffix(".sent.json")
+        mark = f"-{hashlib.sha256(server.encode()).hexdigest()[:12]}" if server else ""
+        self._state = path.with_suffix(f".sent{mark}.json")
         self._lock = threading.Lock()
         self._told = False
+
+    def to(self, server: str) -> Spool:
+        """The same entries, and what of them was sent to another server than the one the run was begun with."""
+        return Spool(self.path, server)
 
     @classmethod
     def of(cls, folder: str | Path, *, again: bool = False) -> Spool:
@@ -40,7 +53,7 @@ class Spool:
             found[-1].check_links()
             return found[-1]
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        return cls(Path(folder) / FOLDER / f"{stamp}-{len(found):04d}-{os.getpid()}.jsonl")
+        return cls(Path(folder) / FOLDER / f"{stamp}-{len(found):04d}-{os.getpid()}-{os.urandom(4).hex()}.jsonl")
 
     def append(self, kind: str, **what: Any) -> None:
         """Add an entry with the time (ms). A disk that cannot take it is told once; training goes on."""
@@ -132,6 +145,12 @@ class Spool:
     def left(self) -> int:
         """Entries that were not sent yet."""
         return sum(1 for _ in self.read(self.state.get("offset", 0)))
+
+    @property
+    def due(self) -> bool:
+        """Whether the server is still to be told something: entries, or that the run is over."""
+        state = self.state
+        return bool(self.left or (state.get("run_id") and not state.get("ended")))
 
 
 def spools(folder: str | Path) -> list[Spool]:

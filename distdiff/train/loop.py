@@ -39,6 +39,9 @@ from distdiff.train.trace import trace
 from distdiff.train.trouble import check_finite, memory_explained, not_finite
 from distdiff.types import Cells, Condition, Tensor
 
+MOST = 10**15
+"""Cells of a run, at most: its steps are counted in 64 bits, and in the floating-point numbers of the schedule."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -67,7 +70,8 @@ class Training:
     minutes
         Save and leave after so many minutes of training (0: a SLURM job leaves before its end, others never).
     patience
-        Validations without a better score after which training stops.
+        Validations without a better score after which training stops; it and ``cells`` may change when a run is
+        continued, and the learning rate then follows the new length.
     label_dropout
         Share of cells trained without their labels (guidance needs some; CD 3.4).
     precision
@@ -115,7 +119,13 @@ class Training:
         for name in ("cells", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.checkpoint_minutes <= 0 or self.minutes < 0:
+        if not self.out or not self.resume:
+            raise ValueError("train.out must be a folder, and train.resume auto, never or a checkpoint; got nothing")
+        if self.cells > MOST or not 0 <= self.seed < 2**63:
+            raise ValueError(
+                f"train.cells must be at most {MOST:,} and train.seed in [0, 2^63), got {self.cells} and {self.seed}"
+            )
+        if not (self.checkpoint_minutes > 0 and self.minutes >= 0):
             raise ValueError(
                 f"train.checkpoint_minutes must be above 0 and train.minutes not below, got {self.checkpoint_minutes} "
                 f"and {self.minutes}"
@@ -159,7 +169,7 @@ def train(
     loading: Loading | None = None,
     labels: tuple[str, ...] = (),
     save_best: Callable[[Denoiser, dict[str, float]], None],
-    best_is_there: bool = True,
+    standing: Mapping[str, float],
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
     peers: Peers | None = None,
@@ -174,9 +184,10 @@ def train(
         How cells come in, and in which proportions.
     save_best
         Called on the main process with the averaged weights whenever validation improves.
-    best_is_there
-        Whether the best weights of a run that is continued are still where ``save_best`` put them; if not (it goes on
-        in another folder), its next validation counts as the best so far. The main process decides.
+    standing
+        Validation numbers of the weights that stand where ``save_best`` puts them. If they are not the best ones of a
+        run that is continued (it goes on in another folder, or from an older checkpoint), its next validation counts
+        as the best so far. The main process decides.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
     peers
@@ -206,7 +217,7 @@ def train(
         denoiser.load_state_dict(saved.weights)
         ema.model.load_state_dict(saved.ema)
         progress = saved.progress(Progress)
-        if not broadcast_object_list([best_is_there])[0]:
+        if not broadcast_object_list([standing.get(progress.judge) == progress.best])[0]:
             progress.best, progress.bad = math.inf, 0
         accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
     law: Law = partial(_law, process)
@@ -319,6 +330,12 @@ def train(
             if asked == LEAVE:
                 break
     accelerator.wait_for_everyone()
+    if progress.bad >= settings.patience:
+        accelerator.print(
+            f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was not "
+            f"better than {progress.best:.4f}, that of step {progress.best_step}, in {progress.bad} validations "
+            f"(train.patience={settings.patience}; the same command with a larger one goes on)"
+        )
     if asked == LEAVE:
         raise Stopped(
             f"stopped by {stop.reason or 'another process'} after step {progress.step} of {settings.steps}; saved in "

@@ -32,6 +32,18 @@ class Optim:
     clip: float = 1.0
     ema: float = 0.995
 
+    def __post_init__(self) -> None:
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                f"optim.lr must be above 0 and optim.weight_decay not below, got {self.lr} and {self.weight_decay}"
+            )
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.ema)):
+            raise ValueError(f"optim.betas and optim.ema must lie in [0, 1), got {list(self.betas)} and {self.ema}")
+        if not self.clip > 0 or self.warmup_cells < 0:
+            raise ValueError(
+                f"optim.clip must be above 0 and optim.warmup_cells not below, got {self.clip} and {self.warmup_cells}"
+            )
+
     def rate(self, seen: int, total: int) -> float:
         """Learning rate after ``seen`` of ``total`` cells."""
         warm = min(1.0, (seen + 1) / max(1, self.warmup_cells))

@@ -109,6 +109,50 @@ def test_a_run_starts_from_a_trained_model_of_other_genes(atlas, counts, tmp_pat
         experiment.train(odd)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"evaluate": {"cell_type": "celltype"}},
+            "evaluate.cell_type: .*'celltype'; did you mean 'cell_type'",
+        ),
+        ({"loader": {"strata": "celltype"}}, "loader.strata: .* no label 'celltype'"),
+        ({"data": {"labels": ["celltype"]}}, "data.labels: .* no label 'celltype'"),
+    ],
+)
+def test_labels_that_the_store_lacks_are_named_before_training(atlas, tmp_path, change, words):
+    tree = make(atlas, tmp_path / "run").as_dict()
+    for section, values in change.items():
+        tree[section] |= {"enabled": True, **values} if section == "evaluate" else values
+    with pytest.raises(ValueError, match=words):
+        experiment.train(config.parse(tree))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
+    """As the message of an early stop, and of a model that a regression beats, says: more patience, more cells."""
+    real = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": 1.0, "val/loss": 1.0})
+    short = experiment.train(make(atlas, tmp_path / "run", patience=1, eval_cells=320))
+    assert short.progress.step == 20
+    said = capsys.readouterr().out
+    assert "after step 20 of 40: val/deviance was not better than 1.0000, that of step 10, in 1 validations" in said
+    more = experiment.train(make(atlas, tmp_path / "run", patience=100, eval_cells=320))
+    assert more.progress.step == 40
+    assert "stopped early" not in capsys.readouterr().out
+    monkeypatch.setattr(loop, "validate", real)
+    longer = experiment.train(make(atlas, tmp_path / "run", cells=1920))
+    assert longer.progress.step == 60
+    with pytest.raises(ValueError, match=r"made with another config: train.seed was 0, is 1"):
+        experiment.train(make(atlas, tmp_path / "run", cells=2560, seed=1))
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["train"] |= {"cells": 1920, "patience": 100}  # as older versions of distdiff wrote them
+    state.pop(checkpoint.SEAL)
+    (newest / "state.json").write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}))
+    assert experiment.train(make(atlas, tmp_path / "run", cells=2048)).progress.step == 64
+
+
 def test_early_stop(atlas, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})
@@ -170,12 +214,53 @@ def test_validation_shards_by_blocks_and_adds_up(atlas, tmp_path):
     assert Accelerator().num_processes == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--cpu", "--num_processes", "2"], 2),
+        (["--cpu", "--num_processes=2"], 2),
+        (["--num-processes=3", "--multi_gpu"], 3),
+        (["--config_file", "multi.yaml"], 2),
+        (["--config_file=multi.yaml", "--num_processes=1"], 1),
+        (["--cpu"], None),
+    ],
+)
+@pytest.mark.parametrize("launcher", [["accelerate", "launch"], ["python", "-m", "accelerate.commands.launch"]])
+def test_what_a_launcher_was_asked_for(tmp_path, monkeypatch, launcher, words, asked):
+    from distdiff.train.launched import options_of
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", "none")
+    Path("multi.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+        "mixed_precision: bf16\nnum_machines: 1\nmachine_rank: 0\n"
+    )
+    rest = ["launch/train.py", "--config", "c.yaml", "--num_processes=9"]
+    found = options_of([*launcher, *words, "--gradient_accumulation_steps=4", *rest])
+    assert (found["num_processes"], found["gradient_accumulation_steps"]) == (asked, 4)
+    assert found["mixed_precision"] == ("bf16" if "multi.yaml" in words[0] + words[-1] else None)
+    assert options_of(["bash", "-c", "accelerate launch --num_processes 2 x.py"]) == {}
+
+
+def test_options_of_the_launcher_that_do_nothing_are_told(atlas, tmp_path, monkeypatch, capsys):
+    asked = {"mixed_precision": "bf16", "gradient_accumulation_steps": 4}
+    monkeypatch.setattr("distdiff.train.launched._launcher", lambda: asked)
+    experiment.train(make(atlas, tmp_path / "told", cells=320, precision="fp32"))
+    said = capsys.readouterr().out
+    assert "the launcher's mixed_precision=bf16 has no effect; train.precision decides: no" in said
+    assert "the launcher's gradient_accumulation_steps=4 has no effect; train.accumulate decides" in said
+    monkeypatch.setattr("distdiff.train.launched._launcher", lambda: {"mixed_precision": "no"})
+    experiment.train(make(atlas, tmp_path / "quiet", cells=320, precision="fp32"))
+    assert "no effect" not in capsys.readouterr().out
+    assert_equal(final(tmp_path / "told"), final(tmp_path / "quiet"))
+
+
 @pytest.mark.distributed
 def test_a_launcher_that_silently_runs_one_process_is_caught(atlas, tmp_path):
     settings = tmp_path / "config.json"
     settings.write_text(json.dumps(make(atlas, tmp_path / "run").as_dict()))
     launch = Path(__file__).parents[2] / "launch" / "train.py"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(launch)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", str(launch)]
     done = subprocess.run([*command, "--config", str(settings)], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "2 processes were asked for, 1 is running" in done.stderr
