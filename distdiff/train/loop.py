@@ -309,7 +309,7 @@ def train(
                 numbers = _read({**means, **scores})  # nowhere else between two logs the device is waited for
                 if numbers.pop("bad"):
                     window.check(accelerator, folder)
-                numbers |= window.speed(settings.batch, numbers.pop("waited"))
+                numbers["cells_per_second"] = window.speed(settings.batch)
                 window = _Window(progress.step, accelerator.device)
                 _judge(progress, numbers, progress.step * settings.batch)
                 if accelerator.is_main_process:
@@ -403,6 +403,7 @@ class _Window:
     def __init__(self, start: int, device: torch.device) -> None:
         self.start, self.device = start, device
         self.began = self.ended = self._mark()
+        self.came = time.perf_counter()
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -417,18 +418,19 @@ class _Window:
         check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
     def means(self, accelerator: Accelerator, waited: float) -> dict[str, Tensor]:
-        """Means over processes and steps: loss, gradient norm, seconds ``waited`` for cells; and whether anything is
-        ``bad`` (see :meth:`check`). All stays on the device.
+        """Means over processes and steps: loss, gradient norm, share of time ``waited`` for cells; and whether anything
+        is ``bad`` (see :meth:`check`). All stays on the device.
         """
         self.ended, loss = self._mark(), torch.cat(self.losses).mean()
-        loss, waited_for = accelerator.reduce(torch.stack((loss, torch.full_like(loss, waited))), "mean")
+        share = torch.full_like(loss, waited / (time.perf_counter() - self.came))
+        loss, share = accelerator.reduce(torch.stack((loss, share)), "mean")
         bad = not_finite(accelerator, self.losses, self.norms).any()
-        return {"loss": loss, "grad_norm": torch.stack(self.norms).mean(), "waited": waited_for, "bad": bad}
+        return {"loss": loss, "grad_norm": torch.stack(self.norms).mean(), "data_wait": share, "bad": bad}
 
-    def speed(self, batch: int, waited: float) -> dict[str, float]:
-        """Cells per second and the share of time ``waited`` for cells, once the means were read."""
+    def speed(self, batch: int) -> float:
+        """Cells per second, once the means were read."""
         took = self.ended - self.began if isinstance(self.ended, float) else self.began.elapsed_time(self.ended) / 1000
-        return {"cells_per_second": len(self.losses) * batch / took, "data_wait": waited / took}
+        return len(self.losses) * batch / took
 
     def _mark(self) -> Any:
         """Now, on the clock of the device, which runs behind the host's."""

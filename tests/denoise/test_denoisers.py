@@ -91,6 +91,8 @@ def test_gradient_reaches_every_weight(kind):
     network = make(kind)
     network(*batch()).square().sum().backward()
     silent = [n for n, w in network.named_parameters() if w.grad is None or not w.grad.abs().sum() > 0]
+    if kind == "unet":  # of a 2 x 2 image one place is left in the middle: its attention has nothing to choose from
+        silent = [n for n in silent if ".to_q." not in n and ".to_k." not in n]
     assert not silent
 
 
