@@ -28,8 +28,9 @@ from distdiff.process.schedule import placed
 from distdiff.tasks import Reader
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
+from distdiff.tasks.frame import framed, tell_left
 from distdiff.tasks.generate import check_guidance, generate, label_codes
-from distdiff.tasks.impute import Job, extend, mask_of
+from distdiff.tasks.impute import Job, mask_of
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec, Tensor
 
@@ -209,12 +210,12 @@ class Model:
             the input; ``uns["distdiff"]`` says what was done.
         """
         job = Job.plan(self, Source.from_anndata(adata, layer=layer), mask=mask_of(adata, mask), **options)
-        out = extend(adata, job.added)
+        out, left = framed(adata, layer, job.added)
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
         filled = job.run(layers, progress=progress)
         for name, values in layers.items():
             out.layers[name] = values
-        out.uns["distdiff"] = {**job.provenance, **dataclasses.asdict(filled)}
+        out.uns["distdiff"] = {**job.provenance, **dataclasses.asdict(filled), **tell_left(left, "impute")}
         return out
 
     def complete(self, adata: AnnData, genes: Sequence[str] | None = None, **options: Any) -> AnnData:
@@ -278,16 +279,18 @@ class Model:
             ``use_labels``, ``batch_size``, ``device``.
         """
         reader = self._reader(adata, layer, reading)
-        out, name = adata.copy(), "denoised" if readout == "mean" else f"denoised_{readout}"
-        values = np.zeros(adata.shape, dtype=np.float32)
+        name = "denoised" if readout == "mean" else f"denoised_{readout}"
+        out, left = framed(adata, layer)
+        values = np.zeros(out.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
             answer = reader.widen(block.given, new).cpu().numpy()
             values[block.start : block.stop] = received.check_answer(answer, name, block.start)
         out.layers[name] = values
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told()
-        )
+            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told(),
+            **tell_left(left, "denoise"),
+        )  # fmt: skip
         return out
 
     def deepen(
@@ -300,13 +303,15 @@ class Model:
         model was trained on, unless ``beyond="allow"``.
         """
         reader = self._reader(adata, layer, reading)
-        out, parts = adata.copy(), []
+        (out, left), parts = framed(adata, layer), []
         for block in reader.blocks(progress=progress, desc="deepen"):
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
             answer = reader.widen(block.given, new).cpu().numpy()
             parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
-        out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed, **reader.told())
+        out.uns["distdiff"] = self.provenance(
+            task="deepen", times=times, steps=steps, seed=seed, **reader.told(), **tell_left(left, "deepen")
+        )
         return out
 
     def likelihood(

@@ -14,7 +14,10 @@ import numpy as np
 from distdiff.batch.output import Field
 from distdiff.batch.rows import opened_anndata
 from distdiff.batch.tasks import Task
-from distdiff.data.export import zarr_v3
+from distdiff.data.export import CsrOnDisk, zarr_v3
+from distdiff.data.scan import select
+from distdiff.data.source import rows_of
+from distdiff.tasks.frame import taken, var_of
 
 PIECE = 8 << 20
 """Values copied at a time."""
@@ -88,10 +91,11 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
                 elif key != "obs":
                     transfer(source, root, key)
             return
-        _var(root, task, source)
-        for key in ("obsm", "obsp", "uns"):
+        genes = _var(root, task, source)
+        for key in ("obsm", "obsp", "uns", "raw"):
             if key in source:
                 transfer(source, root, key)
+        _by_gene(root, task, source, genes, ours)
 
 
 def _own_obs(root: Any, task: Task, ours: set[str]) -> None:
@@ -131,20 +135,66 @@ def _inherited_obs(root: Any, source: Any, ours: set[str]) -> None:
     describe(obs, {**attributes, "column-order": [*(n for n in order if n not in added), *added]})
 
 
-def _var(root: Any, task: Task, source: Any) -> None:
-    """var in the genes of the result: what the input knows of them, and which were appended."""
+def _var(root: Any, task: Task, source: Any) -> Any:
+    """var in the genes of the result: what the input knows of them, and which were appended; the input's gene names."""
     import anndata as ad
     import pandas as pd
 
-    var = pd.DataFrame(index=pd.Index(list(task.rows.genes))) if source is None else ad.io.read_elem(source["var"])
-    var.index = var.index.astype(str)
-    var = var.reindex(list(task.genes))
+    if source is None:
+        var = pd.DataFrame(index=pd.Index(list(task.rows.genes)))
+    else:
+        var = ad.io.read_elem(source[task.rows.var])
+    var.index = given = var.index.astype(str)
+    var = var_of(var, task.genes)
     if task.added:
         var["distdiff_added"] = np.isin(task.genes, task.added)
     if "var" in root:
         del root["var"]
     with zarr_v3():
         ad.io.write_elem(root, "var", var)
+    return given
+
+
+def _by_gene(root: Any, task: Task, source: Any, genes: Any, ours: set[str]) -> None:
+    """layers, varm and varp in the genes of the result; those of X do not fit the genes of raw."""
+    import anndata as ad
+
+    at = genes.get_indexer(list(task.genes))
+    if task.rows.var == "var":
+        for name in source.get("layers", ()):
+            if f"layers/{name}" not in ours:
+                _in_genes(source["layers"][name], root["layers"], name, at)
+    parent = source[task.rows.var.rpartition("/")[0]] if "/" in task.rows.var else source
+    for key in ("varm", "varp"):
+        for name in parent.get(key, ()):
+            values = ad.io.read_elem(parent[key][name])
+            axes, fill = ((0,), np.nan) if key == "varm" else ((0, 1), 0)
+            with zarr_v3():
+                ad.io.write_elem(root[key], name, taken(values, at, axes, fill, task.genes))
+
+
+def _in_genes(elem: Any, target: Any, name: str, at: np.ndarray) -> None:
+    """Copy a layer by row, its columns ``at`` (-1: zeros), with bounded memory."""
+    rows = rows_of(elem, name)
+    n, width = rows.shape
+    step = max(1, PIECE // max(1, width))
+    spans = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    dense = not hasattr(elem, "keys")
+    if dense:
+        chunks = tuple(max(1, m) for m in (min(n, step), len(at)))
+        create = target.create_array if hasattr(target, "create_array") else target.create_dataset
+        array = create(name, shape=(n, len(at)), dtype=elem.dtype, chunks=chunks if n and len(at) else None)
+        describe(array, elem.attrs)
+        for span in spans:
+            given = rows[span]
+            array[span] = np.where(at >= 0, given[:, at.clip(0)], np.zeros((), given.dtype))
+        return
+    place = np.full(width, -1, np.int32)
+    place[at[at >= 0]] = np.flatnonzero(at >= 0)
+    nnz = sum(select(rows[span], place, len(at)).nnz for span in spans)
+    whole = CsrOnDisk(target, name, (n, len(at)), nnz, rows.dtype)
+    for span in spans:
+        whole.append(select(rows[span], place, len(at)))
 
 
 def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> None:

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data.source import Source
+from distdiff.data.source import Source, frame_index
 from distdiff.data.store import CountStore
 
 CACHE = 8 << 20
@@ -65,6 +65,29 @@ class FileRows:
         self.labels: Mapping[str, Sequence[str]] = {}
         self.frame = path if _is_anndata(path) else None
         """The AnnData file whose obs an output inherits, where the input is one."""
+        self.var = self.source.var
+        """Where in that file the genes of the counts are."""
+        self.layer = layer
+
+    def whole(self, genes: Sequence[str]) -> bool:
+        """Whether everything in the file with a value a gene fits a result of these genes as it is."""
+        if self.frame is None or tuple(genes) != tuple(self.genes):
+            return False
+        if self.var == "var":
+            return True
+        with opened_anndata(self.frame) as root:
+            return tuple(frame_index(root["var"]).tolist()) == tuple(genes)
+
+    def left_out(self) -> list[str]:
+        """Names of what a result of other genes cannot keep: X where counts of a layer take its place, and whatever
+        has a value for each gene of X where the counts are those of ``raw``."""
+        if self.frame is None:
+            return []
+        with opened_anndata(self.frame) as root:
+            left = ["X"] if self.layer is not None and "X" in root else []
+            if self.var != "var":
+                left += [f"{key}/{name}" for key in ("layers", "varm", "varp") if key in root for name in root[key]]
+        return left
 
     @property
     def obs_names(self) -> np.ndarray:

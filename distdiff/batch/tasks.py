@@ -25,6 +25,7 @@ from distdiff.sampling import predictor, sample
 from distdiff.tasks import Block, Reader
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
+from distdiff.tasks.frame import tell_left
 from distdiff.tasks.generate import check_guidance, label_codes
 from distdiff.tasks.impute import Filled, Job
 from distdiff.tasks.likelihood import nats
@@ -78,6 +79,10 @@ class Task(ABC):
         """What stands in ``uns['distdiff']``, beside what was done."""
         return self.model.provenance(task=self.name)
 
+    def about(self) -> dict[str, Any]:
+        """What else stands there whatever the task is."""
+        return {}
+
     def labels(self, start: int, stop: int) -> Values:
         """Names and labels of some rows, where they are not inherited."""
         if self.rows.frame is not None:
@@ -124,7 +129,9 @@ class OnCells(Task):
                     "input's, and those of the model that it lacks where they are imputed"
                 )
             self.genes, self.at = tuple(keep), np.array([place[g] for g in keep], dtype=np.int64)
-        self.inherits = rows.frame is not None and self.genes == tuple(rows.genes)
+        self.inherits = rows.frame is not None and rows.whole(self.genes)
+        self.left = [] if self.inherits or rows.frame is None else rows.left_out()
+        tell_left(self.left, rows.where)
         self.fields = [*self.label_fields(), *([] if self.inherits else [Field("X", "float32", len(self.genes), True)])]
         if ood:
             self.fields.append(Field(NATS, "float32"))
@@ -154,6 +161,10 @@ class OnCells(Task):
     @abstractmethod
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """The layers ``layers/NAME`` of a block, all genes of the result."""
+
+    def about(self) -> dict[str, Any]:
+        """See :class:`Task`."""
+        return {"left_out": self.left} if self.left else {}
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.at is None else values[:, torch.from_numpy(self.at).to(values.device)]

@@ -68,7 +68,7 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
             nnz += counts.nnz
         with _opened(temporary) as root:
             _frames(root, store, order, columns)
-            matrix = _Csr(root, (len(order), len(columns)), nnz, dtype)
+            matrix = CsrOnDisk(root, "X", (len(order), len(columns)), nnz, dtype)
             step = max(1, int(PIECE * len(order) / max(nnz, 1)))
             place = np.arange(len(columns), dtype=np.int32)
             for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
@@ -114,13 +114,21 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
     ad.io.write_elem(root, "/", adata)
 
 
-class _Csr:
-    """``X`` on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row."""
+class CsrOnDisk:
+    """A matrix on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row.
 
-    def __init__(self, root: Any, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
-        if "X" in root:
-            del root["X"]
-        group = root.create_group("X")
+    Parameters
+    ----------
+    root, name
+        Group of h5py or zarr, and what the matrix is called there; one of that name is replaced.
+    shape, nnz, dtype
+        Of the whole matrix.
+    """
+
+    def __init__(self, root: Any, name: str, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
+        if name in root:
+            del root[name]
+        group = root.create_group(name)
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
         create = group.create_array if hasattr(group, "create_array") else group.create_dataset
         small = np.iinfo(np.int32).max

@@ -46,6 +46,8 @@ class Source:
         What to know of how it is read (why the matrix sits in memory whole, what was left out), or empty.
     stored
         The matrix on disk where it is stored gene by gene or as a list of entries, else None.
+    var
+        Where its genes are in the AnnData: ``var``, or ``raw/var``.
     """
 
     where: str
@@ -56,6 +58,7 @@ class Source:
     _obs: Any = field(repr=False)
     _file: Any = field(default=None, repr=False)
     stored: ByGene | None = field(default=None, repr=False)
+    var: str = "var"
 
     @classmethod
     def open(cls, path: str | Path, layer: str | None = None, turned: str | Path | None = None) -> Source:
@@ -98,13 +101,13 @@ class Source:
         holder, var = _layer(root, layer, str(path))
         where = str(path) if layer is None else f"{path} (layer {layer!r})"
         with reading(where):
-            rows = _rows_of(holder, where)
-            genes = _frame_index(root[var])
+            rows = rows_of(holder, where)
+            genes = frame_index(root[var])
         stored = rows if isinstance(rows, ByGene) else None
         other = _turned(stored, path, layer, turned)
         note = "" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"
         obs = root["obs"] if hasattr(root["obs"], "keys") else _read_elem(root["obs"])  # a table: h5ad before 0.7
-        return cls._checked(where, genes, other or rows, note, obs, root, stored)
+        return cls._checked(where, genes, other or rows, note, obs, root, stored, var)
 
     @classmethod
     def from_anndata(cls, adata: AnnData, layer: str | None = None) -> Source:
@@ -116,20 +119,11 @@ class Source:
             Layer missing or duplicate gene names.
         """
         where = "AnnData" if layer is None else f"AnnData (layer {layer!r})"
-        if layer is None:
-            x, genes = adata.X, adata.var_names
-        elif layer in adata.layers:
-            x, genes = adata.layers[layer], adata.var_names
-        elif layer == "raw" and adata.raw is not None:
-            x, genes = adata.raw.X, adata.raw.var_names
-        else:
-            raise ValueError(f"AnnData has no layer {layer!r}{nearest(layer, adata.layers)}")
-        if x is None:
-            raise ValueError("AnnData has no X; choose a raw-count layer with layer=")
-        note = ""
+        x, var = in_memory(adata, layer)
+        genes, note = (adata if var == "var" else adata.raw).var_names, ""
         if sparse.issparse(x) and x.format != "csr":
             x, note = x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
-        return cls._checked(where, np.asarray(genes, dtype=str), x, note, adata.obs)
+        return cls._checked(where, np.asarray(genes, dtype=str), x, note, adata.obs, var=var)
 
     @classmethod
     def _tenx(
@@ -161,12 +155,13 @@ class Source:
         obs: Any,
         file: Any = None,
         stored: ByGene | None = None,
+        var: str = "var",
     ) -> Source:
         if matrix.shape[1] != len(genes):
             raise ValueError(f"{where}: {matrix.shape[1]} columns but {len(genes)} genes in var; the file is damaged")
         if (twice := _first_duplicate(genes)) is not None:
             raise ValueError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
-        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored)
+        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored, var)
 
     @property
     def by_gene(self) -> bool:
@@ -182,7 +177,7 @@ class Source:
         ValueError
             Two cells share a name, or there are not as many names as rows.
         """
-        names = _frame_index(self._obs)
+        names = frame_index(self._obs)
         if len(names) != self.n_cells:
             raise ValueError(f"{self.where}: {self.n_cells} rows but {len(names)} cells in obs; the file is damaged")
         if (twice := _first_duplicate(names)) is not None:
@@ -252,6 +247,26 @@ class Source:
         """Close the file, if there is one."""
         if hasattr(self._file, "close"):
             self._file.close()
+
+
+def in_memory(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+    """The matrix of a layer (as in `Source.open`) of an AnnData in memory, and where its genes are.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    if layer is None:
+        if adata.X is None:
+            raise ValueError("AnnData has no X; choose a raw-count layer with layer=")
+        return adata.X, "var"
+    if layer in adata.layers:
+        return adata.layers[layer], "var"
+    if layer == "raw" and adata.raw is not None:
+        return adata.raw.X, "raw/var"
+    known = [*adata.layers, *(["raw"] if adata.raw is not None else [])]
+    raise ValueError(f"AnnData has no layer {layer!r}{nearest(layer, known)}")
 
 
 def refuse_layer(path: str | Path, layer: str | None) -> None:
@@ -426,8 +441,8 @@ def _encoding(element: Any) -> str:
     return str(element.attrs.get("encoding-type", ""))
 
 
-def _rows_of(element: Any, where: str) -> Any:
-    """Something whose ``[start:stop]`` gives rows."""
+def rows_of(element: Any, where: str) -> Any:
+    """A matrix on disk (group or array of h5py or zarr) by row: something whose ``[start:stop]`` gives rows."""
     from anndata.io import sparse_dataset
 
     if not (_encoding(element).endswith("_matrix") or "h5sparse_format" in element.attrs):
@@ -456,7 +471,7 @@ def _read_elem(element: Any) -> Any:
     return read_elem(element)
 
 
-def _frame_index(frame: Any) -> np.ndarray:
+def frame_index(frame: Any) -> np.ndarray:
     """Row names of an obs or var: a DataFrame, or its group on disk."""
     if not hasattr(frame, "keys"):
         frame = _read_elem(frame)

@@ -58,21 +58,6 @@ def mask_of(adata: AnnData, mask: str | np.ndarray | sp.spmatrix | None) -> np.n
     return adata.layers[mask]
 
 
-def extend(adata: AnnData, genes: tuple[str, ...]) -> AnnData:
-    """Copy an AnnData, with ``genes`` appended as unmeasured columns (``var['distdiff_added']``, counts 0)."""
-    out = adata.copy()
-    if not genes:
-        return out
-    import anndata as ad
-    import pandas as pd
-
-    empty = sp.csr_matrix((adata.n_obs, len(genes)), dtype=adata.X.dtype)
-    x = sp.hstack((sp.csr_matrix(adata.X), empty), format="csr")
-    var = adata.var.reindex([*adata.var_names, *genes])
-    var["distdiff_added"] = np.r_[np.zeros(adata.n_vars, bool), np.ones(len(genes), bool)]
-    return ad.AnnData(x, obs=out.obs, var=pd.DataFrame(var), obsm=dict(out.obsm), uns=dict(out.uns))
-
-
 @dataclass
 class Job:
     """One imputation. :meth:`plan` checks all before anything is written."""
