@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from distdiff.batch.output import Field
-from distdiff.batch.rows import opened_anndata
+from distdiff.batch.rows import from_table, opened_anndata
 from distdiff.batch.tasks import Task
+from distdiff.data import legacy
 from distdiff.data.export import CsrOnDisk, zarr_v3
 from distdiff.data.scan import select
 from distdiff.data.source import rows_of
@@ -21,6 +22,9 @@ from distdiff.tasks.frame import taken, var_of
 
 PIECE = 8 << 20
 """Values copied at a time."""
+
+GROUPS = ("csr_matrix", "csc_matrix", "dict", "dataframe", "raw", "")
+"""Kinds of groups that are copied member by member."""
 
 MAPPINGS = ("layers", "obsm", "obsp", "varm", "varp", "uns")
 
@@ -34,7 +38,7 @@ def transfer(source: Any, target: Any, key: str) -> None:
     plain = not hasattr(elem, "keys") and elem.ndim and elem.dtype.kind in "biuf"
     if plain:
         _copy(elem, target, key)
-    elif hasattr(elem, "keys") and kind in ("csr_matrix", "csc_matrix", "dict", "dataframe", "raw", ""):
+    elif kind in GROUPS and hasattr(elem, "keys") and not (kind == "dataframe" and legacy.by_reference(elem)):
         group = target.require_group(key)
         describe(group, elem.attrs)
         for name in elem:
@@ -119,11 +123,15 @@ def _inherited_obs(root: Any, source: Any, ours: set[str]) -> None:
 
     obs, given = root.require_group("obs"), source["obs"]
     added = sorted(path.removeprefix("obs/") for path in ours if path.startswith("obs/"))
-    if not hasattr(given, "keys"):  # a table: h5ad before 0.7
-        frame = ad.io.read_elem(given)
-        for name in frame.columns:
-            ad.io.write_elem(obs, str(name), frame[name].to_numpy())
-        ad.io.write_elem(obs, "_index", np.array(frame.index.astype(str), dtype=object))
+    if legacy.by_reference(given):
+        frame = legacy.frame(source, "obs")
+        with zarr_v3():
+            for name in frame.columns:
+                values = frame[name]
+                if name not in added:
+                    plain = isinstance(values.dtype, np.dtype)
+                    ad.io.write_elem(obs, str(name), values.to_numpy() if plain else values.array)
+            ad.io.write_elem(obs, "_index", np.array(frame.index.astype(str), dtype=object))
         order = [str(name) for name in frame.columns]
         attributes = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"}
     else:
@@ -201,7 +209,7 @@ def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> Non
     """Write the result whose fields are in the zarr group ``root`` as h5ad."""
     import h5py
 
-    whole_input = task.inherits and task.rows.frame.is_file()
+    whole_input = task.inherits and task.rows.frame.is_file() and not from_table(task.rows.frame)
     if whole_input:
         shutil.copyfile(task.rows.frame, path)
     with h5py.File(path, "r+" if whole_input else "w") as file:

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 
 from distdiff import files
 from distdiff.component import nearest
+from distdiff.data import legacy
 from distdiff.data.source import Source, frame_index
 from distdiff.data.store import CountStore
 
@@ -76,7 +77,7 @@ class FileRows:
         if self.var == "var":
             return True
         with opened_anndata(self.frame) as root:
-            return tuple(frame_index(root["var"]).tolist()) == tuple(genes)
+            return tuple(frame_index(root, "var").tolist()) == tuple(genes)
 
     def left_out(self) -> list[str]:
         """Names of what a result of other genes cannot keep: X where counts of a layer take its place, and whatever
@@ -128,7 +129,23 @@ class NewRows:
 
 @contextlib.contextmanager
 def opened_anndata(path: Path) -> Iterator[Any]:
-    """An h5ad file or an AnnData zarr folder, open for reading."""
+    """An h5ad file or an AnnData zarr folder, open for reading; one from before anndata 0.7 as it is written today."""
+    with _opened(path) as root:
+        if "obs" not in root or not legacy.compound(root["obs"]):
+            yield root
+            return
+    with legacy.anew(path) as root:
+        yield root
+
+
+def from_table(path: Path) -> bool:
+    """Whether an AnnData file is from before anndata 0.7."""
+    with _opened(path) as root:
+        return legacy.compound(root["obs"])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if path.is_dir():
         import zarr
 
@@ -143,10 +160,16 @@ def opened_anndata(path: Path) -> Iterator[Any]:
 def _is_anndata(path: Path) -> bool:
     if path.is_dir() and not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
         return False  # 10x mtx
-    if path.is_file() and not path.suffix.startswith(".h5"):
+    if path.is_file() and not _is_hdf5(path):
         return False
-    with opened_anndata(path) as root:
+    with _opened(path) as root:
         return "obs" in root and "var" in root
+
+
+def _is_hdf5(path: Path) -> bool:
+    import h5py
+
+    return bool(h5py.is_hdf5(path))
 
 
 def is_store(path: Path | str) -> bool:

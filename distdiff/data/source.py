@@ -13,7 +13,7 @@ from scipy import sparse
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data import tenx
+from distdiff.data import legacy, tenx
 from distdiff.data.coding import uncounted
 from distdiff.data.turn import ByGene, Csc, Turned, reading
 
@@ -102,12 +102,12 @@ class Source:
         where = str(path) if layer is None else f"{path} (layer {layer!r})"
         with reading(where):
             rows = rows_of(holder, where)
-            genes = frame_index(root[var])
+            genes = frame_index(root, var)
         stored = rows if isinstance(rows, ByGene) else None
         other = _turned(stored, path, layer, turned)
         note = "" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"
-        obs = root["obs"] if hasattr(root["obs"], "keys") else _read_elem(root["obs"])  # a table: h5ad before 0.7
-        return cls._checked(where, genes, other or rows, note, obs, root, stored, var)
+        obs = legacy.frame(root, "obs") if legacy.compound(root["obs"]) else root["obs"]
+        return cls._checked(where, genes, other or rows, note, obs, root, stored, var.replace(".", "/"))
 
     @classmethod
     def from_anndata(cls, adata: AnnData, layer: str | None = None) -> Source:
@@ -177,7 +177,7 @@ class Source:
         ValueError
             Two cells share a name, or there are not as many names as rows.
         """
-        names = frame_index(self._obs)
+        names = _index(self._obs)
         if len(names) != self.n_cells:
             raise ValueError(f"{self.where}: {self.n_cells} rows but {len(names)} cells in obs; the file is damaged")
         if (twice := _first_duplicate(names)) is not None:
@@ -204,7 +204,7 @@ class Source:
             known = list(self._obs.columns)
         else:
             known = [str(k) for k in self._obs.attrs["column-order"]]
-            column = _read_elem(self._obs[key]) if key in known else None
+            column = legacy.column(self._obs, key) if key in known else None
         if column is None:
             raise ValueError(f"{self.where}: obs has no column {key!r}{nearest(key, map(str, known))}")
         series = pd.Series(column)
@@ -431,9 +431,9 @@ def _layer(root: Any, layer: str | None, path: str) -> tuple[Any, str]:
         return root["X"], "var"
     if layer in layers:
         return root["layers"][layer], "var"
-    has_raw = "raw" in root and "X" in root["raw"]
+    has_raw = ("raw" in root and "X" in root["raw"]) or "raw.X" in root
     if layer == "raw" and has_raw:
-        return root["raw"]["X"], "raw/var"
+        return (root["raw.X"], "raw.var") if "raw.X" in root else (root["raw"]["X"], "raw/var")
     raise ValueError(f"{path} has no layer {layer!r}{nearest(layer, [*layers, *(['raw'] if has_raw else [])])}")
 
 
@@ -465,19 +465,18 @@ def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | 
     return turned
 
 
-def _read_elem(element: Any) -> Any:
+def frame_index(root: Any, key: str) -> np.ndarray:
+    """Row names of the obs or var ``key`` of an AnnData on disk."""
+    return _index(legacy.frame(root, key) if legacy.compound(root[key]) else root[key])
+
+
+def _index(frame: Any) -> np.ndarray:
+    """Row names of a DataFrame, or of its group on disk."""
     from anndata.io import read_elem
 
-    return read_elem(element)
-
-
-def frame_index(frame: Any) -> np.ndarray:
-    """Row names of an obs or var: a DataFrame, or its group on disk."""
-    if not hasattr(frame, "keys"):
-        frame = _read_elem(frame)
     if hasattr(frame, "index"):
         return np.asarray(frame.index, dtype=str)
-    return np.asarray(_read_elem(frame[frame.attrs["_index"]]), dtype=object).astype(str)
+    return np.asarray(read_elem(frame[frame.attrs["_index"]]), dtype=object).astype(str)
 
 
 def _first_duplicate(names: np.ndarray) -> str | None:
