@@ -94,6 +94,7 @@ def _train(config: Config, trust: Sequence[str]) -> Outcome:
     check_world(accelerator)
     main = accelerator.is_main_process
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
+    model.check_store(store.manifest, config.data.store)
     config = replace(config, train=settled(
         config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
         config.data.labels,
@@ -234,6 +235,7 @@ def evaluate_model(
     """
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
+    model.check_store(store.manifest, store.url)
     store, ours = _shared(store, model)
     if settings.draws < 2:
         raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {settings.draws}")

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
+    from distdiff.data.manifest import Manifest
+
 
 @dataclass
 class Model:
@@ -75,6 +77,17 @@ class Model:
         network.relative = law.relative
         options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
         return cls(law, network, spec, options)
+
+    def check_store(self, manifest: Manifest, where: str) -> None:
+        """Refuse a store of measurements for a law of whole counts.
+
+        Raises
+        ------
+        ValueError
+            It is one.
+        """
+        if self.process.whole:
+            manifest.refuse_measurements(f"process {type(self.process).__name__}", where)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -178,7 +191,7 @@ class Model:
         adata: AnnData,
         *,
         layer: str | None = None,
-        mask: str | np.ndarray | sp.spmatrix | None = None,
+        mask: str | np.ndarray | sp.spmatrix | DataFrame | None = None,
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
@@ -189,7 +202,8 @@ class Model:
         layer
             Where the raw counts are (default ``X``; ``"raw"`` for ``.raw.X``).
         mask
-            Targets: name of a layer, or an array/sparse matrix ``[cells, genes]``; true = to be imputed.
+            Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
+            DataFrame or the name of a layer, which are taken by names.
         sites, groups
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (MATHS 8.5); ``groups`` is
             an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that the input
@@ -209,7 +223,8 @@ class Model:
             Layers ``imputed_mean`` (float32, molecules) and ``imputed`` (whole molecules), observed entries equal to
             the input; ``uns["distdiff"]`` says what was done.
         """
-        job = Job.plan(self, Source.from_anndata(adata, layer=layer), mask=mask_of(adata, mask), **options)
+        rows = Source.from_anndata(adata, layer=layer)
+        job = Job.plan(self, rows, mask=mask_of(adata, mask, rows), **options)
         out, left = framed(adata, layer, job.added)
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
         filled = job.run(layers, progress=progress)

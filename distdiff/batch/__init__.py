@@ -16,7 +16,7 @@ import torch
 from distdiff.batch import job
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
-from distdiff.batch.rows import open_rows
+from distdiff.batch.rows import StoreRows, open_rows
 from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
 from distdiff.batch.verify import verify
@@ -104,6 +104,8 @@ def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, la
     if out.exists() and Path(data).exists() and out.resolve() == Path(data).resolve():
         raise ValueError(f"--out {out} is the input itself; the input is never changed, give another name")
     rows = open_rows(data, layer)
+    if isinstance(rows, StoreRows):
+        model.check_store(rows.store.manifest, rows.where)
     if kind in ("impute", "complete"):
         options["data"] = data
     return ON_CELLS[kind](model, rows, device=device, **options)

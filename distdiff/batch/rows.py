@@ -59,10 +59,10 @@ class FileRows:
     """A Source with the rest of its file: what an output inherits."""
 
     def __init__(self, path: Path, layer: str | None) -> None:
-        self.source = Source.open(path, layer=layer)
+        self.source = Source.open(path, layer=layer, every=True)
         self.n_cells, self.genes, self.where = self.source.n_cells, self.source.genes, self.source.where
         self.read, self.obs = self.source.read, self.source.obs
-        self.fingerprint = files.stamp(path)
+        self.fingerprint, self.expressed = files.stamp(path), self.source.expressed
         self.labels: Mapping[str, Sequence[str]] = {}
         self.frame = path if _is_anndata(path) else None
         """The AnnData file whose obs an output inherits, where the input is one."""

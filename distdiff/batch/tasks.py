@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.frame import tell_left
 from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import Filled, Job
+from distdiff.tasks.impute import Filled, Job, MaskLayer
 from distdiff.tasks.likelihood import nats
 from distdiff.types import Cells, Condition
 
@@ -112,6 +113,7 @@ class OnCells(Task):
     """
 
     reader: Reader
+    whole = False
 
     def __init__(
         self, model: Model, rows: Any, reader: Reader, genes: tuple[str, ...], *, keep: Sequence[str] | None, ood: int,
@@ -145,7 +147,25 @@ class OnCells(Task):
 
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""
-        return self.reader.block(start, stop)
+        return self._fitting(self.reader.block(start, stop))
+
+    def _fitting(self, block: Block) -> Block:
+        """Refuse decimals of genes that the model does not know where they would stand in a layer of whole numbers."""
+        if self.reader.unknown and self.whole:
+            given = block.given[:, torch.from_numpy(~self.reader.known)]
+            if bool((given != given.round()).any()):
+                at = np.flatnonzero(~self.reader.known)[int((given != given.round()).any(0).nonzero()[0])]
+                raise ValueError(
+                    f"{self.rows.where}: {self.rows.genes[at]!r}, which the model does not know, holds decimals, and "
+                    "draws are layers of whole numbers: say in var['feature_types'] what is no Gene Expression, leave "
+                    "those columns out, or write no draws (--layers mean)"
+                )
+        return block
+
+    def drawn(self, path: str, width: int, sparse: bool | None) -> Field:
+        """A layer of draws: whole numbers of 32 bits, floating point where features that are no genes stand beside."""
+        self.whole = getattr(self.rows, "expressed", None) is None
+        return Field(path, "int32" if self.whole else "float32", width, sparse)
 
     def compute(self, block: Block) -> tuple[Values, Callable[[], Filled]]:
         """See :class:`Task`."""
@@ -237,7 +257,8 @@ class Impute(OnCells):
             if not ("mean" in layers or name != f"imputed_{self.job.point}"):
                 continue
             drawn = name == "imputed" or name.startswith("imputed_draw")
-            self.fields.append(Field(f"layers/{name}", "int32" if drawn else dtype, width, sparse))
+            field = self.drawn if drawn else partial(Field, dtype=dtype)
+            self.fields.append(field(f"layers/{name}", width=width, sparse=sparse))
         if "mask" in layers:
             self.fields.append(Field("layers/imputed_mask", "bool", width, sparse))
 
@@ -247,7 +268,7 @@ class Impute(OnCells):
 
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""
-        return self.reader.block(start, stop, self.job.hidden)
+        return self._fitting(self.reader.block(start, stop, self.job.hidden))
 
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """See :class:`OnCells`."""
@@ -309,7 +330,7 @@ class Deepen(OnCells):
             model, rows, Reader(model.spec, rows, **reading), tuple(rows.genes), keep=keep, ood=ood, seed=seed
         )
         self.options: dict[str, Any] = {"times": times, "steps": steps, "beyond": beyond, "seed": seed}
-        self.fields.append(Field("layers/deepened", "int32", len(self.genes), sparse))
+        self.fields.append(self.drawn("layers/deepened", len(self.genes), sparse))
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -402,17 +423,7 @@ def _mask(rows: Any, data: str | Path, mask: str | None) -> Any:
         return load_mask(mask, (rows.n_cells, len(rows.genes)))
     if not isinstance(rows, FileRows):
         raise ValueError(f"--mask {mask}: a store has no layers; give a .npz or .npy file")
-    return _MaskLayer(Source.open(data, layer=mask))
-
-
-class _MaskLayer:
-    """A layer of a file as a mask of which rows are read."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.shape = source, (source.n_cells, len(source.genes))
-
-    def __getitem__(self, rows: slice) -> sp.csr_matrix:
-        return self.source.read(rows.start, rows.stop)
+    return MaskLayer(Source.open(data, layer=mask, every=True), rows.genes)
 
 
 def _named(mask: str | None) -> str | None:

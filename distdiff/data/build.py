@@ -68,6 +68,7 @@ class Wanted:
     seed: int
     quality: Mapping[str, float]
     counts: bool
+    rounding: str | None
     codec: str
     block: int
     blocks_per_shard: int | None
@@ -141,7 +142,12 @@ class Build:
         rank[order] = np.arange(self.n_cells)
         spans = self.spans(rank, code == 0, memory)
         found = run(scatter, spans, job, "scatter")
-        if not any((f.nnz > 0).any() for f in found):
+        if all((f.nnz < 0).all() for f in found):
+            raise ValueError(
+                f"{', '.join(s.where for s in self.sources)}: no cell passes {dict(self.wanted.quality)}; each is over "
+                "all genes of its file"
+            )
+        if not any(f.gene_nnz.any() for f in found):
             raise ValueError(f"{', '.join(s.where for s in self.sources)}: no counts at all in the {job.n_genes} genes")
         job = self.with_genes(job, found, run)
         measured = run(measure, range(len(spans)), job, "measure")
@@ -189,14 +195,16 @@ class Build:
         known = self.genes.names or self.known
         at = {g: i for i, g in enumerate(known)}
         columns = tuple(np.array([at.get(g, -1) for g in s.genes], dtype=np.int32) for s in self.sources)
-        mito = np.char.startswith(np.char.upper(np.array(known, dtype=str)), "MT-")
-        if "max_mito" in self.wanted.quality and not mito.any():
-            raise ValueError(
-                "max_mito: no gene's name starts with MT-; mitochondrial genes cannot be told, leave it out"
-            )
+        mito = tuple(np.char.startswith(np.char.upper(np.array(s.genes, dtype=str)), "MT-") for s in self.sources)
+        for source, here in zip(self.sources, mito, strict=True):
+            if "max_mito" in self.wanted.quality and not here.any():
+                raise ValueError(
+                    f"max_mito: {source.where}: no gene's name starts with MT-; mitochondrial genes cannot be told, "
+                    "leave it out"
+                )
         return Job(
             str(work), self.paths, self.wanted.layer, self.stamps, turned, columns, len(known), self.wanted.quality,
-            mito, self.wanted.counts,
+            mito, self.wanted.counts, self.wanted.seed if self.wanted.rounding else None,
         )  # fmt: skip
 
     def spans(self, rank: np.ndarray, train: np.ndarray, memory: int) -> list[Span]:
@@ -309,6 +317,7 @@ class Build:
             panel_by=self.panel.how if self.panel else None,
             join=w.join, quality=dict(w.quality), layer=w.layer,
             never_counted=() if self.genes.names else tuple(known[gene_nnz == 0].tolist()), not_shared=self.not_shared,
+            rounding=w.rounding and f"{w.rounding}, seed {w.seed}",
             fingerprint=about.fingerprint(genes, values, shards),
         )  # fmt: skip
 

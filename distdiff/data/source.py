@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_COUNT = 2**32 - 1
 """Largest count a store holds."""
 
+NEAR = 1e-4
+"""A number this close to a whole one, relative to it, is that one: what a logarithm and back, or a float sum, leaves."""
+
 LAST_EXACT = 2**24
 """From here on float32 does not hold every whole number."""
 
@@ -48,6 +51,8 @@ class Source:
         The matrix on disk where it is stored gene by gene or as a list of entries, else None.
     var
         Where its genes are in the AnnData: ``var``, or ``raw/var``.
+    expressed
+        ``bool [g]``, which columns are gene expression where some are not (antibodies, peaks ...), else None.
     """
 
     where: str
@@ -59,13 +64,17 @@ class Source:
     _file: Any = field(default=None, repr=False)
     stored: ByGene | None = field(default=None, repr=False)
     var: str = "var"
+    expressed: np.ndarray | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, layer: str | None = None, turned: str | Path | None = None) -> Source:
+    def open(
+        cls, path: str | Path, layer: str | None = None, turned: str | Path | None = None, *, every: bool = False
+    ) -> Source:
         """Open an h5ad file, an AnnData zarr folder, a 10x h5 file, or a 10x mtx folder (or its .mtx itself).
 
-        The matrix is not read yet. 10x: genes are named by symbol and cells by barcode, there is no column of obs,
-        and of several kinds of features only Gene Expression is read; `note` tells what was left out or renamed.
+        The matrix is not read yet. Of several kinds of features (of AnnData: ``var['feature_types']``) only Gene
+        Expression is read. 10x: genes are named by symbol and cells by barcode, there is no column of obs. `note` tells
+        what was left out or renamed.
 
         Parameters
         ----------
@@ -76,6 +85,8 @@ class Source:
         turned
             Folder in which `turn.turn` brought the matrix into row order; None reads it as it is, and one that is
             stored `by_gene` is then loaded whole at the first `read`.
+        every
+            Read an AnnData's features of all kinds; `expressed` tells them apart.
 
         Raises
         ------
@@ -105,13 +116,20 @@ class Source:
             genes = frame_index(root, var)
         stored = rows if isinstance(rows, ByGene) else None
         other = _turned(stored, path, layer, turned)
-        note = "" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"
+        notes = ["" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"]
+        keep, told = tenx.expression(_kinds(root[var]), where)
+        rows, expressed = other or rows, None
+        if keep is not None and every:
+            expressed = np.isin(np.arange(len(genes)), keep)
+        elif keep is not None:
+            rows, genes = _Columns(rows, keep, where), genes[keep]
+        note = "; ".join(filter(None, [*notes, "" if every else told]))
         obs = legacy.frame(root, "obs") if legacy.compound(root["obs"]) else root["obs"]
-        return cls._checked(where, genes, other or rows, note, obs, root, stored, var.replace(".", "/"))
+        return cls._checked(where, genes, rows, note, obs, root, stored, var.replace(".", "/"), expressed)
 
     @classmethod
     def from_anndata(cls, adata: AnnData, layer: str | None = None) -> Source:
-        """The same over an AnnData in memory (``layer`` as in `open`).
+        """The same over an AnnData in memory (``layer`` as in `open`), with features of all kinds.
 
         Raises
         ------
@@ -120,10 +138,12 @@ class Source:
         """
         where = "AnnData" if layer is None else f"AnnData (layer {layer!r})"
         x, var = in_memory(adata, layer)
-        genes, note = (adata if var == "var" else adata.raw).var_names, ""
+        table, note = (adata if var == "var" else adata.raw).var, ""
         if sparse.issparse(x) and x.format != "csr":
             x, note = x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
-        return cls._checked(where, np.asarray(genes, dtype=str), x, note, adata.obs, var=var)
+        keep, _ = tenx.expression(_kinds(table), where)
+        expressed = None if keep is None else np.isin(np.arange(len(table)), keep)
+        return cls._checked(where, np.asarray(table.index, dtype=str), x, note, adata.obs, var=var, expressed=expressed)
 
     @classmethod
     def _tenx(
@@ -141,7 +161,7 @@ class Source:
         loaded = f"{where}: stored as a list of entries (mtx), {_WHOLE}" if stored and not turned else ""
         rows = turned or matrix
         if features.keep is not None:
-            rows = _Columns(rows, features.keep)
+            rows = _Columns(rows, features.keep, where)
         note = "; ".join(filter(None, (loaded, features.note)))
         return cls._checked(where, features.genes, rows, note, pd.DataFrame(index=barcodes), file, stored)
 
@@ -156,12 +176,13 @@ class Source:
         file: Any = None,
         stored: ByGene | None = None,
         var: str = "var",
+        expressed: np.ndarray | None = None,
     ) -> Source:
         if matrix.shape[1] != len(genes):
             raise ValueError(f"{where}: {matrix.shape[1]} columns but {len(genes)} genes in var; the file is damaged")
         if (twice := _first_duplicate(genes)) is not None:
             raise ValueError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
-        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored, var)
+        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored, var, expressed)
 
     @property
     def by_gene(self) -> bool:
@@ -296,6 +317,16 @@ def codes(values: np.ndarray, vocabulary: Sequence[str] | None = None) -> np.nda
     return pd.Categorical(pd.Series(values, dtype=object), categories=vocabulary).codes.astype(np.int64)
 
 
+def as_counts(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """The same; where an entry is no count but within `NEAR` of a whole number, that number."""
+    if counts.data.dtype.kind != "f" or first_bad(counts) is None:
+        return counts
+    with np.errstate(invalid="ignore"):
+        whole = np.rint(counts.data)
+        data = np.where(np.abs(counts.data - whole) <= NEAR * whole, whole, counts.data)
+    return sparse.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
+
+
 def first_bad(counts: sparse.csr_matrix) -> tuple[int, int, float] | None:
     """Row, column and value of the first entry that is no count, or None: one vectorised pass."""
     data = counts.data
@@ -347,7 +378,11 @@ def check_counts(
     elif value > MAX_COUNT:
         what = f"is above the largest count a store holds, {MAX_COUNT}"
     else:
-        what = "is not a whole number: was this log-normalised? choose a raw-count layer with --layer"
+        what = (
+            "is not a whole number: was this log-normalised? choose a raw-count layer with --layer; counts corrected for "
+            "ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: distdiff shard --round "
+            "random makes whole counts of them, and the other commands take the store"
+        )
     raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
 
 
@@ -374,12 +409,17 @@ _WHOLE = "so it is read whole into memory by every worker"
 class _Columns:
     """The same rows, some of the columns (``keep``, ascending) of ``matrix``."""
 
-    def __init__(self, matrix: Any, keep: np.ndarray) -> None:
+    def __init__(self, matrix: Any, keep: np.ndarray, where: str) -> None:
         self._matrix, self._keep = matrix, keep
-        self.shape, self.dtype, self.nnz = (matrix.shape[0], len(keep)), matrix.dtype, matrix.nnz
+        self.shape, self.dtype = (matrix.shape[0], len(keep)), matrix.dtype
+        self.nnz = getattr(matrix, "nnz", matrix.shape[0] * len(keep))
+        if len(matrix.shape) != 2 or int(keep[-1]) >= matrix.shape[1]:
+            raise ValueError(f"{where}: {matrix.shape} is not cells and the features of var; the file is damaged")
 
     def __getitem__(self, rows: slice) -> sparse.csr_matrix:
         counts = self._matrix[rows]
+        if not sparse.issparse(counts):
+            return np.asarray(counts)[:, self._keep]
         if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < counts.shape[1]:
             raise OSError(f"an entry of feature {counts.indices.max()}, there are {counts.shape[1]}")
         return counts[:, self._keep]
@@ -463,6 +503,14 @@ def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | 
     if (turned.stamp, turned.layer, turned.nnz, turned.dtype) != (files.stamp(path), layer, stored.nnz, stored.dtype):
         raise ValueError(f"{folder} was turned from another file, layer or version than {path}; delete it")
     return turned
+
+
+def _kinds(var: Any) -> np.ndarray | None:
+    """``feature_types`` of a var (a DataFrame, or its group on disk), if it has them."""
+    if legacy.compound(var) or "feature_types" not in var:
+        return None
+    column = var["feature_types"] if hasattr(var, "index") else legacy.column(var, "feature_types")
+    return np.asarray(column).astype(str)
 
 
 def frame_index(root: Any, key: str) -> np.ndarray:

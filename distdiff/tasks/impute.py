@@ -13,14 +13,18 @@ import scipy.sparse as sp
 import torch
 
 from distdiff.component import nearest
+from distdiff.data.scan import select
 from distdiff.data.source import codes
 from distdiff.impute import Imputer, targets
 from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader
+from distdiff.tasks.frame import taken
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from pandas import DataFrame
 
+    from distdiff.data.source import Source
     from distdiff.model import Model
 
 
@@ -49,13 +53,51 @@ class Filled:
         return self
 
 
-def mask_of(adata: AnnData, mask: str | np.ndarray | sp.spmatrix | None) -> np.ndarray | sp.spmatrix | None:
-    """A mask given as such, or the layer it names."""
+def mask_of(
+    adata: AnnData, mask: str | np.ndarray | sp.spmatrix | DataFrame | None, rows: Source
+) -> np.ndarray | sp.spmatrix | None:
+    """A mask in the order of ``rows``, the counts of ``adata`` that are imputed.
+
+    A layer (by its name) and a DataFrame are taken by names; a gene or cell that they lack is no target. An array goes
+    by position.
+
+    Raises
+    ------
+    ValueError
+        No such layer; a DataFrame with names that the counts do not have, or have twice.
+    """
+    import pandas as pd
+
+    if isinstance(mask, pd.DataFrame):
+        for what, names, known in (("cell", mask.index, rows.obs_names), ("gene", mask.columns, rows.genes)):
+            if (odd := ~names.isin(known) | names.duplicated()).any():
+                raise ValueError(
+                    f"mask: {what} {str(names[odd.argmax()])!r} is not among the input's {what}s, or is named twice; a "
+                    "DataFrame is taken by its names, give mask.to_numpy() to have it taken by position"
+                )
+        return mask.reindex(index=rows.obs_names, columns=list(rows.genes), fill_value=False).to_numpy() != 0
     if not isinstance(mask, str):
         return mask
     if mask not in adata.layers:
         raise ValueError(f"mask={mask!r} is no layer of this AnnData{nearest(mask, adata.layers)}")
-    return adata.layers[mask]
+    layer = adata.layers[mask]
+    if tuple(adata.var_names) == tuple(rows.genes):
+        return layer
+    at = adata.var_names.get_indexer(list(rows.genes))
+    return taken(layer, at, (1,))
+
+
+class MaskLayer:
+    """A layer of a file as a mask of which rows are read; its columns are found by name, a gene that it lacks is no
+    target."""
+
+    def __init__(self, source: Source, genes: Sequence[str]) -> None:
+        place = {gene: i for i, gene in enumerate(genes)}
+        self.columns = np.array([place.get(gene, -1) for gene in source.genes], dtype=np.int32)
+        self.source, self.shape = source, (source.n_cells, len(genes))
+
+    def __getitem__(self, rows: slice) -> sp.csr_matrix:
+        return select(self.source.read(rows.start, rows.stop), self.columns, self.shape[1])
 
 
 @dataclass
