@@ -30,7 +30,7 @@ from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.frame import framed, tell_left
 from distdiff.tasks.generate import check_guidance, generate, label_codes
-from distdiff.tasks.impute import Job, mask_of
+from distdiff.tasks.impute import Job, mask_of, ours
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec, Tensor
 
@@ -226,6 +226,8 @@ class Model:
         rows = Source.from_anndata(adata, layer=layer)
         job = Job.plan(self, rows, mask=mask_of(adata, mask, rows), **options)
         out, left = framed(adata, layer, job.added)
+        for name in [name for name in out.layers if ours(name)]:  # of an earlier imputation
+            del out.layers[name]
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
         filled = job.run(layers, progress=progress)
         for name, values in layers.items():

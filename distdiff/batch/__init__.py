@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distdiff import files
 from distdiff.batch import job
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
@@ -101,8 +102,8 @@ def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, la
     if kind == "generate":
         return Generate(model, device=device, **options)
     assert data is not None
-    if out.exists() and Path(data).exists() and out.resolve() == Path(data).resolve():
-        raise ValueError(f"--out {out} is the input itself; the input is never changed, give another name")
+    if Path(data).exists():
+        files.refuse_nested(out, data)
     rows = open_rows(data, layer)
     if isinstance(rows, StoreRows):
         model.check_store(rows.store.manifest, rows.where)

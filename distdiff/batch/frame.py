@@ -85,12 +85,12 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
         _var(root, task, None)
         return
     with opened_anndata(task.rows.frame) as source:
-        _inherited_obs(root, source, ours)
+        _inherited_obs(root, source, ours, task)
         if task.inherits:
             for key in source:
                 if key in ("layers", "uns"):
                     for name in source[key]:
-                        if f"{key}/{name}" not in ours:
+                        if f"{key}/{name}" not in ours and not task.stale(f"{key}/{name}"):
                             transfer(source[key], root[key], name)
                 elif key != "obs":
                     transfer(source, root, key)
@@ -118,17 +118,18 @@ def _own_obs(root: Any, task: Task, ours: set[str]) -> None:
     })  # fmt: skip
 
 
-def _inherited_obs(root: Any, source: Any, ours: set[str]) -> None:
+def _inherited_obs(root: Any, source: Any, ours: set[str], task: Task) -> None:
     import anndata as ad
 
     obs, given = root.require_group("obs"), source["obs"]
     added = sorted(path.removeprefix("obs/") for path in ours if path.startswith("obs/"))
+    new = [*added, *(name for name in given if name not in added and task.stale(f"obs/{name}"))]
     if legacy.by_reference(given):
         frame = legacy.frame(source, "obs")
         with zarr_v3():
             for name in frame.columns:
                 values = frame[name]
-                if name not in added:
+                if name not in new:
                     plain = isinstance(values.dtype, np.dtype)
                     ad.io.write_elem(obs, str(name), values.to_numpy() if plain else values.array)
             ad.io.write_elem(obs, "_index", np.array(frame.index.astype(str), dtype=object))
@@ -136,11 +137,11 @@ def _inherited_obs(root: Any, source: Any, ours: set[str]) -> None:
         attributes = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"}
     else:
         for name in given:
-            if name not in added:
+            if name not in new:
                 transfer(given, obs, name)
         attributes = dict(given.attrs)
         order = [str(name) for name in attributes["column-order"]]
-    describe(obs, {**attributes, "column-order": [*(n for n in order if n not in added), *added]})
+    describe(obs, {**attributes, "column-order": [*(n for n in order if n not in new), *added]})
 
 
 def _var(root: Any, task: Task, source: Any) -> Any:
@@ -170,7 +171,7 @@ def _by_gene(root: Any, task: Task, source: Any, genes: Any, ours: set[str]) -> 
     at = genes.get_indexer(list(task.genes))
     if task.rows.var == "var":
         for name in source.get("layers", ()):
-            if f"layers/{name}" not in ours:
+            if f"layers/{name}" not in ours and not task.stale(f"layers/{name}"):
                 _in_genes(source["layers"][name], root["layers"], name, at)
     parent = source[task.rows.var.rpartition("/")[0]] if "/" in task.rows.var else source
     for key in ("varm", "varp"):
@@ -213,9 +214,11 @@ def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> Non
     if whole_input:
         shutil.copyfile(task.rows.frame, path)
     with h5py.File(path, "r+" if whole_input else "w") as file:
-        for field in fields:
-            if field.path in file:
-                del file[field.path]
+        if whole_input:
+            there = [f"{group}/{name}" for group in ("layers", "obs") for name in file.get(group, ())]
+            for old in {old for old in there if task.stale(old)} | {f.path for f in fields}:
+                if old in file:
+                    del file[old]
         for field in fields:
             parent, _, leaf = field.path.rpartition("/")
             where = file.require_group(parent) if parent else file
@@ -226,9 +229,8 @@ def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> Non
         for name in MAPPINGS:
             file.require_group(name)
         added = sorted(f.path.removeprefix("obs/") for f in fields if f.path.startswith("obs/"))
-        if added and hasattr(file["obs"], "keys"):
-            order = [str(n) for n in file["obs"].attrs["column-order"] if n not in added]
-            describe(file["obs"], {"column-order": [*order, *added]})
+        order = [str(n) for n in file["obs"].attrs["column-order"] if n not in added and n in file["obs"]]
+        describe(file["obs"], {"column-order": [*order, *added]})
 
 
 @contextlib.contextmanager

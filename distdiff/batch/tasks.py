@@ -28,7 +28,7 @@ from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.frame import tell_left
 from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import Filled, Job, MaskLayer
+from distdiff.tasks.impute import Filled, Job, MaskLayer, check_names, ours
 from distdiff.tasks.likelihood import nats
 from distdiff.types import Cells, Condition
 
@@ -84,6 +84,10 @@ class Task(ABC):
         """What else stands there whatever the task is."""
         return {}
 
+    def stale(self, path: str) -> bool:
+        """Whether something of the input is of an earlier run, and this one takes its place or not at all."""
+        return path == NATS
+
     def labels(self, start: int, stop: int) -> Values:
         """Names and labels of some rows, where they are not inherited."""
         if self.rows.frame is not None:
@@ -123,6 +127,8 @@ class OnCells(Task):
         self.device = reader.device
         self.at: np.ndarray | None = None
         self.genes = genes
+        if keep is not None:
+            check_names(keep)
         if keep is not None and tuple(keep) != genes:
             place = {gene: i for i, gene in enumerate(genes)}
             if unknown := [g for g in keep if g not in place]:
@@ -224,6 +230,9 @@ class Impute(OnCells):
         mean_only: bool = False, ood: int = 4, seed: int = 0, keep: Sequence[str] | None = None,
         append: Sequence[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
+        for named in (keep, append):
+            if named is not None:
+                check_names(named)
         layers = tuple(dict.fromkeys(layers))
         self.mean_only = mean_only or "draws" not in layers
         also = [name for name in layers if name not in LAYERS or name == "sd"]
@@ -265,6 +274,10 @@ class Impute(OnCells):
     def identity(self) -> dict[str, Any]:
         """See :class:`Task`."""
         return {**super().identity(), **self.options}
+
+    def stale(self, path: str) -> bool:
+        """See :class:`Task`."""
+        return super().stale(path) or (path.startswith("layers/") and ours(path.removeprefix("layers/")))
 
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from scipy import sparse
 
 from distdiff import files
 from distdiff.data import manifest as about
@@ -97,6 +98,7 @@ class Build:
         self.genes = Choice.parse(wanted.genes, self.known, "genes")
         self.panel = None if wanted.panel is None else Choice.parse(wanted.panel, self.known, "panel")
         self.names = _unique_names([s.obs_names for s in self.sources])
+        self.alike = _alike(self.sources)
         extra = [k for k in (wanted.split_by, wanted.strata) if k]
         self.obs = {
             k: np.concatenate([s.obs(k) for s in self.sources]) for k in dict.fromkeys([*wanted.labels, *extra])
@@ -116,6 +118,12 @@ class Build:
             self.say(note)
         if self.not_shared:
             self.say(f"{self.not_shared} genes left out: some file lacks them; {len(self.known)} are shared")
+        for a, b, shared in self.alike:
+            of = min(self.sources[a].n_cells, self.sources[b].n_cells)
+            self.say(
+                f"warning: {self.sources[a].where} and {self.sources[b].where} share {shared} cell names of {of}; if "
+                "these are the same cells they count twice, and one in training may be among the test cells"
+            )
         for s in self.sources:
             if lacks := len(self.known) - len(set(self.known).intersection(s.genes)):
                 self.say(f"{s.where} lacks {lacks} of the {len(self.known)} genes: its cells get zeros there")
@@ -392,6 +400,17 @@ def _joined(sources: Sequence[Source], join: str) -> tuple[str, ...]:
             "are some named by symbol and some by Ensembl id?"
         )
     return tuple(g for g in sources[0].genes if g in common)
+
+
+def _alike(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
+    """Pairs of sources that share half of the smaller one's cell names, and how many: lanes of one kit share few."""
+    n = [s.n_cells for s in sources]
+    _, which = np.unique(np.concatenate([s.obs_names for s in sources]), return_inverse=True)
+    file = np.repeat(np.arange(len(n)), n)
+    has = sparse.csr_matrix((np.ones(len(which), np.int64), (file, which)))
+    shared = sparse.triu(has @ has.T, k=1)
+    pairs = zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist(), strict=True)
+    return [(a, b, m) for a, b, m in sorted(pairs) if 2 * m >= min(n[a], n[b])]
 
 
 def _unique_names(names: Sequence[np.ndarray]) -> np.ndarray:

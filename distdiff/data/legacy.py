@@ -52,7 +52,7 @@ def frame(root: Any, key: str) -> pd.DataFrame:
     records = root[key][...]
     columns = {name: _text(records[name]) for name in records.dtype.names}
     table = pd.DataFrame(columns).set_index(records.dtype.names[0])
-    uns = root["uns"] if "uns" in root else {}
+    uns = root.get("uns", {})
     for name in table.columns:
         if f"{name}_categories" in uns and table[name].dtype.kind in "iu":
             categories = pd.Index(_text(np.atleast_1d(np.asarray(uns[f"{name}_categories"][...]))))

@@ -151,6 +151,8 @@ def shard(
         raise ValueError("round and measurements exclude each other: measurements are kept with their decimals")
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     out = Path(out).absolute()
+    for path in paths:
+        files.refuse_nested(out, path)
     _refuse_foreign(out)
     say = partial(print, flush=True) if progress else lambda text: None
     kept_labels = tuple(labels) + ((strata,) if strata and strata not in labels else ())

@@ -24,7 +24,7 @@ MAX_COUNT = 2**32 - 1
 """Largest count a store holds."""
 
 NEAR = 1e-4
-"""A number this close to a whole one, relative to it, is that one: what a logarithm and back, or a float sum, leaves."""
+"""A number this close to a whole one, relative to it, is that one: what logarithm and back, or a sum, leave of it."""
 
 LAST_EXACT = 2**24
 """From here on float32 does not hold every whole number."""
@@ -105,20 +105,21 @@ class Source:
             if not path.is_dir() and tenx.is_h5(root):
                 refuse_layer(path, layer)
                 group, shape, features, barcodes = tenx.open_h5(root, str(path))
-                rows = _CsrRows(group, shape)
-                return cls._tenx(str(path), features, rows, barcodes, root, _turned(None, path, layer, turned))
+                counts = _CsrRows(group, shape)
+                return cls._tenx(str(path), features, counts, barcodes, root, _turned(None, path, layer, turned))
             hint = "; it is a distdiff store already" if (path / "manifest.json").exists() else ""
             raise ValueError(f"{path} is no AnnData: it has no obs or no var{hint}; give {_KINDS}")
         holder, var = _layer(root, layer, str(path))
         where = str(path) if layer is None else f"{path} (layer {layer!r})"
         with reading(where):
-            rows = rows_of(holder, where)
+            matrix = rows_of(holder, where)
             genes = frame_index(root, var)
-        stored = rows if isinstance(rows, ByGene) else None
+        stored = matrix if isinstance(matrix, ByGene) else None
         other = _turned(stored, path, layer, turned)
         notes = ["" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"]
         keep, told = tenx.expression(_kinds(root[var]), where)
-        rows, expressed = other or rows, None
+        rows: Any = other or matrix
+        expressed = None
         if keep is not None and every:
             expressed = np.isin(np.arange(len(genes)), keep)
         elif keep is not None:
@@ -211,7 +212,8 @@ class Source:
         Returns
         -------
         object [n_cells]
-            ``str``, or None where the value is missing.
+            ``str``, or None where the value is missing; a whole number is its digits, whether the file has it as
+            integer or as floating point.
 
         Raises
         ------
@@ -228,10 +230,8 @@ class Source:
             column = legacy.column(self._obs, key) if key in known else None
         if column is None:
             raise ValueError(f"{self.where}: obs has no column {key!r}{nearest(key, map(str, known))}")
-        series = pd.Series(column)
-        text = series.astype(str).to_numpy(dtype=object)
-        text[series.isna().to_numpy()] = None
-        return text
+        code, values = pd.factorize(pd.Series(column))
+        return np.array([*map(_as_text, values), None], dtype=object)[code]
 
     @cached_property
     def bytes_per_cell(self) -> float:
@@ -379,8 +379,8 @@ def check_counts(
         what = f"is above the largest count a store holds, {MAX_COUNT}"
     else:
         what = (
-            "is not a whole number: was this log-normalised? choose a raw-count layer with --layer; counts corrected for "
-            "ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: distdiff shard --round "
+            "is not a whole number: was this log-normalised? choose a raw-count layer with --layer; counts corrected "
+            "for ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: distdiff shard --round "
             "random makes whole counts of them, and the other commands take the store"
         )
     raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
@@ -503,6 +503,10 @@ def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | 
     if (turned.stamp, turned.layer, turned.nnz, turned.dtype) != (files.stamp(path), layer, stored.nnz, stored.dtype):
         raise ValueError(f"{folder} was turned from another file, layer or version than {path}; delete it")
     return turned
+
+
+def _as_text(value: Any) -> str:
+    return f"{value:.0f}" if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
 
 
 def _kinds(var: Any) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import scipy.sparse as sp
 import torch
 
 from distdiff.component import nearest
+from distdiff.data.masks import check_indices
 from distdiff.data.scan import select
 from distdiff.data.source import codes
 from distdiff.impute import Imputer, targets
@@ -239,10 +241,36 @@ class Answer:
     unknown: torch.Tensor
 
 
+def check_names(genes: Sequence[str]) -> None:
+    """Refuse a list of genes that names none, or one twice.
+
+    Raises
+    ------
+    ValueError
+        It does.
+    """
+    if not len(genes):
+        raise ValueError("genes: no gene is named; leave --genes (genes=) out to have all, or name some")
+    seen: set[str] = set()
+    for gene in genes:
+        if gene in seen:
+            raise ValueError(f"genes: {gene!r} is named more than once; name each gene once")
+        seen.add(gene)
+
+
+def ours(layer: str) -> bool:
+    """Whether an imputation writes a layer of that name, with any options."""
+    return bool(_OURS.fullmatch(layer))
+
+
+_OURS = re.compile(r"imputed(_(draw\d+|mean|mask|sd|median|log1p|log1p_cp10k|q\d+(\.\d+)?))?")
+
+
 def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -> tuple[str, ...]:
     """The genes to append: those of the model that the input lacks, or those of them that are asked for."""
     absent = tuple(g for g in known if g not in have)
     if asked is not None:
+        check_names(asked)
         if unknown := [g for g in asked if g not in known]:
             raise ValueError(f"the model does not know gene {unknown[0]!r}{nearest(unknown[0], known)}")
         if present := [g for g in asked if g in have]:
@@ -264,6 +292,8 @@ def _targets(
     if mask is not None:
         if mask.shape != (rows.n_cells, len(rows.genes)):
             raise ValueError(f"the mask has shape {mask.shape}, the input {(rows.n_cells, len(rows.genes))}")
+        if sp.issparse(mask):
+            check_indices(mask, "the mask")
         return "mask", targets.by_mask(mask)
     if sites is None:
         return "panel", targets.nothing
