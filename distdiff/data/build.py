@@ -43,6 +43,9 @@ SPANS = 512
 SLAB_BYTES = 512 << 20
 """Memory that turning a part of a matrix stored gene by gene takes."""
 
+SPILLED = 2
+"""Version of what a spill holds: a build that another version began is not continued."""
+
 GROUPS = ("panel", "rest")
 """Names of the column groups; a store without a panel has one, ``all``."""
 
@@ -108,7 +111,7 @@ class Build:
 
     def identity(self) -> str:
         """What must be equal for a build to be continued: the sources as they are, and what is wanted."""
-        content = [about.FORMAT, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
+        content = [about.FORMAT, SPILLED, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
                    self.panel and self.panel.names]  # fmt: skip
         return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 

@@ -18,9 +18,9 @@ from scipy import sparse
 from distdiff.data import coding, spill
 from distdiff.data.layout import Layout, write_shard
 from distdiff.data.manifest import combine_digests, digest
-from distdiff.data.source import Source, as_counts, check_counts, first_bad
+from distdiff.data.source import Source, check_counts, first_bad
+from distdiff.data.whole import as_counts, round_at_random
 from distdiff.files import stamp
-from distdiff.rng import key
 
 READ_BYTES = 128 << 20
 """Memory that one read of a source takes at most."""
@@ -265,44 +265,6 @@ def _quality(counts: sparse.csr_matrix, job: Job, file: int) -> tuple[np.ndarray
     if (most := job.quality.get("max_mito", 100.0)) < 100:
         good &= counts @ job.mito[file].astype(np.float64) <= most / 100 * total
     return nnz, total, good
-
-
-def round_at_random(counts: sparse.csr_matrix, first: int, seed: int, file: int) -> sparse.csr_matrix:
-    """Each entry as one of the two whole numbers beside it, such that its expected value is the entry itself.
-
-    Which one depends on the seed, the file, the row and the gene, not on how the file is cut.
-
-    Parameters
-    ----------
-    counts
-        ``[n, g]``; negative entries stay as they are.
-    first
-        Row of the first cell in its file.
-    seed, file
-        Of the build; number of the source.
-    """
-    if counts.data.dtype.kind != "f":
-        return counts
-    if not counts.has_canonical_format:
-        counts = counts.copy()
-        counts.sum_duplicates()
-    row = first + np.repeat(np.arange(counts.shape[0], dtype=np.uint64), np.diff(counts.indptr))
-    z = _mixed(row * _GOLDEN + np.uint64(key(seed, "round", file)))
-    lot = (_mixed(z + counts.indices.astype(np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
-    below = np.floor(counts.data)
-    whole = below + (lot < counts.data - below)
-    data = np.where(counts.data > 0, whole, counts.data).astype(counts.data.dtype)
-    return sparse.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mixed(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, as `distdiff.rng.rows.mix`."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def check(rows: sparse.csr_matrix, source: Source, start: int, counts: bool) -> None:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 MAX_COUNT = 2**32 - 1
 """Largest count a store holds."""
 
-NEAR = 1e-4
-"""A number this close to a whole one, relative to it, is that one: what logarithm and back, or a sum, leave of it."""
-
 LAST_EXACT = 2**24
 """From here on float32 does not hold every whole number."""
 
@@ -315,16 +312,6 @@ def codes(values: np.ndarray, vocabulary: Sequence[str] | None = None) -> np.nda
     import pandas as pd
 
     return pd.Categorical(pd.Series(values, dtype=object), categories=vocabulary).codes.astype(np.int64)
-
-
-def as_counts(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """The same; where an entry is no count but within `NEAR` of a whole number, that number."""
-    if counts.data.dtype.kind != "f" or first_bad(counts) is None:
-        return counts
-    with np.errstate(invalid="ignore"):
-        whole = np.rint(counts.data)
-        data = np.where(np.abs(counts.data - whole) <= NEAR * whole, whole, counts.data)
-    return sparse.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
 
 
 def first_bad(counts: sparse.csr_matrix) -> tuple[int, int, float] | None:

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from distdiff.component import nearest
-from distdiff.data.source import LAST_EXACT, as_counts, check_counts, codes, dense, first_bad
+from distdiff.data.source import LAST_EXACT, check_counts, codes, dense, first_bad
+from distdiff.data.whole import as_counts
 from distdiff.impute.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
 

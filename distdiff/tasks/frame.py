@@ -74,7 +74,7 @@ def tell_left(left: Sequence[str], where: str) -> dict[str, list[str]]:
     """Warn of what a result does not keep of its input, and what stands in ``uns`` about it."""
     if not left:
         return {}
-    log.warning("%s: the result does not keep %s, which do not fit its genes or its X", where, ", ".join(left))
+    log.warning("%s: not in the result, which has other genes or another X: %s", where, ", ".join(left))
     return {"left_out": list(left)}
 
 

@@ -12,8 +12,8 @@ import scipy.sparse as sp
 from distdiff import batch, config, experiment
 from distdiff.config import Evaluation
 from distdiff.data import scan
-from distdiff.data.source import as_counts
 from distdiff.data.store import CountStore
+from distdiff.data.whole import as_counts
 from distdiff.impute.targets import leiden
 from distdiff.model import Model
 from distdiff.tasks import Reader
