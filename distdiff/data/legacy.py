@@ -20,7 +20,7 @@ def compound(table: Any) -> bool:
 
 def by_reference(table: Any) -> bool:
     """Whether it is a group whose columns refer to their categories, as anndata 0.7 wrote it."""
-    return not compound(table) and str(table.attrs.get("encoding-version", "0.1.0")) == "0.1.0"
+    return not compound(table) and str(table.attrs.get("encoding-version", "")) == "0.1.0"
 
 
 def column(table: Any, key: str) -> Any:

@@ -31,7 +31,8 @@ def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
 
     def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
         part = rows[start:stop]
-        return (part.toarray() if sp.issparse(part) else np.asarray(part)) != 0
+        # in C order, for the network's sums depend on how its input lies in memory
+        return np.ascontiguousarray((part.toarray() if sp.issparse(part) else np.asarray(part)) != 0)
 
     return hidden
 

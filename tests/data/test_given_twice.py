@@ -145,6 +145,7 @@ def test_a_mask_with_names_is_taken_by_them(given):
     frame = pd.DataFrame(hide, index=adata.obs_names, columns=adata.var_names)
     mixed = frame.sample(frac=1, random_state=0).sample(frac=1, axis=1, random_state=1)
     assert (model.impute(adata, mask=mixed).layers["imputed_mean"] == want).all()
+    assert (model.impute(adata, mask=np.asfortranarray(hide)).layers["imputed_mean"] == want).all()
     part = hide.copy()
     part[:, 6:] = False
     part[30:] = False
