@@ -435,7 +435,7 @@ def test_thresholds(tmp_path, capsys):
     store = CountStore.open(tmp_path / "few")
     kept = np.flatnonzero((x[:, 28] <= most / 100 * total) & (x[:, 1:3].sum(1) > 0))
     assert np.array_equal(store.origin(store.rows("all"))[1], kept)
-    with pytest.raises(ValueError, match="max_mito: .*no gene's name starts with MT-"):
+    with pytest.raises(ValueError, match=r"max_mito: .*no gene's name starts with MT-"):
         build(save(make_adata(make_counts(9, 4)), tmp_path / "b.h5ad"), tmp_path / "no", max_mito=5)
 
 
