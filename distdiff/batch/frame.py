@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distdiff.batch.output import Field
-from distdiff.batch.rows import from_table, opened_anndata
+from distdiff.batch.rows import by_columns, from_table, opened_anndata
 from distdiff.batch.tasks import Task
 from distdiff.data import legacy
 from distdiff.data.export import CsrOnDisk, zarr_v3
@@ -171,11 +171,11 @@ def _by_gene(root: Any, task: Task, source: Any, genes: Any, ours: set[str]) -> 
     at = genes.get_indexer(list(task.genes))
     if task.rows.var == "var":
         for name in source.get("layers", ()):
-            if f"layers/{name}" not in ours and not task.stale(f"layers/{name}"):
+            if f"layers/{name}" not in ours and not task.stale(f"layers/{name}") and by_columns(source["layers"][name]):
                 _in_genes(source["layers"][name], root["layers"], name, at)
     parent = source[task.rows.var.rpartition("/")[0]] if "/" in task.rows.var else source
     for key in ("varm", "varp"):
-        for name in parent.get(key, ()):
+        for name in filter(lambda name: by_columns(parent[key][name]), parent.get(key, ())):
             values = ad.io.read_elem(parent[key][name])
             axes, fill = ((0,), np.nan) if key == "varm" else ((0, 1), 0)
             with zarr_v3():
@@ -190,7 +190,7 @@ def _in_genes(elem: Any, target: Any, name: str, at: np.ndarray) -> None:
     spans = [slice(start, min(start + step, n)) for start in range(0, n, step)]
     dense = not hasattr(elem, "keys")
     if dense:
-        chunks = tuple(max(1, m) for m in (min(n, step), len(at)))
+        chunks = (max(1, min(n, step // 16)), max(1, len(at)))
         create = target.create_array if hasattr(target, "create_array") else target.create_dataset
         array = create(name, shape=(n, len(at)), dtype=elem.dtype, chunks=chunks if n and len(at) else None)
         describe(array, elem.attrs)

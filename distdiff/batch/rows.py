@@ -80,14 +80,16 @@ class FileRows:
             return tuple(frame_index(root, "var").tolist()) == tuple(genes)
 
     def left_out(self) -> list[str]:
-        """Names of what a result of other genes cannot keep: X where counts of a layer take its place, and whatever
-        has a value for each gene of X where the counts are those of ``raw``."""
+        """Names of what a result of other genes cannot keep: X where counts of a layer take its place; whatever has a
+        value for each gene of X where the counts are those of ``raw``; and what is neither a matrix nor a table."""
         if self.frame is None:
             return []
         with opened_anndata(self.frame) as root:
             left = ["X"] if self.layer is not None and "X" in root else []
-            if self.var != "var":
-                left += [f"{key}/{name}" for key in ("layers", "varm", "varp") if key in root for name in root[key]]
+            for key in ("layers", "varm", "varp"):
+                for name in root.get(key, ()):
+                    if self.var != "var" or not by_columns(root[key][name]):
+                        left.append(f"{key}/{name}")
         return left
 
     @property
@@ -125,6 +127,13 @@ class NewRows:
     def codes(self, key: str, start: int, stop: int) -> np.ndarray:
         """Codes of a label in a row range."""
         return self._codes[key][start:stop]
+
+
+def by_columns(elem: Any) -> bool:
+    """Whether an element of a file is one of which columns or rows can be taken: a matrix of numbers, or a table."""
+    if hasattr(elem, "keys"):
+        return elem.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix", "dataframe")
+    return elem.ndim == 2 and elem.dtype.kind in "biuf"
 
 
 @contextlib.contextmanager

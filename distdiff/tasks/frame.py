@@ -45,15 +45,21 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
         return adata.copy(), []
     table, left = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
     if not raw and layer is not None and adata.X is not None:
-        left = ["X"]
+        left = [*left, "X"]
     at = np.r_[np.arange(len(table)), np.full(len(added), -1)]
     genes = [*table.index, *added]
     frame = var_of(table, genes)
     if added:
         frame["distdiff_added"] = at < 0
-    kept = {} if raw else {"layers": {k: taken(v, at, (1,)) for k, v in adata.layers.items()},
-                           "varp": {k: taken(v, at, (0, 1)) for k, v in adata.varp.items()}}  # fmt: skip
-    varm = {k: taken(v, at, (0,), np.nan, genes) for k, v in (adata.raw if raw else adata).varm.items()}
+    source = adata.raw if raw else adata
+    if not raw:
+        left += [f"{key}/{k}" for key in ("layers", "varm", "varp") for k, v in getattr(adata, key).items()
+                 if not by_columns(v)]  # fmt: skip
+    kept = {} if raw else {
+        "layers": {k: taken(v, at, (1,)) for k, v in adata.layers.items() if by_columns(v)},
+        "varp": {k: taken(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
+    }  # fmt: skip
+    varm = {k: taken(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}
     around = ad.AnnData(obs=adata.obs, obsm=adata.obsm, obsp=adata.obsp, uns=adata.uns).copy()
     out = ad.AnnData(
         taken(x, at, (1,)), obs=around.obs, var=frame, obsm=around.obsm, obsp=around.obsp, uns=around.uns, varm=varm,
@@ -68,6 +74,15 @@ def by_gene(adata: AnnData) -> list[str]:
     """Names of everything that has a value a gene of ``var``."""
     some = [f"{key}/{name}" for key in ("layers", "varm", "varp") for name in getattr(adata, key)]
     return ["X", *some] if adata.X is not None else some
+
+
+def by_columns(values: Any) -> bool:
+    """Whether columns or rows can be taken of it: a matrix of numbers, or a table."""
+    import pandas as pd
+
+    if isinstance(values, np.ndarray):
+        return values.ndim == 2 and values.dtype.kind in "biuf"
+    return isinstance(values, pd.DataFrame) or sp.issparse(values)
 
 
 def tell_left(left: Sequence[str], where: str) -> dict[str, list[str]]:

@@ -170,3 +170,14 @@ def kept(got, given, at, genes):
     assert list(got.raw.var_names) == list(given.raw.var_names)
     assert (dense(got.raw.X) == dense(given.raw.X)).all()
     assert got.uns["note"]["a"] == "b"
+
+
+def test_what_has_no_columns_is_named(model, counts, tmp_path, suffix):
+    given = counts[:, 5:].copy()
+    given.varm["words"] = np.array([["a", "b"]] * 25, dtype=object)
+    given.varm["cube"] = np.zeros((25, 2, 2))
+    path = written(given, tmp_path / f"in.{suffix}")
+    batch.run("complete", model, path, tmp_path / f"out.{suffix}", append=["gene0"], ood=0, **QUIET)
+    for got in (opened(tmp_path / f"out.{suffix}"), model.complete(given, ["gene0"])):
+        assert sorted(got.uns["distdiff"]["left_out"]) == ["varm/cube", "varm/words"]
+        assert not len(got.varm)
