@@ -289,6 +289,7 @@ def test_an_antibody_named_as_a_gene_is_none(tmp_path):
     assert reader.measured.tolist() == [True, False, True]
 
 
+@pytest.mark.slow  # numba compiles the neighbours
 def test_clusters_are_of_gene_expression():
     protein = np.random.default_rng(1).normal(size=(N, K)).astype(np.float32)
     adata, _ = cite(protein)
