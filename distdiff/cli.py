@@ -47,6 +47,7 @@ def shard(
     min_cells: Annotated[int, typer.Option(help="Drop genes that fewer cells have.")] = 0,
     max_mito: Annotated[float, typer.Option(help="Drop cells with more percent of molecules from MT- genes.")] = 100.0,
     measurements: Annotated[bool, typer.Option("--measurements", help="Take any numbers, as float32.")] = False,
+    rounding: Annotated[str | None, typer.Option("--round", help="random: make counts with decimals whole.")] = None,
     codec: Annotated[str, typer.Option(help="local (lz4, fastest) or compact (zstd, smallest).")] = "local",
     workers: Annotated[int | None, typer.Option(help="Dask processes (0: none, work in this process).")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://...")] = None,
@@ -64,6 +65,7 @@ def shard(
         inputs, out, layer=layer, genes=genes, panel=panel, join=join, labels=_words(labels),
         split=(first, second, third), split_by=split_by, strata=strata, shuffle=shuffle, min_counts=min_counts,
         min_genes=min_genes, min_cells=min_cells, max_mito=max_mito, counts=not measurements, codec=codec,
+        rounding=rounding,  # type: ignore[arg-type]
         workers=workers, scheduler=scheduler, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(

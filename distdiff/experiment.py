@@ -122,6 +122,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
     going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
+    model.check_store(store.manifest, config.data.store)
     config = replace(config, train=settled(
         config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
         config.data.labels,
@@ -283,6 +284,7 @@ def evaluate_model(
     """
     from distdiff.evaluate import Contestant, default_contestants, evaluate
 
+    model.check_store(store.manifest, store.url)
     store = _shared(store, model)
     on = _on(store, model)
 

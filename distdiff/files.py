@@ -253,6 +253,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> None:
+    """Refuse to write where an input lies, inside of it, or around it.
+
+    Raises
+    ------
+    ValueError
+        ``out`` is the input, lies in it, or holds it.
+    """
+    here, there = Path(out).resolve(), Path(given).resolve()
+    if here == there:
+        raise ValueError(f"{option} {out} is the input itself; the input is never changed, give another name")
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        where = "lies inside" if here.is_relative_to(there) else "holds"
+        raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another place")
+
+
 def stamp(path: str | Path) -> str:
     """Which version of a file or folder this is: size and time of change of everything in it."""
     path = Path(path)

@@ -29,14 +29,17 @@ from distdiff.process.schedule import placed
 from distdiff.tasks import Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
+from distdiff.tasks.frame import framed, tell_left
 from distdiff.tasks.generate import check_guidance, generate, label_codes
-from distdiff.tasks.impute import Job, extend, mask_of
+from distdiff.tasks.impute import Job, mask_of, ours
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec, Tensor
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
+
+    from distdiff.data.manifest import Manifest
 
 
 @dataclass
@@ -81,6 +84,17 @@ class Model:
         """Labels that it never went without in training (``train.label_dropout=0``): its answers need them."""
         train = self.info.get("config", {}).get("train", {})
         return tuple(self.spec.labels) if train.get("label_dropout", 1.0) == 0 else ()
+
+    def check_store(self, manifest: Manifest, where: str) -> None:
+        """Refuse a store of measurements for a law of whole counts.
+
+        Raises
+        ------
+        ValueError
+            It is one.
+        """
+        if self.process.whole:
+            manifest.refuse_measurements(f"process {type(self.process).__name__}", where)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -193,7 +207,7 @@ class Model:
         adata: AnnData,
         *,
         layer: str | None = None,
-        mask: str | np.ndarray | sp.spmatrix | None = None,
+        mask: str | np.ndarray | sp.spmatrix | DataFrame | None = None,
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
@@ -204,7 +218,8 @@ class Model:
         layer
             Where the raw counts are (default ``X``; ``"raw"`` for ``.raw.X``).
         mask
-            Targets: name of a layer, or an array/sparse matrix ``[cells, genes]``; true = to be imputed.
+            Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
+            DataFrame or the name of a layer, which are taken by names.
         sites, groups
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (MATHS 8.5); ``groups`` is
             an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that the input
@@ -226,13 +241,16 @@ class Model:
             Layers ``imputed_mean`` (float32, molecules) and ``imputed`` (whole molecules), observed entries equal to
             the input; ``uns["distdiff"]`` says what was done.
         """
-        job = Job.plan(self, Source.from_anndata(adata, layer=layer), mask=mask_of(adata, mask), **options)
-        out = extend(adata, job.added)
+        rows = Source.from_anndata(adata, layer=layer)
+        job = Job.plan(self, rows, mask=mask_of(adata, mask, rows), **options)
+        out, left = framed(adata, layer, job.added)
+        for name in [name for name in out.layers if ours(name)]:  # of an earlier imputation
+            del out.layers[name]
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
         filled = job.run(layers, progress=progress)
         for name, values in layers.items():
             out.layers[name] = values
-        out.uns["distdiff"] = {**job.provenance, **dataclasses.asdict(filled)}
+        out.uns["distdiff"] = {**job.provenance, **dataclasses.asdict(filled), **tell_left(left, "impute")}
         return out
 
     def complete(self, adata: AnnData, genes: Sequence[str] | None = None, **options: Any) -> AnnData:
@@ -296,16 +314,18 @@ class Model:
             ``use_labels``, ``unseen``, ``batch_size``, ``device``.
         """
         reader = self._reader(adata, layer, reading)
-        out, name = adata.copy(), "denoised" if readout == "mean" else f"denoised_{readout}"
-        values = np.zeros(adata.shape, dtype=np.float32)
+        name = "denoised" if readout == "mean" else f"denoised_{readout}"
+        out, left = framed(adata, layer)
+        values = np.zeros(out.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
             answer = reader.widen(block.given, new).cpu().numpy()
             values[block.start : block.stop] = received.check_answer(answer, name, block.start)
         out.layers[name] = values
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told()
-        )
+            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told(),
+            **tell_left(left, "denoise"),
+        )  # fmt: skip
         return out
 
     def deepen(
@@ -318,13 +338,15 @@ class Model:
         model was trained on, unless ``beyond="allow"``.
         """
         reader = self._reader(adata, layer, reading)
-        out, parts = adata.copy(), []
+        (out, left), parts = framed(adata, layer), []
         for block in reader.blocks(progress=progress, desc="deepen"):
             new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
             answer = reader.widen(block.given, new).cpu().numpy()
             parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
-        out.uns["distdiff"] = self.provenance(task="deepen", times=times, steps=steps, seed=seed, **reader.told())
+        out.uns["distdiff"] = self.provenance(
+            task="deepen", times=times, steps=steps, seed=seed, **reader.told(), **tell_left(left, "deepen")
+        )
         return out
 
     def likelihood(

@@ -56,7 +56,7 @@ def run(
         data, cell_type = out / "counts.h5ad", cell_type or "bulk_labels"
         _say(began, "1/5 counts: 10x PBMC, as shipped with scanpy")
         demo_counts(data)
-    source = Source.open(data, layer=layer)
+    source = Source.open(data, layer=layer, every=True)
     cell_type = cell_type or _guess(source)
     genes = "all" if len(source.genes) <= MOST_GENES else f"hvg:{MOST_GENES}"
 
@@ -128,7 +128,7 @@ def _figure(source: Source, model: Model, hidden: np.ndarray, imputed: Path, cel
     rows = np.arange(source.n_cells)[:: max(1, -(-source.n_cells // PLOTTED))]
     known = np.isin(np.array(source.genes), np.array(model.spec.genes))
     truth = source.read(0, source.n_cells)[rows][:, known].toarray()
-    after = Source.open(imputed, layer="imputed").read(0, source.n_cells)[rows][:, known].toarray()
+    after = Source.open(imputed, layer="imputed", every=True).read(0, source.n_cells)[rows][:, known].toarray()
     before = np.where(hidden[np.ix_(rows, known)], 0, truth)
     umap(before, after, truth, source.obs(cell_type)[rows] if cell_type else None, path)
     return path

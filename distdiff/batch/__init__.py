@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from distdiff import files
 from distdiff.batch import job
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
-from distdiff.batch.rows import open_rows
+from distdiff.batch.rows import StoreRows, open_rows
 from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
 from distdiff.batch.verify import verify
@@ -101,9 +102,11 @@ def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, la
     if kind == "generate":
         return Generate(model, device=device, **options)
     assert data is not None
-    if out.exists() and Path(data).exists() and out.resolve() == Path(data).resolve():
-        raise ValueError(f"--out {out} is the input itself; the input is never changed, give another name")
+    if Path(data).exists():
+        files.refuse_nested(out, data)
     rows = open_rows(data, layer)
+    if isinstance(rows, StoreRows):
+        model.check_store(rows.store.manifest, rows.where)
     if kind in ("impute", "complete"):
         options["data"] = data
     return ON_CELLS[kind](model, rows, device=device, **options)

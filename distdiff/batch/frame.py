@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 
 from distdiff.batch.output import Field
-from distdiff.batch.rows import opened_anndata
+from distdiff.batch.rows import by_columns, from_table, opened_anndata
 from distdiff.batch.tasks import Task
-from distdiff.data.export import zarr_v3
+from distdiff.data import legacy
+from distdiff.data.export import CsrOnDisk, zarr_v3
+from distdiff.data.scan import select
+from distdiff.data.source import rows_of
+from distdiff.tasks.frame import taken, var_of
 
 PIECE = 8 << 20
 """Values copied at a time."""
+
+GROUPS = ("csr_matrix", "csc_matrix", "dict", "dataframe", "raw", "")
+"""Kinds of groups that are copied member by member."""
 
 MAPPINGS = ("layers", "obsm", "obsp", "varm", "varp", "uns")
 
@@ -31,7 +38,7 @@ def transfer(source: Any, target: Any, key: str) -> None:
     plain = not hasattr(elem, "keys") and elem.ndim and elem.dtype.kind in "biuf"
     if plain:
         _copy(elem, target, key)
-    elif hasattr(elem, "keys") and kind in ("csr_matrix", "csc_matrix", "dict", "dataframe", "raw", ""):
+    elif kind in GROUPS and hasattr(elem, "keys") and not (kind == "dataframe" and legacy.by_reference(elem)):
         group = target.require_group(key)
         describe(group, elem.attrs)
         for name in elem:
@@ -78,20 +85,21 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
         _var(root, task, None)
         return
     with opened_anndata(task.rows.frame) as source:
-        _inherited_obs(root, source, ours)
+        _inherited_obs(root, source, ours, task)
         if task.inherits:
             for key in source:
                 if key in ("layers", "uns"):
                     for name in source[key]:
-                        if f"{key}/{name}" not in ours:
+                        if f"{key}/{name}" not in ours and not task.stale(f"{key}/{name}"):
                             transfer(source[key], root[key], name)
                 elif key != "obs":
                     transfer(source, root, key)
             return
-        _var(root, task, source)
-        for key in ("obsm", "obsp", "uns"):
+        genes = _var(root, task, source)
+        for key in ("obsm", "obsp", "uns", "raw"):
             if key in source:
                 transfer(source, root, key)
+        _by_gene(root, task, source, genes, ours)
 
 
 def _own_obs(root: Any, task: Task, ours: set[str]) -> None:
@@ -110,54 +118,107 @@ def _own_obs(root: Any, task: Task, ours: set[str]) -> None:
     })  # fmt: skip
 
 
-def _inherited_obs(root: Any, source: Any, ours: set[str]) -> None:
+def _inherited_obs(root: Any, source: Any, ours: set[str], task: Task) -> None:
     import anndata as ad
 
     obs, given = root.require_group("obs"), source["obs"]
     added = sorted(path.removeprefix("obs/") for path in ours if path.startswith("obs/"))
-    if not hasattr(given, "keys"):  # a table: h5ad before 0.7
-        frame = ad.io.read_elem(given)
-        for name in frame.columns:
-            ad.io.write_elem(obs, str(name), frame[name].to_numpy())
-        ad.io.write_elem(obs, "_index", np.array(frame.index.astype(str), dtype=object))
+    new = [*added, *(name for name in given if name not in added and task.stale(f"obs/{name}"))]
+    if legacy.by_reference(given):
+        frame = legacy.frame(source, "obs")
+        with zarr_v3():
+            for name in frame.columns:
+                values = frame[name]
+                if name not in new:
+                    plain = isinstance(values.dtype, np.dtype)
+                    ad.io.write_elem(obs, str(name), values.to_numpy() if plain else values.array)
+            ad.io.write_elem(obs, "_index", np.array(frame.index.astype(str), dtype=object))
         order = [str(name) for name in frame.columns]
         attributes = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"}
     else:
         for name in given:
-            if name not in added:
+            if name not in new:
                 transfer(given, obs, name)
         attributes = dict(given.attrs)
         order = [str(name) for name in attributes["column-order"]]
-    describe(obs, {**attributes, "column-order": [*(n for n in order if n not in added), *added]})
+    describe(obs, {**attributes, "column-order": [*(n for n in order if n not in new), *added]})
 
 
-def _var(root: Any, task: Task, source: Any) -> None:
-    """var in the genes of the result: what the input knows of them, and which were appended."""
+def _var(root: Any, task: Task, source: Any) -> Any:
+    """var in the genes of the result: what the input knows of them, and which were appended; the input's gene names."""
     import anndata as ad
     import pandas as pd
 
-    var = pd.DataFrame(index=pd.Index(list(task.rows.genes))) if source is None else ad.io.read_elem(source["var"])
-    var.index = var.index.astype(str)
-    var = var.reindex(list(task.genes))
+    if source is None:
+        var = pd.DataFrame(index=pd.Index(list(task.rows.genes)))
+    else:
+        var = ad.io.read_elem(source[task.rows.var])
+    var.index = given = var.index.astype(str)
+    var = var_of(var, task.genes)
     if task.added:
         var["distdiff_added"] = np.isin(task.genes, task.added)
     if "var" in root:
         del root["var"]
     with zarr_v3():
         ad.io.write_elem(root, "var", var)
+    return given
+
+
+def _by_gene(root: Any, task: Task, source: Any, genes: Any, ours: set[str]) -> None:
+    """layers, varm and varp in the genes of the result; those of X do not fit the genes of raw."""
+    import anndata as ad
+
+    at = genes.get_indexer(list(task.genes))
+    if task.rows.var == "var":
+        for name in source.get("layers", ()):
+            if f"layers/{name}" not in ours and not task.stale(f"layers/{name}") and by_columns(source["layers"][name]):
+                _in_genes(source["layers"][name], root["layers"], name, at)
+    parent = source[task.rows.var.rpartition("/")[0]] if "/" in task.rows.var else source
+    for key in ("varm", "varp"):
+        for name in filter(lambda name: by_columns(parent[key][name]), parent.get(key, ())):
+            values = ad.io.read_elem(parent[key][name])
+            axes, fill = ((0,), np.nan) if key == "varm" else ((0, 1), 0)
+            with zarr_v3():
+                ad.io.write_elem(root[key], name, taken(values, at, axes, fill, task.genes))
+
+
+def _in_genes(elem: Any, target: Any, name: str, at: np.ndarray) -> None:
+    """Copy a layer by row, its columns ``at`` (-1: zeros), with bounded memory."""
+    rows = rows_of(elem, name)
+    n, width = rows.shape
+    step = max(1, PIECE // max(1, width))
+    spans = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    dense = not hasattr(elem, "keys")
+    if dense:
+        chunks = (max(1, min(n, step // 16)), max(1, len(at)))
+        create = target.create_array if hasattr(target, "create_array") else target.create_dataset
+        array = create(name, shape=(n, len(at)), dtype=elem.dtype, chunks=chunks if n and len(at) else None)
+        describe(array, elem.attrs)
+        for span in spans:
+            given = rows[span]
+            array[span] = np.where(at >= 0, given[:, at.clip(0)], np.zeros((), given.dtype))
+        return
+    place = np.full(width, -1, np.int32)
+    place[at[at >= 0]] = np.flatnonzero(at >= 0)
+    nnz = sum(select(rows[span], place, len(at)).nnz for span in spans)
+    whole = CsrOnDisk(target, name, (n, len(at)), nnz, rows.dtype)
+    for span in spans:
+        whole.append(select(rows[span], place, len(at)))
 
 
 def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> None:
     """Write the result whose fields are in the zarr group ``root`` as h5ad."""
     import h5py
 
-    whole_input = task.inherits and task.rows.frame.is_file()
+    whole_input = task.inherits and task.rows.frame.is_file() and not from_table(task.rows.frame)
     if whole_input:
         shutil.copyfile(task.rows.frame, path)
     with h5py.File(path, "r+" if whole_input else "w") as file:
-        for field in fields:
-            if field.path in file:
-                del file[field.path]
+        if whole_input:
+            there = [f"{group}/{name}" for group in ("layers", "obs") for name in file.get(group, ())]
+            for old in {old for old in there if task.stale(old)} | {f.path for f in fields}:
+                if old in file:
+                    del file[old]
         for field in fields:
             parent, _, leaf = field.path.rpartition("/")
             where = file.require_group(parent) if parent else file
@@ -168,9 +229,8 @@ def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> Non
         for name in MAPPINGS:
             file.require_group(name)
         added = sorted(f.path.removeprefix("obs/") for f in fields if f.path.startswith("obs/"))
-        if added and hasattr(file["obs"], "keys"):
-            order = [str(n) for n in file["obs"].attrs["column-order"] if n not in added]
-            describe(file["obs"], {"column-order": [*order, *added]})
+        order = [str(n) for n in file["obs"].attrs["column-order"] if n not in added and n in file["obs"]]
+        describe(file["obs"], {"column-order": [*order, *added]})
 
 
 @contextlib.contextmanager

@@ -387,7 +387,7 @@ class _Job:
             whole["peak_mib"] = max(whole["peak_mib"], peak_mib())
             summary = self.told([whole])
             about = {
-                **self.task.provenance(), **asdict(summary), "seed": getattr(self.task, "seed", 0),
+                **self.task.provenance(), **self.task.about(), **asdict(summary), "seed": getattr(self.task, "seed", 0),
                 "model_sha256": self.identity["model"], "input": self.identity["data"], "command": command,
                 "batch_size": self.plan.batch, "precision": self.plan.precision,
             }  # fmt: skip

@@ -13,7 +13,8 @@ import scipy.sparse as sp
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data.source import Source
+from distdiff.data import legacy
+from distdiff.data.source import Source, frame_index
 from distdiff.data.store import CountStore
 
 CACHE = 8 << 20
@@ -58,13 +59,38 @@ class FileRows:
     """A Source with the rest of its file: what an output inherits."""
 
     def __init__(self, path: Path, layer: str | None) -> None:
-        self.source = Source.open(path, layer=layer)
+        self.source = Source.open(path, layer=layer, every=True)
         self.n_cells, self.genes, self.where = self.source.n_cells, self.source.genes, self.source.where
         self.read, self.obs = self.source.read, self.source.obs
-        self.fingerprint = files.stamp(path)
+        self.fingerprint, self.expressed = files.stamp(path), self.source.expressed
         self.labels: Mapping[str, Sequence[str]] = {}
         self.frame = path if _is_anndata(path) else None
         """The AnnData file whose obs an output inherits, where the input is one."""
+        self.var = self.source.var
+        """Where in that file the genes of the counts are."""
+        self.layer = layer
+
+    def whole(self, genes: Sequence[str]) -> bool:
+        """Whether everything in the file with a value a gene fits a result of these genes as it is."""
+        if self.frame is None or tuple(genes) != tuple(self.genes):
+            return False
+        if self.var == "var":
+            return True
+        with opened_anndata(self.frame) as root:
+            return tuple(frame_index(root, "var").tolist()) == tuple(genes)
+
+    def left_out(self) -> list[str]:
+        """Names of what a result of other genes cannot keep: X where counts of a layer take its place; whatever has a
+        value for each gene of X where the counts are those of ``raw``; and what is neither a matrix nor a table."""
+        if self.frame is None:
+            return []
+        with opened_anndata(self.frame) as root:
+            left = ["X"] if self.layer is not None and "X" in root else []
+            for key in ("layers", "varm", "varp"):
+                for name in root.get(key, ()):
+                    if self.var != "var" or not by_columns(root[key][name]):
+                        left.append(f"{key}/{name}")
+        return left
 
     @property
     def obs_names(self) -> np.ndarray:
@@ -103,9 +129,32 @@ class NewRows:
         return self._codes[key][start:stop]
 
 
+def by_columns(elem: Any) -> bool:
+    """Whether an element of a file is one of which columns or rows can be taken: a matrix of numbers, or a table."""
+    if hasattr(elem, "keys"):
+        return elem.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix", "dataframe")
+    return elem.ndim == 2 and elem.dtype.kind in "biuf"
+
+
 @contextlib.contextmanager
 def opened_anndata(path: Path) -> Iterator[Any]:
-    """An h5ad file or an AnnData zarr folder, open for reading."""
+    """An h5ad file or an AnnData zarr folder, open for reading; one from before anndata 0.7 as it is written today."""
+    with _opened(path) as root:
+        if "obs" not in root or not legacy.compound(root["obs"]):
+            yield root
+            return
+    with legacy.anew(path) as root:
+        yield root
+
+
+def from_table(path: Path) -> bool:
+    """Whether an AnnData file is from before anndata 0.7."""
+    with _opened(path) as root:
+        return legacy.compound(root["obs"])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if path.is_dir():
         import zarr
 
@@ -120,10 +169,16 @@ def opened_anndata(path: Path) -> Iterator[Any]:
 def _is_anndata(path: Path) -> bool:
     if path.is_dir() and not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
         return False  # 10x mtx
-    if path.is_file() and not path.suffix.startswith(".h5"):
+    if path.is_file() and not _is_hdf5(path):
         return False
-    with opened_anndata(path) as root:
+    with _opened(path) as root:
         return "obs" in root and "var" in root
+
+
+def _is_hdf5(path: Path) -> bool:
+    import h5py
+
+    return bool(h5py.is_hdf5(path))
 
 
 def is_store(path: Path | str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from distdiff.sampling import predictor, sample
 from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
+from distdiff.tasks.frame import tell_left
 from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import Filled, Job
+from distdiff.tasks.impute import Filled, Job, MaskLayer, check_names, ours
 from distdiff.tasks.likelihood import nats
 from distdiff.types import Cells, Condition
 
@@ -78,6 +80,14 @@ class Task(ABC):
         """What stands in ``uns['distdiff']``, beside what was done."""
         return self.model.provenance(task=self.name)
 
+    def about(self) -> dict[str, Any]:
+        """What else stands there whatever the task is."""
+        return {}
+
+    def stale(self, path: str) -> bool:
+        """Whether something of the input is of an earlier run, and this one takes its place or not at all."""
+        return path == NATS
+
     def labels(self, start: int, stop: int) -> Values:
         """Names and labels of some rows, where they are not inherited."""
         if self.rows.frame is not None:
@@ -107,6 +117,7 @@ class OnCells(Task):
     """
 
     reader: Reader
+    whole = False
 
     def __init__(
         self, model: Model, rows: Any, reader: Reader, genes: tuple[str, ...], *, keep: Sequence[str] | None, ood: int,
@@ -117,6 +128,8 @@ class OnCells(Task):
         check_labels(model, reader)
         self.at: np.ndarray | None = None
         self.genes = genes
+        if keep is not None:
+            check_names(keep)
         if keep is not None and tuple(keep) != genes:
             place = {gene: i for i, gene in enumerate(genes)}
             if unknown := [g for g in keep if g not in place]:
@@ -125,7 +138,9 @@ class OnCells(Task):
                     "input's, and those of the model that it lacks where they are imputed"
                 )
             self.genes, self.at = tuple(keep), np.array([place[g] for g in keep], dtype=np.int64)
-        self.inherits = rows.frame is not None and self.genes == tuple(rows.genes)
+        self.inherits = rows.frame is not None and rows.whole(self.genes)
+        self.left = [] if self.inherits or rows.frame is None else rows.left_out()
+        tell_left(self.left, rows.where)
         self.fields = [*self.label_fields(), *([] if self.inherits else [Field("X", "float32", len(self.genes), True)])]
         if ood:
             self.fields.append(Field(NATS, "float32"))
@@ -139,7 +154,25 @@ class OnCells(Task):
 
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""
-        return self.reader.block(start, stop)
+        return self._fitting(self.reader.block(start, stop))
+
+    def _fitting(self, block: Block) -> Block:
+        """Refuse decimals of genes that the model does not know where they would stand in a layer of whole numbers."""
+        if self.reader.unknown and self.whole:
+            given = block.given[:, torch.from_numpy(~self.reader.known)]
+            if bool((given != given.round()).any()):
+                at = np.flatnonzero(~self.reader.known)[int((given != given.round()).any(0).nonzero()[0])]
+                raise ValueError(
+                    f"{self.rows.where}: {self.rows.genes[at]!r}, which the model does not know, holds decimals, and "
+                    "draws are layers of whole numbers: say in var['feature_types'] what is no Gene Expression, leave "
+                    "those columns out, or write no draws (--layers mean)"
+                )
+        return block
+
+    def drawn(self, path: str, width: int, sparse: bool | None) -> Field:
+        """A layer of draws: whole numbers of 32 bits, floating point where features that are no genes stand beside."""
+        self.whole = getattr(self.rows, "expressed", None) is None
+        return Field(path, "int32" if self.whole else "float32", width, sparse)
 
     def compute(self, block: Block) -> tuple[Values, Callable[[], Filled]]:
         """See :class:`Task`."""
@@ -155,6 +188,10 @@ class OnCells(Task):
     @abstractmethod
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """The layers ``layers/NAME`` of a block, all genes of the result."""
+
+    def about(self) -> dict[str, Any]:
+        """See :class:`Task`."""
+        return {"left_out": self.left} if self.left else {}
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
         if self.at is None:
@@ -196,6 +233,9 @@ class Impute(OnCells):
         mean_only: bool = False, ood: int = 4, seed: int = 0, keep: Sequence[str] | None = None,
         append: Sequence[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
+        for named in (keep, append):
+            if named is not None:
+                check_names(named)
         layers = tuple(dict.fromkeys(layers))
         self.mean_only = mean_only or "draws" not in layers
         also = [name for name in layers if name not in LAYERS or name == "sd"]
@@ -229,7 +269,8 @@ class Impute(OnCells):
             if not ("mean" in layers or name != f"imputed_{self.job.point}"):
                 continue
             drawn = name == "imputed" or name.startswith("imputed_draw")
-            self.fields.append(Field(f"layers/{name}", "int32" if drawn else dtype, width, sparse))
+            field = self.drawn if drawn else partial(Field, dtype=dtype)
+            self.fields.append(field(f"layers/{name}", width=width, sparse=sparse))
         if "mask" in layers:
             self.fields.append(Field("layers/imputed_mask", "bool", width, sparse))
 
@@ -237,9 +278,13 @@ class Impute(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options}
 
+    def stale(self, path: str) -> bool:
+        """See :class:`Task`."""
+        return super().stale(path) or (path.startswith("layers/") and ours(path.removeprefix("layers/")))
+
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""
-        return self.reader.block(start, stop, self.job.hidden)
+        return self._fitting(self.reader.block(start, stop, self.job.hidden))
 
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
         """See :class:`OnCells`."""
@@ -301,7 +346,7 @@ class Deepen(OnCells):
             model, rows, Reader(model.spec, rows, **reading), tuple(rows.genes), keep=keep, ood=ood, seed=seed
         )
         self.options: dict[str, Any] = {"times": times, "steps": steps, "beyond": beyond, "seed": seed}
-        self.fields.append(Field("layers/deepened", "int32", len(self.genes), sparse))
+        self.fields.append(self.drawn("layers/deepened", len(self.genes), sparse))
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -394,17 +439,7 @@ def _mask(rows: Any, data: str | Path, mask: str | None) -> Any:
         return load_mask(mask, (rows.n_cells, len(rows.genes)))
     if not isinstance(rows, FileRows):
         raise ValueError(f"--mask {mask}: a store has no layers; give a .npz or .npy file")
-    return _MaskLayer(Source.open(data, layer=mask))
-
-
-class _MaskLayer:
-    """A layer of a file as a mask of which rows are read."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.shape = source, (source.n_cells, len(source.genes))
-
-    def __getitem__(self, rows: slice) -> sp.csr_matrix:
-        return self.source.read(rows.start, rows.stop)
+    return MaskLayer(Source.open(data, layer=mask, every=True), rows.genes)
 
 
 def _named(mask: str | None) -> str | None:

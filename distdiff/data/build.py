@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from scipy import sparse
 
 from distdiff import files
 from distdiff.data import manifest as about
@@ -41,6 +42,9 @@ SPANS = 512
 
 SLAB_BYTES = 512 << 20
 """Memory that turning a part of a matrix stored gene by gene takes."""
+
+SPILLED = 2
+"""Version of what a spill holds: a build that another version began is not continued."""
 
 GROUPS = ("panel", "rest")
 """Names of the column groups; a store without a panel has one, ``all``."""
@@ -68,6 +72,7 @@ class Wanted:
     seed: int
     quality: Mapping[str, float]
     counts: bool
+    rounding: str | None
     codec: str
     block: int
     blocks_per_shard: int | None
@@ -96,6 +101,7 @@ class Build:
         self.genes = Choice.parse(wanted.genes, self.known, "genes")
         self.panel = None if wanted.panel is None else Choice.parse(wanted.panel, self.known, "panel")
         self.names = _unique_names([s.obs_names for s in self.sources])
+        self.alike = _alike(self.sources)
         extra = [k for k in (wanted.split_by, wanted.strata) if k]
         self.obs = {
             k: np.concatenate([s.obs(k) for s in self.sources]) for k in dict.fromkeys([*wanted.labels, *extra])
@@ -105,7 +111,7 @@ class Build:
 
     def identity(self) -> str:
         """What must be equal for a build to be continued: the sources as they are, and what is wanted."""
-        content = [about.FORMAT, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
+        content = [about.FORMAT, SPILLED, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
                    self.panel and self.panel.names]  # fmt: skip
         return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
@@ -115,6 +121,12 @@ class Build:
             self.say(note)
         if self.not_shared:
             self.say(f"{self.not_shared} genes left out: some file lacks them; {len(self.known)} are shared")
+        for a, b, shared in self.alike:
+            of = min(self.sources[a].n_cells, self.sources[b].n_cells)
+            self.say(
+                f"warning: {self.sources[a].where} and {self.sources[b].where} share {shared} cell names of {of}; if "
+                "these are the same cells they count twice, and one in training may be among the test cells"
+            )
         for s in self.sources:
             if lacks := len(self.known) - len(set(self.known).intersection(s.genes)):
                 self.say(f"{s.where} lacks {lacks} of the {len(self.known)} genes: its cells get zeros there")
@@ -141,7 +153,12 @@ class Build:
         rank[order] = np.arange(self.n_cells)
         spans = self.spans(rank, code == 0, memory)
         found = run(scatter, spans, job, "scatter")
-        if not any((f.nnz > 0).any() for f in found):
+        if all((f.nnz < 0).all() for f in found):
+            raise ValueError(
+                f"{', '.join(s.where for s in self.sources)}: no cell passes {dict(self.wanted.quality)}; each is over "
+                "all genes of its file"
+            )
+        if not any(f.gene_nnz.any() for f in found):
             raise ValueError(f"{', '.join(s.where for s in self.sources)}: no counts at all in the {job.n_genes} genes")
         job = self.with_genes(job, found, run)
         measured = run(measure, range(len(spans)), job, "measure")
@@ -189,14 +206,16 @@ class Build:
         known = self.genes.names or self.known
         at = {g: i for i, g in enumerate(known)}
         columns = tuple(np.array([at.get(g, -1) for g in s.genes], dtype=np.int32) for s in self.sources)
-        mito = np.char.startswith(np.char.upper(np.array(known, dtype=str)), "MT-")
-        if "max_mito" in self.wanted.quality and not mito.any():
-            raise ValueError(
-                "max_mito: no gene's name starts with MT-; mitochondrial genes cannot be told, leave it out"
-            )
+        mito = tuple(np.char.startswith(np.char.upper(np.array(s.genes, dtype=str)), "MT-") for s in self.sources)
+        for source, here in zip(self.sources, mito, strict=True):
+            if "max_mito" in self.wanted.quality and not here.any():
+                raise ValueError(
+                    f"max_mito: {source.where}: no gene's name starts with MT-; mitochondrial genes cannot be told, "
+                    "leave it out"
+                )
         return Job(
             str(work), self.paths, self.wanted.layer, self.stamps, turned, columns, len(known), self.wanted.quality,
-            mito, self.wanted.counts,
+            mito, self.wanted.counts, self.wanted.seed if self.wanted.rounding else None,
         )  # fmt: skip
 
     def spans(self, rank: np.ndarray, train: np.ndarray, memory: int) -> list[Span]:
@@ -309,6 +328,7 @@ class Build:
             panel_by=self.panel.how if self.panel else None,
             join=w.join, quality=dict(w.quality), layer=w.layer,
             never_counted=() if self.genes.names else tuple(known[gene_nnz == 0].tolist()), not_shared=self.not_shared,
+            rounding=w.rounding and f"{w.rounding}, seed {w.seed}",
             fingerprint=about.fingerprint(genes, values, shards),
         )  # fmt: skip
 
@@ -383,6 +403,17 @@ def _joined(sources: Sequence[Source], join: str) -> tuple[str, ...]:
             "are some named by symbol and some by Ensembl id?"
         )
     return tuple(g for g in sources[0].genes if g in common)
+
+
+def _alike(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
+    """Pairs of sources that share half of the smaller one's cell names, and how many: lanes of one kit share few."""
+    n = [s.n_cells for s in sources]
+    _, which = np.unique(np.concatenate([s.obs_names for s in sources]), return_inverse=True)
+    file = np.repeat(np.arange(len(n)), n)
+    has = sparse.csr_matrix((np.ones(len(which), np.int64), (file, which)))
+    shared = sparse.triu(has @ has.T, k=1)
+    pairs = zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist(), strict=True)
+    return [(a, b, m) for a, b, m in sorted(pairs) if 2 * m >= min(n[a], n[b])]
 
 
 def _unique_names(names: Sequence[np.ndarray]) -> np.ndarray:

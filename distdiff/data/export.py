@@ -30,9 +30,10 @@ CHUNK = 1 << 20
 def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
     """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read back in that order.
 
-    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, the split, molecules and genes of
-    each cell before genes were chosen, and the source file; ``var`` which genes are in the panel; ``uns['distdiff']``
-    the fingerprint. Cells and genes that the build dropped are not in it.
+    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, and of each cell ``distdiff_split``,
+    ``distdiff_source`` (the file), ``n_counts`` and ``n_genes`` (before genes were chosen), which get another name
+    where a label is called so; ``var`` which genes are in the panel; ``uns['distdiff']`` the fingerprint. Cells and
+    genes that the build dropped are not in it, nor the columns of obs that were not kept as labels.
 
     Parameters
     ----------
@@ -49,6 +50,8 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
         Another suffix, or a corrupt shard (named).
     """
     out = named(out)
+    if "://" not in store.url:
+        files.refuse_nested(out, store.url)
     everyone = store.rows("all")
     file, row = store.origin(everyone)
     order = np.lexsort((row, file))
@@ -67,8 +70,10 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
             spill.write(spills[-1], wide, rank[rows])
             nnz += counts.nnz
         with _opened(temporary) as root:
-            _frames(root, store, order, columns)
-            matrix = _Csr(root, (len(order), len(columns)), nnz, dtype)
+            said = _frames(root, store, order, columns)
+            if progress:
+                print(said, flush=True)
+            matrix = CsrOnDisk(root, "X", (len(order), len(columns)), nnz, dtype)
             step = max(1, int(PIECE * len(order) / max(nnz, 1)))
             place = np.arange(len(columns), dtype=np.int32)
             for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
@@ -94,8 +99,8 @@ def named(out: str | Path) -> Path:
     return out
 
 
-def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> None:
-    """Everything but the counts."""
+def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> str:
+    """Everything but the counts; what to tell of obs."""
     import anndata as ad
     import pandas as pd
 
@@ -104,23 +109,43 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
     for key, code in store.labels(order).items():
         obs[key] = pd.Categorical.from_codes(code, categories=list(about.labels[key]))
     file, _ = store.origin(order)
-    obs["distdiff_split"] = pd.Categorical.from_codes(store.splits(order), categories=list(SPLITS))
-    obs["distdiff_source"] = pd.Categorical([about.sources[f].path for f in file])
-    obs["n_counts"], obs["n_genes"] = store.quality(order)
+    molecules, genes = store.quality(order)
+    labels, renamed = list(obs), []
+    for name, values in {
+        "distdiff_split": pd.Categorical.from_codes(store.splits(order), categories=list(SPLITS)),
+        "distdiff_source": pd.Categorical([about.sources[f].path for f in file]),
+        "n_counts": molecules,
+        "n_genes": genes,
+    }.items():
+        free = name
+        while free in labels:
+            free = f"{free}_of_store" if free == name else f"{free}_"
+        obs[free] = values
+        renamed += [f"{name} of the store stands in {free}, for {name} is a label"] if free != name else []
     var = pd.DataFrame(index=pd.Index(np.array(store.genes, dtype=object)[columns].astype(str)))
     var["panel"] = columns < about.groups[0].n_genes if len(about.groups) > 1 else True
     uns = {"distdiff": {"fingerprint": about.fingerprint, "layer": about.layer or "X", "chosen_by": about.chosen_by}}
     adata = ad.AnnData(obs=obs, var=var, uns=uns)
     ad.io.write_elem(root, "/", adata)
+    kept = f"obs has the labels of the store ({', '.join(labels) or 'none'}), not the other columns of its sources"
+    return "; ".join([kept, *renamed])
 
 
-class _Csr:
-    """``X`` on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row."""
+class CsrOnDisk:
+    """A matrix on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row.
 
-    def __init__(self, root: Any, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
-        if "X" in root:
-            del root["X"]
-        group = root.create_group("X")
+    Parameters
+    ----------
+    root, name
+        Group of h5py or zarr, and what the matrix is called there; one of that name is replaced.
+    shape, nnz, dtype
+        Of the whole matrix.
+    """
+
+    def __init__(self, root: Any, name: str, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
+        if name in root:
+            del root[name]
+        group = root.create_group(name)
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
         create = group.create_array if hasattr(group, "create_array") else group.create_dataset
         small = np.iinfo(np.int32).max

@@ -121,6 +121,8 @@ class Manifest:
         Number of genes left out because some file lacks them.
     fingerprint
         sha256 of the content, see `fingerprint`.
+    rounding
+        How counts with decimals were made whole (``random, seed 0``); None: there were none, or they are kept.
     """
 
     format: int
@@ -145,6 +147,7 @@ class Manifest:
     never_counted: tuple[str, ...]
     not_shared: int
     fingerprint: str
+    rounding: str | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -152,7 +155,25 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON text, one key a line."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        tree = dataclasses.asdict(self)
+        if self.rounding is None:  # so that versions before there was any read it
+            del tree["rounding"]
+        return json.dumps(tree, indent=1)
+
+    def refuse_measurements(self, law: str, where: str) -> None:
+        """Refuse a store of measurements for a law of whole counts.
+
+        Raises
+        ------
+        ValueError
+            It is one.
+        """
+        if self.dtype == "float32":
+            raise ValueError(
+                f"{where} holds measurements (it was built with --measurements), {law} is a law of whole counts, in "
+                "which decimals would be cut off and negative numbers mean nothing: build the store of counts, of "
+                "those with decimals with --round random"
+            )
 
     @classmethod
     def from_json(cls, text: str, where: str = FILE) -> Manifest:
@@ -224,7 +245,8 @@ def _checked(raw: Any, cls: type, where: str) -> dict[str, Any]:
     fields = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: expected the keys {', '.join(sorted(fields))}, found {type(raw).__name__}")
-    if missing := sorted(fields - raw.keys()):
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    if missing := sorted(needed - raw.keys()):
         raise ValueError(f"{where} lacks {', '.join(missing)}; rebuild the store: distdiff shard --overwrite")
     if unknown := sorted(raw.keys() - fields):
         raise ValueError(f"{where} has an unknown key {unknown[0]!r}{nearest(unknown[0], fields)}")

@@ -130,11 +130,27 @@ def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sparse.c
         if raw.dtype != bool:
             raise ValueError(f"mask {path} holds {raw.dtype}, booleans are wanted: save mask.astype(bool)")
         return raw
+    check_indices(raw, f"mask {path}")
     if not np.isin(raw.data, (0, 1)).all():
         raise ValueError(f"mask {path} holds values other than 0 and 1; True marks a hidden entry")
     mask = sparse.csr_matrix(raw).astype(bool)
     mask.eliminate_zeros()
     return mask
+
+
+def check_indices(mask: sparse.spmatrix, where: str) -> None:
+    """Refuse a sparse mask with entries outside of its shape.
+
+    Raises
+    ------
+    ValueError
+        There is one.
+    """
+    try:
+        if hasattr(mask, "check_format"):
+            mask.check_format(full_check=True)
+    except ValueError as e:
+        raise ValueError(f"{where} has entries outside of its shape {mask.shape} ({e}); make it again") from e
 
 
 def _check_groups(n: int, groups: np.ndarray, n_groups: int) -> None:

@@ -19,6 +19,7 @@ from distdiff.data import coding, spill
 from distdiff.data.layout import Layout, write_shard
 from distdiff.data.manifest import combine_digests, digest
 from distdiff.data.source import Source, check_counts, first_bad
+from distdiff.data.whole import as_counts, round_at_random
 from distdiff.files import stamp
 
 READ_BYTES = 128 << 20
@@ -47,9 +48,11 @@ class Job:
     quality
         Thresholds of a cell: ``min_counts``, ``min_genes``, ``max_mito`` (percent).
     mito
-        ``bool [n_genes]``, mitochondrial genes.
+        For each source ``bool [its genes]``, mitochondrial genes.
     counts
         False takes any finite number.
+    rounding
+        Seed with which counts with decimals are rounded at random; None refuses them.
     place, group
         For each gene of the spills its column in the store's group (-1: dropped), and the group (for `measure`,
         `write`).
@@ -69,8 +72,9 @@ class Job:
     columns: tuple[np.ndarray, ...]
     n_genes: int
     quality: Mapping[str, float]
-    mito: np.ndarray
+    mito: tuple[np.ndarray, ...]
     counts: bool
+    rounding: int | None = None
     place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
     limit: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -162,7 +166,7 @@ class Scanned:
     Attributes
     ----------
     nnz, total
-        ``int32``, ``float64 [rows]`` per cell over the genes of the spills; nnz is -1 for a cell under a threshold.
+        ``int32``, ``float64 [rows]`` per cell over all genes of its source; nnz is -1 for a cell under a threshold.
     moments
         Over its training cells.
     gene_nnz
@@ -222,17 +226,22 @@ def scatter(span: Span, job: Job) -> Scanned:
 
 def _scatter(span: Span, job: Job, folder: Path) -> None:
     source = _source(job, span.file)
-    parts = []
+    parts, every = [], []
     for start, rows in _pieces(source, span):
+        if job.counts:
+            rows = as_counts(rows)
+        if job.rounding is not None:
+            rows = round_at_random(rows, start, job.rounding, span.file)
         check(rows, source, start, job.counts)
-        chosen = select(rows, job.columns[span.file], job.n_genes)
+        whole = select(rows, np.arange(rows.shape[1], dtype=np.int32), rows.shape[1])
+        every.append(_quality(whole, job, span.file))
+        chosen = select(whole, job.columns[span.file], job.n_genes)
         parts.append(chosen if job.counts else chosen.astype(np.float32))
     same(job, span.file)  # nobody wrote to it while we read
     cells = parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
     del parts
-    nnz, total = np.diff(cells.indptr).astype(np.int32), coding.totals(cells)
-    good = _good(cells, nnz, total, job)
-    kept = np.flatnonzero(good & (nnz > 0))
+    nnz, total, good = (np.concatenate(part) for part in zip(*every, strict=True))
+    kept = np.flatnonzero(good & (np.diff(cells.indptr) > 0))
     train = span.train[kept]
     moments, gene_nnz, (one, two, largest) = coding.sums(cells, kept, train)
     spill.write(
@@ -249,12 +258,13 @@ def _scanned(folder: Path) -> Scanned:
     return Scanned(nnz, total, moments, gene_nnz, (int(one), int(two)), largest)
 
 
-def _good(counts: sparse.csr_matrix, nnz: np.ndarray, total: np.ndarray, job: Job) -> np.ndarray:
-    """Cells that pass the thresholds, ``bool [n]``."""
+def _quality(counts: sparse.csr_matrix, job: Job, file: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Genes and molecules of cells over all genes of their source, and whether they pass the thresholds, ``[n]``."""
+    nnz, total = np.diff(counts.indptr).astype(np.int32), coding.totals(counts)
     good = (total >= job.quality.get("min_counts", -np.inf)) & (nnz >= job.quality.get("min_genes", 0))
     if (most := job.quality.get("max_mito", 100.0)) < 100:
-        good &= counts @ job.mito.astype(np.float64) <= most / 100 * total
-    return good
+        good &= counts @ job.mito[file].astype(np.float64) <= most / 100 * total
+    return nnz, total, good
 
 
 def check(rows: sparse.csr_matrix, source: Source, start: int, counts: bool) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 from tqdm import tqdm
@@ -59,6 +59,7 @@ def shard(
     min_cells: int = 0,
     max_mito: float = 100.0,
     counts: bool = True,
+    rounding: Literal["random"] | None = None,
     codec: str = "local",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -101,11 +102,15 @@ def shard(
         False keeps the cells in the order of the sources.
     min_counts, min_genes, max_mito
         Cells with fewer molecules, fewer genes, or a larger percentage of molecules from genes named ``MT-`` are
-        dropped.
+        dropped; each is over all genes of the cell's file, whichever are chosen.
     min_cells
         Genes that fewer cells have are dropped (not those chosen by name).
     counts
         False takes any finite numbers and keeps them as float32, for models of measurements that are no counts.
+    rounding
+        ``"random"`` makes whole counts of those with decimals (SoupX, EM): each becomes one of the two whole numbers
+        beside it, with ``seed``, so that its expected value is kept; the manifest tells. None refuses them. Numbers
+        within 1e-4 of a whole one, relative to it, are that number in any case.
     codec
         ``"local"`` (lz4, fastest) or ``"compact"`` (zstd, smallest).
     workers
@@ -141,8 +146,14 @@ def shard(
         raise ValueError(f"block={block}, blocks_per_shard={blocks_per_shard}: both must be at least 1")
     if codec not in about.CODECS:
         raise ValueError(f"codec {codec!r}: {' or '.join(about.CODECS)} is wanted")
+    if rounding not in (None, "random"):
+        raise ValueError(f"rounding {rounding!r}: 'random' or None is wanted")
+    if rounding and not counts:
+        raise ValueError("round and measurements exclude each other: measurements are kept with their decimals")
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     out = files.local(out).absolute()
+    for path in paths:
+        files.refuse_nested(out, path)
     _refuse_foreign(out)
     say = partial(print, flush=True) if progress else lambda text: None
     kept_labels = tuple(labels) + ((strata,) if strata and strata not in labels else ())
@@ -150,8 +161,8 @@ def shard(
               "max_mito": (max_mito, 100.0)}  # fmt: skip
     quality = {name: float(value) for name, (value, off) in bounds.items() if value != off}
     wanted = Wanted(
-        layer, genes, panel, join, kept_labels, shares, split_by, strata, shuffle, seed, quality, counts, codec, block,
-        blocks_per_shard,
+        layer, genes, panel, join, kept_labels, shares, split_by, strata, shuffle, seed, quality, counts, rounding,
+        codec, block, blocks_per_shard,
     )  # fmt: skip
     build = Build(paths, wanted, say)
     with (

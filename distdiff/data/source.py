@@ -13,7 +13,7 @@ from scipy import sparse
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data import tenx
+from distdiff.data import legacy, tenx
 from distdiff.data.coding import uncounted
 from distdiff.data.turn import ByGene, Csc, Turned, reading
 
@@ -46,6 +46,10 @@ class Source:
         What to know of how it is read (why the matrix sits in memory whole, what was left out), or empty.
     stored
         The matrix on disk where it is stored gene by gene or as a list of entries, else None.
+    var
+        Where its genes are in the AnnData: ``var``, or ``raw/var``.
+    expressed
+        ``bool [g]``, which columns are gene expression where some are not (antibodies, peaks ...), else None.
     """
 
     where: str
@@ -56,13 +60,18 @@ class Source:
     _obs: Any = field(repr=False)
     _file: Any = field(default=None, repr=False)
     stored: ByGene | None = field(default=None, repr=False)
+    var: str = "var"
+    expressed: np.ndarray | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, layer: str | None = None, turned: str | Path | None = None) -> Source:
+    def open(
+        cls, path: str | Path, layer: str | None = None, turned: str | Path | None = None, *, every: bool = False
+    ) -> Source:
         """Open an h5ad file, an AnnData zarr folder, a 10x h5 file, or a 10x mtx folder (or its .mtx itself).
 
-        The matrix is not read yet. 10x: genes are named by symbol and cells by barcode, there is no column of obs,
-        and of several kinds of features only Gene Expression is read; `note` tells what was left out or renamed.
+        The matrix is not read yet. Of several kinds of features (of AnnData: ``var['feature_types']``) only Gene
+        Expression is read. 10x: genes are named by symbol and cells by barcode, there is no column of obs. `note` tells
+        what was left out or renamed.
 
         Parameters
         ----------
@@ -73,6 +82,8 @@ class Source:
         turned
             Folder in which `turn.turn` brought the matrix into row order; None reads it as it is, and one that is
             stored `by_gene` is then loaded whole at the first `read`.
+        every
+            Read an AnnData's features of all kinds; `expressed` tells them apart.
 
         Raises
         ------
@@ -91,24 +102,32 @@ class Source:
             if not path.is_dir() and tenx.is_h5(root):
                 refuse_layer(path, layer)
                 group, shape, features, barcodes = tenx.open_h5(root, str(path))
-                rows = _CsrRows(group, shape)
-                return cls._tenx(str(path), features, rows, barcodes, root, _turned(None, path, layer, turned))
+                counts = _CsrRows(group, shape)
+                return cls._tenx(str(path), features, counts, barcodes, root, _turned(None, path, layer, turned))
             hint = "; it is a distdiff store already" if (path / "manifest.json").exists() else ""
             raise ValueError(f"{path} is no AnnData: it has no obs or no var{hint}; give {_KINDS}")
         holder, var = _layer(root, layer, str(path))
         where = str(path) if layer is None else f"{path} (layer {layer!r})"
         with reading(where):
-            rows = _rows_of(holder, where)
-            genes = _frame_index(root[var])
-        stored = rows if isinstance(rows, ByGene) else None
+            matrix = rows_of(holder, where)
+            genes = frame_index(root, var)
+        stored = matrix if isinstance(matrix, ByGene) else None
         other = _turned(stored, path, layer, turned)
-        note = "" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"
-        obs = root["obs"] if hasattr(root["obs"], "keys") else _read_elem(root["obs"])  # a table: h5ad before 0.7
-        return cls._checked(where, genes, other or rows, note, obs, root, stored)
+        notes = ["" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"]
+        keep, told = tenx.expression(_kinds(root[var]), where)
+        rows: Any = other or matrix
+        expressed = None
+        if keep is not None and every:
+            expressed = np.isin(np.arange(len(genes)), keep)
+        elif keep is not None:
+            rows, genes = _Columns(rows, keep, where), genes[keep]
+        note = "; ".join(filter(None, [*notes, "" if every else told]))
+        obs = legacy.frame(root, "obs") if legacy.compound(root["obs"]) else root["obs"]
+        return cls._checked(where, genes, rows, note, obs, root, stored, var.replace(".", "/"), expressed)
 
     @classmethod
     def from_anndata(cls, adata: AnnData, layer: str | None = None) -> Source:
-        """The same over an AnnData in memory (``layer`` as in `open`).
+        """The same over an AnnData in memory (``layer`` as in `open`), with features of all kinds.
 
         Raises
         ------
@@ -116,20 +135,13 @@ class Source:
             Layer missing or duplicate gene names.
         """
         where = "AnnData" if layer is None else f"AnnData (layer {layer!r})"
-        if layer is None:
-            x, genes = adata.X, adata.var_names
-        elif layer in adata.layers:
-            x, genes = adata.layers[layer], adata.var_names
-        elif layer == "raw" and adata.raw is not None:
-            x, genes = adata.raw.X, adata.raw.var_names
-        else:
-            raise ValueError(f"AnnData has no layer {layer!r}{nearest(layer, adata.layers)}")
-        if x is None:
-            raise ValueError("AnnData has no X; choose a raw-count layer with layer=")
-        note = ""
+        x, var = in_memory(adata, layer)
+        table, note = (adata if var == "var" else adata.raw).var, ""
         if sparse.issparse(x) and x.format != "csr":
             x, note = x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
-        return cls._checked(where, np.asarray(genes, dtype=str), x, note, adata.obs)
+        keep, _ = tenx.expression(_kinds(table), where)
+        expressed = None if keep is None else np.isin(np.arange(len(table)), keep)
+        return cls._checked(where, np.asarray(table.index, dtype=str), x, note, adata.obs, var=var, expressed=expressed)
 
     @classmethod
     def _tenx(
@@ -147,7 +159,7 @@ class Source:
         loaded = f"{where}: stored as a list of entries (mtx), {_WHOLE}" if stored and not turned else ""
         rows = turned or matrix
         if features.keep is not None:
-            rows = _Columns(rows, features.keep)
+            rows = _Columns(rows, features.keep, where)
         note = "; ".join(filter(None, (loaded, features.note)))
         return cls._checked(where, features.genes, rows, note, pd.DataFrame(index=barcodes), file, stored)
 
@@ -161,12 +173,14 @@ class Source:
         obs: Any,
         file: Any = None,
         stored: ByGene | None = None,
+        var: str = "var",
+        expressed: np.ndarray | None = None,
     ) -> Source:
         if matrix.shape[1] != len(genes):
             raise ValueError(f"{where}: {matrix.shape[1]} columns but {len(genes)} genes in var; the file is damaged")
         if (twice := _first_duplicate(genes)) is not None:
             raise ValueError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
-        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored)
+        return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored, var, expressed)
 
     @property
     def by_gene(self) -> bool:
@@ -182,7 +196,7 @@ class Source:
         ValueError
             Two cells share a name, or there are not as many names as rows.
         """
-        names = _frame_index(self._obs)
+        names = _index(self._obs)
         if len(names) != self.n_cells:
             raise ValueError(f"{self.where}: {self.n_cells} rows but {len(names)} cells in obs; the file is damaged")
         if (twice := _first_duplicate(names)) is not None:
@@ -195,7 +209,8 @@ class Source:
         Returns
         -------
         object [n_cells]
-            ``str``, or None where the value is missing.
+            ``str``, or None where the value is missing; a whole number is its digits, whether the file has it as
+            integer or as floating point.
 
         Raises
         ------
@@ -209,13 +224,11 @@ class Source:
             known = list(self._obs.columns)
         else:
             known = [str(k) for k in self._obs.attrs["column-order"]]
-            column = _read_elem(self._obs[key]) if key in known else None
+            column = legacy.column(self._obs, key) if key in known else None
         if column is None:
             raise ValueError(f"{self.where}: obs has no column {key!r}{nearest(key, map(str, known))}")
-        series = pd.Series(column)
-        text = series.astype(str).to_numpy(dtype=object)
-        text[series.isna().to_numpy()] = None
-        return text
+        code, values = pd.factorize(pd.Series(column))
+        return np.array([*map(_as_text, values), None], dtype=object)[code]
 
     @cached_property
     def bytes_per_cell(self) -> float:
@@ -252,6 +265,26 @@ class Source:
         """Close the file, if there is one."""
         if hasattr(self._file, "close"):
             self._file.close()
+
+
+def in_memory(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+    """The matrix of a layer (as in `Source.open`) of an AnnData in memory, and where its genes are.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    if layer is None:
+        if adata.X is None:
+            raise ValueError("AnnData has no X; choose a raw-count layer with layer=")
+        return adata.X, "var"
+    if layer in adata.layers:
+        return adata.layers[layer], "var"
+    if layer == "raw" and adata.raw is not None:
+        return adata.raw.X, "raw/var"
+    known = [*adata.layers, *(["raw"] if adata.raw is not None else [])]
+    raise ValueError(f"AnnData has no layer {layer!r}{nearest(layer, known)}")
 
 
 def refuse_layer(path: str | Path, layer: str | None) -> None:
@@ -332,7 +365,11 @@ def check_counts(
     elif value > MAX_COUNT:
         what = f"is above the largest count a store holds, {MAX_COUNT}"
     else:
-        what = "is not a whole number: was this log-normalised? choose a raw-count layer with --layer"
+        what = (
+            "is not a whole number: was this log-normalised? choose a raw-count layer with --layer; counts corrected "
+            "for ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: distdiff shard --round "
+            "random makes whole counts of them, and the other commands take the store"
+        )
     raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
 
 
@@ -370,12 +407,17 @@ _WHOLE = "so it is read whole into memory by every worker"
 class _Columns:
     """The same rows, some of the columns (``keep``, ascending) of ``matrix``."""
 
-    def __init__(self, matrix: Any, keep: np.ndarray) -> None:
+    def __init__(self, matrix: Any, keep: np.ndarray, where: str) -> None:
         self._matrix, self._keep = matrix, keep
-        self.shape, self.dtype, self.nnz = (matrix.shape[0], len(keep)), matrix.dtype, matrix.nnz
+        self.shape, self.dtype = (matrix.shape[0], len(keep)), matrix.dtype
+        self.nnz = getattr(matrix, "nnz", matrix.shape[0] * len(keep))
+        if len(matrix.shape) != 2 or int(keep[-1]) >= matrix.shape[1]:
+            raise ValueError(f"{where}: {matrix.shape} is not cells and the features of var; the file is damaged")
 
     def __getitem__(self, rows: slice) -> sparse.csr_matrix:
         counts = self._matrix[rows]
+        if not sparse.issparse(counts):
+            return np.asarray(counts)[:, self._keep]
         if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < counts.shape[1]:
             raise OSError(f"an entry of feature {counts.indices.max()}, there are {counts.shape[1]}")
         return counts[:, self._keep]
@@ -427,9 +469,9 @@ def _layer(root: Any, layer: str | None, path: str) -> tuple[Any, str]:
         return root["X"], "var"
     if layer in layers:
         return root["layers"][layer], "var"
-    has_raw = "raw" in root and "X" in root["raw"]
+    has_raw = ("raw" in root and "X" in root["raw"]) or "raw.X" in root
     if layer == "raw" and has_raw:
-        return root["raw"]["X"], "raw/var"
+        return (root["raw.X"], "raw.var") if "raw.X" in root else (root["raw"]["X"], "raw/var")
     raise ValueError(f"{path} has no layer {layer!r}{nearest(layer, [*layers, *(['raw'] if has_raw else [])])}")
 
 
@@ -437,8 +479,8 @@ def _encoding(element: Any) -> str:
     return str(element.attrs.get("encoding-type", ""))
 
 
-def _rows_of(element: Any, where: str) -> Any:
-    """Something whose ``[start:stop]`` gives rows."""
+def rows_of(element: Any, where: str) -> Any:
+    """A matrix on disk (group or array of h5py or zarr) by row: something whose ``[start:stop]`` gives rows."""
     from anndata.io import sparse_dataset
 
     if not (_encoding(element).endswith("_matrix") or "h5sparse_format" in element.attrs):
@@ -461,19 +503,30 @@ def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | 
     return turned
 
 
-def _read_elem(element: Any) -> Any:
+def _as_text(value: Any) -> str:
+    return f"{value:.0f}" if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
+
+
+def _kinds(var: Any) -> np.ndarray | None:
+    """``feature_types`` of a var (a DataFrame, or its group on disk), if it has them."""
+    if legacy.compound(var) or "feature_types" not in var:
+        return None
+    column = var["feature_types"] if hasattr(var, "index") else legacy.column(var, "feature_types")
+    return np.asarray(column).astype(str)
+
+
+def frame_index(root: Any, key: str) -> np.ndarray:
+    """Row names of the obs or var ``key`` of an AnnData on disk."""
+    return _index(legacy.frame(root, key) if legacy.compound(root[key]) else root[key])
+
+
+def _index(frame: Any) -> np.ndarray:
+    """Row names of a DataFrame, or of its group on disk."""
     from anndata.io import read_elem
 
-    return read_elem(element)
-
-
-def _frame_index(frame: Any) -> np.ndarray:
-    """Row names of an obs or var: a DataFrame, or its group on disk."""
-    if not hasattr(frame, "keys"):
-        frame = _read_elem(frame)
     if hasattr(frame, "index"):
         return np.asarray(frame.index, dtype=str)
-    return np.asarray(_read_elem(frame[frame.attrs["_index"]]), dtype=object).astype(str)
+    return np.asarray(read_elem(frame[frame.attrs["_index"]]), dtype=object).astype(str)
 
 
 def _first_duplicate(names: np.ndarray) -> str | None:

@@ -287,6 +287,7 @@ class CountStore:
             f"{len(about.shards)} shards of {about.blocks_per_shard} blocks, {about.dtype} values, codec {about.codec}",
             *(f"source {s.path}: {s.kept:,} of {s.n_cells:,} cells, {s.empty:,} empty, {s.failed:,} under a threshold"
               + (f", {len(s.absent):,} genes absent" if s.absent else "") for s in about.sources),
+            *([f"decimals rounded: {about.rounding}"] if about.rounding else []),
             f"fingerprint {about.fingerprint}",
         ]  # fmt: skip
         if not is_url(self.url):

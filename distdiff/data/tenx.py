@@ -244,17 +244,30 @@ def _genomes(root: Any) -> list[str]:
     return ["matrix"] if "matrix" in groups else groups
 
 
+def expression(kinds: np.ndarray | None, where: str) -> tuple[np.ndarray | None, str]:
+    """Which features are gene expression where some are not (``int64``, ascending; else None), and what to tell.
+
+    Parameters
+    ----------
+    kinds
+        ``str [features]``, as Cell Ranger names them (GEX is understood, too); None is not known.
+    """
+    if kinds is None or not (other := ~np.isin(kinds, (EXPRESSION, "GEX"))).any():
+        return None, ""
+    found, n = np.unique(kinds[other], return_counts=True)
+    told = ", ".join(f"{i} {what}" for what, i in zip(found, n, strict=True))
+    if other.all():
+        return None, f"{where}: has no {EXPRESSION}, all of its features are read ({told})"
+    return np.flatnonzero(~other), (
+        f"{where}: only {EXPRESSION} is read, {other.sum()} other features were left out ({told})"
+    )
+
+
 def _features(names: np.ndarray, kinds: np.ndarray | None, where: str) -> Features:
-    keep, notes = None, []
-    if kinds is not None and (other := kinds != EXPRESSION).any():
-        found, n = np.unique(kinds[other], return_counts=True)
-        told = ", ".join(f"{i} {what}" for what, i in zip(found, n, strict=True))
-        if other.all():
-            notes.append(f"{where}: has no {EXPRESSION}, all of its features are read ({told})")
-        else:
-            notes.append(f"{where}: only {EXPRESSION} is read, {other.sum()} other features were left out ({told})")
-            keep = np.flatnonzero(~other)
-            names = names[keep]
+    keep, told = expression(kinds, where)
+    notes = [told] if told else []
+    if keep is not None:
+        names = names[keep]
     unique = _unique(names)
     if (renamed := np.flatnonzero(unique != names)).size:
         first = renamed[0]

@@ -31,7 +31,8 @@ def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
 
     def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
         part = rows[start:stop]
-        return (part.toarray() if sp.issparse(part) else np.asarray(part)) != 0
+        # in C order, for the network's sums depend on how its input lies in memory
+        return np.ascontiguousarray((part.toarray() if sp.issparse(part) else np.asarray(part)) != 0)
 
     return hidden
 
@@ -67,7 +68,8 @@ def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
     import anndata as ad
     import scanpy as sc
 
-    data = ad.AnnData(rows.read(0, rows.n_cells).astype(np.float32))
+    counts, expressed = rows.read(0, rows.n_cells), getattr(rows, "expressed", None)
+    data = ad.AnnData((counts if expressed is None else counts[:, np.flatnonzero(expressed)]).astype(np.float32))
     sc.pp.normalize_total(data, target_sum=1e4)
     sc.pp.log1p(data)
     if data.n_vars > genes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,9 @@ class Process(ABC):
 
     relative: bool = True
     """Whether the network's answer 0 is a log rate, to be given relative to the denoiser's cheap expectation."""
+
+    whole: ClassVar[bool] = True
+    """Whether it is a law of whole counts: it trains on none but a store of counts."""
 
     @property
     def entrywise(self) -> bool:

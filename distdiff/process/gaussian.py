@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import softplus
@@ -35,6 +35,7 @@ class Gaussian(Process):
         Log molecules per unit of the state.
     """
 
+    whole: ClassVar[bool] = False
     schedule: Any = "cosine"
     predict: str = "x0"
     noise: float = 1.0

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from distdiff.component import nearest
 from distdiff.data.source import LAST_EXACT, check_counts, codes, dense, first_bad
+from distdiff.data.whole import as_counts
 from distdiff.impute.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
 
@@ -96,7 +97,9 @@ class Reader:
         where = {gene: i for i, gene in enumerate(spec.genes)}
         self.spec, self.rows, self.batch_size = spec, rows, batch_size
         self.columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
-        """Place in the model of each input gene, -1 where it has none."""
+        """Place in the model of each input gene, -1 where it has none (no gene expression has)."""
+        if (expressed := getattr(rows, "expressed", None)) is not None:
+            self.columns[~expressed] = -1
         self.known = self.columns >= 0
         if not self.known.any():
             raise ValueError(
@@ -144,9 +147,9 @@ class Reader:
         Raises
         ------
         ValueError
-            An entry that is looked at is no count, or one of 2^24 or more.
+            An entry of a gene that the model knows is looked at and is no count, or one of 2^24 or more.
         """
-        counts = self.rows.read(start, stop)
+        counts = as_counts(self.rows.read(start, stop))
         away = None if hidden is None else hidden(start, stop, counts)
         away = away if away is not None and away.any() else None
         given = counts.astype(np.float32, copy=False).toarray()
@@ -169,8 +172,10 @@ class Reader:
         return block.pinned() if str(self.device).startswith("cuda") else block
 
     def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
-        """Name an entry that is looked at and is no count, if there is one."""
-        looked_at = counts if away is None else sp.csr_matrix(np.where(away, 0, counts.toarray()))
+        """Name an entry that is looked at and is no count, if there is one; of genes that the model does not know, one
+        that is no finite number."""
+        read = self.known | ~np.isfinite(counts.toarray())
+        looked_at = sp.csr_matrix(np.where(read if away is None else read & ~away, counts.toarray(), 0))
         names = getattr(self.rows, "obs_names", None)
         cells = [str(n) for n in (names[start:stop] if names is not None else range(start, stop))]
         check_counts(looked_at, self.rows.genes, cells, getattr(self.rows, "where", "the input"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,19 @@ import scipy.sparse as sp
 import torch
 
 from distdiff.component import nearest
+from distdiff.data.masks import check_indices
+from distdiff.data.scan import select
 from distdiff.data.source import codes
 from distdiff.impute import Imputer, targets
 from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader, check_labels
+from distdiff.tasks.frame import taken
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from pandas import DataFrame
 
+    from distdiff.data.source import Source
     from distdiff.model import Model
 
 
@@ -53,28 +59,51 @@ class Filled:
         return self
 
 
-def mask_of(adata: AnnData, mask: str | np.ndarray | sp.spmatrix | None) -> np.ndarray | sp.spmatrix | None:
-    """A mask given as such, or the layer it names."""
+def mask_of(
+    adata: AnnData, mask: str | np.ndarray | sp.spmatrix | DataFrame | None, rows: Source
+) -> np.ndarray | sp.spmatrix | None:
+    """A mask in the order of ``rows``, the counts of ``adata`` that are imputed.
+
+    A layer (by its name) and a DataFrame are taken by names; a gene or cell that they lack is no target. An array goes
+    by position.
+
+    Raises
+    ------
+    ValueError
+        No such layer; a DataFrame with names that the counts do not have, or have twice.
+    """
+    import pandas as pd
+
+    if isinstance(mask, pd.DataFrame):
+        for what, names, known in (("cell", mask.index, rows.obs_names), ("gene", mask.columns, rows.genes)):
+            if (odd := ~names.isin(known) | names.duplicated()).any():
+                raise ValueError(
+                    f"mask: {what} {str(names[odd.argmax()])!r} is not among the input's {what}s, or is named twice; a "
+                    "DataFrame is taken by its names, give mask.to_numpy() to have it taken by position"
+                )
+        return mask.reindex(index=rows.obs_names, columns=list(rows.genes), fill_value=False).to_numpy() != 0
     if not isinstance(mask, str):
         return mask
     if mask not in adata.layers:
         raise ValueError(f"mask={mask!r} is no layer of this AnnData{nearest(mask, adata.layers)}")
-    return adata.layers[mask]
+    layer = adata.layers[mask]
+    if tuple(adata.var_names) == tuple(rows.genes):
+        return layer
+    at = adata.var_names.get_indexer(list(rows.genes))
+    return taken(layer, at, (1,))
 
 
-def extend(adata: AnnData, genes: tuple[str, ...]) -> AnnData:
-    """Copy an AnnData, with ``genes`` appended as unmeasured columns (``var['distdiff_added']``, counts 0)."""
-    out = adata.copy()
-    if not genes:
-        return out
-    import anndata as ad
-    import pandas as pd
+class MaskLayer:
+    """A layer of a file as a mask of which rows are read; its columns are found by name, a gene that it lacks is no
+    target."""
 
-    empty = sp.csr_matrix((adata.n_obs, len(genes)), dtype=adata.X.dtype)
-    x = sp.hstack((sp.csr_matrix(adata.X), empty), format="csr")
-    var = adata.var.reindex([*adata.var_names, *genes])
-    var["distdiff_added"] = np.r_[np.zeros(adata.n_vars, bool), np.ones(len(genes), bool)]
-    return ad.AnnData(x, obs=out.obs, var=pd.DataFrame(var), obsm=dict(out.obsm), uns=dict(out.uns))
+    def __init__(self, source: Source, genes: Sequence[str]) -> None:
+        place = {gene: i for i, gene in enumerate(genes)}
+        self.columns = np.array([place.get(gene, -1) for gene in source.genes], dtype=np.int32)
+        self.source, self.shape = source, (source.n_cells, len(genes))
+
+    def __getitem__(self, rows: slice) -> sp.csr_matrix:
+        return select(self.source.read(rows.start, rows.stop), self.columns, self.shape[1])
 
 
 @dataclass
@@ -220,10 +249,36 @@ class Answer:
     unknown: torch.Tensor
 
 
+def check_names(genes: Sequence[str]) -> None:
+    """Refuse a list of genes that names none, or one twice.
+
+    Raises
+    ------
+    ValueError
+        It does.
+    """
+    if not len(genes):
+        raise ValueError("genes: no gene is named; leave --genes (genes=) out to have all, or name some")
+    seen: set[str] = set()
+    for gene in genes:
+        if gene in seen:
+            raise ValueError(f"genes: {gene!r} is named more than once; name each gene once")
+        seen.add(gene)
+
+
+def ours(layer: str) -> bool:
+    """Whether an imputation writes a layer of that name, with any options."""
+    return bool(_OURS.fullmatch(layer))
+
+
+_OURS = re.compile(r"imputed(_(draw\d+|mean|mask|sd|median|log1p|log1p_cp10k|q\d+(\.\d+)?))?")
+
+
 def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -> tuple[str, ...]:
     """The genes to append: those of the model that the input lacks, or those of them that are asked for."""
     absent = tuple(g for g in known if g not in have)
     if asked is not None:
+        check_names(asked)
         if unknown := [g for g in asked if g not in known]:
             raise ValueError(f"the model does not know gene {unknown[0]!r}{nearest(unknown[0], known)}")
         if present := [g for g in asked if g in have]:
@@ -245,6 +300,8 @@ def _targets(
     if mask is not None:
         if mask.shape != (rows.n_cells, len(rows.genes)):
             raise ValueError(f"the mask has shape {mask.shape}, the input {(rows.n_cells, len(rows.genes))}")
+        if sp.issparse(mask):
+            check_indices(mask, "the mask")
         return "mask", targets.by_mask(mask)
     if sites is None:
         return "panel", targets.nothing

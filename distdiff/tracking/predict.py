@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from distdiff.data.source import Source
-from distdiff.tasks.impute import Job, mask_of
+from distdiff.tasks.impute import Job, MaskLayer, mask_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -57,7 +57,8 @@ def predict(
     options = {"readout": readout, "batch_size": int(batch_size), "mean_only": True, "use_labels": use_labels}
     targets = {**options, "sites": sites or None, "groups": groups or None}
     if hasattr(data, "obs_names"):
-        return _cells(model, Source.from_anndata(data, layer=layer or None), mask_of(data, mask or None), targets)
+        rows = Source.from_anndata(data, layer=layer or None)
+        return _cells(model, rows, mask_of(data, mask or None, rows), targets)
     if isinstance(data, (str, Path)):
         data = pd.DataFrame({PATH: [str(data)]})
     if not isinstance(data, pd.DataFrame):
@@ -66,8 +67,8 @@ def predict(
         return _frame(model, data, options)
     parts = []
     for path in data[PATH]:
-        rows = Source.open(path, layer=layer or None)
-        masked = Source.open(path, layer=mask).read(0, rows.n_cells) if mask else None
+        rows = Source.open(path, layer=layer or None, every=True)
+        masked = MaskLayer(Source.open(path, layer=mask, every=True), rows.genes) if mask else None
         parts.append(_cells(model, rows, masked, targets))
         rows.close()
     return pd.concat(parts)

@@ -431,8 +431,12 @@ def test_thresholds(tmp_path, capsys):
     assert "rare" not in made.genes
     assert "under a threshold dropped" in capsys.readouterr().out
     assert np.array_equal(store.quality(store.rows("all"))[0], total[good])
-    with pytest.raises(ValueError, match="max_mito: no gene's name starts with MT-"):
-        build(path, tmp_path / "no", max_mito=5, genes=["g1", "g2"])
+    build(path, tmp_path / "few", genes=["g1", "g2"], max_mito=most)  # over all genes of the file
+    store = CountStore.open(tmp_path / "few")
+    kept = np.flatnonzero((x[:, 28] <= most / 100 * total) & (x[:, 1:3].sum(1) > 0))
+    assert np.array_equal(store.origin(store.rows("all"))[1], kept)
+    with pytest.raises(ValueError, match=r"max_mito: .*no gene's name starts with MT-"):
+        build(save(make_adata(make_counts(9, 4)), tmp_path / "b.h5ad"), tmp_path / "no", max_mito=5)
 
 
 def test_genes_of_any_file(tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_any_rows_of_any_encoding(adata, tmp_path, suffix, layer):
 def test_obs_columns_are_text(adata, tmp_path, memory):
     source = Source.from_anndata(adata) if memory else Source.open(save(adata, tmp_path / "a.h5ad"))
     assert source.obs("kind").tolist() == ["T", "B", None] * 10
-    assert source.obs("age").tolist()[:3] == ["0.0", None, "2.0"]
+    assert source.obs("age").tolist()[:3] == ["0", None, "2"]
     assert source.obs("batch").tolist()[:2] == ["True", "False"]
     with pytest.raises(ValueError, match=r"obs has no column 'kinds'; did you mean 'kind'\?"):
         source.obs("kinds")

@@ -1,0 +1,141 @@
+"""What stands around an answer in memory: a copy of the input in the genes that were read, and those appended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from distdiff.data.source import in_memory
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from pandas import DataFrame
+
+log = logging.getLogger("distdiff")
+
+
+def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tuple[AnnData, list[str]]:
+    """A copy of the input whose columns are the genes of an answer.
+
+    Where these are ``adata.var_names``, it is a plain copy. Else ``X`` is the counts that were read, 0 in appended
+    genes (``var['distdiff_added']``); layers and varp of the input get zeros there, varm what is missing; obs, obsm,
+    obsp, uns and raw are kept. Nothing of ``layers``, ``varm``, ``varp`` fits the genes of ``raw``.
+
+    Parameters
+    ----------
+    layer
+        As in `Source.open`.
+    added
+        Genes to append.
+
+    Returns
+    -------
+    AnnData, list of str
+        The copy, and the names of what could not be kept.
+    """
+    import anndata as ad
+
+    x, var = in_memory(adata, layer)
+    raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
+    if not added and not raw:
+        return adata.copy(), []
+    table, left = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
+    if not raw and layer is not None and adata.X is not None:
+        left = [*left, "X"]
+    at = np.r_[np.arange(len(table)), np.full(len(added), -1)]
+    genes = [*table.index, *added]
+    frame = var_of(table, genes)
+    if added:
+        frame["distdiff_added"] = at < 0
+    source = adata.raw if raw else adata
+    if not raw:
+        left += [f"{key}/{k}" for key in ("layers", "varm", "varp") for k, v in getattr(adata, key).items()
+                 if not by_columns(v)]  # fmt: skip
+    kept = {} if raw else {
+        "layers": {k: taken(v, at, (1,)) for k, v in adata.layers.items() if by_columns(v)},
+        "varp": {k: taken(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
+    }  # fmt: skip
+    varm = {k: taken(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}
+    around = ad.AnnData(obs=adata.obs, obsm=adata.obsm, obsp=adata.obsp, uns=adata.uns).copy()
+    out = ad.AnnData(
+        taken(x, at, (1,)), obs=around.obs, var=frame, obsm=around.obsm, obsp=around.obsp, uns=around.uns, varm=varm,
+        **kept,
+    )  # fmt: skip
+    if adata.raw is not None:
+        out.raw = adata.raw.to_adata()
+    return out, left
+
+
+def by_gene(adata: AnnData) -> list[str]:
+    """Names of everything that has a value a gene of ``var``."""
+    some = [f"{key}/{name}" for key in ("layers", "varm", "varp") for name in getattr(adata, key)]
+    return ["X", *some] if adata.X is not None else some
+
+
+def by_columns(values: Any) -> bool:
+    """Whether columns or rows can be taken of it: a matrix of numbers, or a table."""
+    import pandas as pd
+
+    if isinstance(values, np.ndarray):
+        return values.ndim == 2 and values.dtype.kind in "biuf"
+    return isinstance(values, pd.DataFrame) or sp.issparse(values)
+
+
+def tell_left(left: Sequence[str], where: str) -> dict[str, list[str]]:
+    """Warn of what a result does not keep of its input, and what stands in ``uns`` about it."""
+    if not left:
+        return {}
+    log.warning("%s: not in the result, which has other genes or another X: %s", where, ", ".join(left))
+    return {"left_out": list(left)}
+
+
+def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
+    """Rows ``genes`` of a table of genes; a missing row for those that it does not have, in dtypes that files hold."""
+    import pandas as pd
+
+    if pd.Index(genes).isin(table.index).all():
+        return table.loc[list(genes)].copy()
+    wide = {k: "boolean" for k in table.columns if table[k].dtype == bool}
+    wide |= {k: "category" for k in table.columns if table[k].dtype == object}
+    return table.astype(wide).reindex(list(genes))
+
+
+def taken(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:
+    """A copy of a matrix or table in the genes of a result.
+
+    Parameters
+    ----------
+    values
+        Array, sparse matrix or DataFrame.
+    at
+        ``int [g]``, where each gene of the result is in it, -1 where nowhere.
+    axes
+        Axes along which genes lie.
+    fill
+        What stands where there is none; sparse matrices have 0 in any case.
+    genes
+        Names ``[g]``, for a DataFrame.
+    """
+    import pandas as pd
+
+    if isinstance(values, pd.DataFrame):
+        return var_of(values.set_axis(values.index.astype(str)), genes)
+    if sp.issparse(values):
+        here = np.flatnonzero(at >= 0)
+        choose = sp.csr_matrix(
+            (np.ones(len(here), values.dtype), (here, at[here])), shape=(len(at), values.shape[axes[0]])
+        )
+        for axis in axes:
+            values = choose @ values if axis == 0 else values @ choose.T
+        return values.tocsr()
+    values, absent = np.asarray(values), at < 0
+    for axis in axes:
+        values = values.take(at.clip(0), axis)
+        if absent.any():
+            values = values if fill == 0 or values.dtype.kind == "f" else values.astype(np.float64)
+            values[(slice(None),) * axis + (absent,)] = fill
+    return values
