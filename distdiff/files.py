@@ -138,11 +138,12 @@ def goes_on(target: Path, work: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> Iterator[Path]:
+def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> Iterator[Path | None]:
     """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
 
     What is to become ``target`` is made in its subfolder ``store``. A killed or interrupted process leaves the folder;
-    one that fails over its input (ValueError) does not. One process at a time may work there.
+    one that fails over its input (ValueError) does not. One process at a time may work there. Gives None where this
+    very work was finished by a process that was killed before it could say so: ``target`` is whole then.
 
     Parameters
     ----------
@@ -160,10 +161,10 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
         The disk is full: says that the same command goes on where this one stopped.
     """
     target = Path(target)
-    if os.path.lexists(target) and not overwrite:
-        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = workplace(target.with_name(f".{target.name}.building"))
+    if not work.is_dir():
+        _refuse_existing(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     lock = FileLock(work / "lock", timeout=0)
     try:
@@ -174,23 +175,87 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
         ) from None
     try:
         with goes_on(target, work):
-            mark = work / "identity"
-            if not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
-                for left in work.iterdir():
-                    if left.name != "lock":
-                        remove(left)
-                partial = work / "identity.part"
-                partial.write_text(identity, encoding="utf-8")
-                os.replace(partial, mark)
-            yield work
-            publish(work / "store", target, work / "old")
+            restore(target, work / "old")
+            if _finished(work, target, identity, overwrite):
+                yield None
+            else:
+                if not (work / IDENTITY).exists():  # remains
+                    _clear(work)
+                _refuse_existing(target, overwrite)
+                _begin(work, identity)
+                yield work
+                _mark(work / READY, f"{identity}\n{stamp(work / 'store')}")
+                remove(work / IDENTITY)
+                publish(work / "store", target, work / "old")
     except ValueError:
-        remove(work)
+        _clear(work)
         raise
     else:
-        remove(work)
+        _clear(work)
     finally:
+        if not any(left.name != "lock" for left in work.glob("*")):
+            remove(work)
         lock.release()
+
+
+IDENTITY = "identity"
+"""In a work folder: whose work this is. It goes before anything else does, so that no part of it is ever taken up."""
+
+READY = "ready"
+"""In a work folder: whose result is whole, and the `stamp` of it, by which it is known under either of its names."""
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if os.path.lexists(target) and not overwrite:
+        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
+
+
+def _begin(work: Path, identity: str) -> None:
+    """Take up what lies in the work folder if it is of this identity, else throw it away."""
+    mark = work / IDENTITY
+    if (work / READY).exists() or not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
+        _clear(work)
+        _mark(mark, identity)
+
+
+def _finished(work: Path, target: Path, identity: str, overwrite: bool) -> bool:
+    """Whether a process that was killed had this result whole; it gets its name if it has not got it yet."""
+    try:
+        whose, _, version = (work / READY).read_text(encoding="utf-8").partition("\n")
+    except FileNotFoundError:
+        return False
+    if whose != identity:
+        return False
+    if target.is_dir() and stamp(target) == version:
+        return True
+    whole_one = work / "store"
+    if not whole_one.is_dir() or stamp(whole_one) != version or (os.path.lexists(target) and not overwrite):
+        return False
+    remove(work / IDENTITY)
+    publish(whole_one, target, work / "old")
+    return True
+
+
+def _mark(file: Path, text: str) -> None:
+    """Write a small file that appears whole."""
+    partial = file.with_name(f"{file.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _clear(work: Path) -> None:
+    """Throw away what is in a work folder, in an order that leaves nothing to be taken up wherever it is cut."""
+    remove(work / IDENTITY)
+    for left in work.iterdir():
+        if left.name not in ("lock", READY):
+            remove(left)
+    remove(work / READY)
+
+
+def restore(target: Path, old: Path) -> None:
+    """Give an older folder its name back, if a process was killed between the two renames of `publish`."""
+    if old.is_dir() and not os.path.lexists(target):
+        os.replace(old, target)
 
 
 def publish(temporary: Path, target: Path, old: Path | None = None) -> None:

@@ -29,6 +29,7 @@ from distdiff.data.manifest import Manifest, OrderInfo, ShardInfo, SourceInfo, S
 from distdiff.data.scan import Job, Moments, Scanned, ShardTask, Span, Written, clipped, measure, scatter, write
 from distdiff.data.source import Source, codes
 from distdiff.rng import numpy_generator
+from distdiff.version import __version__
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,9 +105,9 @@ class Build:
         self.row = np.concatenate([np.arange(s.n_cells, dtype=np.int64) for s in self.sources])
 
     def identity(self) -> str:
-        """What must be equal for a build to be continued: the sources as they are, and what is wanted."""
-        content = [about.FORMAT, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
-                   self.panel and self.panel.names]  # fmt: skip
+        """What must be equal for a build to be continued: this version, the sources as they are, what is wanted."""
+        content = [__version__, about.FORMAT, self.paths, self.stamps, dataclasses.asdict(self.wanted),
+                   self.genes.names, self.panel and self.panel.names]  # fmt: skip
         return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
     def tell(self) -> None:

@@ -154,17 +154,18 @@ def shard(
         blocks_per_shard,
     )  # fmt: skip
     build = Build(paths, wanted, say)
-    with (
-        files.resumable(out, build.identity(), overwrite=overwrite) as work,
-        _runner(workers, scheduler, progress, build.n_cells, build.n_bytes) as runner,
-    ):
-        if (work / "spill").is_dir():
-            say(f"going on with the build in {work}")
-        build.tell()
-        try:
-            return build.run(work, *runner)
-        finally:
-            forget()
+    with files.resumable(out, build.identity(), overwrite=overwrite) as work:
+        if work is None:
+            say(f"{out} is whole: the command that was killed had finished it")
+            return Manifest.read(out)
+        with _runner(workers, scheduler, progress, build.n_cells, build.n_bytes) as runner:
+            if (work / "spill").is_dir():
+                say(f"going on with the build in {work}")
+            build.tell()
+            try:
+                return build.run(work, *runner)
+            finally:
+                forget()
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import zarr
 from scipy import sparse
 
 import distdiff.data.scan as scanning
+from distdiff import files
 from distdiff.data.manifest import Manifest
 from distdiff.data.store import CountStore
 
 from .conftest import build, make_adata, make_counts, save
+from .kills import ended
 
 
 def everything(store: CountStore) -> np.ndarray:
@@ -298,6 +301,54 @@ def test_a_killed_build_is_invisible_and_goes_on(tmp_path, one, where, monkeypat
     monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
     assert build(one, tmp_path / "out", shuffle=True) == build(one, tmp_path / "fresh", shuffle=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "one.h5ad", "out"]
+
+
+@pytest.fixture
+def two(tmp_path, dense):
+    """Two inputs with other counts in each."""
+    x = dense[:40].astype(np.float32)
+    return [save(make_adata(sparse.csr_matrix(x * k)), tmp_path / f"{k}.h5ad") for k in (1, 3)]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_build_killed_at_any_file_operation_around_publishing(tmp_path, two, monkeypatch, there, swaps, step):
+    if not swaps:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    new = {"overwrite": there, "blocks_per_shard": 1}
+    whole = {build(two[0], tmp_path / "a").fingerprint, build(two[1], tmp_path / "b", **new).fingerprint}
+    wanted = build(two[1], tmp_path / "c", **new)
+
+    def begins(start):
+        real = files.stamp
+        monkeypatch.setattr(files, "stamp", lambda path: (str(path).endswith("store") and start(), real(path))[1])
+
+    nth, over = 0, False
+    while not over:
+        home = tmp_path / f"home{nth}"
+        home.mkdir()
+        out = home / "out"
+        if there:
+            shutil.copytree(tmp_path / "a", out)
+        over = ended(lambda out=out: build(two[1], out, **new), nth, begins)
+        if out.exists():  # without the exchange of names there is a moment in which it does not
+            found = CountStore.open(out)
+            found.verify()
+            assert found.manifest.fingerprint in whole
+        else:
+            assert not (there and swaps)
+        try:
+            assert build(two[1], out, **new) == wanted
+        except FileExistsError:
+            assert (there, found.manifest) == (False, wanted)  # it was finished
+        found = CountStore.open(out)
+        found.verify()
+        assert found.manifest == wanted
+        assert [p.name for p in home.iterdir()] == ["out"]
+        shutil.rmtree(home)
+        nth += 1 if nth < 8 else step
+    assert nth > 8 + step
 
 
 def test_inputs_that_cannot_be_used(tmp_path, one):
