@@ -154,7 +154,7 @@ def shard(
         blocks_per_shard,
     )  # fmt: skip
     build = Build(paths, wanted, say)
-    with files.resumable(out, build.identity(), overwrite=overwrite) as work:
+    with files.resumable(out, build.identity(), overwrite=overwrite, say=say) as work:
         if work is None:
             say(f"{out} is whole: the command that was killed had finished it")
             return Manifest.read(out)
