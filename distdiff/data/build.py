@@ -169,7 +169,7 @@ class Build:
         create(job.store, layout)
         written = run(write, shard_tasks(layout, kept, len(spans)), job, "write")
         made = self.describe(job, found, cells, code[cells], written)
-        self.write_columns(job, made, cells, code[cells], found)
+        made = replace(made, columns=self.write_columns(job, made, cells, code[cells], found))
         (job.store / about.FILE).write_text(made.to_json(), encoding="utf-8")
         return made
 
@@ -319,8 +319,8 @@ class Build:
 
     def write_columns(
         self, job: Job, made: Manifest, cells: np.ndarray, code: np.ndarray, found: Sequence[Scanned]
-    ) -> None:
-        """Everything a cell or a gene has one of."""
+    ) -> dict[str, str]:
+        """Everything a cell or a gene has one of; the hash of each."""
         every, genes = reduce(add, [f.moments for f in found]), columns_of(job)
         of = (every.total, every.squares, every.nnz, every.largest)  # a cell that was dropped has none of these genes
         sums = Moments(int((code == 0).sum()), *(sums[genes] for sums in of))
@@ -340,6 +340,7 @@ class Build:
         }
         for name, value in columns.items():
             write_column(job.store, name, value)
+        return {name: about.hash_of(value) for name, value in columns.items()}
 
 
 def job_groups(job: Job) -> list[tuple[str, int]]:
