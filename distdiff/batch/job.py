@@ -83,6 +83,9 @@ def run(
     out = named(out)
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision {precision!r}: auto, float32 or bfloat16 is wanted")
+    for name, number in {"batch_size": batch_size, "shard_cells": shard_cells}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1 cell, got {number}")
     if precision == "auto":
         precision = "bfloat16" if task.device.startswith("cuda") else "float32"
     task.model.denoiser.to(task.device).eval()

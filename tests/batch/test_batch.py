@@ -357,6 +357,14 @@ def test_a_plan_that_is_none_is_removed_and_its_paths_stay_inside(model, atlas, 
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("number", [-1, 0])
+@pytest.mark.parametrize("name", ["batch_size", "shard_cells"])
+def test_no_cells_at_a_time_would_never_end(model, atlas, mask, tmp_path, name, number):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1 cell, got {number}"):
+        impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, progress=False, **{name: number})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plan_of_a_live_process_that_cannot_be_read_stays(model, atlas, mask, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PATIENCE", 0.2)
     work = tmp_path / ".out.zarr.building"

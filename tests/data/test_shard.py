@@ -219,6 +219,28 @@ def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "bad.h5ad", "many", "one.h5ad", "there"]
 
 
+@pytest.mark.distributed
+def test_a_cluster_whose_workers_all_leave_is_not_waited_for_without_end(tmp_path, one, monkeypatch, capsys):
+    from dask.distributed import LocalCluster
+
+    monkeypatch.setattr("distdiff.data.cluster.ALONE", 1)
+    real = scanning.write_shard
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+
+        def leave(*args):
+            cluster.sync(cluster.scheduler.remove_worker, cluster.workers[0].address, stimulus_id="test")
+            return real(*args)
+
+        monkeypatch.setattr("distdiff.data.scan.write_shard", leave)
+        with pytest.raises(
+            OSError, match=r"no worker is left at .*, and none came for 1 s: .* goes on"
+        ):
+            build(one, tmp_path / "out", scheduler=cluster.scheduler_address, progress=True)
+    assert "no worker is left; waiting 1 s for one" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert build(one, tmp_path / "out") == build(one, tmp_path / "again")
+
+
 def test_an_output_that_exists(tmp_path, one):
     first = build(one, tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"out exists already; give --overwrite to replace it, or another name"):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import pytest
 import torch
 import zarr
 
+from distdiff.data import remote
 from distdiff.data.coding import Slots
 from distdiff.data.loader import loader
 from distdiff.data.manifest import Manifest
@@ -151,6 +154,22 @@ def test_no_store_there(tmp_path, copy):
     os.remove(copy / "manifest.json")
     with pytest.raises(FileNotFoundError, match="a build that did not finish"):
         CountStore.open(copy)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a full queue of connections is silent")
+def test_a_url_from_which_nothing_comes_back(monkeypatch):
+    """Connections are not even refused, as behind a firewall: each try would take minutes."""
+    monkeypatch.setattr("distdiff.data.remote.FIRST", 1)
+    with socket.socket() as deaf, contextlib.ExitStack() as waiting:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(4):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(deaf.getsockname())
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/atlas.zarr"
+        with pytest.raises(remote.Unreachable, match=f"{url}: no answer in time; check the network"):
+            CountStore.open(url)
 
 
 def swapped(values):
