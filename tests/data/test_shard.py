@@ -232,9 +232,7 @@ def test_a_cluster_whose_workers_all_leave_is_not_waited_for_without_end(tmp_pat
             return real(*args)
 
         monkeypatch.setattr("distdiff.data.scan.write_shard", leave)
-        with pytest.raises(
-            OSError, match=r"no worker is left at .*, and none came for 1 s: .* goes on"
-        ):
+        with pytest.raises(OSError, match=r"no worker is left at .*, and none came for 1 s: .* goes on"):
             build(one, tmp_path / "out", scheduler=cluster.scheduler_address, progress=True)
     assert "no worker is left; waiting 1 s for one" in capsys.readouterr().out
     monkeypatch.undo()
@@ -371,6 +369,55 @@ def test_a_build_killed_at_any_file_operation_around_publishing(tmp_path, two, m
         shutil.rmtree(home)
         nth += 1 if nth < 8 else step
     assert nth > 8 + step
+
+
+LOCK = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r+"):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_file_that_a_notebook_has_open_is_not_called_damaged(tmp_path, one):
+    notebook = subprocess.Popen([sys.executable, "-c", LOCK, one], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert notebook.stdout.readline() == b"open\n"
+        with pytest.raises(ValueError, match="another process has it open for writing, a notebook perhaps") as error:
+            build(one, tmp_path / "out")
+        assert "damaged" not in str(error.value)
+    finally:
+        notebook.communicate()
+    build(one, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_filters_of_hdf5plugin_are_read_where_it_is_installed_and_named_where_not(tmp_path, dense, kind):
+    hdf5plugin = pytest.importorskip("hdf5plugin")
+    x = dense.astype(np.float32)
+    filters = hdf5plugin.FILTERS
+    make_adata(sparse.csr_matrix(x) if kind == "csr" else x).write_h5ad(
+        tmp_path / "a.h5ad", compression=filters["zstd"], compression_opts=hdf5plugin.Zstd().filter_options
+    )
+    build(tmp_path / "a.h5ad", tmp_path / "out")
+    assert np.array_equal(everything(CountStore.open(tmp_path / "out")), dense)
+    code = (
+        "import sys; sys.modules['hdf5plugin'] = None\n"
+        "from distdiff.data.shard import shard; shard(sys.argv[1], sys.argv[2], workers=0, progress=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.h5ad", tmp_path / "b"], capture_output=True, text=True
+    )
+    assert "pip install hdf5plugin" in done.stderr.splitlines()[-1]
+    assert "damaged" not in done.stderr.splitlines()[-1]
+
+
+def test_what_is_said_of_a_matrix_by_gene_is_so(tmp_path, dense, capsys):
+    path = save(make_adata(sparse.csc_matrix(dense.astype(np.float32))), tmp_path / "a.h5ad")
+    build(path, tmp_path / "out", progress=True)
+    said = capsys.readouterr().out
+    assert "stored gene by gene (CSC), so it is brought into the order of its cells first, on disk" in said
+    assert "whole into memory" not in said
 
 
 def test_inputs_that_cannot_be_used(tmp_path, one):
