@@ -391,6 +391,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+INTERRUPTED = "distdiff: interrupted; nothing half-written has the name of the output, and a long job goes on with the same command"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2.
 
@@ -404,8 +407,12 @@ def main(arguments: list[str] | None = None) -> None:
         typer.echo(f"distdiff: error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("distdiff: interrupted; nothing half-written was left", err=True)
+        typer.echo(INTERRUPTED, err=True)
         sys.exit(130)
+    except SystemExit as leaving:  # typer makes a silent one of Ctrl-C
+        if isinstance(getattr(leaving.__context__, "__cause__", None), KeyboardInterrupt):
+            typer.echo(INTERRUPTED, err=True)
+        raise
 
 
 if __name__ == "__main__":
