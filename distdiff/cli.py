@@ -391,7 +391,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-INTERRUPTED = "distdiff: interrupted; nothing half-written has the name of the output, and a long job goes on with the same command"
+INTERRUPTED = "distdiff: interrupted; nothing half-written was published, and the same command goes on with a long job"
 
 
 def main(arguments: list[str] | None = None) -> None:

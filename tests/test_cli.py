@@ -162,4 +162,4 @@ def test_an_interrupted_command_ends_in_a_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["shard", "a.h5ad", "--out", "b"])
     assert ended.value.code == 130
-    assert capsys.readouterr().err.startswith("distdiff: interrupted; nothing half-written")
+    assert capsys.readouterr().err.startswith("distdiff: interrupted; nothing half-written was published")
