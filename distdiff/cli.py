@@ -398,6 +398,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 HOME = re.compile(r"^(--[\w-]+=|)~(?=/|$)")
 """``--out=~/x``: shells leave it to us."""
+INTERRUPTED = "distdiff: interrupted; nothing half-written was published, and the same command goes on with a long job"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -415,8 +416,12 @@ def main(arguments: list[str] | None = None) -> None:
         typer.echo(f"distdiff: error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("distdiff: interrupted; nothing half-written was left", err=True)
+        typer.echo(INTERRUPTED, err=True)
         sys.exit(130)
+    except SystemExit as leaving:  # typer makes a silent one of Ctrl-C
+        if isinstance(getattr(leaving.__context__, "__cause__", None), KeyboardInterrupt):
+            typer.echo(INTERRUPTED, err=True)
+        raise
 
 
 if __name__ == "__main__":

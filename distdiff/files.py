@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import re
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 
 def is_url(path: object) -> bool:
@@ -55,14 +56,15 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ``target`` is a URL.
     """
     target = local(target)
-    if os.path.lexists(target) and not overwrite:
-        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.stem}.tmp-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{prefix}*{target.suffix}"):
-        pid = left.name.removeprefix(prefix).removesuffix(target.suffix)
-        if pid.isdigit() and not _alive(int(pid)):
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        name = left.name.removeprefix(prefix)
+        if _of_dead(name.removesuffix(".old").removesuffix(target.suffix)):
+            if name.endswith(".old"):
+                restore(target, left)
             remove(left)
+    _refuse_existing(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{prefix}{os.getpid()}{target.suffix}")
     remove(temporary)
     try:
@@ -81,9 +83,16 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(target: str | Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` for what is needed meanwhile; it goes in the end."""
+    """A hidden folder beside ``target`` for what is needed meanwhile; it goes in the end.
+
+    What a killed process of this host left is removed by the next one with the same target.
+    """
     target = Path(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.stem}.scratch-", dir=target.parent))
+    prefix = f".{target.stem}.scratch-{socket.gethostname()}-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _of_dead(left.name.removeprefix(prefix).partition("-")[0]):
+            remove(left)
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
     try:
         yield folder
     finally:
@@ -98,8 +107,10 @@ def workplace(folder: Path) -> Path:
     Raises
     ------
     FileExistsError
-        It is one, or holds one (named).
+        It is one, or holds one (named); it is a file.
     """
+    if folder.is_file() and not folder.is_symlink():
+        raise FileExistsError(f"{folder} is a file, a folder is wanted there; remove it, or give another output")
     found = [folder] if folder.is_symlink() else []
     for where, folders, names in () if found else os.walk(folder):
         found += [path for path in (Path(where, name) for name in (*folders, *names)) if path.is_symlink()]
@@ -138,11 +149,14 @@ def goes_on(target: Path, work: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> Iterator[Path]:
+def resumable(
+    target: str | Path, identity: str, *, overwrite: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Path | None]:
     """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
 
     What is to become ``target`` is made in its subfolder ``store``. A killed or interrupted process leaves the folder;
-    one that fails over its input (ValueError) does not. One process at a time may work there.
+    one that fails over its input (ValueError) does not. One process at a time may work there. Gives None where this
+    very work was finished by a process that was killed before it could say so: ``target`` is whole then.
 
     Parameters
     ----------
@@ -150,6 +164,8 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
         Folder to make.
     identity
         What must be equal for the work to go on; other work that was left is thrown away.
+    say
+        Told of what is thrown away.
 
     Raises
     ------
@@ -160,37 +176,167 @@ def resumable(target: str | Path, identity: str, *, overwrite: bool = False) -> 
         The disk is full: says that the same command goes on where this one stopped.
     """
     target = Path(target)
-    if os.path.lexists(target) and not overwrite:
-        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    tidy(target, say)
     work = workplace(target.with_name(f".{target.name}.building"))
+    if not work.is_dir():
+        _refuse_existing(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    lock = FileLock(work / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(
-            f"{target} is being written by another process now; wait for it, or choose another name"
-        ) from None
+    lock = _locked(target, work)
     try:
         with goes_on(target, work):
-            mark = work / "identity"
-            if not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
-                for left in work.iterdir():
-                    if left.name != "lock":
-                        remove(left)
-                partial = work / "identity.part"
-                partial.write_text(identity, encoding="utf-8")
-                os.replace(partial, mark)
-            yield work
-            publish(work / "store", target, work / "old")
+            _refuse_claimed(target, work)
+            restore(target, work / "old")
+            if _finished(work, target, identity, overwrite):
+                yield None
+            else:
+                if os.path.lexists(target) and not (work / IDENTITY).exists():  # remains of what is finished
+                    _clear(work)
+                _refuse_existing(target, overwrite)
+                _begin(work, identity, say)
+                yield work
+                _mark(work / READY, f"{identity}\n{stamp(work / 'store')}")
+                remove(work / IDENTITY)
+                publish(work / "store", target, work / "old")
     except ValueError:
-        remove(work)
+        _clear(work)
         raise
     else:
-        remove(work)
+        _clear(work)
+    finally:
+        if not any(left.name != "lock" for left in work.glob("*")):
+            remove(work)
+        lock.release()
+
+
+SILENT = 60.0
+"""Seconds without a sign of life after which the processes of a task count as dead, as for `distdiff.batch.claims`."""
+
+IDENTITY = "identity"
+"""In a work folder: whose work this is. It goes before anything else does, so that no part of it is ever taken up."""
+
+READY = "ready"
+"""In a work folder: whose result is whole, and the `stamp` of it, by which it is known under either of its names."""
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if os.path.lexists(target) and not overwrite:
+        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
+
+
+def _begin(work: Path, identity: str, say: Callable[[str], None]) -> None:
+    """Take up what lies in the work folder if it is of this identity, else throw it away."""
+    mark = work / IDENTITY
+    if (work / READY).exists() or not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
+        if any(left.name != "lock" for left in work.iterdir()):
+            say(f"{work}: removed, it was left by other work (other inputs, options or version of distdiff)")
+        _clear(work)
+        _mark(mark, identity)
+
+
+def _finished(work: Path, target: Path, identity: str, overwrite: bool) -> bool:
+    """Whether a process that was killed had this result whole; it gets its name if it has not got it yet."""
+    try:
+        whose, _, version = (work / READY).read_text(encoding="utf-8").partition("\n")
+    except FileNotFoundError:
+        return False
+    if whose != identity:
+        return False
+    if target.is_dir() and stamp(target) == version:
+        return True
+    whole_one = work / "store"
+    if not whole_one.is_dir() or stamp(whole_one) != version or (os.path.lexists(target) and not overwrite):
+        return False
+    remove(work / IDENTITY)
+    publish(whole_one, target, work / "old")
+    return True
+
+
+def _mark(file: Path, text: str) -> None:
+    """Write a small file that appears whole."""
+    partial = file.with_name(f"{file.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _clear(work: Path) -> None:
+    """Throw away what is in a work folder, in an order that leaves nothing to be taken up wherever it is cut."""
+    remove(work / IDENTITY)
+    for left in work.iterdir():
+        if left.name not in ("lock", READY):
+            remove(left)
+    remove(work / READY)
+
+
+def _locked(target: Path, work: Path) -> BaseFileLock:
+    """The lock of a work folder, held.
+
+    Raises
+    ------
+    FileExistsError
+        Another process has it, or has just removed the folder with it.
+    """
+    lock = FileLock(work / "lock", timeout=0)
+    with contextlib.suppress(Timeout, FileNotFoundError):
+        lock.acquire()
+        if (work / "lock").exists():
+            return lock
+        lock.release()
+    raise FileExistsError(f"{target} is being written by another process now; wait for it, or choose another name")
+
+
+def _refuse_claimed(target: Path, work: Path) -> None:
+    """Leave alone the work folder of a task whose processes share it by claims, if one of them shows signs of life."""
+    beats = [path.stat().st_mtime for path in (work / "claims").glob("*")]
+    (work / "lock").touch()  # by the clock of the file system: those of hosts may differ
+    if beats and (work / "lock").stat().st_mtime - max(beats) < SILENT:
+        raise FileExistsError(
+            f"{target} is being written by another process now, or was less than {SILENT:.0f} s ago; wait for it, or "
+            "choose another name"
+        )
+
+
+def evict_build(target: Path, work: Path, say: Callable[[str], None]) -> None:
+    """Remove what a killed build left in the work folder that a task wants.
+
+    Raises
+    ------
+    FileExistsError
+        The build is at work.
+    """
+    if not (work / "lock").exists() or (work / "claims").exists():
+        return
+    lock = _locked(target, work)
+    try:
+        if not (work / "claims").exists():
+            restore(target, work / "old")
+            away(work)
+            say(f"{work}: removed, it was left by a distdiff shard that was killed")
     finally:
         lock.release()
+
+
+def away(work: Path) -> None:
+    """Remove a work folder under another name, so that no other process finds half of it."""
+    old = work.with_name(f"{work.name}-{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(work, old)
+    remove(old)
+
+
+def tidy(target: Path, say: Callable[[str], None]) -> None:
+    """Remove work folders of a target that a killed process was about to remove (see `away`)."""
+    prefix = f".{target.name}.building-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _of_dead(left.name.removeprefix(prefix)):
+            say(f"{left}: removed, it was left by a process that was killed")
+            remove(left)
+
+
+def restore(target: Path, old: Path) -> None:
+    """Give an older folder its name back, if a process was killed between the two renames of `publish`."""
+    if old.is_dir() and not os.path.lexists(target):
+        os.replace(old, target)
 
 
 def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
@@ -233,6 +379,11 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _of_dead(pid: str) -> bool:
+    """Whether this is the number of a process that is not there any more on this host."""
+    return pid.isdigit() and not _alive(int(pid))
 
 
 def _alive(pid: int) -> bool:

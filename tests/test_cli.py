@@ -176,3 +176,16 @@ def test_a_launcher_with_two_processes(atlas, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("199 cells x 30 genes") == 1  # one process speaks for both
     assert ad.read_zarr(tmp_path / "out.zarr").shape == (199, 30)
+
+
+def test_an_interrupted_command_ends_in_a_sentence(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distdiff.data.shard.shard", interrupted)
+    from distdiff.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["shard", "a.h5ad", "--out", "b"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("distdiff: interrupted; nothing half-written was published")

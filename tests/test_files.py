@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
 import sys
 import threading
 
@@ -88,3 +91,86 @@ def test_what_came_meanwhile_is_not_replaced_unless_asked(tmp_path, monkeypatch,
         fill(temporary, "first")
     assert read() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def work_of(target, **files_):
+    work = target.with_name(f".{target.name}.building")
+    for name, text in {"lock": "", "spill/000/x": "y", "store/counts": "old", **files_}.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(text)
+    return work
+
+
+def made(target, said, identity="it", overwrite=False):
+    with files.resumable(target, identity, overwrite=overwrite, say=said.append) as work:
+        found = sorted(p.name for p in work.iterdir())
+        (work / "store").mkdir(exist_ok=True)
+        (work / "store" / "new").write_text("new")
+    return found
+
+
+@pytest.fixture
+def dead():
+    """The number of a process that is over."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("left", [{}, {"identity": "other"}, {"ready": "it\n1-2"}, {"claims/x.0": "{}"}])
+def test_work_of_another_version_or_kind_is_removed_with_a_line(tmp_path, left):
+    work, said = work_of(tmp_path / "out", **left), []
+    for claim in work.glob("claims/*"):
+        os.utime(claim, (0, 0))
+    assert made(tmp_path / "out", said) == ["identity", "lock"]
+    assert said == [f"{work}: removed, it was left by other work (other inputs, options or version of distdiff)"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_work_of_a_live_process_is_left_alone(tmp_path):
+    work = work_of(tmp_path / "out", **{"claims/x.0": "{}"})
+    with pytest.raises(FileExistsError, match="is being written by another process now, or was less than 60 s ago"):
+        made(tmp_path / "out", [])
+    assert (work / "store" / "counts").exists()
+    shutil.rmtree(work)
+    with files.resumable(tmp_path / "out", "it") as work:
+        (work / "store").mkdir()
+        for work_again in (
+            lambda: made(tmp_path / "out", []),
+            lambda: files.evict_build(tmp_path / "out", work, print),
+        ):
+            with pytest.raises(FileExistsError, match="is being written by another process now"):
+                work_again()
+        assert (work / "store").exists()
+
+
+def test_remains_of_dead_processes_go_and_those_of_live_ones_stay(tmp_path, dead):
+    said, target, host = [], tmp_path / "out[1].zarr", socket.gethostname()
+    names = [".out[1].zarr.building-{}", f".out[1].tmp-{host}-{{}}.zarr", f".out[1].scratch-{host}-{{}}-abc"]
+    gone, kept = ([tmp_path / name.format(pid) for name in names] for pid in (dead, os.getpid()))
+    kept[1] = tmp_path / names[1].format(os.getppid())
+    for folder in (*gone, *kept):
+        (folder / "x").mkdir(parents=True)
+    made(target, said)
+    with files.whole(target, overwrite=True) as temporary, files.scratch(target):
+        temporary.mkdir()
+    assert said == [f"{gone[0]}: removed, it was left by a process that was killed"]
+    assert sorted(tmp_path.iterdir()) == sorted([target, *kept])
+
+
+@pytest.mark.parametrize("writer", ["resumable", "whole"])
+def test_the_older_folder_gets_its_name_back_where_names_cannot_be_exchanged(tmp_path, dead, writer):
+    target = tmp_path / "out"
+    old = {"resumable": ".out.building/old", "whole": f".out.tmp-{socket.gethostname()}-{dead}.old"}[writer]
+    (tmp_path / old).mkdir(parents=True)
+    (tmp_path / old / "precious").write_text("years")
+    open_ = {"resumable": lambda: files.resumable(target, "it"), "whole": lambda: files.whole(target)}[writer]
+    with pytest.raises(FileExistsError, match="exists already"), open_():
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_a_file_where_the_work_folder_is_wanted(tmp_path):
+    (tmp_path / ".out.building").write_text("")
+    with pytest.raises(FileExistsError, match="is a file, a folder is wanted there; remove it"):
+        made(tmp_path / "out", [])

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch.summary import Summary
-from distdiff.data.cluster import connect, explained
+from distdiff.data.cluster import Company, connect, explained
 from distdiff.files import is_url
 from distdiff.model import Model
 
 LOOK = 0.5
 """Seconds between looks at who is there."""
-
-ALONE = 600
-"""Seconds without any worker after which none is believed to come."""
 
 
 def on_cluster(
@@ -44,16 +41,9 @@ def on_cluster(
     paths = [None if p is None else p if is_url(p) else str(Path(p).absolute()) for p in (data, out)]
     with explained(scheduler), connect(scheduler) as client:
         shares: dict[str, Any] = {}  # of each worker
-        seen, told, began = 0, 0, time.monotonic()
+        seen, told, company = 0, 0, Company(client, say)
         while True:
-            here = set(client.scheduler_info(n_workers=-1)["workers"])
-            if here:
-                began = time.monotonic()
-            elif time.monotonic() - began > ALONE:
-                raise OSError(
-                    f"no worker is left at {scheduler}, and none came for {ALONE} s: start some; the same command goes "
-                    "on with what is done"
-                )
+            here = company.look()
             for gone in shares.keys() - here:
                 del shares[gone]  # it is bound to its worker and would wait for it for ever
             for new in sorted(here - shares.keys()):

@@ -6,7 +6,6 @@ costs the shard that it was at; one that comes late takes what is left; the same
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -84,6 +83,9 @@ def run(
     out = named(out)
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision {precision!r}: auto, float32 or bfloat16 is wanted")
+    for name, number in {"batch_size": batch_size, "shard_cells": shard_cells}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1 cell, got {number}")
     if precision == "auto":
         precision = "bfloat16" if task.device.startswith("cuda") else "float32"
     task.model.denoiser.to(task.device).eval()
@@ -131,6 +133,10 @@ class _Job:
     ) -> bool:
         """Join the job, or plan it; false where it is finished already."""
         files.workplace(self.work)
+        files.tidy(self.out, say)
+        files.evict_build(self.out, self.work, say)
+        files.restore(self.out, self.work / "old")
+        self._discard(say)
         there = finished(self.out)
         if there.get("identity") == self.identity:
             if (left := self._begun()) is not None and left.identity == self.identity:
@@ -171,8 +177,40 @@ class _Job:
             return None
         except ValueError as error:
             raise ValueError(
-                f"{self.work / 'job.json'} cannot be read: {error}; remove {self.work} and run the same command again"
+                f"{self.work / 'job.json'} cannot be read: {error}; another process is at work there: wait for it, "
+                "then run the same command again"
             ) from error
+
+    def _discard(self, say: Callable[[str], None]) -> None:
+        """Remove a work folder whose plan cannot be read, of another version perhaps, unless somebody is at work there.
+
+        Raises
+        ------
+        ValueError
+            Somebody is.
+        """
+        while True:
+            try:
+                self._begun()
+                return
+            except ValueError as error:
+                claims = Claims(self.work / "claims")
+                try:
+                    if claims.others() and time.time() - self.came > PATIENCE:
+                        raise
+                    if not claims.others() and claims.take("replace") and self._unreadable():
+                        self._leave()
+                        say(f"{error.__cause__}: {self.work} removed, it was left by another version of distdiff")
+                finally:
+                    claims.close()
+            time.sleep(0.05)
+
+    def _unreadable(self) -> bool:
+        try:
+            self._begun()
+        except ValueError:
+            return True
+        return False
 
     def _plan(self, precision: str, batch_size: int | None, shard_cells: int | None) -> None:
         made = plan.make(self.task, self.identity, precision=precision, batch_size=batch_size, shard_cells=shard_cells)
@@ -411,11 +449,7 @@ class _Job:
         self._leave()
 
     def _leave(self) -> None:
-        """Remove the work folder under another name, so that no other process finds half of it."""
-        old = self.work.with_name(f"{self.work.name}-{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self.work, old)
-        files.remove(old)
+        files.away(self.work)
 
     def told(self, records: Sequence[dict[str, Any]]) -> Summary:
         reader = getattr(self.task, "reader", None)

@@ -30,6 +30,7 @@ from distdiff.data.manifest import Manifest, OrderInfo, ShardInfo, SourceInfo, S
 from distdiff.data.scan import Job, Moments, Scanned, ShardTask, Span, Written, clipped, measure, scatter, write
 from distdiff.data.source import Source, codes
 from distdiff.rng import numpy_generator
+from distdiff.version import __version__
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,9 +111,9 @@ class Build:
         self.row = np.concatenate([np.arange(s.n_cells, dtype=np.int64) for s in self.sources])
 
     def identity(self) -> str:
-        """What must be equal for a build to be continued: the sources as they are, and what is wanted."""
-        content = [about.FORMAT, SPILLED, self.paths, self.stamps, dataclasses.asdict(self.wanted), self.genes.names,
-                   self.panel and self.panel.names]  # fmt: skip
+        """What must be equal for a build to be continued: this version, the sources as they are, what is wanted."""
+        content = [__version__, about.FORMAT, SPILLED, self.paths, self.stamps, dataclasses.asdict(self.wanted),
+                   self.genes.names, self.panel and self.panel.names]  # fmt: skip
         return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
     def tell(self) -> None:
@@ -185,7 +186,7 @@ class Build:
         create(job.store, layout)
         written = run(write, shard_tasks(layout, kept, len(spans)), job, "write")
         made = self.describe(job, found, cells, code[cells], written)
-        self.write_columns(job, made, cells, code[cells], found)
+        made = replace(made, columns=self.write_columns(job, made, cells, code[cells], found))
         (job.store / about.FILE).write_text(made.to_json(), encoding="utf-8")
         return made
 
@@ -338,8 +339,8 @@ class Build:
 
     def write_columns(
         self, job: Job, made: Manifest, cells: np.ndarray, code: np.ndarray, found: Sequence[Scanned]
-    ) -> None:
-        """Everything a cell or a gene has one of."""
+    ) -> dict[str, str]:
+        """Everything a cell or a gene has one of; the hash of each."""
         every, genes = reduce(add, [f.moments for f in found]), columns_of(job)
         of = (every.total, every.squares, every.nnz, every.largest)  # a cell that was dropped has none of these genes
         sums = Moments(int((code == 0).sum()), *(sums[genes] for sums in of))
@@ -359,6 +360,7 @@ class Build:
         }
         for name, value in columns.items():
             write_column(job.store, name, value)
+        return {name: about.hash_of(value) for name, value in columns.items()}
 
 
 def job_groups(job: Job) -> list[tuple[str, int]]:

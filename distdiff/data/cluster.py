@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 CONNECT = 30
 """Seconds in which a scheduler must answer."""
+
+ALONE = 600
+"""Seconds without any worker after which none is believed to come."""
 
 REACH = 3
 """Seconds in which a worker must take a connection."""
@@ -35,6 +39,43 @@ def connect(scheduler: str) -> Client:
     except (OSError, TimeoutError) as error:
         raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error
     return client
+
+
+class Company:
+    """Watches that a scheduler has workers: without any, what was asked of it waits for ever.
+
+    Parameters
+    ----------
+    client
+        Of the scheduler.
+    say
+        Told once when the last worker has left.
+    """
+
+    def __init__(self, client: Client, say: Callable[[str], None]) -> None:
+        self.client, self.say = client, say
+        self._since: float | None = None
+
+    def look(self) -> set[str]:
+        """Addresses of the workers.
+
+        Raises
+        ------
+        OSError
+            There has been none for ten minutes of looks.
+        """
+        here, now = set(self.client.scheduler_info(n_workers=-1)["workers"]), time.monotonic()
+        if here:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+            self.say(f"no worker is left; waiting {ALONE} s for one")
+        elif now - self._since > ALONE:
+            raise OSError(
+                f"no worker is left at {self.client.scheduler.address}, and none came for {ALONE} s: start some; the "
+                "same command goes on with what is done"
+            )
+        return here
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,12 @@ BLOCK = 256
 
 SPLITS = ("train", "val", "test")
 """Split names in code order."""
+
+OWN_HASH = "sha256"
+"""Key of the manifest's hash of its other keys; as `Manifest` it is gone."""
+
+DTYPES = ("uint8", "uint16", "uint32", "float32")
+"""Stored values."""
 
 CODECS = ("local", "compact")
 """Compression profiles: blosc-lz4 for a disk at hand, zstd for a small or far one."""
@@ -123,6 +131,9 @@ class Manifest:
         sha256 of the content, see `fingerprint`.
     rounding
         How counts with decimals were made whole (``random, seed 0``); None: there were none, or they are kept.
+    columns
+        Array of the store that has a value (or a row) a cell or gene -> `hash_of` it; None in stores of versions that
+        did not write it down.
     """
 
     format: int
@@ -148,17 +159,19 @@ class Manifest:
     not_shared: int
     fingerprint: str
     rounding: str | None = None
+    columns: Mapping[str, str] | None = None
 
     @property
     def n_blocks(self) -> int:
         return -(-self.n_cells // self.block)
 
     def to_json(self) -> str:
-        """The manifest as JSON text, one key a line."""
+        """The manifest as JSON text, one key a line; the last is the hash of the others."""
         tree = dataclasses.asdict(self)
-        if self.rounding is None:  # so that versions before there was any read it
-            del tree["rounding"]
-        return json.dumps(tree, indent=1)
+        for key in ("rounding", "columns"):
+            if tree[key] is None:
+                del tree[key]
+        return json.dumps(tree | {OWN_HASH: _own_hash(tree)}, indent=1)
 
     def refuse_measurements(self, law: str, where: str) -> None:
         """Refuse a store of measurements for a law of whole counts.
@@ -189,7 +202,8 @@ class Manifest:
         Raises
         ------
         ValueError
-            Not JSON, a newer format, or missing or unknown keys (named).
+            Not JSON, a newer format, missing or unknown keys (named), another content than was written (by its own
+            hash and the fingerprint; stores of versions that wrote no hash have the second), or one that no store has.
         """
         try:
             raw = json.loads(text)
@@ -206,7 +220,21 @@ class Manifest:
                 f"{where} has format {version}, this distdiff reads format {FORMAT}: {what} "
                 "(distdiff shard --overwrite)"
             )
+        if (told := raw.pop(OWN_HASH, None)) is not None and told != _own_hash(raw):
+            raise _changed(where, "its content is not that of its own hash")
         top = _checked(raw, cls, where)
+        try:
+            made = cls._of(raw, top, where)
+            wrong = made._fault()
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise _changed(where, str(error)) from error
+        if wrong:
+            raise _changed(where, wrong)
+        return made
+
+    @classmethod
+    def _of(cls, raw: Any, top: dict[str, Any], where: str) -> Manifest:
+        """From the parsed JSON and its keys."""
         top["genes"] = tuple(raw["genes"])
         top["labels"] = {k: tuple(v) for k, v in raw["labels"].items()}
         top["never_counted"] = tuple(raw["never_counted"])
@@ -220,6 +248,34 @@ class Manifest:
         split = _checked(raw["split"], SplitInfo, f"{where}: split")
         top["split"] = SplitInfo(**split | {k: tuple(split[k]) for k in ("shares", "n_cells")})
         return cls(**top)
+
+    def _fault(self) -> str | None:
+        """What cannot be so in any store, None where nothing is."""
+        whole = (self.n_cells, self.block, self.blocks_per_shard, *(g.n_genes for g in self.groups),
+                 *(g.cap for g in self.groups))  # fmt: skip
+        if any(type(n) is not int or n < 1 for n in whole):
+            return f"n_cells, block, blocks_per_shard, n_genes and cap must be whole numbers from 1: {whole}"
+        names = [g.name for g in self.groups]
+        if len(set(names)) < len(names) or not all(re.fullmatch("[a-z]+", name) for name in names):
+            return f"groups of the names {names}"
+        if sum(g.n_genes for g in self.groups) != len(self.genes):
+            return f"{len(self.genes)} genes, {sum(g.n_genes for g in self.groups)} in the groups"
+        for what, values in {"genes": self.genes, **{f"labels of {k}": v for k, v in self.labels.items()}}.items():
+            if not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
+                return f"{what}: names that differ are wanted"
+        if self.dtype not in DTYPES or self.codec not in CODECS:
+            return f"dtype {self.dtype!r}, codec {self.codec!r}: {', '.join(DTYPES)}; {', '.join(CODECS)} are wanted"
+        rows = self.block * self.blocks_per_shard
+        if len(self.shards) != -(-self.n_cells // rows):
+            return f"{len(self.shards)} shards of {rows} cells are not {self.n_cells} cells"
+        for n, shard in enumerate(self.shards):
+            if (shard.index, shard.start, shard.stop) != (n, n * rows, min(n * rows + rows, self.n_cells)):
+                return f"shard {n} is number {shard.index}, rows {shard.start} to {shard.stop}"
+        if not math.isfinite(self.largest) or len(self.split.n_cells) != 3 or sum(self.split.n_cells) != self.n_cells:
+            return f"largest count {self.largest}, cells {self.split.n_cells} of {self.n_cells} in the splits"
+        if fingerprint(self.genes, self.labels, self.shards) != self.fingerprint:
+            return "genes, label values and shards are not those of the fingerprint"
+        return None
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -238,6 +294,24 @@ class Manifest:
                 f"{folder} is not a distdiff store, or a build that did not finish (no {FILE}): run distdiff shard"
             )
         return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _own_hash(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(where: str, why: str) -> ValueError:
+    return ValueError(
+        f"{where} was changed or damaged after it was written ({why}): restore it, or rebuild the store: distdiff "
+        "shard --overwrite"
+    )
+
+
+def hash_of(values: np.ndarray) -> str:
+    """sha256 of an array: dtype, shape and content."""
+    content = hashlib.sha256(f"{values.dtype.str} {values.shape} ".encode())
+    content.update(np.ascontiguousarray(values).data)
+    return content.hexdigest()
 
 
 def _checked(raw: Any, cls: type, where: str) -> dict[str, Any]:

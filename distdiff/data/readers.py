@@ -35,7 +35,15 @@ RESIDUE = 0x48674BC7
 
 
 class Reader(ABC):
-    """Reads blocks of one column group. Safe to use from several threads."""
+    """Reads blocks of one column group. Safe to use from several threads.
+
+    Attributes
+    ----------
+    shapes
+        Shape and dtype of its arrays, in the order of `Slots`.
+    """
+
+    shapes: list[tuple[tuple[int, ...], str]]
 
     @abstractmethod
     def __init__(self, url: str, group: str) -> None: ...
@@ -57,6 +65,7 @@ class TensorstoreReader(Reader):
     def __init__(self, url: str, group: str) -> None:
         self._url, context = url, remote.context(16 << 20)
         self._arrays = [remote.open_array(url, f"counts/{group}/{part}", context) for part in Slots._fields]
+        self.shapes = [(tuple(a.shape), a.dtype.numpy_dtype.name) for a in self._arrays]
 
     def read(self, blocks: Sequence[int], into: Slots, slots: Sequence[int]) -> None:
         found = remote.read_together(self._url, self._arrays, np.asarray(blocks, np.int64))
@@ -77,6 +86,7 @@ class ZarrReader(Reader):
             except ImportError as error:
                 raise ValueError(f"{url}: reader 'zarr' lacks a package ({error}); use reader 'tensorstore'") from error
             self._arrays = [opened[f"counts/{group}/{part}"] for part in Slots._fields]
+        self.shapes = [(tuple(a.shape), a.dtype.name) for a in self._arrays]
 
     def read(self, blocks: Sequence[int], into: Slots, slots: Sequence[int]) -> None:
         order = np.argsort(blocks)
@@ -94,6 +104,7 @@ class DirectReader(Reader):
         if is_url(url):
             raise ValueError(f"reader 'direct' reads local folders, not {url}; use reader 'tensorstore'")
         self._parts = [_Part(Path(url) / "counts" / group / part) for part in Slots._fields]
+        self.shapes = [part.shape for part in self._parts]
 
     def read(self, blocks: Sequence[int], into: Slots, slots: Sequence[int]) -> None:
         shards: dict[int, list[tuple[int, int]]] = {}
@@ -118,6 +129,7 @@ class _Part:
         inner = [codec["name"] for codec in sharding["configuration"]["codecs"]]
         if inner not in (["bytes", "blosc", "crc32c"], ["bytes", "zstd", "crc32c"]):
             raise ValueError(f"{folder}: reader 'direct' does not know codecs {inner}; use reader 'tensorstore'")
+        self.shape = (tuple(about["shape"]), about["data_type"])
         self._decompress = blosc.decompress if inner[1] == "blosc" else zstd.decompress
         self.per_shard = about["chunk_grid"]["configuration"]["chunk_shape"][0]
         self._index: dict[int, np.ndarray] = {}

@@ -23,6 +23,10 @@ T = TypeVar("T")
 RETRIES = {"max_retries": 10, "initial_delay": "1s", "max_delay": "16s"}
 """Of one request: 1 + 2 + 4 + 8 + 5 x 16 s, so a minute and a half with a second of jitter each."""
 
+FIRST, LATER = 150, 600
+"""Seconds for a small file, all tries together, and for the content of arrays: where packets go nowhere, each try
+alone would take five minutes."""
+
 MUTE = 20
 """Seconds without a byte after which a request counts as failed; tensorstore would wait for ever."""
 
@@ -103,6 +107,8 @@ def asked(url: str, request: Callable[[], T]) -> T:
     """
     try:
         return request()
+    except TimeoutError as error:
+        raise Unreachable(f"{url}: no answer in time; check the network, then run the same command again") from error
     except (ValueError, RuntimeError, OSError) as error:
         if (why := _unreachable(url, str(error))) is not None:
             raise Unreachable(why) from error
@@ -142,31 +148,31 @@ class Place:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self._store = asked(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result())
+            self._store = asked(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result(FIRST))
         except ValueError as error:
             raise error if url in str(error) else ValueError(f"{url}: {error}") from None
 
     def read(self, key: str) -> bytes | None:
         """Content of one file, None where there is none."""
-        found = asked(self.url, lambda: self._store.read(key).result())
+        found = asked(self.url, lambda: self._store.read(key).result(FIRST))
         return found.value if found.state == "value" else None
 
     def holds(self, key: str, md5: bytes) -> bool:
         """Whether a file with this MD5 is there already; false also where the place does not tell."""
         stamp = b'\0"' + md5.hex().encode() + b'"'  # tensorstore's form of an entity tag
         answer = asked(
-            self.url, lambda: self._store.read(key, if_not_equal=stamp, byte_range=slice(0, 1)).result()
+            self.url, lambda: self._store.read(key, if_not_equal=stamp, byte_range=slice(0, 1)).result(FIRST)
         )  # fmt: skip
         return answer.state == "unspecified"
 
     def keys(self, prefix: str = "") -> set[str]:
         """Names of all files, or of those that begin so."""
         of = ts.KvStore.KeyRange(prefix, f"{prefix}\x7f" if prefix else "")
-        return {key.decode() for key in asked(self.url, lambda: self._store.list(of).result())}
+        return {key.decode() for key in asked(self.url, lambda: self._store.list(of).result(LATER))}
 
     def write(self, key: str, content: bytes | None) -> None:
         """Write one file, or remove it (None)."""
-        asked(self.url, lambda: self._store.write(key, content).result())
+        asked(self.url, lambda: self._store.write(key, content).result(LATER))
 
 
 def open_array(url: str, name: str, context_: Any = None) -> Any:
@@ -174,12 +180,12 @@ def open_array(url: str, name: str, context_: Any = None) -> Any:
     place = kvstore(url)
     place["path"] += f"{name}/"
     spec = {"driver": "zarr3", "kvstore": place, "recheck_cached_data": False, "recheck_cached_metadata": False}
-    return asked(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result())
+    return asked(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result(FIRST))
 
 
 def read_array(url: str, array: Any) -> np.ndarray:
     """All of an array, or of a part of it."""
-    return asked(url, lambda: array.read().result())
+    return asked(url, lambda: array.read().result(LATER))
 
 
 def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.ndarray]:
@@ -188,7 +194,7 @@ def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.
     def read() -> list[np.ndarray]:
         with ts.Batch() as batch:
             futures = [array[rows].read(batch=batch) for array in arrays]
-        return [future.result() for future in futures]
+        return [future.result(LATER) for future in futures]
 
     try:
         return asked(url, read)

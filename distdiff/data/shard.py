@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from distdiff import files
 from distdiff.data import manifest as about
 from distdiff.data.build import Build, Run, Wanted
-from distdiff.data.cluster import connect, explained
+from distdiff.data.cluster import Company, connect, explained
 from distdiff.data.manifest import Manifest
 from distdiff.data.pool import cores
 from distdiff.data.scan import Job, forget
@@ -35,6 +36,9 @@ ALONE = 1 << 16
 
 MODEST = 16 << 30
 """Bytes of counts up to which threads of this process do it: the work holds no interpreter lock for long."""
+
+SOON, LOOK = 0.01, 0.5
+"""Seconds between looks at what is done on a cluster, and at who is there."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -165,17 +169,18 @@ def shard(
         codec, block, blocks_per_shard,
     )  # fmt: skip
     build = Build(paths, wanted, say)
-    with (
-        files.resumable(out, build.identity(), overwrite=overwrite) as work,
-        _runner(workers, scheduler, progress, build.n_cells, build.n_bytes) as runner,
-    ):
-        if (work / "spill").is_dir():
-            say(f"going on with the build in {work}")
-        build.tell()
-        try:
-            return build.run(work, *runner)
-        finally:
-            forget()
+    with files.resumable(out, build.identity(), overwrite=overwrite, say=say) as work:
+        if work is None:
+            say(f"{out} is whole: the command that was killed had finished it")
+            return Manifest.read(out)
+        with _runner(workers, scheduler, progress, build.n_cells, build.n_bytes) as runner:
+            if (work / "spill").is_dir():
+                say(f"going on with the build in {work}")
+            build.tell()
+            try:
+                return build.run(work, *runner)
+            finally:
+                forget()
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -267,9 +272,18 @@ def _run_dask(
     def room() -> int:
         return 2 * max(1, sum(client.nthreads().values())) - len(number)  # workers come and go
 
+    company = Company(client, partial(print, flush=True) if progress else lambda text: None)
+    looked = time.monotonic()
     feed(room())
     with _bar(tasks, what, progress) as bar:
-        for future in done:
+        while number:
+            if not done.has_ready():
+                if time.monotonic() - looked > LOOK:
+                    company.look()
+                    looked = time.monotonic()
+                time.sleep(SOON)
+                continue
+            future = next(done)
             try:
                 results[number.pop(future.key)] = future.result()
             except KilledWorker as e:

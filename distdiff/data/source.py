@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from distdiff import files
 from distdiff.component import nearest
 from distdiff.data import legacy, tenx
 from distdiff.data.coding import uncounted
-from distdiff.data.turn import ByGene, Csc, Turned, reading
+from distdiff.data.turn import ByGene, Csc, Turned, reading, unreadable
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -251,9 +252,7 @@ class Source:
         try:
             rows = self._matrix[start:stop]
         except (OSError, RuntimeError) as e:
-            raise ValueError(
-                f"{self.where}: rows {start} to {stop} cannot be read ({e}): truncated or damaged; copy the file again"
-            ) from e
+            raise unreadable(f"{self.where}: rows {start} to {stop}", e) from e
         rows = sparse.csr_matrix(rows if sparse.issparse(rows) else np.asarray(rows))
         if rows.shape[0] != stop - start or (
             rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < len(self.genes)
@@ -401,7 +400,7 @@ def told_apart(counts: sparse.csr_matrix) -> None:
 
 
 _KINDS = "an h5ad file, an AnnData zarr folder, a 10x h5 file or a folder with a matrix.mtx"
-_WHOLE = "so it is read whole into memory by every worker"
+_WHOLE = "so it is brought into the order of its cells first, on disk"
 
 
 class _Columns:
@@ -445,9 +444,13 @@ def _open_h5(path: Path) -> Any:
 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give {_KINDS}")
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # noqa: F401 (its import makes its filters known)
     try:
         return h5py.File(path, "r")
     except OSError as e:
+        if isinstance(e, PermissionError) or "unable to lock file" in str(e):
+            raise unreadable(str(path), e) from e
         raise ValueError(f"{path} cannot be opened as h5ad ({e}): truncated, or not an h5ad file; give {_KINDS}") from e
 
 

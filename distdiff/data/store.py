@@ -17,7 +17,7 @@ from scipy import sparse
 from distdiff.component import nearest
 from distdiff.data import coding, recycle, remote
 from distdiff.data.coding import Coded, Slots
-from distdiff.data.manifest import FILE, SPLITS, Manifest, combine, combine_digests, digest
+from distdiff.data.manifest import FILE, SPLITS, GroupInfo, Manifest
 from distdiff.data.pool import Lease, Pool, cores
 from distdiff.data.readers import Reader, reader_class
 from distdiff.data.source import LAST_EXACT, dense
@@ -64,8 +64,8 @@ class CountStore:
         room = cache_bytes // sum(self._slot_bytes(g.cap) for g in manifest.groups)
         self._pools = []
         for info in manifest.groups:
+            opened = self._opened(reader_class(reader, url), info)
             slots = Slots.empty(min(room, manifest.n_blocks), info.cap, manifest.block, manifest.dtype)
-            opened = self._opened(reader_class(reader, url), info.name)
             self._pools.append(Pool(slots, functools.partial(self._fetch, opened, slots, info.n_genes), self._threads))
         self._panel: np.ndarray | None = None
         self._wide = {"uint32": np.int64, "float32": np.float32}.get(manifest.dtype, np.int32)
@@ -296,22 +296,16 @@ class CountStore:
         return "\n".join(lines)
 
     def verify(self, progress: bool = False) -> None:
-        """Read everything once and compare it with the manifest's hashes.
+        """Read every array once and compare it with what the manifest says; see `distdiff.data.audit.audit`.
 
         Raises
         ------
         ValueError
-            A shard differs from what was built (it is named).
+            A shard or an array differs from what was built (it is named).
         """
-        from tqdm import tqdm
+        from distdiff.data.audit import audit
 
-        whole = self if self._panel is None else CountStore.open(self.url, **self._options)
-        for shard in tqdm(self.manifest.shards, desc="verify", unit="shard", disable=not progress, ascii=True):
-            rows = np.arange(shard.start, shard.stop)
-            codes = [*(self._array_of(f"labels/{k}")[rows] for k in sorted(self.manifest.labels))]
-            counts = combine_digests(digest(whole.read(rows), self.manifest.block))
-            if combine(counts, [*codes, self._array_of("split")[rows]]) != shard.sha256:
-                raise self._corrupt(shard.start // self.manifest.block, "its content differs from the manifest's hash")
+        audit(self if self._panel is None else CountStore.open(self.url, **self._options), progress)
 
     def lease(self, rows: np.ndarray) -> list[Lease] | None:
         """Start to read the blocks of some rows and hold them, one lease a column group; None if there is no room."""
@@ -452,11 +446,11 @@ class CountStore:
                 self._fetch(
                     reader, memory, n_genes, [blocks[int(i)] for i in part], [slots[int(i)] for i in part]
                 )  # raises
-            raise self._corrupt(blocks[0], str(error)) from error
+            raise self.corrupt(blocks[0], str(error)) from error
         for block, slot in zip(blocks, slots, strict=True):
             n = min(self.manifest.block, self.n_cells - block * self.manifest.block)
             if why := coding.fault(memory, slot, n, n_genes):
-                raise self._corrupt(block, why)
+                raise self.corrupt(block, why)
 
     def _columns(self) -> list[Columns]:
         """The column groups that this view needs."""
@@ -467,13 +461,18 @@ class CountStore:
         parts = np.split(place, np.cumsum([g.n_genes for g in groups])[:-1])
         return [Columns(pool, part) for pool, part in zip(self._pools, parts, strict=True) if (part >= 0).any()]
 
-    def _opened(self, kind: type[Reader], group: str) -> Reader:
+    def _opened(self, kind: type[Reader], group: GroupInfo) -> Reader:
+        n, dtype = self.manifest.n_blocks, self.manifest.dtype
+        wanted = [((n, group.cap), "uint8"), ((n, group.cap), dtype), ((n, self.manifest.block + 1), "uint32")]
         try:
-            return kind(self.url, group)
-        except (ValueError, KeyError) as error:
+            opened = kind(self.url, group.name)
+            if opened.shapes != wanted:
+                raise ValueError(f"its arrays are {opened.shapes}, the manifest's are {wanted}")
+        except (ValueError, KeyError, TypeError) as error:
             if "reader 'direct'" in str(error):
                 raise
-            raise ValueError(f"{self.url}: counts/{group} is damaged ({error}); {self._mend}") from error
+            raise ValueError(f"{self.url}: counts/{group.name} is damaged ({error}); {self._mend}") from error
+        return opened
 
     @property
     def _entry_bytes(self) -> int:
@@ -489,7 +488,8 @@ class CountStore:
             return "upload it again: distdiff store upload --overwrite"
         return "rebuild the store: distdiff shard --overwrite"
 
-    def _corrupt(self, block: int, why: str) -> ValueError:
+    def corrupt(self, block: int, why: str) -> ValueError:
+        """The error for a block that cannot be what was written."""
         shard = self.manifest.shards[block // self.manifest.blocks_per_shard]
         return ValueError(
             f"{self.url}: shard {shard.index} (rows {shard.start} to {shard.stop}) is corrupt in block {block} "
@@ -525,7 +525,15 @@ class CountStore:
         try:
             return remote.open_array(self.url, name)
         except ValueError as e:
-            raise ValueError(f"{self.url}: {name} is damaged ({e}); {self._mend}") from e
+            raise self.damaged(name, str(e)) from e
+
+    def column(self, name: str) -> np.ndarray:
+        """One whole array of the store, read anew: ``names`` are ``uint8 [n, width]``."""
+        return self._values(name, self._open_array(name))
+
+    def damaged(self, name: str, why: str) -> ValueError:
+        """The error for an array that cannot be what was written."""
+        return ValueError(f"{self.url}: {name} is damaged ({why}); {self._mend}")
 
     def _array_of(self, name: str) -> np.ndarray:
         """A small array, read once and kept."""

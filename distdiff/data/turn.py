@@ -14,8 +14,10 @@ there is finished, and tasks can be repeated or resumed in any order.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -317,7 +319,26 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, EOFError, zlib.error) as e:
-        raise ValueError(f"{where} cannot be read ({e}): truncated or damaged; copy the file again") from e
+        raise unreadable(where, e) from e
+
+
+def unreadable(where: str, error: Exception) -> ValueError:
+    """The error for what a file library cannot read: what it is if it says so, else damage."""
+    said = str(error)
+    if isinstance(error, PermissionError):
+        help_ = "it may not be read by you; ask whoever owns it"
+    elif "unable to lock file" in said:
+        help_ = (
+            "another process has it open for writing, a notebook perhaps; close it there (adata.file.close()), or set "
+            "HDF5_USE_FILE_LOCKING=FALSE if the file system has no locks"
+        )
+    elif re.search(r"required filter|lib/plugin", said):  # of HDF5
+        help_ = "compressed by a filter that is not installed here; pip install hdf5plugin, or write it with gzip"
+    elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE):
+        help_ = "the system could not read it now; run the command again"
+    else:
+        help_ = "truncated or damaged; copy the file again"
+    return ValueError(f"{where} cannot be read ({said}): {help_}")
 
 
 def by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,23 @@ class Denoiser(nn.Module, ABC):
         """Answer for every gene; ``x`` is ``log(1 + counts)``, ``p`` lies in [0, 1]."""
 
 
+DEEPEST = 1000
+"""Blocks that no network has: a depth beyond them is a slip of the pen, which would be built until memory is full."""
+
+
+def layers(depth: int) -> range:
+    """0 to ``depth - 1``.
+
+    Raises
+    ------
+    ValueError
+        ``depth`` below 0 or above 1,000.
+    """
+    if not 0 <= depth <= DEEPEST:
+        raise ValueError(f"denoiser: depth must be between 0 and {DEEPEST:,}, got {depth:,}")
+    return range(depth)
+
+
 @torch.no_grad()
 def adopt(
     to: Denoiser, genes: Sequence[str], weights: Mapping[str, Tensor], of: Sequence[str]

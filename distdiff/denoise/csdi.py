@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distdiff.component import nearest
-from distdiff.denoise import Denoiser
+from distdiff.denoise import Denoiser, layers
 from distdiff.denoise.attention import Whole, check_heads
 from distdiff.denoise.embed import Expectation, add_labels, start
 from distdiff.denoise.lsh import HashedAttention
@@ -75,7 +75,7 @@ class CSDI(Denoiser):
         self.tables = nn.ModuleList(nn.Embedding(len(spec.labels[name]), EMBEDDING) for name in self.names)
         self.enter = _conv(2, width)
         self.blocks = nn.ModuleList()
-        for _ in range(depth):
+        for _ in layers(depth):
             hashed = None
             if attention == "lsh":
                 hashed = HashedAttention(width, heads, spec.n_genes, bucket=bucket, rounds=rounds)

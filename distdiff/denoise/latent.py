@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distdiff.denoise import Denoiser
+from distdiff.denoise import Denoiser, layers
 from distdiff.denoise.attention import Block, CrossAttention, Ragged, SelfAttention, Whole, check_heads
 from distdiff.denoise.embed import SHORTCUT_AXES, AdaptiveNorm, Conditioning, Expectation, Shortcut, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
@@ -55,7 +55,7 @@ class Latent(Denoiser):
         self.norm_in, self.read = AdaptiveNorm(width, width), CrossAttention(width, heads)
         self.norm_tell, self.tell = AdaptiveNorm(width, width), nn.Linear(width, 2 * width, bias=False)
         self.heads = heads
-        self.blocks = nn.ModuleList(Block(width, SelfAttention(width, heads)) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, SelfAttention(width, heads)) for _ in layers(depth))
         self.norm_out = AdaptiveNorm(width, width)
         self.answer = nn.Linear(width, outputs, bias=False)
         self.bias = nn.Parameter(torch.empty(spec.n_genes, outputs))

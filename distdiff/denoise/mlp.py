@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from distdiff.denoise import Denoiser
+from distdiff.denoise import Denoiser, layers
 from distdiff.denoise.embed import AdaptiveNorm, Conditioning, Expectation, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
 
@@ -42,7 +42,7 @@ class MLP(Denoiser):
         self.embed = nn.Linear(spec.n_genes, rank, bias=False) if rank else nn.Identity()
         self.evidence = nn.Linear(rank or spec.n_genes, width)
         self.survival = nn.Linear(rank or spec.n_genes, width, bias=False)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width) for _ in layers(depth))
         self.norm = AdaptiveNorm(width, width)
         self.answer = nn.Linear(width, spec.n_genes * outputs)
         nn.init.normal_(self.survival.weight, std=spec.n_genes**-0.5 / 3 if not rank else rank**-0.5 / 3)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distdiff.denoise import Denoiser
+from distdiff.denoise import Denoiser, layers
 from distdiff.denoise.attention import Block, Packed, SelfAttention, Whole, check_heads
 from distdiff.denoise.embed import SHORTCUT_AXES, AdaptiveNorm, Conditioning, Expectation, Shortcut, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
@@ -53,7 +53,7 @@ class Transformer(Denoiser):
         self.cell = nn.Parameter(torch.randn(1, width) * 0.02)
         self.gene = nn.Parameter(torch.randn(spec.n_genes, width) * 0.02)
         self.value = nn.Linear(4, width)
-        self.blocks = nn.ModuleList(Block(width, self.attention(spec, width, heads)) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, self.attention(spec, width, heads)) for _ in layers(depth))
         self.norm = AdaptiveNorm(width, width)
         self.answer = nn.Linear(width, outputs, bias=False)
         self.bias = nn.Parameter(torch.empty(spec.n_genes, outputs))

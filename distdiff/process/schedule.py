@@ -202,6 +202,10 @@ LOGIT_SPAN = math.log(999)
 """A walk spaced evenly in ``logit p`` spans this to either side: p from .001 to .999, its ends then set to 0 and 1."""
 
 
+LONGEST = 100_000
+"""Steps of a walk; one of more would not end in a lifetime."""
+
+
 def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "time") -> Float[Tensor, " n"]:
     """Survival levels of a reverse walk: ``steps + 1`` numbers from 0 up to 1.
 
@@ -214,10 +218,10 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
     Raises
     ------
     ValueError
-        ``steps < 1``, an unknown spacing, levels that do not rise from 0 to 1 in ``steps`` steps.
+        ``steps`` below 1 or above 100,000, an unknown spacing, levels that do not rise from 0 to 1 in ``steps`` steps.
     """
-    if steps < 1:
-        raise ValueError(f"a walk needs at least 1 step, got steps={steps}")
+    if not 1 <= steps <= LONGEST:
+        raise ValueError(f"a walk has 1 to {LONGEST:,} steps, got steps={steps:,}")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if not isinstance(spacing, str):
         p = torch.as_tensor(spacing, dtype=torch.float64)

@@ -66,6 +66,19 @@ class Block:
         )
 
 
+def at_least_one(batch_size: int) -> int:
+    """Cells at a time, of which there must be some.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 cell, got {batch_size}")
+    return batch_size
+
+
 class Reader:
     """A user's cells, block by block, in the order of a model's genes.
 
@@ -95,7 +108,7 @@ class Reader:
         batch_size: int = 256, device: str = "auto",
     ) -> None:  # fmt: skip
         where = {gene: i for i, gene in enumerate(spec.genes)}
-        self.spec, self.rows, self.batch_size = spec, rows, batch_size
+        self.spec, self.rows, self.batch_size = spec, rows, at_least_one(batch_size)
         self.columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
         """Place in the model of each input gene, -1 where it has none (no gene expression has)."""
         if (expressed := getattr(rows, "expressed", None)) is not None:

@@ -15,6 +15,9 @@ from distdiff.types import Bool, Cells, Float, Tensor
 if TYPE_CHECKING:
     from distdiff.model import Model
 
+MOST = 1000
+"""Times the depth: a cell of 2,000 molecules would have more than a cell holds."""
+
 
 @torch.no_grad()
 def deepen(
@@ -28,11 +31,11 @@ def deepen(
     Raises
     ------
     ValueError
-        ``times`` below 1, a process without molecules, or a cell that would become deeper than the training atlas
-        was (its 99th percentile), unless ``beyond="allow"``.
+        ``times`` below 1 or above 1,000, a process without molecules, or a cell that would become deeper than the
+        training atlas was (its 99th percentile), unless ``beyond="allow"``.
     """
-    if not times >= 1:
-        raise ValueError(f"deepen: times must be at least 1, got {times}")
+    if not 1 <= times <= MOST:
+        raise ValueError(f"deepen: times must be between 1 and {MOST:,}, got {times:,g}")
     of_molecules(model.process, "deepening")
     if beyond == "refuse":
         _check_depth(model, cells, measured, times)

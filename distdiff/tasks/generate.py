@@ -11,6 +11,7 @@ from distdiff.component import nearest
 from distdiff.impute import by_row
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
+from distdiff.tasks import at_least_one
 from distdiff.types import UNKNOWN, Cells, Condition, DataSpec, Float, Tensor
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ def generate(
     Raises
     ------
     ValueError
-        Guidance of a model trained without labels, or without label dropout.
+        Guidance of a model trained without labels, or without label dropout; ``batch_size`` below 1.
     """
     check_guidance(model, guidance)
     device = next(model.denoiser.parameters()).device
     grid = levels(model.process.schedule, steps, spacing).to(device)
-    for start in range(0, n, batch_size):
+    for start in range(0, n, at_least_one(batch_size)):
         rows = torch.arange(start, min(start + batch_size, n))
         cond = Condition({k: v[rows] for k, v in labels.items()}).to(device)
         counts = torch.zeros(len(rows), model.spec.n_genes, device=device)

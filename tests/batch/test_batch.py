@@ -337,7 +337,7 @@ def test_a_work_folder_that_is_or_holds_a_link_is_refused(model, atlas, mask, tm
     assert [p.name for p in victim.iterdir()] == ["precious"]
 
 
-def test_a_plan_that_is_none_is_told_and_its_paths_stay_inside(model, atlas, mask, tmp_path):
+def test_a_plan_that_is_none_is_removed_and_its_paths_stay_inside(model, atlas, mask, tmp_path):
     out, work = tmp_path / "out.zarr", tmp_path / ".out.zarr.building"
     impute_file(model, atlas, out, mask=mask, **SMALL)
     about = json.loads((out / "zarr.json").read_text())["attributes"]["distdiff"]["plan"]
@@ -350,9 +350,39 @@ def test_a_plan_that_is_none_is_told_and_its_paths_stay_inside(model, atlas, mas
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         (work / "job.json").write_text(text)
-        with pytest.raises(ValueError, match=r"job\.json cannot be read: .*remove"):
-            impute_file(model, atlas, out, mask=mask, **SMALL)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.zarr.building"]
+        said = []
+        impute_file(model, atlas, out, mask=mask, say=said.append, **SMALL)
+        assert f"{work} removed, it was left by another version of distdiff" in said[0]
+        assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("number", [-1, 0])
+@pytest.mark.parametrize("name", ["batch_size", "shard_cells"])
+def test_no_cells_at_a_time_would_never_end(model, atlas, mask, tmp_path, name, number):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1 cell, got {number}"):
+        impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, progress=False, **{name: number})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_a_live_process_that_cannot_be_read_stays(model, atlas, mask, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "PATIENCE", 0.2)
+    work = tmp_path / ".out.zarr.building"
+    with Claims(work / "claims") as other:
+        other.take("shard-000000")
+        (work / "job.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"job\.json cannot be read: .* another process is at work there"):
+            impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, **SMALL)
+        assert other.mine("shard-000000")
+
+
+def test_the_work_folder_of_a_killed_build_is_removed(model, atlas, mask, tmp_path):
+    work = tmp_path / ".out.zarr.building"
+    (work / "store" / "counts").mkdir(parents=True)
+    (work / "lock").touch()
+    impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
+    assert not (tmp_path / "out.zarr" / "counts").exists()
 
 
 def test_genes_that_do_not_match(model, atlas, tmp_path):

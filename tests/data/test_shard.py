@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import zarr
 from scipy import sparse
 
 import distdiff.data.scan as scanning
+from distdiff import files
 from distdiff.data.manifest import Manifest
 from distdiff.data.store import CountStore
 
 from .conftest import build, make_adata, make_counts, save
+from .kills import ended
 
 
 def everything(store: CountStore) -> np.ndarray:
@@ -216,6 +219,26 @@ def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "bad.h5ad", "many", "one.h5ad", "there"]
 
 
+@pytest.mark.distributed
+def test_a_cluster_whose_workers_all_leave_is_not_waited_for_without_end(tmp_path, one, monkeypatch, capsys):
+    from dask.distributed import LocalCluster
+
+    monkeypatch.setattr("distdiff.data.cluster.ALONE", 1)
+    real = scanning.write_shard
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+
+        def leave(*args):
+            cluster.sync(cluster.scheduler.remove_worker, cluster.workers[0].address, stimulus_id="test")
+            return real(*args)
+
+        monkeypatch.setattr("distdiff.data.scan.write_shard", leave)
+        with pytest.raises(OSError, match=r"no worker is left at .*, and none came for 1 s: .* goes on"):
+            build(one, tmp_path / "out", scheduler=cluster.scheduler_address, progress=True)
+    assert "no worker is left; waiting 1 s for one" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert build(one, tmp_path / "out") == build(one, tmp_path / "again")
+
+
 def test_an_output_that_exists(tmp_path, one):
     first = build(one, tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"out exists already; give --overwrite to replace it, or another name"):
@@ -298,6 +321,103 @@ def test_a_killed_build_is_invisible_and_goes_on(tmp_path, one, where, monkeypat
     monkeypatch.setattr("distdiff.data.build.SPAN_BYTES", 8000)
     assert build(one, tmp_path / "out", shuffle=True) == build(one, tmp_path / "fresh", shuffle=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "one.h5ad", "out"]
+
+
+@pytest.fixture
+def two(tmp_path, dense):
+    """Two inputs with other counts in each."""
+    x = dense[:40].astype(np.float32)
+    return [save(make_adata(sparse.csr_matrix(x * k)), tmp_path / f"{k}.h5ad") for k in (1, 3)]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_build_killed_at_any_file_operation_around_publishing(tmp_path, two, monkeypatch, there, swaps, step):
+    if not swaps:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    new = {"overwrite": there, "blocks_per_shard": 1}
+    whole = {build(two[0], tmp_path / "a").fingerprint, build(two[1], tmp_path / "b", **new).fingerprint}
+    wanted = build(two[1], tmp_path / "c", **new)
+
+    def begins(start):
+        real = files.stamp
+        monkeypatch.setattr(files, "stamp", lambda path: (str(path).endswith("store") and start(), real(path))[1])
+
+    nth, over = 0, False
+    while not over:
+        home = tmp_path / f"home{nth}"
+        home.mkdir()
+        out = home / "out"
+        if there:
+            shutil.copytree(tmp_path / "a", out)
+        over = ended(lambda out=out: build(two[1], out, **new), nth, begins)
+        if out.exists():  # without the exchange of names there is a moment in which it does not
+            found = CountStore.open(out)
+            found.verify()
+            assert found.manifest.fingerprint in whole
+        else:
+            assert not (there and swaps)
+        try:
+            assert build(two[1], out, **new) == wanted
+        except FileExistsError:
+            assert (there, found.manifest) == (False, wanted)  # it was finished
+        found = CountStore.open(out)
+        found.verify()
+        assert found.manifest == wanted
+        assert [p.name for p in home.iterdir()] == ["out"]
+        shutil.rmtree(home)
+        nth += 1 if nth < 8 else step
+    assert nth > 8 + step
+
+
+LOCK = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r+"):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_file_that_a_notebook_has_open_is_not_called_damaged(tmp_path, one):
+    notebook = subprocess.Popen([sys.executable, "-c", LOCK, one], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert notebook.stdout.readline() == b"open\n"
+        with pytest.raises(ValueError, match="another process has it open for writing, a notebook perhaps") as error:
+            build(one, tmp_path / "out")
+        assert "damaged" not in str(error.value)
+    finally:
+        notebook.communicate()
+    build(one, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_filters_of_hdf5plugin_are_read_where_it_is_installed_and_named_where_not(tmp_path, dense, kind):
+    hdf5plugin = pytest.importorskip("hdf5plugin")
+    x = dense.astype(np.float32)
+    filters = hdf5plugin.FILTERS
+    make_adata(sparse.csr_matrix(x) if kind == "csr" else x).write_h5ad(
+        tmp_path / "a.h5ad", compression=filters["zstd"], compression_opts=hdf5plugin.Zstd().filter_options
+    )
+    build(tmp_path / "a.h5ad", tmp_path / "out")
+    assert np.array_equal(everything(CountStore.open(tmp_path / "out")), dense)
+    code = (
+        "import sys; sys.modules['hdf5plugin'] = None\n"
+        "from distdiff.data.shard import shard; shard(sys.argv[1], sys.argv[2], workers=0, progress=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.h5ad", tmp_path / "b"], capture_output=True, text=True
+    )
+    assert "pip install hdf5plugin" in done.stderr.splitlines()[-1]
+    assert "damaged" not in done.stderr.splitlines()[-1]
+
+
+def test_what_is_said_of_a_matrix_by_gene_is_so(tmp_path, dense, capsys):
+    path = save(make_adata(sparse.csc_matrix(dense.astype(np.float32))), tmp_path / "a.h5ad")
+    build(path, tmp_path / "out", progress=True)
+    said = capsys.readouterr().out
+    assert "stored gene by gene (CSC), so it is brought into the order of its cells first, on disk" in said
+    assert "whole into memory" not in said
 
 
 def test_inputs_that_cannot_be_used(tmp_path, one):

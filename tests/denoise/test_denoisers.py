@@ -59,6 +59,13 @@ def batch(cells=5, genes=GENES):
     return torch.log1p(x), p, Condition({"type": torch.tensor([0, 1, 2, UNKNOWN, 0][:cells])})
 
 
+@pytest.mark.parametrize("kind", [k for k in kinds(Denoiser) if k != "unet"])
+def test_a_depth_that_would_be_built_until_memory_is_full(kind):
+    for depth in (10**9, 1001, -1):
+        with pytest.raises(ValueError, match=f"depth must be between 0 and 1,000, got {depth:,}"):
+            build(Denoiser, options_of(kind) | {"depth": depth}, SPEC, 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_shape_and_dtype(kind, outputs):

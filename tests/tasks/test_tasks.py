@@ -85,7 +85,7 @@ def test_every_way_to_walk_generates(model, options):
         ({"obs": {"celltype": "B"}}, "not trained with label 'celltype'; did you mean 'cell_type'"),
         ({"obs": {"cell_type": "Bb"}}, "never saw cell_type='Bb'; did you mean 'B'"),
         ({"obs": {"cell_type": ["B"]}}, "1 values for 5 cells"),
-        ({"steps": 0}, "at least 1 step"),
+        ({"steps": 0}, "a walk has 1 to 100,000 steps"),
         ({"spacing": [0, 0.5, 0.9], "steps": 2}, "must end at p = 1"),
         ({"solver": "heun"}, "unknown solver 'heun'"),
         ({"sigma": ("cap", 3.0)}, r"eta must lie in \[0, 1\]"),
@@ -227,10 +227,25 @@ def test_deepened_cells_keep_their_molecules_and_reach_the_depth(model, counts):
     assert np.array_equal(dense(model.deepen(counts, 1, beyond="allow").layers["deepened"]), x)
 
 
+@pytest.mark.parametrize("number", [-1, 0])
+def test_no_cells_at_a_time_are_no_answer(model, counts, number):
+    for task in (lambda **o: model.generate(5, **o), lambda **o: model.deepen(counts, 2, beyond="allow", **o)):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1 cell, got {number}"):
+            task(batch_size=number)
+
+
+def test_walks_have_an_end(model):
+    with pytest.raises(ValueError, match="a walk has 1 to 100,000 steps, got steps=1,000,000,000"):
+        model.generate(5, steps=10**9)
+
+
 def test_deepening_stops_at_the_depth_of_the_atlas(model, counts):
     with pytest.raises(ValueError, match="99 % of the training cells have at most"):
         model.deepen(counts, 50)
-    with pytest.raises(ValueError, match=r"times must be at least 1, got 0\.5"):
+    for times in (1e9, np.inf, np.nan):
+        with pytest.raises(ValueError, match=r"times must be between 1 and 1,000, got"):
+            model.deepen(counts, times, beyond="allow")
+    with pytest.raises(ValueError, match=r"times must be between 1 and 1,000, got 0\.5"):
         model.deepen(counts, 0.5)
     blind = Model(model.process, model.denoiser, model.spec, model.options)
     with pytest.raises(ValueError, match="does not say how deep"):
