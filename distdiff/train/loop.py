@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -169,7 +170,7 @@ def train(
     loading: Loading | None = None,
     labels: tuple[str, ...] = (),
     save_best: Callable[[Denoiser, dict[str, float]], None],
-    standing: Mapping[str, float],
+    standing: Mapping[str, float] = MappingProxyType({}),
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
     peers: Peers | None = None,
@@ -185,7 +186,7 @@ def train(
     save_best
         Called on the main process with the averaged weights whenever validation improves.
     standing
-        Validation numbers of the weights that stand where ``save_best`` puts them. If they are not the best ones of a
+        Validation numbers of the weights that stand where ``save_best`` puts them; empty: none stand there. If they are not the best ones of a
         run that is continued (it goes on in another folder, or from an older checkpoint), its next validation counts
         as the best so far. The main process decides.
     on_log, on_step
