@@ -186,9 +186,9 @@ def train(
     save_best
         Called on the main process with the averaged weights whenever validation improves.
     standing
-        Validation numbers of the weights that stand where ``save_best`` puts them; empty: none stand there. If they are not the best ones of a
-        run that is continued (it goes on in another folder, or from an older checkpoint), its next validation counts
-        as the best so far. The main process decides.
+        Validation numbers of the weights that stand where ``save_best`` puts them; empty: there are none. If they are
+        not the best ones of a run that is continued (it goes on in another folder, or from an older checkpoint), its
+        next validation counts as the best so far. The main process decides.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
     peers
