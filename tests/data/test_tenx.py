@@ -116,7 +116,7 @@ def test_mtx_folders(tmp_path, version, symbols):
         source = Source.open(path)
         same(source, want)
         assert source.by_gene
-        assert "list of entries (mtx), so it is read whole" in source.note
+        assert "list of entries (mtx), so it is brought into the order of its cells first, on disk" in source.note
 
 
 def test_mtx_with_a_prefix_and_real_numbers(tmp_path):
