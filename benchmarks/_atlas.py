@@ -1,6 +1,6 @@
 """Made atlases for the loader benchmark: negative binomial counts in an h5ad, written piece by piece.
 
-    python benchmarks/_atlas.py A /work/env/loader/a.h5ad [--cells 20000 --genes 2000]
+    python benchmarks/_atlas.py A WORK/a.h5ad [--cells 20000 --genes 2000]
 
 Depths are log-normal, gene means fall as a power of their rank, 12 cell types differ in all genes, 50 samples follow
 each other (as studies do in an atlas) and differ in depth and in their mixture of types. ``X`` is float32 CSR without

@@ -1,8 +1,8 @@
 """Measure loaders of cells, each under its own interpreter; one JSON line on stdout. Knows nothing of distdiff.
 
-    PEER=/work/env/peer312/bin/python                      # annbatch, anndata, zarr, zarrs
+    PEER=PEER312/bin/python                      # annbatch, anndata, zarr, zarrs
     $PEER benchmarks/_peers_loader.py annbatch --data a.ann.zarr --seconds 3 [--chunk 512 --preload 32]
-    /work/env/scvi/bin/python benchmarks/_peers_loader.py scdataset --data a.h5ad --seconds 3 --contract dense
+    SCVI/bin/python benchmarks/_peers_loader.py scdataset --data a.h5ad --seconds 3 --contract dense
     $PEER benchmarks/_peers_loader.py build --data a.h5ad --out a.ann.zarr
 
 The contract is what a batch must be when it is handed over: ``csr`` (float32 CSR) or ``dense`` (float32 array). A run

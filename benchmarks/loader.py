@@ -1,7 +1,7 @@
 """Loading cells: distdiff against annbatch, scDataset, a backed h5ad and RAM, in turn on the same made atlases.
 
-    python benchmarks/loader.py --work /work/env/loader/full --out benchmarks/results/loader.json \\
-        --annbatch /work/env/peer312/bin/python --scdataset /work/env/scvi/bin/python [--repeats 3 --seconds 3]
+    python benchmarks/loader.py --work WORK --out benchmarks/results/loader.json \\
+        --annbatch PEER312/bin/python --scdataset SCVI/bin/python [--repeats 3 --seconds 3]
     python benchmarks/loader.py --work /tmp/trial --out /tmp/trial.json --cells 20000 --repeats 1 --seconds 1
 
     git archive REVISION | tar -x -C /tmp/old     # then a change is measured with --before /tmp/old
