@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from distdiff import files, received, saved
 from distdiff.component import Untrusted, build, complete, nearest
-from distdiff.data.source import Source
+from distdiff.data.source import Source, layer_names
 from distdiff.denoise import Denoiser
 from distdiff.impute import Imputer
 from distdiff.impute.conditional import Conditional
@@ -244,7 +244,7 @@ class Model:
         rows = Source.from_anndata(adata, layer=layer)
         job = Job.plan(self, rows, mask=mask_of(adata, mask, rows), **options)
         out, left = framed(adata, layer, job.added)
-        for name in [name for name in out.layers if ours(name)]:  # of an earlier imputation
+        for name in filter(ours, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
         layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
         filled = job.run(layers, progress=progress)

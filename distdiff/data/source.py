@@ -282,7 +282,7 @@ def in_memory(adata: AnnData, layer: str | None) -> tuple[Any, str]:
         return adata.layers[layer], "var"
     if layer == "raw" and adata.raw is not None:
         return adata.raw.X, "raw/var"
-    known = [*adata.layers, *(["raw"] if adata.raw is not None else [])]
+    known = [*layer_names(adata), *(["raw"] if adata.raw is not None else [])]
     raise ValueError(f"AnnData has no layer {layer!r}{nearest(layer, known)}")
 
 
@@ -296,6 +296,11 @@ def refuse_layer(path: str | Path, layer: str | None) -> None:
     """
     if layer is not None:
         raise ValueError(f"{path} is a 10x matrix and has no layers, {layer!r} was asked; leave --layer out")
+
+
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of an AnnData's layers; anndata 0.13 lists X among them, under None."""
+    return [name for name in adata.layers if name is not None]
 
 
 def codes(values: np.ndarray, vocabulary: Sequence[str] | None = None) -> np.ndarray:

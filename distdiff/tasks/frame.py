@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.source import in_memory
+from distdiff.data.source import in_memory, layer_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -52,11 +52,12 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     if added:
         frame["distdiff_added"] = at < 0
     source = adata.raw if raw else adata
+    layers = {k: adata.layers[k] for k in layer_names(adata)}
     if not raw:
-        left += [f"{key}/{k}" for key in ("layers", "varm", "varp") for k, v in getattr(adata, key).items()
-                 if not by_columns(v)]  # fmt: skip
+        left += [f"{key}/{k}" for key, found in (("layers", layers), ("varm", adata.varm), ("varp", adata.varp))
+                 for k, v in found.items() if not by_columns(v)]  # fmt: skip
     kept = {} if raw else {
-        "layers": {k: taken(v, at, (1,)) for k, v in adata.layers.items() if by_columns(v)},
+        "layers": {k: taken(v, at, (1,)) for k, v in layers.items() if by_columns(v)},
         "varp": {k: taken(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
     }  # fmt: skip
     varm = {k: taken(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}

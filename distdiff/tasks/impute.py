@@ -16,7 +16,7 @@ import torch
 from distdiff.component import nearest
 from distdiff.data.masks import check_indices
 from distdiff.data.scan import select
-from distdiff.data.source import codes
+from distdiff.data.source import codes, layer_names
 from distdiff.impute import Imputer, targets
 from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader, check_labels
@@ -85,7 +85,7 @@ def mask_of(
     if not isinstance(mask, str):
         return mask
     if mask not in adata.layers:
-        raise ValueError(f"mask={mask!r} is no layer of this AnnData{nearest(mask, adata.layers)}")
+        raise ValueError(f"mask={mask!r} is no layer of this AnnData{nearest(mask, layer_names(adata))}")
     layer = adata.layers[mask]
     if tuple(adata.var_names) == tuple(rows.genes):
         return layer

@@ -153,3 +153,11 @@ def test_counts_that_float32_cannot_tell_apart_are_refused():
     assert dense(sparse.csr_matrix([[0, 2**24 - 1]])).tolist() == [[0.0, 2**24 - 1]]
     with pytest.raises(ValueError, match="a count of 16777216 overflows float32"):
         dense(sparse.csr_matrix([[0, 2**24]]))
+
+
+def test_x_is_no_layer_though_anndata_0_13_lists_it_among_them():
+    from types import SimpleNamespace
+
+    from distdiff.data.source import layer_names
+
+    assert layer_names(SimpleNamespace(layers={None: 0, "counts": 1})) == ["counts"]
