@@ -245,7 +245,7 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
 
     ours, theirs = (Model.load(folder, trust=trust) for folder in (new, champion))
     settings = ours.info["config"]["data"]
-    if not remote and "://" in str(settings["store"]):
+    if not remote and files.is_url(settings["store"]):
         raise ValueError(f"the store is at {settings['store']}, an address that only the run's folder names")
     store = CountStore.open(settings["store"])
     if store.manifest.fingerprint != ours.info["data"]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,8 @@ from distdiff.train.stop import LEAVE, Stop, Stopped
 from distdiff.train.times import Times
 from distdiff.train.trace import NAME as TRACE
 from distdiff.train.trace import trace
-from distdiff.train.trouble import check_finite, memory_explained, not_finite
+from distdiff.train.trouble import memory_explained
+from distdiff.train.window import Waited, Window, read
 from distdiff.types import Cells, Condition, Tensor
 
 MOST = 10**15
@@ -264,8 +264,8 @@ def train(
         folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
         launch=launch,
     )  # fmt: skip
-    waited = _Waited(batches, named=settings.trace)
-    window, asked = _Window(progress.step, accelerator.device), 0
+    waited = Waited(batches, named=settings.trace)
+    window, asked = Window(progress.step, accelerator.device), 0
     explained = memory_explained(settings, share, accelerator.device)
     traced = trace(
         Path(settings.out) / TRACE if settings.trace and accelerator.is_main_process else None, accelerator.device
@@ -307,11 +307,11 @@ def train(
                 means = window.means(accelerator, waited.lap())
                 times.update(accelerator)
                 scores = validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
-                numbers = _read({**means, **scores})  # nowhere else between two logs the device is waited for
+                numbers = read({**means, **scores})  # nowhere else between two logs the device is waited for
                 if numbers.pop("bad"):
                     window.check(accelerator, folder)
                 numbers["cells_per_second"] = window.speed(settings.batch)
-                window = _Window(progress.step, accelerator.device)
+                window = Window(progress.step, accelerator.device)
                 _judge(progress, numbers, progress.step * settings.batch)
                 if accelerator.is_main_process:
                     on_log(progress.step * settings.batch, numbers)
@@ -396,79 +396,6 @@ def _of_cells(
 def _law(process: Process, raw: Tensor, x_0: Tensor, x: Tensor, p: Tensor) -> Tensor:
     entries = process.loss(process.natural(raw, x, p), x_0, x, p)
     return entries.sum(1) / (p < 1).sum(1).clamp_min(1)
-
-
-class _Window:
-    """Steps since the last log."""
-
-    def __init__(self, start: int, device: torch.device) -> None:
-        self.start, self.device = start, device
-        self.began = self.ended = self._mark()
-        self.came = time.perf_counter()
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.rows: list[Tensor] = []
-
-    def add(self, losses: Tensor, norm: Tensor, rows: Tensor) -> None:
-        self.losses.append(losses)
-        self.norms.append(norm)
-        self.rows.append(rows)
-
-    def check(self, accelerator: Accelerator, folder: Path) -> None:
-        """Stop if a loss or a gradient is not finite; waits for the device."""
-        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
-
-    def means(self, accelerator: Accelerator, waited: float) -> dict[str, Tensor]:
-        """Means over processes and steps: loss, gradient norm, share of time ``waited`` for cells; and whether anything
-        is ``bad`` (see :meth:`check`). All stays on the device.
-        """
-        self.ended, loss = self._mark(), torch.cat(self.losses).mean()
-        share = torch.full_like(loss, waited / (time.perf_counter() - self.came))
-        loss, share = accelerator.reduce(torch.stack((loss, share)), "mean")
-        bad = not_finite(accelerator, self.losses, self.norms).any()
-        return {"loss": loss, "grad_norm": torch.stack(self.norms).mean(), "data_wait": share, "bad": bad}
-
-    def speed(self, batch: int) -> float:
-        """Cells per second, once the means were read."""
-        took = self.ended - self.began if isinstance(self.ended, float) else self.began.elapsed_time(self.ended) / 1000
-        return len(self.losses) * batch / took
-
-    def _mark(self) -> Any:
-        """Now, on the clock of the device, which runs behind the host's."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
-        return event
-
-
-def _read(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """All numbers as Python's, in one wait for the device."""
-    on_device = {k: v.double() for k, v in numbers.items() if isinstance(v, Tensor)}
-    read = torch.stack(list(on_device.values())).tolist()
-    return {**numbers, **dict(zip(on_device, read, strict=True))}  # type: ignore[dict-item]
-
-
-class _Waited:
-    """Batches, and how long they were waited for; ``named`` in a profiler's trace."""
-
-    def __init__(self, batches: Iterator[tuple[int, Cells]], *, named: bool) -> None:
-        self.batches, self.named, self.seconds = batches, named, 0.0
-
-    def __iter__(self) -> Iterator[tuple[int, Cells]]:
-        while True:
-            began = time.perf_counter()
-            with torch.profiler.record_function("wait for cells") if self.named else contextlib.nullcontext():
-                found = next(self.batches, None)
-            self.seconds += time.perf_counter() - began
-            if found is None:
-                return
-            yield found
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def test_a_step_waits_for_nothing_and_a_log_once(atlas, tmp_path, monkeypatch, c
     steps = train(atlas, tmp_path, Waits(), DEVICE, **case)
     found = [len(step) for step in steps]
     assert found == [0, 0, 1, 0, 0, 1, 0, 0], steps
-    assert "loop.py" in steps[2][0]
+    assert "window.py" in steps[2][0]
 
 
 def test_the_count_sees_what_waits(atlas, tmp_path, monkeypatch):
@@ -130,13 +130,13 @@ def test_on_a_gpu_a_step_waits_for_nothing(atlas, tmp_path, monkeypatch, case):
             watched.append(args[-2])
         return real(*args)
 
-    class Watched(loop._Window):
+    class Watched(loop.Window):
         def add(self, *args):
             super().add(*args)
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(noise, "draw", draw)
-    monkeypatch.setattr(loop, "_Window", Watched)
+    monkeypatch.setattr(loop, "Window", Watched)
     try:
         train(atlas, tmp_path, Waits(), torch.device("cuda"), **case)
     finally:
