@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from distdiff.process._laws import nb_nll, random_round
+from distdiff.process._laws import nb_mean_log1p, nb_nll, random_round
 from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels, schedule, sigma_max
 from distdiff.rng import generator
@@ -432,3 +432,31 @@ def test_births_reinforce_themselves_at_any_number_of_steps(steps):
     assert ((found[True] - 1).abs() < 0.1).all()
     if steps > 1:
         assert found[False][0] < 0.8
+
+
+def test_negative_binomial_scores_of_large_sizes():
+    """Against scipy: a difference of log-gammas keeps no digit of float32 at size 1e7."""
+    for log_size in (-2.0, 3.0, 9.0, 9.5, 13.0, 16.0):
+        size = np.exp(log_size)
+        for mean in (0.01, 1.0, 100.0, 1e4):
+            k = np.unique(stats.nbinom.ppf([0.001, 0.5, 0.999], size, size / (size + mean)))
+            found = nb_nll(torch.tensor(k, dtype=torch.float32), torch.tensor(mean), torch.tensor(log_size))
+            wanted = -stats.nbinom.logpmf(k, size, size / (size + mean))
+            assert found.numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-2 if mean < 1e4 else 1e-1)
+
+
+def test_expected_logarithms_of_laws_of_any_width():
+    """Against the sum over all terms: means of 1e-4 to 1e5, sizes of 1e-2 to 1e6, as counts and per ten thousand."""
+    means, sizes = np.meshgrid(np.geomspace(1e-4, 1e5, 10), np.geomspace(1e-2, 1e6, 5))
+    for base, scale in ((0.0, 1.0), (3.0, 1.0), (0.0, 10.0), (2.0, 200.0)):
+        found = nb_mean_log1p(
+            torch.tensor(base), torch.tensor(means, dtype=torch.float32), torch.tensor(np.log(sizes)).float(),
+            torch.tensor(scale),
+        )  # fmt: skip
+        for mean, size, value in zip(means.flat, sizes.flat, found.flatten().tolist(), strict=True):
+            chance = size / (size + mean)
+            most = stats.nbinom.ppf(1 - 1e-13, size, chance)
+            if most < 1e6:
+                k = np.arange(most + 10)
+                wanted = (stats.nbinom.pmf(k, size, chance) * np.log1p(scale * (base + k))).sum()
+                assert value == pytest.approx(wanted, rel=5e-6), (mean, size, base, scale)
