@@ -23,7 +23,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 MATHS = "docs/MATHS.md"
 CODE = ("distdiff/", "configs/", "benchmarks/", "data_prep/", "launch/")
-TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch"}
+NO_TEXT = {".gz", ".json", ".png", ".pyc"}
 UNREAD = {"tests/test_citations.py", "CHANGELOG.md"}  # planted faults; history, which names files as they were
 
 NUMBER = r"\d{1,2}(?:\.\d{1,2})?"
@@ -79,9 +79,14 @@ def repository() -> Tree:
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         paths = listed.splitlines()
     except (OSError, subprocess.CalledProcessError):  # a copy without its history
-        paths = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
-    wanted = [p for p in paths if p not in UNREAD and Path(p).suffix in TEXT and (ROOT / p).is_file()]
-    return Tree(ROOT, {p: (ROOT / p).read_text() for p in wanted})
+        folders = (".ci", "docs", "tests", *CODE)
+        paths = [str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*")]
+        paths += [p.name for p in ROOT.iterdir()]
+    files = {}
+    for path in paths:
+        if path not in UNREAD and Path(path).suffix not in NO_TEXT and (ROOT / path).is_file():
+            files[path] = (ROOT / path).read_text()
+    return Tree(ROOT, files)
 
 
 def _said(text: str) -> str:
