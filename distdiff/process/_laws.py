@@ -9,17 +9,17 @@ from distdiff.types import Tensor
 
 
 def random_round(f: Tensor, *, rng: Rng) -> Tensor:
-    """``floor(f) + Bernoulli(f - floor f)``: whole, with mean f (MATHS 4.5)."""
+    """``floor(f) + Bernoulli(f - floor f)``: whole, with mean f (docs/MATHS.md 4.5)."""
     low = f.floor()
     return low + (rng.uniform(*f.shape) < f - low)
 
 
 def nb_nll(d: Tensor, mean: Tensor, log_size: Tensor) -> Tensor:
-    """``-log NB(d; mean, size)`` in nats (MATHS 3.5), exact for ``mean = 0`` too.
+    """``-log NB(d; mean, size)`` in nats (docs/MATHS.md 3.5), exact for ``mean = 0`` too.
 
-    ``size log(1 + mean / size)``, and where there are molecules, which is in few entries, the terms in d. On a CPU only
-    those entries are touched (a log-gamma and its derivative cost more than all else); on a GPU finding them would
-    wait for the device.
+    ``size log(1 + mean / size) + d log((size + mean) / mean) - log(Gamma(d + size) / (Gamma(size) d!))``. The terms in
+    d are 0 where nothing was lost, which is in most entries. On a CPU only the others are touched (a log-gamma and its
+    derivative cost more than all else); on a GPU finding them would wait for the device.
     """
     size = log_size.exp()
     none = size * torch.log1p(mean / size)
@@ -57,8 +57,9 @@ def nb_pmf(k: Tensor, mean: Tensor, log_size: Tensor) -> Tensor:
 def low_rank_score(e: Tensor, own: Tensor, shared: Tensor, where: Tensor) -> Tensor:
     """Dawid-Sebastiani score of residuals with covariance ``diag(own) + U U'``, entry by entry ``[b g]``.
 
-    ``(e' S^-1 e + log det S) / 2``, proper for the covariance whatever the law of ``e``; by Woodbury's identity its
-    cost is ``g k^2``. What belongs to no entry (the small matrix's ``log det``) is shared out among those in ``where``.
+    ``(e' S^-1 e + log det S) / 2`` (docs/MATHS.md 3.7), proper for the covariance whatever the law of ``e``; by
+    Woodbury's identity its cost is ``g k^2``. What belongs to no entry (the small matrix's ``log det``) is shared out
+    among those in ``where``.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ POINTS = 40
 
 
 def nb_mean_log1p(base: Tensor, mean: Tensor, log_size: Tensor, scale: Tensor) -> Tensor:
-    """``E[log(1 + scale (base + d))]`` for ``d ~ NB(mean, size)``, entry by entry.
+    """``E[log(1 + scale (base + d))]`` for ``d ~ NB(mean, size)``, entry by entry (docs/MATHS.md 5.8).
 
     ``log(1 + y)`` is the integral of ``(1 - e^(-ty)) e^-t / t`` over ``t > 0``, and the expected ``e^(-t scale d)`` has
     a closed form, so that one integral answers for laws of any width:
