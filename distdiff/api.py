@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from distdiff.data.store.manifest import Manifest
     from distdiff.report import Report
 
-    Data = AnnData | str | Path | Sequence[AnnData | str | Path]
+    Data: typing.TypeAlias = "AnnData | str | Path | Sequence[AnnData | str | Path]"
 
 
 def train(
