@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distdiff.rng import rows
+from distdiff.rng import splitmix
+from distdiff.rng.splitmix import Address
 
 BLOCK = 256
-GOLDEN, MIX_1, MIX_2 = (tl.constexpr(c) for c in (rows.GOLDEN, rows.MIX_1, rows.MIX_2))
-SMALL, NB_TAIL, TRIES, MOST = (tl.constexpr(c) for c in (rows.SMALL, rows.NB_TAIL, rows.TRIES, rows.MOST))
+GOLDEN, MIX_1, MIX_2 = (tl.constexpr(c) for c in (splitmix.GOLDEN, splitmix.MIX_1, splitmix.MIX_2))
+SMALL, NB_TAIL, TRIES, MOST = (
+    tl.constexpr(c) for c in (splitmix.SMALL, splitmix.NB_TAIL, splitmix.TRIES, splitmix.MOST)
+)
 ROOT_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 TWO_PI = tl.constexpr(2 * math.pi)
 
@@ -208,23 +211,23 @@ def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constex
     tl.store(out + at, x, within)
 
 
-def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], rng: rows.Rows, **laws: int) -> Tensor:
-    """Run a kernel over all entries of ``shape``, at the generator's current call."""
-    out = torch.empty(shape, device=rng.device)
+def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], address: Address, **laws: int) -> Tensor:
+    """Run a kernel over all entries of ``shape``, at an address."""
+    out = torch.empty(shape, device=address.start.device)
     if not out.numel():
         return out
     given = tuple(g.expand(shape).contiguous() for g in given)
-    place = rng.start if rng.columns is None else rng.columns
+    place = address.start if address.columns is None else address.columns
     wide = out.numel() // len(out)
     kernel[(triton.cdiv(out.numel(), BLOCK),)](
         out,
         *given,
-        rng.start,
+        address.start,
         place,
         wide,
         out.numel(),
-        rng.call,
-        COLUMNS=rng.columns is not None,
+        address.call,
+        COLUMNS=address.columns is not None,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
         **laws,
@@ -232,26 +235,26 @@ def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], rng: rows
     return out
 
 
-def uniform(rng: rows.Rows, *shape: int) -> Tensor:
+def uniform(address: Address, *shape: int) -> Tensor:
     """See :meth:`Rows.uniform <distdiff.rng.rows.Rows.uniform>`; the same bits."""
-    return _launch(_uniform, (), shape, rng, LAW=0)
+    return _launch(_uniform, (), shape, address, LAW=0)
 
 
-def normal(rng: rows.Rows, *shape: int) -> Tensor:
+def normal(address: Address, *shape: int) -> Tensor:
     """See :meth:`Rows.normal <distdiff.rng.rows.Rows.normal>`."""
-    return _launch(_uniform, (), shape, rng, LAW=1)
+    return _launch(_uniform, (), shape, address, LAW=1)
 
 
-def binomial(rng: rows.Rows, n: Tensor, p: Tensor) -> Tensor:
+def binomial(address: Address, n: Tensor, p: Tensor) -> Tensor:
     """See :meth:`Rows.binomial <distdiff.rng.rows.Rows.binomial>`."""
-    return _launch(_binomial, (n, p), tuple(n.shape), rng)
+    return _launch(_binomial, (n, p), tuple(n.shape), address)
 
 
-def poisson(rng: rows.Rows, rate: Tensor) -> Tensor:
+def poisson(address: Address, rate: Tensor) -> Tensor:
     """See :meth:`Rows.poisson <distdiff.rng.rows.Rows.poisson>`."""
-    return _launch(_poisson, (rate,), tuple(rate.shape), rng)
+    return _launch(_poisson, (rate,), tuple(rate.shape), address)
 
 
-def nb(rng: rows.Rows, mean: Tensor, log_size: Tensor) -> Tensor:
+def nb(address: Address, mean: Tensor, log_size: Tensor) -> Tensor:
     """See :meth:`Rows.nb <distdiff.rng.rows.Rows.nb>`."""
-    return _launch(_nb, (mean, log_size), tuple(mean.shape), rng)
+    return _launch(_nb, (mean, log_size), tuple(mean.shape), address)
