@@ -37,10 +37,12 @@ from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint
 from distdiff.training.fit import settled
 from distdiff.training.launched import check_world
-from distdiff.training.loop import Progress
+from distdiff.training.loop import Hooks
 from distdiff.training.loop import train as fit
 from distdiff.training.owner import owned
 from distdiff.training.peers import Peers
+from distdiff.training.progress import Progress
+from distdiff.training.settings import Recipe
 from distdiff.training.stop import EXCHANGE
 from distdiff.training.trace import NAME as TRACE
 
@@ -123,10 +125,11 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
     going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     model.check_store(store.manifest, config.data.store)
-    config = replace(config, train=settled(
-        config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
+    recipe = Recipe(
+        store, model.process, model.denoiser, config.survival, config.optim, config.train, config.loader,
         config.data.labels,
-    ))  # fmt: skip
+    )  # fmt: skip
+    config = replace(config, train=settled(recipe, accelerator))
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
@@ -149,12 +152,13 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
         def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:
             Model(model.process, denoiser, model.spec, model.options, {**model.info, "validation": numbers}).save(best)
 
+        hooks = Hooks(
+            save_best, _existing_scores(best, fingerprint), on_log=lambda seen, numbers: run.metrics(numbers, seen),
+            peers=peers,
+        )  # fmt: skip
         progress = fit(
-            store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
-            identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
-            labels=config.data.labels,
-            save_best=save_best, standing=_standing(best, fingerprint),
-            on_log=lambda seen, numbers: run.metrics(numbers, seen), peers=peers,
+            replace(recipe, settings=config.train), accelerator, hooks,
+            identity={"config": config.identity(), "data": fingerprint},
         )  # fmt: skip
         accelerator.wait_for_everyone()
         peers.close()
@@ -164,7 +168,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
         _after_training(progress, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
-        if _standing(best, fingerprint).get(progress.judge) != progress.best:
+        if _existing_scores(best, fingerprint).get(progress.judge) != progress.best:
             raise RuntimeError(
                 f"{best} is not the model that this run saved at step {progress.best_step} ({progress.judge} "
                 f"{progress.best}), so it is neither measured nor registered: "
@@ -205,7 +209,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
     return Outcome(best, progress, report, run.run_id, run.registered)
 
 
-def _standing(model: Path, fingerprint: str) -> dict[str, float]:
+def _existing_scores(model: Path, fingerprint: str) -> dict[str, float]:
     """Validation numbers of the model that stands there, if it was trained on these data; else none."""
     try:
         info = received.json_of(model / "model.json")["info"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 
 from distdiff.denoise import Denoiser
-from distdiff.types import Condition, Tensor
+from distdiff.training.losses import Law
+from distdiff.types import Condition
 
 log = logging.getLogger("distdiff")
 
@@ -47,10 +47,6 @@ def compile_denoiser(denoiser: Denoiser, cells: int, genes: int, labels: tuple[s
         for name, w in denoiser.named_parameters():
             w.grad = kept[name]
     return True
-
-
-Law = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(raw [b g k], x_0, x, p [b g]) -> losses [b]``: a process's loss of a network's answers."""
 
 
 def compile_law(law: Law, outputs: int, cells: int, genes: int, device: torch.device) -> Law:
