@@ -29,7 +29,7 @@ from distdiff.config import Config, Evaluation
 from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser, adopt
 from distdiff.imputers import Imputer
-from distdiff.imputers.labels import Told
+from distdiff.imputers.labels import WithLabels
 from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
@@ -180,7 +180,11 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
             )
         finished = Model.load(best, trust=trust)
         finished.denoiser.to(accelerator.device)
-        measure(finished, store, labels=finished.always_told, seed=config.train.seed)
+        measured = measure(
+            finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
+        )
+        finished.info |= measured.info
+        finished.shrink = measured.shrink
         finished.save(best)
         report = None
         if config.evaluate.enabled:
@@ -259,7 +263,7 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     for model in (ours, theirs):
         on = _on(store, model)
         ours_too = {k: tuple(v) for k, v in store.manifest.labels.items()}
-        known = tuple(k for k in model.always_told if ours_too.get(k) == tuple(model.spec.labels[k]))
+        known = tuple(k for k in model.required_labels if ours_too.get(k) == tuple(model.spec.labels[k]))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
         found.append(deviances({OURS: on(model.imputer())}, store, cells, hidden)[OURS])
@@ -292,8 +296,8 @@ def evaluate_model(
     store = _shared(store, model)
     on = _on(store, model)
 
-    def ours(imputer: Imputer, told: bool = bool(model.always_told)) -> Imputer:
-        return on(Told(imputer, told) if model.spec.labels else imputer)
+    def ours(imputer: Imputer, use_labels: bool = bool(model.required_labels)) -> Imputer:
+        return on(WithLabels(imputer, use_labels) if model.spec.labels else imputer)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
@@ -303,8 +307,8 @@ def evaluate_model(
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
-    if model.spec.labels and not model.always_told:
-        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), told=True)))
+    if model.spec.labels and not model.required_labels:
+        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), use_labels=True)))
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
@@ -359,7 +363,7 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
     from distdiff.evaluation import cheap, deviances
     from distdiff.rng import numpy_generator
 
-    cells = store.cells(store.rows("val")[:limit], model.always_told)
+    cells = store.cells(store.rows("val")[:limit], model.required_labels)
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
     return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 

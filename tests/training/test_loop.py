@@ -134,7 +134,7 @@ def test_labels_that_the_store_lacks_are_named_before_training(atlas, tmp_path, 
 
 def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
     """As the message of an early stop, and of a model that a regression beats, says: more patience, more cells."""
-    real = loop.validate
+    real = loop.scores
     monkeypatch.setattr(loop, "scores", lambda *a, **k: {"val/deviance": 1.0, "val/loss": 1.0})
     short = experiment.train(make(atlas, tmp_path / "run", patience=1, eval_cells=320))
     assert short.progress.step == 20
