@@ -89,7 +89,7 @@ class Reader:
         Condition on the obs columns that the model was trained with. Then the answer holds what they say: whoever
         compares their groups in it afterwards finds, in part, the labels again.
     unseen
-        What a value that the model never saw is: ``unknown``, as a missing one (``uns`` holds their number), or refused.
+        What a value that the model never saw is: ``unknown``, as a missing one (``uns`` has their number), or refused.
     device
         ``auto``: the GPU where there is one.
 

@@ -76,9 +76,9 @@ def mask_of(
 
     if isinstance(mask, pd.DataFrame):
         for what, names, known in (("cell", mask.index, rows.obs_names), ("gene", mask.columns, rows.genes)):
-            if (unusable := ~names.isin(known) | names.duplicated()).any():
+            if (wrong := ~names.isin(known) | names.duplicated()).any():
                 raise ValueError(
-                    f"mask: {what} {str(names[unusable.argmax()])!r} is not among the input's {what}s, or is named twice; "
+                    f"mask: {what} {str(names[wrong.argmax()])!r} is not among the input's {what}s, or is named twice; "
                     "a DataFrame is taken by its names, give mask.to_numpy() to have it taken by position"
                 )
         return mask.reindex(index=rows.obs_names, columns=list(rows.genes), fill_value=False).to_numpy() != 0
