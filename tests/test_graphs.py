@@ -154,7 +154,7 @@ def test_an_imputers_graph_is_refused_where_there_can_be_none(atlas):
     with pytest.raises(ValueError, match="graph=True: CUDA graphs need a GPU, these cells are on cpu"):
         model.imputer(graph=True).impute(cells, cells.counts > 0)
     for options, words in (
-        ({"readout": "log1p"}, "the read-out 'log1p'"), ({"also": ("q5", "sd")}, "the read-out 'q5'"),
+        ({"readout": "log1p"}, "the read-out 'log1p'"), ({"statistics": ("q5", "sd")}, "the read-out 'q5'"),
         ({"solver": "trapezoidal"}, "solver 'trapezoidal'"), ({"method": "repaint"}, "method RePaint"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"graph=True: {words}"):
