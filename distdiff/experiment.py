@@ -274,10 +274,10 @@ def _start(model: Model, address: str, trust: Sequence[str]) -> str:
     """Take over the weights of a trained model, those of genes by name; returns what to say about it."""
     trained = Model.load(tracking.fetch(address), trust=trust)
     try:
-        known, left = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
+        known, fresh_labels = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
     except ValueError as error:
         raise ValueError(f"train.start={address}: {error}") from None
-    fresh = f"; labels with other values start fresh ({', '.join(left)})" if left else ""
+    fresh = f"; labels with other values start fresh ({', '.join(fresh_labels)})" if fresh_labels else ""
     total = model.spec.n_genes
     return f"distdiff train: {known} of {total} genes start from {address}, {total - known} are new to it{fresh}"
 

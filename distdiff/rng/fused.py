@@ -37,9 +37,9 @@ def _mix(z):
 
 
 @triton.jit
-def _pair(start, place, call, attempt):
-    turn = tl.full(place.shape, 1 << 24, tl.int64) * (call * 256 + attempt)  # (a number alone would have 32 bits)
-    bits = _mix(start + (place + turn + 1) * GOLDEN)
+def _pair(start, column, call, attempt):
+    turn = tl.full(column.shape, 1 << 24, tl.int64) * (call * 256 + attempt)  # (a number alone would have 32 bits)
+    bits = _mix(start + (column + turn + 1) * GOLDEN)
     low, high = bits & ((1 << 23) - 1), (bits >> 41) & ((1 << 23) - 1)
     scale = 1.1920928955078125e-07  # 2^-23
     return (high.to(tl.float32) + 0.5) * scale, (low.to(tl.float32) + 0.5) * scale
@@ -90,8 +90,8 @@ def _invert(u, first, a, b, LAW: tl.constexpr):
 
 
 @triton.jit
-def _poisson_of(rate, start, place, call):
-    u, _ = _pair(start, place, call, 0)
+def _poisson_of(rate, start, column, call):
+    u, _ = _pair(start, column, call, 0)
     small = rate < SMALL
     out = _invert(u, tl.where(small, tl.exp(-rate), 2.0), rate, rate, 1)
     big, mean = small == 0, tl.where(small, SMALL * 1.0, rate).to(tl.float64)
@@ -100,7 +100,7 @@ def _poisson_of(rate, start, place, call):
     a = -0.059 + 0.02483 * b
     attempt = 1
     while _any(big) & (attempt < TRIES):
-        first, second = _pair(start, place, call, 2 * attempt)
+        first, second = _pair(start, column, call, 2 * attempt)
         h, v = first.to(tl.float64) - 0.5, second.to(tl.float64)
         us = 0.5 - tl.abs(h)
         k = tl.floor((2 * a / us + b) * h + mean + 0.43)
@@ -118,30 +118,30 @@ def _poisson_of(rate, start, place, call):
 
 
 @triton.jit
-def _entry(start, COLUMNS: tl.constexpr, place, wide, size, BLOCK: tl.constexpr):
+def _entry(start, COLUMNS: tl.constexpr, columns, wide, size, BLOCK: tl.constexpr):
     """Flat places of a block's entries, which are in range, and the start and column of each."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     within = at < size
     column = at % wide
     if COLUMNS:
-        column = tl.load(place + at, within, 0)
+        column = tl.load(columns + at, within, 0)
     return at, within, tl.load(start + at // wide, within, 0), column
 
 
 @triton.jit(do_not_specialize=["call"])
-def _uniform(out, start, place, wide, size, call, COLUMNS: tl.constexpr, LAW: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
-    u, v = _pair(start, place, call, 0)
+def _uniform(out, start, columns, wide, size, call, COLUMNS: tl.constexpr, LAW: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
+    u, v = _pair(start, column, call, 0)
     if LAW == 1:
         u = _normal_of(u, v)
     tl.store(out + at, u, within)
 
 
 @triton.jit(do_not_specialize=["call"])
-def _binomial(out, n, p, start, place, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
+def _binomial(out, n, p, start, columns, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
     n, p = tl.load(n + at, within, 0.0), tl.load(p + at, within, 0.0)
-    u, _ = _pair(start, place, call, 0)
+    u, _ = _pair(start, column, call, 0)
     flip = p > 0.5
     q = tl.where(flip, 1 - p, p)
     small = n * q < SMALL
@@ -157,7 +157,7 @@ def _binomial(out, n, p, start, place, wide, size, call, COLUMNS: tl.constexpr, 
     top = _log_factorial(mode) + _log_factorial(m - mode)
     attempt = 1
     while _any(big) & (attempt < TRIES):
-        first, second = _pair(start, place, call, 2 * attempt)
+        first, second = _pair(start, column, call, 2 * attempt)
         h, v = first.to(tl.float64) - 0.5, second.to(tl.float64)
         us = 0.5 - tl.abs(h)
         k = tl.floor((2 * a / us + b) * h + m * r + 0.5)
@@ -175,16 +175,16 @@ def _binomial(out, n, p, start, place, wide, size, call, COLUMNS: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["call"])
-def _poisson(out, rate, start, place, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
-    tl.store(out + at, _poisson_of(tl.load(rate + at, within, 0.0), start, place, call), within)
+def _poisson(out, rate, start, columns, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
+    tl.store(out + at, _poisson_of(tl.load(rate + at, within, 0.0), start, column, call), within)
 
 
 @triton.jit(do_not_specialize=["call"])
-def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
+def _nb(out, mean, log_size, start, columns, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
     mean, r = tl.load(mean + at, within, 0.0), tl.exp(tl.load(log_size + at, within, 0.0))
-    u, _ = _pair(start, place, call, 0)
+    u, _ = _pair(start, column, call, 0)
     small = (mean < SMALL) & (r > mean * NB_TAIL)
     none = tl.exp(-r.to(tl.float64) * tl.log(1 + (mean / r).to(tl.float64))).to(tl.float32)
     x = _invert(u, tl.where(small, none, 2.0), r, mean / (mean + r), 2)
@@ -194,8 +194,8 @@ def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constex
     rate = tl.zeros_like(mean)
     attempt = 1
     while _any(big) & (attempt < TRIES):
-        g, h = _pair(start, place, call + 1, 2 * attempt)
-        w, z = _pair(start, place, call + 1, 2 * attempt + 1)
+        g, h = _pair(start, column, call + 1, 2 * attempt)
+        w, z = _pair(start, column, call + 1, 2 * attempt + 1)
         y = _normal_of(g.to(tl.float64), h.to(tl.float64))
         cube = tl.maximum(1 + y / tl.sqrt(9 * d), 1e-12)
         cube = cube * cube * cube
@@ -207,7 +207,7 @@ def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constex
         attempt += 1
     rate = tl.where(big, float("nan"), rate)
     if _any(small == 0):
-        x = tl.where(small, x, _poisson_of(rate, start, place, call + 2))
+        x = tl.where(small, x, _poisson_of(rate, start, column, call + 2))
     tl.store(out + at, x, within)
 
 
@@ -217,13 +217,13 @@ def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], address: 
     if not out.numel():
         return out
     given = tuple(g.expand(shape).contiguous() for g in given)
-    place = address.start if address.columns is None else address.columns
+    columns = address.start if address.columns is None else address.columns
     wide = out.numel() // len(out)
     kernel[(triton.cdiv(out.numel(), BLOCK),)](
         out,
         *given,
         address.start,
-        place,
+        columns,
         wide,
         out.numel(),
         address.call,

@@ -1,4 +1,4 @@
-"""The training loop. Everything random is a function of (seed, step, place in the global batch)."""
+"""The training loop. Everything random is a function of (seed, step, position in the global batch)."""
 
 from __future__ import annotations
 
