@@ -1,4 +1,4 @@
-"""Sphinx configuration: ``sphinx-build -W docs docs/_build`` (the extra ``docs``)."""
+"""Sphinx configuration: ``sphinx-build -W docs docs/_build/html`` (the extra ``docs``)."""
 
 import os
 import sys

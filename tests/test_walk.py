@@ -233,7 +233,9 @@ def walk(page: str, folder: Path, quickstart: Path) -> None:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
-    """An empty folder in which the README's ``distdiff quickstart`` ran."""
+    """A folder in which the README's ``distdiff quickstart`` ran: $DISTDIFF_WALK_QUICKSTART, else an empty one, here."""
+    if made := os.environ.get("DISTDIFF_WALK_QUICKSTART"):
+        return Path(made)
     folder, elsewhere = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("stand-ins")
     done = subprocess.run(
         ["distdiff", "quickstart"], cwd=folder, env=environment(elsewhere, None), text=True, capture_output=True,
