@@ -1,4 +1,4 @@
-"""Sphinx configuration: ``sphinx-build -W docs docs/_build/html`` (the extra ``docs``)."""
+"""Sphinx configuration: ``sphinx-build -W docs build/site`` (the extra ``docs``)."""
 
 import os
 import sys
@@ -18,15 +18,22 @@ copyright = "The distdiff developers, BSD-3-Clause"
 version = release = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "**/.ipynb_checkpoints"]
 templates_path: list[str] = []
 
 html_theme = "sphinx_book_theme"
 html_title = f"distdiff {__version__}"
-html_theme_options = {"home_page_in_toc": False, "show_toc_level": 2, "use_download_button": False}
+html_theme_options = {
+    "home_page_in_toc": False,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "navbar_persistent": [],
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-if local := os.environ.get("DISTDIFF_DOCS_MATHJAX"):  # a copy of MathJax's tex-chtml.js below _static, without the network
+if local := os.environ.get(
+    "DISTDIFF_DOCS_MATHJAX"
+):  # a copy of MathJax's tex-chtml.js below _static, without the network
     mathjax_path = local
 
 # pages: MyST markdown; tutorials: MyST notebooks, which run while the site is built
@@ -34,7 +41,7 @@ myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 nb_execution_mode = os.environ.get("DISTDIFF_DOCS_EXECUTE", "cache")  # off: pages without outputs, seconds
-nb_execution_cache_path = str(DOCS / "_build" / ".jupyter_cache")
+nb_execution_cache_path = str(DOCS.parent / "build" / ".jupyter_cache")
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True

@@ -88,7 +88,12 @@ def configuration() -> str:
             parts.append(f"## {section}\n\n{_prose(hint.__doc__ or '')}")
             types = typing.get_type_hints(hint)
             rows = [
-                (f"`{section}.{field.name}`", _type(types[field.name]), _value(field), _cell(said.get((section, field.name), "")))
+                (
+                    f"`{section}.{field.name}`",
+                    _type(types[field.name]),
+                    _value(field),
+                    _cell(said.get((section, field.name), "")),
+                )
                 for field in dataclasses.fields(hint)
             ]
             parts.append(table(("key", "type", "default", "meaning"), rows))
@@ -150,6 +155,7 @@ def _cell(text: str) -> str:
     """One line of markdown from a docstring's words."""
     text = re.sub(r":\w+:`~?([^`<]*?)(?:\s*<[^`]*>)?`", r"`\1`", text)
     text = re.sub(r"``(.+?)``", r"`\1`", text)
+    text = re.sub(r"(?<![\w`-])(--\w[\w-]*)(?!`)", r"`\1`", text) if "`" not in text else text
     return re.sub(r"(?<![`$\w])\$(?=\w)", r"\\$", " ".join(text.split())).replace("<", "&lt;")
 
 

@@ -790,7 +790,7 @@ def test_a_packed_model_runs_its_own_code_where_distdiff_is_not_at_hand(packed, 
 
 # -- a server of its own, and its death ----------------------------------------------------------------------------
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "mlflow.md").read_text()
 
 
 def free_port():
@@ -799,8 +799,8 @@ def free_port():
 
 
 def serve(port, folder):
-    """The README's line, on a port of ours; returns once it answers."""
-    line = next(text for text in README.splitlines() if text.startswith("mlflow server "))
+    """The line of the page on MLflow, on a port of ours; returns once it answers."""
+    line = next(text for text in PAGE.splitlines() if text.startswith("mlflow server "))
     command = [sys.executable, "-m", *line.partition("#")[0].split(), "--port", str(port), "--workers", "1"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
