@@ -9,9 +9,12 @@ sparse costs little; padding the arrays, or one file of arrays a shard, would be
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +35,9 @@ RUN = 1 << 18
 """CSR values a chunk; a shard of the final CSR arrays has :data:`RUNS` of them."""
 
 RUNS = 8
+
+RECORD = "record.json"
+"""In the folder of a finished shard: its files and their checksums, and what computing it took."""
 
 Values = dict[str, Any]
 """Path of a field -> what stands there for some rows: a tensor ``[n g]`` or ``[n]``, CSR, or an array of text."""
@@ -129,28 +135,28 @@ class Layout:
         return cls(**{**tree, "fields": tuple(Field(**f) for f in tree["fields"])})
 
 
-def put(path: Path, content: bytes) -> Record:
-    """Write a file under a temporary name, read it back, compare, rename it.
+def write_checked(path: Path, content: bytes) -> Record:
+    """Write a file, read it back and compare.
 
     Raises
     ------
     Corrupt
-        The disk gave back other bytes than it was given.
+        The disk returned other bytes than were written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     record = (len(content), google_crc32c.value(content))
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if _record(temporary) != record:
-            raise Corrupt(f"{path}: the disk gave back other bytes than were written; look after the disk")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if _record(path) != record:
+        raise Corrupt(f"{path}: the disk returned other bytes than were written; check the disk")
     return record
+
+
+def put(path: Path, content: bytes) -> Record:
+    """Write a file of a result with :func:`write_checked`, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_checked(path, content)
 
 
 def check(root: Path, files: Mapping[str, Sequence[int]]) -> list[str]:
@@ -199,28 +205,20 @@ def metadata(store: Path, field: Field, layout: Layout) -> None:
     put(store / field.path / "zarr.json", keep["zarr.json"].to_bytes())
 
 
-def write_fixed(store: Path, field: Field, layout: Layout, shard: int, values: np.ndarray) -> dict[str, Record]:
-    """Write one shard of a dense layer or a column of obs."""
+def encode(field: Field, layout: Layout, values: np.ndarray) -> bytes:
+    """One shard of a dense layer or of a column of obs, as its file in the result."""
     keep: dict[str, Any] = {}
     array = array_of(field, layout, layout.rows, keep)
     array[: len(values)] = cast(values, field)
-    key = "c/0/0" if field.width else "c/0"
-    path = f"{field.path}/c/{shard}/0" if field.width else f"{field.path}/c/{shard}"
-    return {path: put(store / path, keep[key].to_bytes())}
+    return keep["c/0/0" if field.width else "c/0"].to_bytes()
+
+
+def final_path(field: Field, shard: int) -> str:
+    """Path in the result of one shard of a dense layer or of a column of obs."""
+    return f"{field.path}/c/{shard}/0" if field.width else f"{field.path}/c/{shard}"
 
 
 # -- CSR -------------------------------------------------------------------------------------------------------------
-
-
-def write_part(parts: Path, field: Field, shard: int, values: sp.csr_matrix) -> tuple[int, dict[str, Record]]:
-    """Leave one shard's CSR values for :func:`join`; returns how many there are."""
-    wanted = {"data": field.dtype, "indices": "int32", "counts": "int32"}
-    arrays = {"data": values.data, "indices": values.indices, "counts": np.diff(values.indptr)}
-    files = {}
-    for name, array in arrays.items():
-        path = f"{field.name}/{shard:06d}.{name}"
-        files[path] = put(parts / path, array.astype(wanted[name], copy=False).tobytes())
-    return int(values.nnz), files
 
 
 def runs(total: int) -> tuple[int, int]:
@@ -235,7 +233,7 @@ def csr_array(part: str, field: Field, total: int, n: int, keep: dict[str, Any])
     return _array(keep, (n,), (run,), (shard,), field.dtype if part == "data" else "int32")
 
 
-def join(parts: Path, store: Path, field: Field, nnz: Sequence[int], number: int) -> dict[str, Record]:
+def join(shards: Path, store: Path, field: Field, nnz: Sequence[int], number: int) -> dict[str, Record]:
     """Write shard ``number`` of the final ``data`` and ``indices``, cut from the parts.
 
     Parameters
@@ -252,7 +250,7 @@ def join(parts: Path, store: Path, field: Field, nnz: Sequence[int], number: int
         array = csr_array(part, field, total, size, keep)
         pieces = [
             np.fromfile(
-                parts / field.name / f"{shard:06d}.{part}", dtype, count=b - a, offset=a * np.dtype(dtype).itemsize
+                shards / f"{shard:06d}" / f"{field.name}.{part}", dtype, count=b - a, offset=a * np.dtype(dtype).itemsize
             )
             for shard, a, b in cut_from(nnz, number)
         ]
@@ -260,11 +258,6 @@ def join(parts: Path, store: Path, field: Field, nnz: Sequence[int], number: int
         path = f"{field.path}/{part}/c/{number}"
         files[path] = put(store / path, keep["c/0"].to_bytes())
     return files
-
-
-def number(unit: str) -> int:
-    """Number of a unit of work, ``shard-000012`` or ``join-NAME-000003``."""
-    return int(unit.rpartition("-")[2])
 
 
 def cut_from(nnz: Sequence[int], number: int) -> Iterator[tuple[int, int, int]]:
@@ -277,7 +270,7 @@ def cut_from(nnz: Sequence[int], number: int) -> Iterator[tuple[int, int, int]]:
             yield shard, a - (end - n), b - (end - n)
 
 
-def finish_csr(root: Any, parts: Path, store: Path, field: Field, layout: Layout, nnz: Sequence[int]) -> None:
+def finish_csr(root: Any, shards: Path, store: Path, field: Field, layout: Layout, nnz: Sequence[int]) -> None:
     """Describe the arrays of a sparse field whose shards are joined, and write its ``indptr``."""
     total = sum(nnz)
     for part in ("data", "indices"):
@@ -300,7 +293,7 @@ def finish_csr(root: Any, parts: Path, store: Path, field: Field, layout: Layout
     indptr[0] = last = 0
     for shard in range(layout.n_shards):
         start, stop = layout.span(shard)
-        ends = last + np.cumsum(np.fromfile(parts / field.name / f"{shard:06d}.counts", "int32"), dtype=np.int64)
+        ends = last + np.cumsum(np.fromfile(shards / f"{shard:06d}" / f"{field.name}.counts", "int32"), dtype=np.int64)
         indptr[start + 1 : stop + 1] = ends
         last = int(ends[-1])
 
@@ -336,13 +329,13 @@ def csr_of(values: Any, field: Field) -> sp.csr_matrix:
     return sp.csr_matrix((cast(values.data, field), values.indices, values.indptr), values.shape)
 
 
-def others(root: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
-    """Records of all files under ``root`` that are in no record yet; the description of the root itself may change."""
-    have = {name for of in known.values() for name in of} | {"zarr.json"}
+def unrecorded(root: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:
+    """Records of all files under ``root`` that no record names yet; the root's own description may still change."""
+    named = {name for records in known.values() for name in records} | {"zarr.json"}
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_file() and name not in have and (record := _record(path)) is not None:
+        if path.is_file() and name not in named and (record := _record(path)) is not None:
             found[name] = record
     return found
 
@@ -353,7 +346,7 @@ def fetched(values: Any, field: Field, first: int = 0) -> Any:
     Raises
     ------
     FloatingPointError
-        One is no finite number.
+        A value is not a finite number.
     """
     if isinstance(values, torch.Tensor):
         values = values.cpu().numpy()
@@ -361,17 +354,73 @@ def fetched(values: Any, field: Field, first: int = 0) -> Any:
     return csr_of(values, field) if field.sparse else cast(values, field)
 
 
-def write(
-    layout: Layout, shard: int, batches: Sequence[Values], labels: Values, store: Path, parts: Path
+def write_shard(
+    layout: Layout, shard: int, batches: Sequence[Values], labels: Values, folder: Path, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write a whole shard, answers batch by batch; returns records of files and parts, and numbers of CSR values."""
-    found: dict[str, Any] = {"files": {}, "parts": {}, "nnz": {}}
-    for field in layout.fields:
-        pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
-        if field.sparse:
-            nnz, written = write_part(parts, field, shard, sp.vstack(pieces, format="csr"))
-            found["nnz"][field.path] = nnz
-            found["parts"] |= written
-        else:
-            found["files"] |= write_fixed(store, field, layout, shard, np.concatenate(pieces))
-    return found
+    """Write a whole shard as ``folder``, which appears at once; a shard that is there already is left as it is.
+
+    Parameters
+    ----------
+    batches, labels
+        Values of the fields batch by batch, and those that are read in one piece.
+    about
+        What else the record of the shard holds.
+
+    Returns
+    -------
+    dict
+        The record (``record.json``): ``files`` (name -> bytes and checksum), ``nnz`` (path -> CSR values), ``about``.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        record: dict[str, Any] = {"files": {}, "nnz": {}, **about}
+        for field in layout.fields:
+            pieces = [labels[field.path]] if field.path in labels else [batch[field.path] for batch in batches]
+            if field.sparse:
+                values = sp.vstack(pieces, format="csr")
+                record["nnz"][field.path] = int(values.nnz)
+                contents = csr_files(field, values)
+            else:
+                contents = {field.name: encode(field, layout, np.concatenate(pieces))}
+            record["files"] |= {name: write_checked(temporary / name, content) for name, content in contents.items()}
+        write_checked(temporary / RECORD, json.dumps(record).encode())
+        try:
+            os.rename(temporary, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished shard."""
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+
+
+def csr_files(field: Field, values: sp.csr_matrix) -> dict[str, bytes]:
+    """One shard's CSR values, which :func:`join` puts together: name of a file -> content."""
+    arrays = {
+        "data": values.data.astype(field.dtype, copy=False),
+        "indices": values.indices.astype("int32", copy=False),
+        "counts": np.diff(values.indptr).astype("int32", copy=False),
+    }
+    return {f"{field.name}.{part}": array.tobytes() for part, array in arrays.items()}
+
+
+def place(shards: Path, store: Path, layout: Layout, shard: int) -> dict[str, Record]:
+    """Give the files of fixed width of a finished shard their places in a result, without copying where links work."""
+    files = read_record(shards / f"{shard:06d}")["files"]
+    placed = {}
+    for field in (field for field in layout.fields if not field.sparse):
+        source, path = shards / f"{shard:06d}" / field.name, final_path(field, shard)
+        (store / path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, store / path)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOSPC, errno.EDQUOT):
+                raise
+            shutil.copyfile(source, store / path)
+        placed[path] = tuple(files[field.name])
+    return placed

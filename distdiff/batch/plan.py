@@ -1,4 +1,4 @@
-"""What a job is, decided once by whichever process comes first: identity, layout, batch size, bytes."""
+"""What a job is, decided once before its first shard: identity, layout, batch size, bytes of the result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,12 +37,12 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """A job as all its processes must see it; stands in ``job.json``.
+    """A job as all its processes must see it; lies in ``job.json`` of the work folder.
 
     Attributes
     ----------
     identity
-        What must be equal for processes to work together.
+        What must be equal for a command to continue the job.
     layout
         Fields, shards.
     batch
@@ -50,8 +51,8 @@ class Plan:
         ``float32``, or ``bfloat16`` inside the network.
     bytes_per_cell
         Of the finished result, measured on some cells; ``parts_per_cell`` is needed beside it meanwhile.
-    began
-        Unix time.
+    token
+        Names this beginning of the job among all others: the folder of its shards.
     """
 
     identity: dict[str, Any]
@@ -60,7 +61,12 @@ class Plan:
     precision: str
     bytes_per_cell: float
     parts_per_cell: float
-    began: float
+    token: str
+
+    def batches(self, shard: int) -> list[tuple[int, int]]:
+        """First row of each batch of a shard, and one past its last."""
+        start, stop = self.layout.span(shard)
+        return [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
 
     def to_json(self) -> str:
         """For ``job.json``."""
@@ -116,7 +122,7 @@ def make(
     layout = Layout.fit(task.rows.n_cells, fields, shard_cells)
     final, parts = _bytes(layout, values)
     batch = batch_size or _batch(task, precision, min(layout.rows, task.rows.n_cells))
-    return Plan(identity, layout, min(batch, layout.rows), precision, final, parts, time.time())
+    return Plan(identity, layout, min(batch, layout.rows), precision, final, parts, uuid.uuid4().hex[:12])
 
 
 def autocast(device: str, precision: str) -> Any:
