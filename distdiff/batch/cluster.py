@@ -22,8 +22,8 @@ from distdiff.batch.compute import ShardComputer
 from distdiff.batch.job import Described, OneProcess, Progress, carry_out, check_options
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
-from distdiff.data.cluster import Company, connect, explained
-from distdiff.data.export import named
+from distdiff.cluster import Company, connect, explained
+from distdiff.data.store.export import named
 from distdiff.files import is_url
 from distdiff.model import Model
 

@@ -19,7 +19,7 @@ from distdiff.batch.plan import Plan, autocast
 from distdiff.batch.summary import peak_mib, summed
 from distdiff.batch.tasks import Task
 from distdiff.batch.workplace import shard_folder
-from distdiff.data.pool import cores
+from distdiff.data.store.pool import cores
 from distdiff.tasks.impute import Filled
 
 READ_AHEAD, WRITE_BEHIND = 2, 4

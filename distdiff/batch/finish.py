@@ -17,7 +17,7 @@ from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary, peak_mib, together
 from distdiff.batch.tasks import Task
 from distdiff.batch.workplace import shard_folder
-from distdiff.data.pool import cores
+from distdiff.data.store.pool import cores
 from distdiff.received import Record
 
 WRITERS = 4

@@ -24,7 +24,7 @@ from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import Task
 from distdiff.batch.workplace import clear, finished_shards, folder_of, owned, read_plan, write_plan
-from distdiff.data.export import named
+from distdiff.data.store.export import named
 
 Say = Callable[[str], None]
 

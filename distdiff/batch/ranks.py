@@ -21,7 +21,7 @@ from distdiff.batch.job import OneProcess, Progress, carry_out
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
 from distdiff.batch.workplace import finished_shards
-from distdiff.train.peers import Peers
+from distdiff.training.peers import Peers
 
 PATIENCE = 1800.0
 """Seconds without a newly finished shard after which a process that waits for the others gives up."""
