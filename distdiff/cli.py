@@ -175,6 +175,7 @@ ShardCells = Annotated[int | None, typer.Option("--shard-cells", help="Cells of 
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16; auto: the second on a GPU.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda:0; auto: the GPU, if there is one.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", help="Address of a dask scheduler: its workers do it.")]
+Workers = Annotated[int | None, typer.Option("--workers", help="Dask workers to start here, one a GPU.")]
 UseLabels = Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on the model's obs columns.")]
 Unseen = Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")]
@@ -195,15 +196,17 @@ def impute(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
+    verify: Verify = False,
     repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
-    """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
+    """Impute a file of any size; observed counts come back unchanged. The same command continues a job."""
     _batch(
         context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
         mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
         sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
+        scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
+        overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
 
@@ -218,14 +221,16 @@ def complete(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
+    verify: Verify = False,
     repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
         context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
         ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
-        precision=precision, device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify,
+        precision=precision, device=device, scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen,
+        verify=verify,
         repair=repair, overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
@@ -238,14 +243,16 @@ def denoise(
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
+    verify: Verify = False,
     repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
         context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
         dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
+        scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
+        overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
 
@@ -260,14 +267,16 @@ def deepen(
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
     shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
+    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
+    verify: Verify = False,
     repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
         context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
         keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
-        device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
+        device=device, scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen, verify=verify,
+        repair=repair,
         overwrite=overwrite, trust=trust,
     )  # fmt: skip
 
@@ -279,7 +288,8 @@ def generate(
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
     seed: Seed = 0, batch_size: Batch = None, shard_cells: ShardCells = None, precision: Precision = "auto",
-    device: Device = "auto", scheduler: Scheduler = None, verify: Verify = False, repair: Repair = False,
+    device: Device = "auto", scheduler: Scheduler = None, workers: Workers = None, verify: Verify = False,
+    repair: Repair = False,
     overwrite: Overwrite = False, trust: Trust = None,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
@@ -292,6 +302,7 @@ def generate(
     _batch(
         context, "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed,
         batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler,
+        workers=workers,
         verify=verify, repair=repair, overwrite=overwrite,
         trust=trust,
     )  # fmt: skip
@@ -299,6 +310,7 @@ def generate(
 
 def _batch(
     context: typer.Context, kind: str, model: str, data: str | None, out: Path, *, scheduler: str | None,
+    workers: int | None,
     verify: bool, repair: bool, trust: list[str] | None, **options: Any,
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
@@ -318,9 +330,11 @@ def _batch(
     said = typer.echo if first else lambda text: None
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
-    if scheduler is not None:
-        there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
-        filled = batch.on_cluster(scheduler, kind, there, data, out, say=said, **options)
+    if scheduler is not None or workers is not None:
+        load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
+        filled = batch.on_cluster(
+            scheduler, kind, load_there, data, out, workers=workers, progress=first, say=said, **options
+        )
     else:
         filled = batch.run(kind, load(model), data, out, progress=first, say=said, **options)
     said(f"{out}: {filled.line()}")
@@ -368,7 +382,8 @@ def evaluate(
     from distdiff.config import Evaluation
 
     settings = Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
+        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,
+        repaint_steps=repaint_steps  # type: ignore[arg-type]
     )  # fmt: skip
     loaded = distdiff.load(model, trust=tuple(trust or ()))
     report = experiment.evaluate_model(loaded, distdiff.CountStore.open(data), settings, seed=seed)

@@ -51,8 +51,9 @@ def acquire(lock: Path, note: Path) -> BaseFileLock:
 
 def release(held: BaseFileLock, note: Path) -> None:
     """Remove the note and let go of the lock."""
-    files.remove(note)
-    held.release()
+    if held.is_locked:
+        files.remove(note)
+        held.release()
 
 
 def _named_in(note: Path) -> str:

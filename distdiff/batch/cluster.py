@@ -7,7 +7,8 @@ are alive: the task of one that died goes to another, one that joins later takes
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib
+import importlib.util
 import logging
 import os
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch.compute import ShardComputer
-from distdiff.batch.job import Described, OneProcess, Progress, carry_out, check_options
+from distdiff.batch.job import Described, OneProcess, carry_out, check_options
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
 from distdiff.cluster import Company, connect, explained
@@ -102,11 +103,10 @@ def local_workers(workers: int | None) -> Iterator[str]:
 
     if workers is None or workers < 1:
         raise ValueError(f"workers={workers}: at least 1 is wanted")
-    start: Callable[..., Any] = functools.partial(LocalCluster, processes=True)
-    if torch.cuda.is_available():
-        with contextlib.suppress(ImportError):
-            from dask_cuda import LocalCUDACluster as start
-    with start(
+    kind: Any = LocalCluster
+    if torch.cuda.is_available() and importlib.util.find_spec("dask_cuda") is not None:
+        kind = importlib.import_module("dask_cuda").LocalCUDACluster
+    with kind(
         n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL
     ) as cluster:
         yield cluster.scheduler_address
@@ -127,11 +127,11 @@ class Cluster:
         """See :class:`~distdiff.batch.job.Engine`."""
         return self._one(_make_plan, batch_size, shard_cells)
 
-    def compute(self, plan: Plan, work: Path, shards: Sequence[int], progress: Progress) -> None:
+    def compute(self, plan: Plan, work: Path, shards: Sequence[int], look: Callable[[], None]) -> None:
         """See :class:`~distdiff.batch.job.Engine`."""
         shared = self.client.submit(_as_given, (self.order, plan, work), pure=False)
-        tasks = {self.client.submit(_compute, shared, shard, pure=False): shard for shard in shards}
-        self._wait(tasks, progress)
+        tasks = {self.client.submit(_compute, shared, shard, pure=False): f"shard {shard}" for shard in shards}
+        self._wait(tasks, look)
 
     def finish(self, plan: Plan, work: Path, suffix: str, command: str) -> Path:
         """See :class:`~distdiff.batch.job.Engine`."""
@@ -143,25 +143,23 @@ class Cluster:
     def _one(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of one task."""
         task = self.client.submit(function, self.order, *arguments, pure=False)
-        self._wait({task: None})
+        self._wait({task: function.__name__.strip("_")})
         return task.result()
 
-    def _wait(self, tasks: dict[Any, int | None], progress: Progress | None = None) -> None:
-        """Wait until all tasks are done (future -> its shard); the first that fails ends them all."""
+    def _wait(self, tasks: dict[Any, str], look: Callable[[], None] = lambda: None) -> None:
+        """Wait until all tasks (future -> what it does) are done; the first that fails ends the job."""
         from dask.distributed import KilledWorker
 
         waiting = dict(tasks)
         while waiting:
             self.company.look()
-            if progress is not None:
-                progress.look()
+            look()
             done = [task for task in waiting if task.done()]
             for task in done:
-                shard = waiting.pop(task)
+                what = waiting.pop(task)
                 try:
                     task.result()
                 except KilledWorker as error:
-                    what = "the whole" if shard is None else f"shard {shard}"
                     raise RuntimeError(
                         f"workers died again and again at {what} ({error}), most likely of memory; give them more, or "
                         "a smaller --shard-cells or --batch-size; the same command continues the job"

@@ -64,8 +64,11 @@ class Engine(Protocol):
     def make_plan(self, batch_size: int | None, shard_cells: int | None) -> Plan:
         """A new plan for the task, by a trial on some cells."""
 
-    def compute(self, plan: Plan, work: Path, shards: Sequence[int], progress: Progress) -> None:
-        """Compute these shards of an unfinished job in ``work``; all are finished when it returns."""
+    def compute(self, plan: Plan, work: Path, shards: Sequence[int], look: Callable[[], None]) -> None:
+        """Compute these shards of an unfinished job in ``work``; all are finished when it returns.
+
+        ``look`` moves the progress bar and is to be called often.
+        """
 
     def finish(self, plan: Plan, work: Path, suffix: str, command: str) -> Path:
         """Make the result in a folder of its own in ``work``; returns its path."""
@@ -92,10 +95,10 @@ class OneProcess:
             self.task, identity, precision=self.precision, batch_size=batch_size, shard_cells=shard_cells
         )
 
-    def compute(self, plan: Plan, work: Path, shards: Sequence[int], progress: Progress) -> None:
+    def compute(self, plan: Plan, work: Path, shards: Sequence[int], look: Callable[[], None]) -> None:
         """See :class:`Engine`."""
         with ShardComputer(self.task, plan, work / plan.token) as computer:
-            computer.compute(shards, progress.look)
+            computer.compute(shards, look)
 
     def finish(self, plan: Plan, work: Path, suffix: str, command: str) -> Path:
         """See :class:`Engine`."""
@@ -185,7 +188,7 @@ def carry_out(
         say(planning.check_room(plan, out.parent, len(finished), h5ad=out.suffix == ".h5ad"))
         missing = [shard for shard in range(plan.layout.n_shards) if shard not in finished]
         with Progress(described, plan, work, len(finished), progress) as bar:
-            engine.compute(plan, work, missing, bar)
+            engine.compute(plan, work, missing, bar.look)
         result = engine.finish(plan, work, out.suffix, command)
         _refuse_stranger(out, work, plan)
         files.publish(result, out, work / "old")

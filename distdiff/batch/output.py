@@ -250,7 +250,10 @@ def join(shards: Path, store: Path, field: Field, nnz: Sequence[int], number: in
         array = csr_array(part, field, total, size, keep)
         pieces = [
             np.fromfile(
-                shards / f"{shard:06d}" / f"{field.name}.{part}", dtype, count=b - a, offset=a * np.dtype(dtype).itemsize
+                shards / f"{shard:06d}" / f"{field.name}.{part}",
+                dtype,
+                count=b - a,
+                offset=a * np.dtype(dtype).itemsize,
             )
             for shard, a, b in cut_from(nnz, number)
         ]

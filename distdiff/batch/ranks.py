@@ -9,7 +9,7 @@ network that is silent, ends them after :data:`PATIENCE` seconds without a newly
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distdiff.batch.job import OneProcess, Progress, carry_out
+from distdiff.batch.job import OneProcess, carry_out
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
 from distdiff.batch.workplace import finished_shards
@@ -57,12 +57,12 @@ class _Leading:
         """Whether the other ranks wait for a message, rather than compute."""
         self.describe, self.make_plan, self.finish = engine.describe, engine.make_plan, engine.finish
 
-    def compute(self, plan: Plan, work: Path, shards: Sequence[int], progress: Progress) -> None:
+    def compute(self, plan: Plan, work: Path, shards: Sequence[int], look: Callable[[], None]) -> None:
         """See :class:`~distdiff.batch.job.Engine`."""
         _broadcast(self.group, {"plan": plan, "work": work, "shards": shards})
         self.others_listen = False
-        self.engine.compute(plan, work, shards[:: dist.get_world_size(self.group)], progress)
-        _wait_for_all(self.group, work / plan.token, shards, progress)
+        self.engine.compute(plan, work, shards[:: dist.get_world_size(self.group)], look)
+        _wait_for_all(self.group, work / plan.token, shards, look)
         self.others_listen = True
 
 
@@ -92,8 +92,8 @@ def _follow(engine: OneProcess, out: Path, group: Any) -> Summary:
                 f"rank {rank} does not see {work / plan.token}, which rank 0 made: the output must lie in a folder "
                 "that all machines share"
             )
-        engine.compute(plan, work, shards[rank::world], None)
-        _wait_for_all(group, work / plan.token, shards)
+        engine.compute(plan, work, shards[rank::world], _nothing)
+        _wait_for_all(group, work / plan.token, shards, _nothing)
 
 
 def _broadcast(group: Any, message: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -103,7 +103,11 @@ def _broadcast(group: Any, message: dict[str, Any] | None = None) -> dict[str, A
     return messages[0]
 
 
-def _wait_for_all(group: Any, folder: Path, shards: Sequence[int], progress: Progress | None = None) -> None:
+def _nothing() -> None:
+    """Rank 0 alone shows progress."""
+
+
+def _wait_for_all(group: Any, folder: Path, shards: Sequence[int], look: Callable[[], None]) -> None:
     """Wait until every process has computed its share.
 
     Raises
@@ -114,13 +118,14 @@ def _wait_for_all(group: Any, folder: Path, shards: Sequence[int], progress: Pro
     meeting = dist.barrier(group=group, async_op=True)
     finished, since = -1, time.monotonic()
     while not meeting.is_completed():
-        if progress is not None:
-            progress.look()
+        look()
         if (now_finished := len(finished_shards(folder))) != finished:
             finished, since = now_finished, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             world = dist.get_world_size(group)
-            late = sorted({place % world for place in range(len(shards)) if shards[place] not in finished_shards(folder)})
+            late = sorted(
+                {place % world for place in range(len(shards)) if shards[place] not in finished_shards(folder)}
+            )
             raise RuntimeError(
                 f"no shard was finished for {PATIENCE:g} s; ranks {late} have not computed their share; stop the "
                 "job, the same command continues it"
