@@ -44,8 +44,7 @@ def owned(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
         lock = owner.acquire(work / LOCK, work / NOTE)
     except owner.Owned as other:
         raise FileExistsError(
-            f"{out} is being written by another command now ({other}); wait until it ends, stop it, or give another "
-            "name"
+            f"{out} is being written by another command, {other}; wait until it ends, stop it, or give another name"
         ) from None
     try:
         files.restore(out, work / "old")
