@@ -17,30 +17,15 @@ from distdiff import batch, files
 from distdiff.batch import frame, impute_file, job, output, plan
 from distdiff.batch.output import Corrupt, Field, Layout
 from distdiff.batch.rows import StoreRows
-from distdiff.data.masks import mcar
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from tests.batch import forks
-
-OPTIONS = ({"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1})
+from tests.batch.conftest import OPTIONS
 
 
 @pytest.fixture(scope="module")
 def model(atlas):
     return Model.new(CountStore.open(atlas).spec(("cell_type",)), *OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    return model.save(tmp_path_factory.mktemp("model") / "m")
-
-
-@pytest.fixture(scope="module")
-def mask(atlas, tmp_path_factory):
-    """In the order of the store, as a file."""
-    path = tmp_path_factory.mktemp("mask") / "mask.npy"
-    np.save(path, mcar((199, 30), 0.2, np.random.default_rng(0)))
-    return str(path)
 
 
 def as_anndata(atlas):
