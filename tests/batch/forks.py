@@ -18,7 +18,15 @@ def context():
     """A clean server to fork from: it has run nothing, so it holds no thread and no lock."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(
-        ["tests.batch.forks", "distdiff.batch", "distdiff.batch.ranks", "zarr", "anndata", "scipy.sparse"]
+        [
+            "tests.batch.forks",
+            "distdiff.batch",
+            "distdiff.batch.ranks",
+            "tests.data.kills",
+            "zarr",
+            "anndata",
+            "scipy.sparse",
+        ]
     )
     return found
 
@@ -128,6 +136,25 @@ def stop_at(where, nth=1):
         return real(*arguments, **more)
 
     setattr(holder, name, wrapped)
+
+
+def kill_at(nth):
+    """Killed just before the nth operation that changes files (tests.data.kills)."""
+    from tests.data.kills import OPERATIONS
+
+    left = nth
+
+    def count(event, arguments):
+        nonlocal left
+        if event not in OPERATIONS:
+            return
+        if event == "open" and not str(arguments[1]).startswith(("w", "a", "x", "None")):
+            return  # read only
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
 
 
 def slow_network(seconds):
