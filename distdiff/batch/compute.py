@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from distdiff.batch import output
-from distdiff.batch.output import Values
+from distdiff.batch.layout import Values, fetched
 from distdiff.batch.plan import Plan, autocast
 from distdiff.batch.summary import peak_mib, summed
-from distdiff.batch.tasks import Task
+from distdiff.batch.task import Task
 from distdiff.batch.workplace import shard_folder
 from distdiff.data.store.pool import cores
 from distdiff.tasks.impute import Filled
@@ -96,7 +96,7 @@ class ShardComputer:
         batch: Values = {"counts": {"filled": asdict(counts()), **passes}}
         for field in layout.fields:
             if field.path in values:
-                batch[field.path] = output.fetched(values[field.path], field, start)
+                batch[field.path] = fetched(values[field.path], field, start)
         with self._lock:
             held.setdefault(shard, {})[start] = batch
             if len(held[shard]) < len(self.plan.batches(shard)):

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch import frame, output
-from distdiff.batch.output import Corrupt, Field, Layout
+from distdiff.batch.layout import Field, Layout, runs
+from distdiff.batch.output import Corrupt
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary, peak_mib, together
-from distdiff.batch.tasks import Task
+from distdiff.batch.task import Task
 from distdiff.batch.workplace import shard_folder
 from distdiff.data.store.pool import cores
 from distdiff.received import Record
@@ -56,7 +57,7 @@ def finish(task: Task, plan: Plan, work: Path, *, suffix: str, command: str = ""
     store.mkdir()
     records = [output.read_record(shard_folder(shards, shard)) for shard in range(layout.n_shards)]
     nnz = {field.path: [record["nnz"][field.path] for record in records] for field in _sparse(layout)}
-    files = {f"shard-{shard:06d}": output.place(shards, store, layout, shard) for shard in range(layout.n_shards)}
+    files = {f"shard-{shard:06d}": output.link_shard(shards, store, layout, shard) for shard in range(layout.n_shards)}
     for field in layout.fields:
         if not field.sparse:
             output.metadata(store, field, layout)
@@ -109,7 +110,7 @@ def _joined(
     """Write the shards of the final CSR arrays: unit ``join-FIELD-NUMBER`` -> records of its files."""
     units = {}
     for field in _sparse(layout):
-        _, size = output.runs(sum(nnz[field.path]))
+        _, size = runs(sum(nnz[field.path]))
         for number in range(-(-sum(nnz[field.path]) // size)):
             write = partial(output.join, shards, store, field, nnz[field.path], number)
             units[f"join-{field.name}-{number:06d}"] = write

@@ -22,7 +22,7 @@ from distdiff.batch.compute import ShardComputer
 from distdiff.batch.finish import existing_result, finish, gene_counts
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
-from distdiff.batch.tasks import Task
+from distdiff.batch.task import Task
 from distdiff.batch.workplace import clear, finished_shards, folder_of, owned, read_plan, write_plan
 from distdiff.data.store.export import named
 

@@ -123,9 +123,7 @@ def _wait_for_all(group: Any, folder: Path, shards: Sequence[int], look: Callabl
             finished, since = now_finished, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             world = dist.get_world_size(group)
-            late = sorted(
-                {place % world for place in range(len(shards)) if shards[place] not in finished_shards(folder)}
-            )
+            late = sorted({i % world for i, shard in enumerate(shards) if shard not in finished_shards(folder)})
             raise RuntimeError(
                 f"no shard was finished for {PATIENCE:g} s; ranks {late} have not computed their share; stop the "
                 "job, the same command continues it"

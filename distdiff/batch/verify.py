@@ -18,7 +18,7 @@ from distdiff.batch.compute import ShardComputer
 from distdiff.batch.finish import existing_result
 from distdiff.batch.output import RECORD, Corrupt
 from distdiff.batch.plan import Plan
-from distdiff.batch.tasks import Task
+from distdiff.batch.task import Task
 from distdiff.batch.workplace import finished_shards, folder_of, owned, read_plan, shard_folder
 
 HINT = "--verify --repair computes it again"
@@ -131,7 +131,7 @@ def _repair(out: Path, scratch: Path, task: Task, result: dict[str, Any], damage
     for number in numbers:
         if any(n != nnz[path][number] for path, n in output.read_record(shard_folder(shards, number))["nnz"].items()):
             raise Corrupt(f"{out}: shard {number} came out with another number of values: {OTHERWISE}")
-        written |= output.place(shards, store, layout, number)
+        written |= output.link_shard(shards, store, layout, number)
     for field, number in joins:
         written |= output.join(shards, store, field, nnz[field.path], number)
     names = [(unit, name) for unit, found in damaged.items() for name in found]

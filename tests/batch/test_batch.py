@@ -15,7 +15,8 @@ import scipy.sparse as sp
 
 from distdiff import batch, files
 from distdiff.batch import frame, impute_file, job, output, plan
-from distdiff.batch.output import Corrupt, Field, Layout
+from distdiff.batch.layout import Field, Layout, cast
+from distdiff.batch.output import Corrupt
 from distdiff.batch.rows import StoreRows
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
@@ -205,10 +206,10 @@ def test_read_lazily(model, atlas, mask, tmp_path):
 
 def test_numbers_that_a_width_does_not_hold_are_refused():
     with pytest.raises(ValueError, match=r"holds 70000, float16 reaches to 65504: .*float32"):
-        output.cast(np.array([70000.0]), Field("layers/x", "float16"))
+        cast(np.array([70000.0]), Field("layers/x", "float16"))
     with pytest.raises(ValueError, match="uint16 reaches"):
-        output.cast(np.array([-1.0]), Field("layers/x", "uint16"))
-    assert output.cast(np.array([1.6]), Field("layers/x", "int16")).tolist() == [2]
+        cast(np.array([-1.0]), Field("layers/x", "uint16"))
+    assert cast(np.array([1.6]), Field("layers/x", "int16")).tolist() == [2]
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 199, 256, 257, 5000, 10**6])
