@@ -382,8 +382,7 @@ def evaluate(
     from distdiff.config import Evaluation
 
     settings = Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,
-        repaint_steps=repaint_steps  # type: ignore[arg-type]
+        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
     )  # fmt: skip
     loaded = distdiff.load(model, trust=tuple(trust or ()))
     report = experiment.evaluate_model(loaded, distdiff.CountStore.open(data), settings, seed=seed)

@@ -87,8 +87,17 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["zarr", "h5ad"])
-@pytest.mark.parametrize("kind", JOBS)
+SUFFIXES = {"impute": "zarr", "complete": "h5ad", "denoise": "zarr", "deepen": "h5ad", "generate": "zarr"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        pytest.param(kind, suffix, marks=[pytest.mark.slow] if suffix != SUFFIXES[kind] else [])
+        for kind in JOBS
+        for suffix in ("zarr", "h5ad")
+    ],
+)
 def test_all_engines_make_the_same_result(saved, inputs, mask, workers, tmp_path, kind, suffix):
     given, options = JOBS[kind]
     data = None if given is None else str(inputs[given])
