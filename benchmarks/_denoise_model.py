@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 
 from distdiff import config, experiment
-from distdiff.data.shard import shard
+from distdiff.data.ingest.shard import shard
 from distdiff.model import Model
 from distdiff.tasks.denoise import denoise
 from distdiff.types import Cells, Condition

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from distdiff import config, experiment, metrics, quickstart
+from distdiff.data.ingest.shard import shard
 from distdiff.data.masks import mcar
-from distdiff.data.shard import shard
-from distdiff.data.store import CountStore
-from distdiff.evaluate import cheap, deviances
+from distdiff.data.store.store import CountStore
+from distdiff.evaluation import cheap, deviances
 from distdiff.model import Model
 from distdiff.process._laws import nb_nll
 from distdiff.rng import generator, numpy_generator

@@ -46,7 +46,7 @@ from scipy import sparse
 
 from distdiff import component
 from distdiff.baselines import Baseline
-from distdiff.data.scan import Moments
+from distdiff.data.store.moments import Moments
 from distdiff.readouts import readout
 from distdiff.rng import numpy_generator
 

@@ -61,12 +61,12 @@ def trained(
 
     from distdiff import config
     from distdiff.data.masks import mcar
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
     from distdiff.model import Model
     from distdiff.process._laws import nb_nll
     from distdiff.rng import numpy_generator
     from distdiff.sampling import predictor
-    from distdiff.train.loop import train
+    from distdiff.training.loop import train
 
     store, device = CountStore.open(store_path), torch.device(device)
     batch = batch or (128 if denoiser["kind"] == "mlp" else 32)
@@ -121,7 +121,7 @@ def speed(name: str, genes: int, seed: int) -> dict[str, Any]:
     from distdiff.model import Model
     from distdiff.process.survival import Survival
     from distdiff.rng import generator
-    from distdiff.train.optim import Optim
+    from distdiff.training.optim import Optim
     from distdiff.types import Condition, DataSpec
 
     kind = VARIANTS[name]["kind"]
@@ -253,7 +253,7 @@ def main() -> None:
         print(json.dumps(found))
         return
 
-    from distdiff.data.shard import shard
+    from distdiff.data.ingest.shard import shard
 
     began = time.perf_counter()
     previous = json.loads(a.out.read_text()) if a.out.exists() else {}

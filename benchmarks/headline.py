@@ -18,9 +18,9 @@ import numpy as np
 
 from distdiff import component, config, experiment, quickstart
 from distdiff.baselines import Baseline
-from distdiff.data.shard import shard
-from distdiff.data.store import CountStore
-from distdiff.evaluate import Contestant
+from distdiff.data.ingest.shard import shard
+from distdiff.data.store.store import CountStore
+from distdiff.evaluation import Contestant
 from distdiff.model import Model
 
 HEADLINES = ("deviance", "log1p_mse", "rmse", "crps", "energy")

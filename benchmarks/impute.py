@@ -30,8 +30,8 @@ from distdiff import batch
 from distdiff.batch import job, output
 from distdiff.batch.output import Layout
 from distdiff.batch.summary import peak_mib
-from distdiff.data.shard import shard
-from distdiff.data.store import CountStore
+from distdiff.data.ingest.shard import shard
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import numpy_generator
 from distdiff.types import DataSpec

@@ -58,9 +58,9 @@ def build_command(atlas: Path, out: Path, codec: str, panel: bool) -> list[str]:
 
 def ours(a: argparse.Namespace) -> peers.Source:
     """distdiff as a `peers.Source`; X alone, as the others."""
-    from distdiff.data.loader import batches, loader
-    from distdiff.data.plan import Plan
-    from distdiff.data.store import CountStore
+    from distdiff.data.feed.loader import batches, loader
+    from distdiff.data.feed.plan import Plan
+    from distdiff.data.store.store import CountStore
 
     names = [f"gene{i}" for i in np.load(a.panel)] if a.panel else None
 

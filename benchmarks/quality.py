@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from distdiff import config, experiment, metrics
+from distdiff.data.ingest.shard import shard
 from distdiff.data.masks import mcar
-from distdiff.data.shard import shard
 from distdiff.data.splat import published
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import numpy_generator
 from distdiff.types import Cells

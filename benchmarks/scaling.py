@@ -37,11 +37,11 @@ from accelerate.utils import gather_object
 from step import made
 
 from distdiff import config
-from distdiff.data.loader import Loading, loader
-from distdiff.data.plan import Plan
-from distdiff.data.store import CountStore
+from distdiff.data.feed.loader import Loading, loader
+from distdiff.data.feed.plan import Plan
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
-from distdiff.train import checkpoint, engine, fit, loop
+from distdiff.training import checkpoint, engine, fit, loop
 
 SIZES = (32, 64, 128, 256, 512)
 """Cells of the steps that are timed alone."""

@@ -28,18 +28,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from distdiff import config
-from distdiff.data.loader import loader
-from distdiff.data.plan import Plan
-from distdiff.data.shard import shard
-from distdiff.data.store import CountStore
+from distdiff.data.feed.loader import loader
+from distdiff.data.feed.plan import Plan
+from distdiff.data.ingest.shard import shard
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator, numpy_generator
 from distdiff.rng.rows import Rows
-from distdiff.train import noise
-from distdiff.train.compiled import compile_denoiser, compile_law
-from distdiff.train.ema import Ema
-from distdiff.train.loop import Training, _law
-from distdiff.train.times import Times
+from distdiff.training import noise
+from distdiff.training.compiled import compile_denoiser, compile_law
+from distdiff.training.ema import Ema
+from distdiff.training.loop import Training, _law
+from distdiff.training.times import Times
 
 
 def made(folder: Path, cells: int, genes: int) -> CountStore:

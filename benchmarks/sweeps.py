@@ -20,9 +20,9 @@ import torch
 from quality import train
 
 from distdiff import metrics, quickstart
+from distdiff.data.ingest.shard import shard
 from distdiff.data.masks import mcar
-from distdiff.data.shard import shard
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.rng import numpy_generator
 from distdiff.types import Cells
 

@@ -4,9 +4,9 @@
 
 Three contestants take turns of ``--steps`` steps within one process, each with weights and optimiser of its own:
 
-- ``distdiff``: ``distdiff.train.loop.train`` itself on a store of sharded, coded counts: loader, plan, noise by address
-  (the same for any number of processes), gradient clipping, weight average, progress bar. Validation and checkpoints,
-  which happen once in thousands of cells, are left out.
+- ``distdiff``: ``distdiff.training.loop.train`` itself on a store of sharded, coded counts: loader, plan, noise by
+  address (the same for any number of processes), gradient clipping, weight average, progress bar. Validation and
+  checkpoints, which happen once in thousands of cells, are left out.
 - ``plain``: what one would write by hand: dense counts in memory, a random batch, one generator for its times,
   survival and thinning, network, loss, backward pass, clipping, fused AdamW.
 - ``network``: the same without picking and thinning: one batch, thinned once, again and again.
@@ -30,12 +30,12 @@ from accelerate import Accelerator
 from step import made
 
 from distdiff import config
-from distdiff.data.loader import Loading
-from distdiff.data.store import CountStore
+from distdiff.data.feed.loader import Loading
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator
-from distdiff.train import loop
-from distdiff.train.compiled import compile_denoiser
+from distdiff.training import loop
+from distdiff.training.compiled import compile_denoiser
 from distdiff.types import Condition
 
 Turn = Callable[[], None]

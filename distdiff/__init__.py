@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from distdiff.batch import impute_file
-    from distdiff.data.shard import shard
-    from distdiff.data.store import CountStore
-    from distdiff.evaluate import evaluate
+    from distdiff.data.ingest.shard import shard
+    from distdiff.data.store.store import CountStore
+    from distdiff.evaluation import evaluate
     from distdiff.experiment import train
     from distdiff.model import Model
     from distdiff.sampling import sample
 
 _HOME = {
-    "CountStore": "distdiff.data.store",
+    "CountStore": "distdiff.data.store.store",
     "Model": "distdiff.model",
-    "evaluate": "distdiff.evaluate",
+    "evaluate": "distdiff.evaluation",
     "impute_file": "distdiff.batch",
     "sample": "distdiff.sampling",
-    "shard": "distdiff.data.shard",
+    "shard": "distdiff.data.ingest.shard",
     "train": "distdiff.experiment",
 }
 

@@ -55,7 +55,7 @@ def shard(
     overwrite: Overwrite = False,
 ) -> None:
     """Build a sharded zarr store from count matrices; the same command goes on with a build that was stopped."""
-    from distdiff.data.shard import shard as build
+    from distdiff.data.ingest.shard import shard as build
 
     try:
         first, second, third = (float(part) for part in split.split(","))
@@ -76,7 +76,7 @@ def shard(
 @stores.command()
 def info(path: Annotated[str, typer.Argument(help="Folder or URL of a store.")]) -> None:
     """What a store holds."""
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
     typer.echo(CountStore.open(path).describe())
 
@@ -84,7 +84,7 @@ def info(path: Annotated[str, typer.Argument(help="Folder or URL of a store.")])
 @stores.command()
 def verify(path: Annotated[str, typer.Argument(help="Folder or URL of a store.")]) -> None:
     """Read every count once and compare it with what was built."""
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
     store = CountStore.open(path)
     store.verify(progress=True)
@@ -99,8 +99,8 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a store as AnnData, cells in the order of their sources."""
-    from distdiff.data.export import export as write
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.export import export as write
+    from distdiff.data.store.store import CountStore
 
     store = CountStore.open(path)
     write(store.panel() if panel else store, out, overwrite=overwrite)
@@ -114,7 +114,7 @@ def upload(
     overwrite: Overwrite = False,
 ) -> None:
     """Copy a store to an object store; the same command goes on with a copy that was cut."""
-    from distdiff.data.upload import upload as send
+    from distdiff.data.store.upload import upload as send
 
     manifest, sent = send(path, url, overwrite=overwrite)
     typer.echo(f"{url}: {manifest.n_cells} cells, {sent:,} bytes sent, fingerprint {manifest.fingerprint[:12]}")
@@ -147,8 +147,8 @@ def train(
     """
     from distdiff import config as configs
     from distdiff import experiment
-    from distdiff.train.peers import Lost
-    from distdiff.train.stop import Stopped
+    from distdiff.training.peers import Lost
+    from distdiff.training.stop import Stopped
 
     resolved = configs.load(config, overrides or [])
     try:
@@ -342,7 +342,7 @@ def _genes(text: str | None) -> list[str] | None:
     if text is None:
         return None
     if Path(text).is_file():
-        from distdiff.data.choose import listed
+        from distdiff.data.ingest.choose import listed
 
         return listed(Path(text))
     return list(_words(text))

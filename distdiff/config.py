@@ -18,12 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distdiff.component import build, complete, nearest
-from distdiff.data.loader import Loading
+from distdiff.data.feed.loader import Loading
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
-from distdiff.train.loop import Training
-from distdiff.train.optim import Optim
+from distdiff.training.loop import Training
+from distdiff.training.optim import Optim
 
 
 @dataclass(frozen=True)

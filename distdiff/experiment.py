@@ -26,26 +26,26 @@ from accelerate.utils import (
 from distdiff import files, received, tracking
 from distdiff.component import modules, nearest
 from distdiff.config import Config, Evaluation
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser, adopt
-from distdiff.impute import Imputer
-from distdiff.impute.labels import Told
-from distdiff.impute.panel import OnPanel
+from distdiff.imputers import Imputer
+from distdiff.imputers.labels import Told
+from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
-from distdiff.train import checkpoint
-from distdiff.train.fit import settled
-from distdiff.train.launched import check_world
-from distdiff.train.loop import Progress
-from distdiff.train.loop import train as fit
-from distdiff.train.owner import owned
-from distdiff.train.peers import Peers
-from distdiff.train.stop import EXCHANGE
-from distdiff.train.trace import NAME as TRACE
+from distdiff.training import checkpoint
+from distdiff.training.fit import settled
+from distdiff.training.launched import check_world
+from distdiff.training.loop import Progress
+from distdiff.training.loop import train as fit
+from distdiff.training.owner import owned
+from distdiff.training.peers import Peers
+from distdiff.training.stop import EXCHANGE
+from distdiff.training.trace import NAME as TRACE
 
 if TYPE_CHECKING:
-    from distdiff.evaluate import Contestant
+    from distdiff.evaluation import Contestant
     from distdiff.report import Report
 
 log = logging.getLogger("distdiff")
@@ -240,7 +240,7 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
         No such store, another one there by now, or no gene in common.
     """
     from distdiff.data.masks import mcar
-    from distdiff.evaluate import deviances
+    from distdiff.evaluation import deviances
     from distdiff.rng import numpy_generator
 
     ours, theirs = (Model.load(folder, trust=trust) for folder in (new, champion))
@@ -277,12 +277,12 @@ def _start(model: Model, address: str, trust: Sequence[str]) -> str:
 def evaluate_model(
     model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0, extra: Sequence[Contestant] = ()
 ) -> Report:
-    """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluate``).
+    """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluation``).
 
     The genes that both know are scored, whatever their order; the model's others count as not measured. A model with
     labels answers without them, as its tasks do; a row of its own has them, and peeks.
     """
-    from distdiff.evaluate import Contestant, default_contestants, evaluate
+    from distdiff.evaluation import Contestant, default_contestants, evaluate
 
     model.check_store(store.manifest, store.url)
     store = _shared(store, model)
@@ -352,7 +352,7 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
     told labels (a model that never went without is).
     """
     from distdiff.data.masks import mcar
-    from distdiff.evaluate import cheap, deviances
+    from distdiff.evaluation import cheap, deviances
     from distdiff.rng import numpy_generator
 
     cells = store.cells(store.rows("val")[:limit], model.always_told)

@@ -236,7 +236,7 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     Parameters
     ----------
     truth, answer
-        ``float [b g]`` completed cells on the scale of comparison (`distdiff.evaluate` gives log1p of counts).
+        ``float [b g]`` completed cells on the scale of comparison (`distdiff.evaluation` gives log1p of counts).
     weights
         ``int [R b]``.
 
@@ -310,7 +310,7 @@ def correlation_error(
 
     Over the ``top`` genes of largest mean in ``truth``, pairs of different genes; genes that are constant in either set
     of a replicate are left out. ``truth`` and ``answer`` (``float [b g]``) are on the scale of comparison, log1p of
-    counts in `distdiff.evaluate`. Not in the papers.
+    counts in `distdiff.evaluation`. Not in the papers.
     """
     genes = np.argsort(-truth.mean(axis=0), kind="stable")[:top]
     x, y = truth[:, genes].astype(np.float64), answer[:, genes].astype(np.float64)

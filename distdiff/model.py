@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from distdiff import files, received, saved
 from distdiff.component import Untrusted, build, complete, nearest
-from distdiff.data.source import Source, layer_names
+from distdiff.data.ingest.source import Source, layer_names
 from distdiff.denoise import Denoiser
-from distdiff.impute import Imputer
-from distdiff.impute.conditional import Conditional
-from distdiff.impute.graphed import Graphed
-from distdiff.impute.repaint import RePaint
+from distdiff.imputers import Imputer
+from distdiff.imputers.conditional import Conditional
+from distdiff.imputers.graphed import Graphed
+from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
 from distdiff.tasks import Reader, check_labels
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-    from distdiff.data.manifest import Manifest
+    from distdiff.data.store.manifest import Manifest
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Model:
         Parameters
         ----------
         graph
-            Replay batches as CUDA graphs (``conditional`` alone; see :mod:`~distdiff.impute.graphed`).
+            Replay batches as CUDA graphs (``conditional`` alone; see :mod:`~distdiff.imputers.graphed`).
 
         Raises
         ------

@@ -12,9 +12,9 @@ import scipy.sparse as sp
 
 from distdiff import config, experiment, files, tracking
 from distdiff.batch import impute_file
+from distdiff.data.ingest.shard import shard
+from distdiff.data.ingest.source import Source
 from distdiff.data.masks import mcar
-from distdiff.data.shard import shard
-from distdiff.data.source import Source
 from distdiff.model import Model
 from distdiff.rng import numpy_generator
 

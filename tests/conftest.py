@@ -55,7 +55,7 @@ def counts():
 @pytest.fixture(scope="session")
 def atlas(counts, tmp_path_factory):
     """The store of :func:`counts`."""
-    from distdiff.data.shard import shard
+    from distdiff.data.ingest.shard import shard
 
     folder = tmp_path_factory.mktemp("atlas")
     counts.write_h5ad(folder / "counts.h5ad")

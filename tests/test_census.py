@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from distdiff.data.source import Source
+from distdiff.data.ingest.source import Source
 
 RECIPE = Path(__file__).parents[1] / "data_prep" / "census.py"
 

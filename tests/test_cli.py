@@ -26,7 +26,7 @@ def test_import_is_light():
     code = "import sys, distdiff; print([m for m in ('mlflow', 'scanpy', 'dask', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     code = (
-        "import sys, distdiff, distdiff.model, distdiff.data.store;"
+        "import sys, distdiff, distdiff.model, distdiff.data.store.store;"
         "print([m for m in ('mlflow', 'scanpy', 'dask', 'deepspeed', 'matplotlib', 'sklearn') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -128,7 +128,7 @@ def test_the_home_folder_is_known_where_no_shell_expands_it(tmp_path, monkeypatc
 
 def test_tasks_on_files(atlas, tmp_path, monkeypatch, capsys):
     from distdiff.cli import main
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
     from distdiff.model import Model
 
     def distdiff(*words):
@@ -161,7 +161,7 @@ def test_tasks_on_files(atlas, tmp_path, monkeypatch, capsys):
 def test_a_launcher_with_two_processes(atlas, tmp_path):
     from pathlib import Path
 
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
     from distdiff.model import Model
 
     spec = CountStore.open(atlas).spec(())
@@ -182,7 +182,7 @@ def test_an_interrupted_command_ends_in_a_sentence(monkeypatch, capsys):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distdiff.data.shard.shard", interrupted)
+    monkeypatch.setattr("distdiff.data.ingest.shard.shard", interrupted)
     from distdiff.cli import main
 
     with pytest.raises(SystemExit) as ended:

@@ -13,13 +13,13 @@ from accelerate.utils import DistributedType
 
 from distdiff import config, experiment, graphs
 from distdiff.data.masks import mcar
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.graphs import WARM, Captured
-from distdiff.impute.graphed import Graphed
+from distdiff.imputers.graphed import Graphed
 from distdiff.model import Model
 from distdiff.rng import numpy_generator
-from distdiff.train import checkpoint, graphed
+from distdiff.training import checkpoint, graphed
 from distdiff.types import DataSpec
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -126,7 +126,7 @@ def test_a_step_in_a_graph_is_the_step(atlas, tmp_path, monkeypatch, stand_in, n
     with pytest.raises(ValueError, match=r"train\.graph=true: CUDA graphs need a GPU"):
         run(atlas, tmp_path / "no", graph=True)
     monkeypatch.setattr(graphed, "check", lambda *_: None)
-    monkeypatch.setattr("distdiff.train.engine.Engine.capturable", on_cpu)
+    monkeypatch.setattr("distdiff.training.engine.Engine.capturable", on_cpu)
     assert_near(run(atlas, tmp_path / "graph", graph=True, noise=noise), plain)
     assert len(stand_in) == 1
     run(atlas, tmp_path / "half", graph=True, noise=noise, cells=1280, minutes=0.0, checkpoint_cells=640)
@@ -188,7 +188,7 @@ def test_an_imputers_graph_gives_its_answers(atlas, monkeypatch, stand_in):
     model, store = imputer_of(atlas)
     graph = model.imputer(graph=True, also=("sd",), steps=2)
     assert isinstance(graph, Graphed)
-    monkeypatch.setattr("distdiff.impute.graphed._check", lambda device, draws: None)
+    monkeypatch.setattr("distdiff.imputers.graphed._check", lambda device, draws: None)
     same_answers(graph, model.imputer(also=("sd",), steps=2), store)
     assert len(stand_in) == 2  # with draws and without
 

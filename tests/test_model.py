@@ -14,7 +14,7 @@ import distdiff
 from distdiff import batch, files
 from distdiff.batch import impute_file
 from distdiff.data.masks import mcar
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
 OPTIONS = ({"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1})

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from distdiff.denoise import Denoiser
-from distdiff.impute.conditional import Conditional
-from distdiff.impute.repaint import RePaint
+from distdiff.imputers.conditional import Conditional
+from distdiff.imputers.repaint import RePaint
 from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels
 from distdiff.rng import generator

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from distdiff import batch, received
 from distdiff.data.masks import mcar
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.tracking.predict import predict
 

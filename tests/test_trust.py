@@ -13,7 +13,7 @@ import pytest
 
 import distdiff
 from distdiff import cli, component, config, experiment
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
 MODULE = '''

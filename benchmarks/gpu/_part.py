@@ -154,7 +154,7 @@ def made(
     import pandas as pd
     from scipy import sparse
 
-    from distdiff.data.shard import shard
+    from distdiff.data.ingest.shard import shard
 
     store = folder / f"{cells}x{genes}.zarr"
     if store.exists():

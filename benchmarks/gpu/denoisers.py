@@ -24,7 +24,7 @@ OVERHEAD = 4.0
 
 def main() -> None:
     part, script = Part(__doc__), beside("denoisers")
-    from distdiff.data.shard import shard
+    from distdiff.data.ingest.shard import shard
 
     store = part.work / "small.zarr"
     if SMALL.exists() and not part.dry:

@@ -16,7 +16,7 @@ from typing import Any
 from _part import DEVICE, Load, Part, beside, made
 
 from distdiff.batch import job
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
 ORDER = ("mean", "1 draw", "5 draws")

@@ -1,8 +1,8 @@
 """Train: cells per second, share of the matrix peak, share waiting for data, memory; what each network is bound by.
 
-``distdiff.train.loop.train`` itself runs twice ``steps`` steps on a made store: the first half warms up (and is traced
-for a few steps), the second is measured. FLOPs a cell: torch's FlopCounterMode over one forward and backward pass of
-the network. ``busy``: share of the traced steps in which a kernel ran; its kernels, by time, are listed.
+``distdiff.training.loop.train`` itself runs twice ``steps`` steps on a made store: the first half warms up (and is
+traced for a few steps), the second is measured. FLOPs a cell: torch's FlopCounterMode over one forward and backward
+pass of the network. ``busy``: share of the traced steps in which a kernel ran; its kernels, by time, are listed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 from distdiff import config
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.process.survival import Survival
 from distdiff.rng import generator
-from distdiff.train import loop
-from distdiff.train.fit import settled
-from distdiff.train.trace import NAME as TRACE
+from distdiff.training import loop
+from distdiff.training.fit import settled
+from distdiff.training.trace import NAME as TRACE
 from distdiff.types import Condition
 
 TRANSFORMER = {"kind": "transformer", "width": 512, "depth": 6, "heads": 8}

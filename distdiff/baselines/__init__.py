@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distdiff.impute import Imputed, Imputer
+from distdiff.imputers import Imputed, Imputer
 from distdiff.rng import numpy_generator
 from distdiff.types import Bool, Cells, Condition, Tensor
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array, csr_matrix
 
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 __all__ = ["Baseline", "chunks", "depth"]
 
@@ -44,7 +44,7 @@ class Baseline(Imputer, ABC):
     peeks
         It profits from something made from the hidden entries (cell-type labels, or the truth itself).
     sees_hidden
-        `distdiff.evaluate` hands it the true counts: only ``perfect``.
+        `distdiff.evaluation` hands it the true counts: only ``perfect``.
     control
         A yardstick, not a competitor.
     denoises

@@ -10,7 +10,7 @@ import numpy as np
 from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, _tuning, depth
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 FLOORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Shares of ``s gene_mean`` below which a rate may not fall; the best is chosen."""

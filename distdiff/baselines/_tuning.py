@@ -11,7 +11,7 @@ from distdiff.baselines import BoolArray, FloatArray
 from distdiff.rng import numpy_generator
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 
 def sample(rows: np.ndarray, at_most: int, seed: int) -> np.ndarray:

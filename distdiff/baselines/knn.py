@@ -13,7 +13,7 @@ import numpy as np
 from distdiff.baselines import CHUNK, Baseline, BoolArray, Cells, FloatArray, _tuning, depth
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 
 class Knn(Baseline):

@@ -18,7 +18,7 @@ from distdiff.baselines.pca import Pca
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 ROWS = 1024
 """Cells whose distances to all training cells are in memory at once."""

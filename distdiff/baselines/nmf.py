@@ -12,7 +12,7 @@ from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, _tuning, 
 from distdiff.baselines._loglinear import FLOORS
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 TINY = np.float32(1e-12)
 """Keeps quotients finite."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
-from distdiff.impute import Imputed
+from distdiff.imputers import Imputed
 from distdiff.types import Bool, Tensor
 
 

@@ -15,7 +15,7 @@ import torch
 from distdiff.baselines import CHUNK, Baseline, BoolArray, Cells, FloatArray, _tuning, depth
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 
 class Scvi(Baseline):

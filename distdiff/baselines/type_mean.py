@@ -12,7 +12,7 @@ import numpy as np
 from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, chunks, depth
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
 
 
 class TypeMean(Baseline):

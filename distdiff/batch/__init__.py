@@ -21,7 +21,7 @@ from distdiff.batch.rows import StoreRows, open_rows
 from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
 from distdiff.batch.verify import verify
-from distdiff.data.export import named
+from distdiff.data.store.export import named
 from distdiff.model import Model
 
 __all__ = ["Summary", "generate_file", "impute_file", "make_task", "on_cluster", "run", "write_anndata"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch.summary import Summary
-from distdiff.data.cluster import Company, connect, explained
+from distdiff.cluster import Company, connect, explained
 from distdiff.files import is_url
 from distdiff.model import Model
 

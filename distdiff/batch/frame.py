@@ -14,10 +14,10 @@ import numpy as np
 from distdiff.batch.output import Field
 from distdiff.batch.rows import by_columns, from_table, opened_anndata
 from distdiff.batch.tasks import Task
-from distdiff.data import legacy
-from distdiff.data.export import CsrOnDisk, zarr_v3
-from distdiff.data.scan import select
-from distdiff.data.source import rows_of
+from distdiff.data.ingest import legacy
+from distdiff.data.ingest.scan import select
+from distdiff.data.ingest.source import rows_of
+from distdiff.data.store.export import CsrOnDisk, zarr_v3
 from distdiff.tasks.frame import taken, var_of
 
 PIECE = 8 << 20

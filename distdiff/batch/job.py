@@ -27,8 +27,8 @@ from distdiff.batch.output import Corrupt, Field, Values
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary, peak_mib, summed, together
 from distdiff.batch.tasks import Task
-from distdiff.data.export import named
-from distdiff.data.pool import cores
+from distdiff.data.store.export import named
+from distdiff.data.store.pool import cores
 from distdiff.tasks.impute import Filled
 
 AHEAD, BEHIND = 2, 4

@@ -13,9 +13,9 @@ import scipy.sparse as sp
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data import legacy
-from distdiff.data.source import Source, frame_index
-from distdiff.data.store import CountStore
+from distdiff.data.ingest import legacy
+from distdiff.data.ingest.source import Source, frame_index
+from distdiff.data.store.store import CountStore
 
 CACHE = 8 << 20
 """Bytes of coded blocks in memory: rows come in order, each once."""

@@ -17,9 +17,9 @@ from distdiff import files
 from distdiff.batch.output import Field, Values
 from distdiff.batch.rows import FileRows, NewRows
 from distdiff.component import nearest
+from distdiff.data.ingest.source import Source
 from distdiff.data.masks import load_mask
-from distdiff.data.source import Source
-from distdiff.impute import by_row
+from distdiff.imputers import by_row
 from distdiff.model import Model
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample

@@ -1,6 +1,6 @@
-"""From files of counts to batches of cells: shard once, then read any cell at any step.
+"""From files of counts to batches of cells: build a store once, then read any cell at any training step.
 
-``source`` reads h5ad and AnnData zarr by row slices; ``shard`` turns them into a store (``scan`` and ``layout`` hold
-its tasks, ``split`` its splits, ``manifest`` its description); ``store`` reads cells back; ``plan`` says which cell is
-read when; ``loader`` joins the two; ``masks`` says which entries are targets.
+``ingest`` turns other people's files into a store; ``store`` is what lies on disk and how cells are read back; ``feed``
+decides which cell is read when and brings it to the network. ``counts`` says what a count is, ``masks`` which entries
+are imputation targets; ``splat`` simulates cells and ``images`` reads pictures as counts.
 """

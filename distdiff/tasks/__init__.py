@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from distdiff.component import nearest
-from distdiff.data.source import LAST_EXACT, check_counts, codes, dense, first_bad
-from distdiff.data.whole import as_counts
-from distdiff.impute.targets import Hidden
+from distdiff.data.counts import LAST_EXACT, as_counts, check_counts, dense, first_bad
+from distdiff.data.ingest.source import codes
+from distdiff.imputers.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from distdiff.impute import by_row
+from distdiff.imputers import by_row
 from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample

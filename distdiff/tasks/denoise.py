@@ -13,7 +13,7 @@ from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
     from distdiff.model import Model
 
 NEAR = 0.999

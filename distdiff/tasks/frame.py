@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.source import in_memory, layer_names
+from distdiff.data.ingest.source import in_memory, layer_names
 
 if TYPE_CHECKING:
     from anndata import AnnData

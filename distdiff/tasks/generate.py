@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distdiff.component import nearest
-from distdiff.impute import by_row
+from distdiff.imputers import by_row
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
 from distdiff.tasks import at_least_one

@@ -14,10 +14,10 @@ import scipy.sparse as sp
 import torch
 
 from distdiff.component import nearest
+from distdiff.data.ingest.scan import select
+from distdiff.data.ingest.source import codes, layer_names
 from distdiff.data.masks import check_indices
-from distdiff.data.scan import select
-from distdiff.data.source import codes, layer_names
-from distdiff.impute import Imputer, targets
+from distdiff.imputers import Imputer, targets
 from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.frame import taken
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-    from distdiff.data.source import Source
+    from distdiff.data.ingest.source import Source
     from distdiff.model import Model
 
 

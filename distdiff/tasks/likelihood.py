@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distdiff.impute import by_row
+from distdiff.imputers import by_row
 from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
 

@@ -14,7 +14,7 @@ from distdiff.tasks.denoise import fit_shrink
 from distdiff.tasks.likelihood import nats
 
 if TYPE_CHECKING:
-    from distdiff.data.store import CountStore
+    from distdiff.data.store.store import CountStore
     from distdiff.model import Model
 
 CELLS = 512

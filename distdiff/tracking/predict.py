@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.source import Source
+from distdiff.data.ingest.source import Source
 from distdiff.tasks.impute import Job, MaskLayer, mask_of
 
 if TYPE_CHECKING:

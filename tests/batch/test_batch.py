@@ -22,7 +22,7 @@ from distdiff.batch.claims import Claims
 from distdiff.batch.output import Corrupt, Field, Layout
 from distdiff.batch.rows import StoreRows
 from distdiff.data.masks import mcar
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from tests.batch import forks
 

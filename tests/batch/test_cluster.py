@@ -60,7 +60,7 @@ def test_who_comes_late_takes_part_and_who_leaves_is_not_waited_for(workers):
 
 @pytest.mark.distributed
 def test_when_the_last_worker_has_left_the_user_is_told(workers, monkeypatch):
-    monkeypatch.setattr("distdiff.data.cluster.ALONE", 0.2)
+    monkeypatch.setattr("distdiff.cluster.ALONE", 0.2)
     with ThreadPoolExecutor(1) as user:
         job = user.submit(cluster.on_cluster, workers.scheduler_address, "impute", None, None, "x.zarr")
         wait_for(lambda: started == [0])

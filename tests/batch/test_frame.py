@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from distdiff import batch
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
 OPTIONS = ({"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})

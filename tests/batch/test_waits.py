@@ -7,7 +7,7 @@ import torch
 
 from distdiff.batch.rows import StoreRows
 from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng.rows import Rows
 from tests.waits import DEVICE, Waits

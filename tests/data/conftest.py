@@ -9,7 +9,7 @@ import pytest
 import zarr
 from scipy import sparse
 
-from distdiff.data.shard import shard
+from distdiff.data.ingest.shard import shard
 
 
 def make_counts(n: int, g: int, seed: int = 0) -> sparse.csr_matrix:

@@ -7,7 +7,7 @@ import pytest
 
 from distdiff import config, experiment
 from distdiff.data import images
-from distdiff.data.shard import shard
+from distdiff.data.ingest.shard import shard
 from distdiff.model import Model
 
 

@@ -11,7 +11,7 @@ import torch
 
 from distdiff.batch import run
 from distdiff.component import kinds
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.process import Process
 from distdiff.rng import Rng

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from distdiff import experiment
-from tests.train import processes
-from tests.train.test_loop import final, make
-from tests.train.test_resume import wait_for, walks
+from tests.training import processes
+from tests.training.test_loop import final, make
+from tests.training.test_resume import wait_for, walks
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from distdiff import batch, experiment
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
-from distdiff.train import checkpoint
+from distdiff.training import checkpoint
 from tests.batch.test_batch import content
 from tests.hosts.network import wait_for
-from tests.train.test_loop import assert_equal, final, make
+from tests.training.test_loop import assert_equal, final, make
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from distdiff import experiment
-from distdiff.train import checkpoint
+from distdiff.training import checkpoint
 from tests.hosts.network import wait_for
-from tests.train import processes
-from tests.train.test_engines import RTOL
-from tests.train.test_loop import assert_equal, final, make
+from tests.training import processes
+from tests.training.test_engines import RTOL
+from tests.training.test_loop import assert_equal, final, make
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

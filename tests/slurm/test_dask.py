@@ -13,9 +13,9 @@ import pytest
 import scipy.sparse as sp
 
 from distdiff.batch import impute_file
+from distdiff.data.ingest.shard import shard
 from distdiff.data.masks import mcar
-from distdiff.data.shard import shard
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from tests.batch.test_batch import content
 

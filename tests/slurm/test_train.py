@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.test_loop import assert_equal, final
+from tests.training.test_loop import assert_equal, final
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"

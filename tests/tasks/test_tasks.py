@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from distdiff import config, experiment
-from distdiff.data.store import CountStore
+from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.model import Model
 from distdiff.process.counts import Counts
@@ -144,7 +144,7 @@ def test_denoised_is_the_rate_and_the_shrink_is_the_gamma_posterior():
 
 
 def test_shrink_finds_the_gamma_shape_of_the_data(tmp_path):  # rates Gamma(k) around the network's: k is the answer
-    from distdiff.data.shard import shard
+    from distdiff.data.ingest.shard import shard
 
     rng, n = np.random.default_rng(0), 6000
     rate, k = np.array([6.0, 6.0, 6.0]), np.array([2.0, 50.0, 1e9])

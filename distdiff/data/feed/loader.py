@@ -1,0 +1,368 @@
+"""Batches of a plan out of a store, read ahead by threads; the whole state is the step.
+
+Which cells a batch holds is the plan's business, so every way of loading gives the same batches: from disk by threads
+of this process, from memory of this process or of the GPU (`distdiff.data.feed.resident`), or through dask workers
+anywhere (`distdiff.data.feed.stream`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Full, Queue
+from typing import Literal, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from distdiff.data.feed.plan import Mixed, Order, Plan
+from distdiff.data.feed.resident import Resident, Uploader
+from distdiff.data.store.pool import Lease
+from distdiff.data.store.store import CountStore
+from distdiff.types import Cells, Condition
+
+B = TypeVar("B")
+
+BUNDLE = 4096
+"""Cells whose blocks are looked up together."""
+
+SHARE = 0.25
+"""Share of the free memory that a resident copy may take."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How training cells come in.
+
+    Parameters
+    ----------
+    reader
+        ``direct``, ``tensorstore``, ``zarr``; ``auto`` is the first for a local store, else the second; ``dask`` has
+        dask workers read, decode and cut batches.
+    scheduler
+        For ``dask``: the scheduler's address, tcp://...
+    cache_mb
+        Memory for coded blocks, MiB.
+    resident
+        ``yes`` keeps the coded training genes in memory (of the GPU where there is one), ``auto`` where they take less
+        than a quarter of what is free, ``no`` never.
+    window
+        Blocks (of 256 cells) that are shuffled together; the larger the atlas, the larger it should be.
+    ahead
+        Batches made before they are asked for; for ``dask`` pieces of the order in flight.
+    strata
+        Label whose values are read in given proportions; a store built with that ``--strata`` reads them fastest.
+    weights
+        A power of the number of cells a value has (1: as they are, 0: balanced), or a weight for each value.
+
+    Raises
+    ------
+    ValueError
+        A size below 1, ``dask`` without a scheduler, or a scheduler without ``dask``.
+    """
+
+    reader: Literal["auto", "direct", "tensorstore", "zarr", "dask"] = "auto"
+    scheduler: str = ""
+    cache_mb: int = 512
+    resident: Literal["auto", "yes", "no"] = "auto"
+    window: int = 64
+    ahead: int = 2
+    strata: str = ""
+    weights: float | dict[str, float] = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("cache_mb", "window", "ahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loader.{name} must be at least 1, got {getattr(self, name)}")
+        weights = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"loader.weights must be finite, got {self.weights}")
+        if (self.reader == "dask") != bool(self.scheduler):
+            raise ValueError(
+                f"loader.reader={self.reader!r} with loader.scheduler={self.scheduler!r}: reader 'dask' wants the "
+                "address of a scheduler (tcp://...), and no other reader has one"
+            )
+
+    def open(self, path: str | Path) -> CountStore:
+        """The store at ``path``, read in this way."""
+        reader = "auto" if self.reader == "dask" else self.reader
+        return CountStore.open(path, cache_bytes=self.cache_mb << 20, reader=reader)
+
+    def plan(self, store: CountStore, index: np.ndarray, batch: int, seed: int) -> Order:
+        """The order in which cells ``index`` of a store are read.
+
+        Raises
+        ------
+        ValueError
+            ``strata`` is no label of the store, or ``weights`` do not fit it.
+        """
+        if not self.strata:
+            return Plan(len(index), batch, block=store.manifest.block, window=self.window, seed=seed)
+        codes = store.labels(index, [self.strata])[self.strata]
+        return Mixed.of(codes, store.manifest.labels[self.strata], self.weights, batch=batch,
+                        block=store.manifest.block, window=self.window, seed=seed)  # fmt: skip
+
+    def keep(self, store: CountStore, device: torch.device, ranks: int = 1) -> tuple[CountStore, Resident | None, str]:
+        """Keep the store in memory if that is wanted and fits.
+
+        Parameters
+        ----------
+        store
+            Looked at through the genes that are trained on.
+        device
+            Where batches go.
+        ranks
+            Processes of this machine that share its memory.
+
+        Returns
+        -------
+        (CountStore, Resident or None, str)
+            The store to read from, its copy on the GPU, and what to tell.
+        """
+        need = store.coded_bytes
+        if self.resident == "no" or self.reader == "dask":
+            return store, None, ""
+        free = _free_on(device) if device.type == "cuda" else psutil.virtual_memory().available // ranks
+        if self.resident == "auto" and need > SHARE * free:
+            return store, None, f"streaming: {_mib(need)} of coded counts, {_mib(free)} free"
+        if device.type == "cuda":
+            return store, Resident.load(store, device), f"resident: {_mib(need)} of coded counts on {device}"
+        if store.slots < store.manifest.n_blocks:
+            whole = CountStore.open(store.url, cache_bytes=store.cache_for_all, reader=self.reader)
+            store = whole.panel(store.genes) if store.genes != whole.genes else whole
+        return store, None, f"resident: {_mib(need)} of coded counts stay in memory"
+
+
+@dataclass(eq=False)
+class _Bundle:
+    """Some steps whose blocks are held together."""
+
+    steps: list[int]
+    rows: list[np.ndarray]
+    leases: list[Lease] | None = None
+    left: int = 0
+    blocks: set[int] = field(default_factory=set)
+
+
+def loader(
+    store: CountStore,
+    plan: Order,
+    index: np.ndarray,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    labels: Sequence[str] | None = None,
+    ahead: int = 2,
+    device: torch.device | None = None,
+    resident: Resident | None = None,
+    scheduler: str = "",
+) -> Generator[tuple[int, Cells], None, None]:
+    """One rank's batches from step ``start`` on.
+
+    Resuming is calling it again with another ``start``; closing the iterator stops its threads.
+
+    Parameters
+    ----------
+    store, plan
+        Where the cells are, and when each is read.
+    index
+        ``int64 [plan.n_cells]``, store row of each position of the plan, for example ``store.rows("train")``.
+    start, stop
+        First step and one past the last (None is no end).
+    rank, world
+        Which slice of each global batch.
+    labels
+        Covariates wanted; None is all.
+    ahead
+        Batches made before they are asked for (for dask: pieces of the order).
+    device
+        Where batches go; a GPU gets them coded, through pinned memory, and decodes them beside the training.
+    resident
+        A copy to cut batches from instead of reading.
+    scheduler
+        Address of a dask scheduler whose workers make the batches instead.
+
+    Yields
+    ------
+    (int, Cells)
+        The step, and ``plan.batch / world`` cells.
+
+    Raises
+    ------
+    ValueError
+        Plan and index differ in size, the batch does not divide by ``world``, or whatever reading raises.
+    """
+    index = np.asarray(index)
+    if plan.n_cells != len(index):
+        raise ValueError(f"the plan orders {plan.n_cells} cells, the index has {len(index)}; build the plan from it")
+    if ahead < 1:
+        raise ValueError(f"ahead={ahead}: at least 1 batch must be read ahead")
+    plan.rank_rows(start, rank, world)
+    steps = itertools.count(start) if stop is None else range(start, stop)
+
+    def rows_of(step: int) -> np.ndarray:
+        return index[plan.rank_rows(step, rank, world)]
+
+    if resident is not None:
+        return ((step, resident.cells(rows_of(step), labels)) for step in steps)
+    if scheduler:
+        from distdiff.data.feed.stream import stream
+
+        return stream(scheduler, store, plan, rows_of, steps, labels=labels, ahead=ahead)
+    uploader = Uploader(store, device, ahead + 2) if device is not None and device.type == "cuda" else None
+
+    def cells(rows: np.ndarray, leases: list[Lease] | None) -> Cells:
+        if leases is None:
+            return store.cells(rows, labels)
+        if uploader is not None:
+            return uploader.cells(rows, leases, labels)
+        codes = {k: torch.from_numpy(v) for k, v in store.labels(rows, labels).items()}
+        return Cells(torch.from_numpy(store.dense_of(rows, leases)), Condition(codes), torch.from_numpy(rows))
+
+    return batches(store, plan, ((step, rows_of(step)) for step in steps), cells, ahead)
+
+
+def batches(
+    store: CountStore, plan: Order, feed: Iterator[tuple[int, np.ndarray]],
+    make: Callable[[np.ndarray, list[Lease] | None], B], ahead: int = 2,
+) -> Generator[tuple[int, B], None, None]:  # fmt: skip
+    """Batches of any form, cut by one thread from blocks that the store's threads read ahead of it.
+
+    Parameters
+    ----------
+    store, plan
+        As of `loader`.
+    feed
+        Steps and the store rows of each.
+    make
+        Makes a batch of rows whose blocks are held; without leases there was no room to hold them.
+    ahead
+        Batches made before they are asked for.
+    """
+    done: Queue[tuple[int, B] | BaseException | None] = Queue(ahead)
+    left = threading.Event()
+
+    def put(what: tuple[int, B] | BaseException | None) -> None:
+        while not left.is_set():
+            with contextlib.suppress(Full):
+                done.put(what, timeout=0.1)
+                return
+
+    def produce() -> None:
+        scout = _Scout(store, feed, 3 * plan.window + 2)
+        try:
+            for step, rows, bundle in scout:
+                put((step, make(rows, bundle.leases)))
+                bundle.left -= 1
+                if not bundle.left:
+                    scout.release(bundle)
+                if left.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # whatever it is, it belongs to whoever waits for the batch
+            put(error)
+        finally:
+            scout.close()
+
+    thread = threading.Thread(target=produce, name="distdiff-loader", daemon=True)
+    thread.start()
+    try:
+        while (found := done.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        left.set()
+        thread.join()
+
+
+class _Scout:
+    """Runs ahead over the plan and has the blocks read that the coming steps need, as far as there is room."""
+
+    def __init__(self, store: CountStore, feed: Iterator[tuple[int, np.ndarray]], room: int) -> None:
+        self.store, self.feed = store, feed
+        self.room = min(room, store.slots)
+        self.far = max(2, room * store.manifest.block // BUNDLE)
+        self.coming: deque[_Bundle] = deque()
+        self.held: list[_Bundle] = []
+        self.next: _Bundle | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, _Bundle]]:
+        while True:
+            self._look()
+            if not self.coming:
+                return
+            bundle = self.coming.popleft()
+            for step, rows in zip(bundle.steps, bundle.rows, strict=True):
+                yield step, rows, bundle
+
+    def _look(self) -> None:
+        """Lease blocks for bundle after bundle until there is no room; the very next one comes in any case."""
+        while len(self.coming) < self.far:
+            bundle = self.next or self._bundle()
+            self.next = bundle
+            if bundle is None:
+                return
+            live = set().union(*(b.blocks for b in list(self.held)))
+            # counts beyond float32 go the way that checks them
+            fits = len(live | bundle.blocks) <= self.room and self.store.exact
+            bundle.leases = self.store.lease(np.concatenate(bundle.rows)) if fits else None
+            if bundle.leases is None and (self.coming or (fits and self.held)):
+                return
+            self.coming.append(bundle)
+            if bundle.leases is not None:
+                self.held.append(bundle)
+            self.next = None
+            if bundle.leases is None:
+                return
+
+    def _bundle(self) -> _Bundle | None:
+        steps, rows, n = [], [], 0
+        while n < BUNDLE:
+            if (found := next(self.feed, None)) is None:
+                break
+            steps.append(found[0])
+            rows.append(found[1])
+            n += max(1, len(found[1]))
+        if not steps:
+            return None
+        blocks = set((np.unique(np.concatenate(rows) // self.store.manifest.block)).tolist())
+        return _Bundle(steps, rows, None, len(steps), blocks)
+
+    def release(self, bundle: _Bundle) -> None:
+        """Give the blocks of a bundle back."""
+        if bundle in self.held:
+            self.held.remove(bundle)
+        for lease in bundle.leases or ():
+            lease.release()
+        bundle.leases = None
+
+    def close(self) -> None:
+        """Give everything back."""
+        for bundle in list(self.held):
+            self.release(bundle)
+
+
+def memory_allowed(device: torch.device) -> float:
+    """Share of a GPU's memory that this process may take (``torch.cuda.set_per_process_memory_fraction``)."""
+    told = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
+    return 1.0 if told is None else float(told(device))
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still take."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(memory_allowed(device) * total) - torch.cuda.memory_allocated(device))
+
+
+def _mib(n: float) -> str:
+    return f"{n / 2**20:,.0f} MiB"

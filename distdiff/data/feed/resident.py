@@ -1,0 +1,151 @@
+"""Batches cut and decoded on the device: from a copy of the whole store there, or from blocks that travel coded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from distdiff.data.store.pool import Lease
+from distdiff.data.store.store import CountStore
+from distdiff.types import Cells, Condition, Tensor
+
+READ = 1 << 14
+"""Cells read at a time while a copy is made."""
+
+
+class Resident:
+    """A coded copy of a store (of the genes it is looked at through) on one device; 10M cells x 2,000 genes are a few
+    GB. Batches are cut and decoded there, so training waits for nothing.
+
+    Build one with `Resident.load`.
+    """
+
+    def __init__(self, store: CountStore, device: torch.device, parts: list[tuple[Tensor, Tensor, np.ndarray]]) -> None:
+        self.store, self.device, self._parts = store, device, parts
+        self._places = _places(store, device)
+        self._labels: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(cls, store: CountStore, device: torch.device) -> Resident:
+        """Read the whole store once.
+
+        Raises
+        ------
+        ValueError
+            A corrupt shard, or counts that float32 does not hold.
+        """
+        if not store.exact:
+            raise ValueError(f"{store.url} holds counts that float32 does not tell apart; use loader.resident=no")
+        parts = []
+        pieces = [store.coded(np.arange(a, min(a + READ, store.n_cells))) for a in range(0, store.n_cells, READ)]
+        for group in range(len(store.columns)):
+            of = [piece[group] for piece in pieces]
+            lengths = np.concatenate([np.diff(c.starts) for c in of])
+            arrays = np.concatenate([c.gaps for c in of]), np.concatenate([c.values for c in of])
+            gaps, values = (torch.from_numpy(a).to(device) for a in arrays)
+            parts.append((gaps, values, np.concatenate([[0], np.cumsum(lengths)])))
+        return cls(store, device, parts)
+
+    def cells(self, rows: np.ndarray, labels: Sequence[str] | None = None) -> Cells:
+        """A batch on the device; arguments and errors as of `CountStore.cells`."""
+        counts: list[Tensor] = []
+        for (gaps, values, starts), place in zip(self._parts, self._places, strict=True):
+            lengths = starts[rows + 1] - starts[rows]
+            begin = np.concatenate([[0], np.cumsum(lengths)])  # here, as the device would have to be asked for its end
+            offset, long, begun = self._send(starts[rows] - begin[:-1], lengths, begin)
+            entry = torch.repeat_interleave(offset, long, output_size=int(begin[-1]))
+            entry = entry + torch.arange(len(entry), device=self.device)
+            counts.append(to_dense(gaps[entry], values[entry], begun, place, len(self.store.genes)))
+        (at,) = self._send(rows)
+        codes = {k: self._codes(k)[at] for k in self.store.label_keys(labels)}
+        return Cells(_sum(counts), Condition(codes), torch.from_numpy(rows))
+
+    def _send(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Small arrays to the device, which is not waited for."""
+        return [torch.from_numpy(a.astype(np.int64)).to(self.device, non_blocking=True) for a in arrays]
+
+    def _codes(self, label: str) -> Tensor:
+        if label not in self._labels:
+            everyone = self.store.labels(self.store.rows("all"), [label])[label]
+            self._labels[label] = torch.from_numpy(everyone).to(self.device)
+        return self._labels[label]
+
+
+class Uploader:
+    """Coded cells through a ring of pinned buffers to a GPU, copied and decoded on a stream of their own."""
+
+    def __init__(self, store: CountStore, device: torch.device, slots: int) -> None:
+        self.store, self.device, self._places = store, device, _places(store, device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._ring: list[dict[str, Tensor]] = [{} for _ in range(slots)]
+        self._used: list[torch.cuda.Event | None] = [None] * slots
+        self._turn = 0
+
+    def cells(self, rows: np.ndarray, leases: Sequence[Lease], labels: Sequence[str] | None) -> Cells:
+        """A batch on its way to the GPU, ordered before whatever the caller's stream does next."""
+        slot, self._turn = self._turn, (self._turn + 1) % len(self._ring)
+        if (event := self._used[slot]) is not None:
+            event.synchronize()  # the copy that used these buffers is done
+        parts: list[Tensor] = []
+        with torch.cuda.stream(self.stream):
+            for number, (coded, place) in enumerate(zip(self.store.coded_of(rows, leases), self._places, strict=True)):
+                gaps, values, starts = (
+                    self._send(slot, f"{number}{name}", array) for name, array in coded._asdict().items()
+                )
+                parts.append(to_dense(gaps, values, starts, place, len(self.store.genes)))
+            counts = _sum(parts)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self.stream)  # type: ignore[no-untyped-call]
+        self._used[slot] = event
+        codes = {k: torch.from_numpy(v) for k, v in self.store.labels(rows, labels).items()}
+        torch.cuda.default_stream(self.device).wait_event(event)  # type: ignore[no-untyped-call]
+        counts.record_stream(torch.cuda.default_stream(self.device))
+        return Cells(counts, Condition(codes).to(self.device), torch.from_numpy(rows))
+
+    def _send(self, slot: int, name: str, array: np.ndarray) -> Tensor:
+        """One array through its pinned buffer of this slot, which grows as needed."""
+        buffer = self._ring[slot].get(name)
+        if buffer is None or len(buffer) < len(array):
+            like = torch.from_numpy(array[:0])
+            buffer = torch.empty(len(array) * 5 // 4 + 1, dtype=like.dtype, pin_memory=True)
+            self._ring[slot][name] = buffer
+        buffer[: len(array)].copy_(torch.from_numpy(array))
+        return buffer[: len(array)].to(self.device, non_blocking=True)
+
+
+def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, place: Tensor, n_genes: int) -> Tensor:
+    """Coded cells as float32 ``[n, n_genes]`` on the device they are on, by torch alone.
+
+    Parameters
+    ----------
+    gaps, values
+        ``uint8 [e]`` and ``[e]``.
+    starts
+        ``int64 [n + 1]``.
+    place
+        ``int64 [genes of the blocks]``, output column of each, ``n_genes`` where it is not wanted.
+    n_genes
+        Columns of the answer.
+    """
+    n = len(starts) - 1
+    run = gaps.cumsum(0, dtype=torch.int64)
+    before = torch.cat([run.new_zeros(1), run])[starts[:-1]]
+    row = torch.repeat_interleave(torch.arange(n, device=gaps.device), starts.diff(), output_size=len(gaps))
+    column = place[run - before[row]]
+    out = torch.zeros(n * (n_genes + 1), device=gaps.device)
+    wide = values.to(torch.float32) if values.dtype != torch.uint32 else values.to(torch.int64).to(torch.float32)
+    out.index_add_(0, row * (n_genes + 1) + column, wide)
+    return out.view(n, n_genes + 1)[:, :n_genes]
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def _places(store: CountStore, device: torch.device) -> list[Tensor]:
+    """For each column group the column of each gene, one past the last where it is not wanted."""
+    n = len(store.genes)
+    return [torch.from_numpy(np.where(c.place < 0, n, c.place).astype(np.int64)).to(device) for c in store.columns]

@@ -1,0 +1,174 @@
+"""Batches made by dask workers: they read, decode, choose genes and cut; this process only unpacks.
+
+For a store far from the GPUs, or when decoding should not cost the training host's cores. The plan is the same, so the
+batches are, bit for bit. A worker that dies has its pieces made again by another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from distdiff.cluster import connect, explained, within_reach
+from distdiff.data.counts import check_exact
+from distdiff.data.feed.plan import Order
+from distdiff.data.store import coding, recycle
+from distdiff.data.store.coding import Coded, Slots
+from distdiff.data.store.store import CountStore
+from distdiff.types import Cells, Condition
+
+IN_FLIGHT = 512 << 20
+"""Bytes of pieces that wait at the workers for one rank, at most (one piece always may)."""
+
+PATIENCE = 60.0
+"""Seconds without an answer after which to see whether any worker is left."""
+
+Piece = tuple[list[Coded], bool, dict[str, np.ndarray]]
+"""Some cells, coded as in the store (a part for each column group of the view) or in the genes of the view; whether it
+is the first; their label codes."""
+
+
+def stream(
+    scheduler: str,
+    store: CountStore,
+    plan: Order,
+    rows_of: Callable[[int], np.ndarray],
+    steps: Iterable[int],
+    *,
+    labels: Sequence[str] | None,
+    ahead: int,
+) -> Generator[tuple[int, Cells], None, None]:
+    """Batches of some steps through a dask cluster; see `distdiff.data.feed.loader.loader`.
+
+    Parameters
+    ----------
+    scheduler
+        Its address; its workers must see the store under the same path or URL.
+    rows_of
+        Store rows of a step.
+    ahead
+        Pieces in flight; a piece is all steps within one stretch of the plan, so that its blocks are read once.
+
+    Raises
+    ------
+    OSError
+        No scheduler with workers answers there, it is lost, or all workers are.
+    ValueError
+        What reading raises.
+    """
+    from dask.distributed import TimeoutError as Late
+
+    client = connect(scheduler)
+    client.direct_to_workers = within_reach(list(client.nthreads())[:1])  # else pieces come by way of the scheduler
+    columns = places(store)
+    how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
+    pieces = _pieces(plan, rows_of, steps)
+    waiting: deque[tuple[list[int], list[np.ndarray], Any]] = deque()
+    size = 0
+
+    def feed() -> None:
+        while len(waiting) < (max(1, min(ahead, IN_FLIGHT // size)) if size else min(ahead, 2)):
+            if (found := next(pieces, None)) is None:
+                return
+            numbers, rows = found
+            waiting.append((numbers, rows, client.submit(make, how, np.concatenate(rows), labels, pure=False)))
+
+    def answer(future: Any) -> Piece:
+        while True:
+            try:
+                return future.result(timeout=PATIENCE)
+            except (Late, TimeoutError):
+                if not client.nthreads():
+                    raise OSError(
+                        f"no worker is left at {scheduler}; start some, or use another loader.reader"
+                    ) from None
+
+    def batches() -> Generator[tuple[int, Cells], None, None]:
+        nonlocal size
+        try:
+            feed()
+            while waiting:
+                numbers, rows, future = waiting.popleft()
+                with explained(scheduler):
+                    coded, as_stored, codes = answer(future)
+                del future
+                size = sum(a.nbytes for part in coded for a in part)
+                feed()
+                first = 0
+                for step, some in zip(numbers, rows, strict=True):
+                    yield step, _unpack(coded, columns[as_stored], codes, first, some)
+                    first += len(some)
+        finally:
+            waiting.clear()
+            client.close()
+
+    return batches()
+
+
+def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels: Sequence[str] | None) -> Piece:
+    """A worker's task: coded cells of a store with their label codes.
+
+    Where the view has all genes of its column groups, cells are cut out of their blocks as they are.
+    """
+    store = _store(*how)
+    codes = store.labels(rows, labels)
+    if store.exact and store.whole_groups and (leases := store.lease(rows)) is not None:
+        try:
+            return store.coded_of(rows, leases), True, codes
+        finally:
+            for lease in leases:
+                lease.release()
+    counts = store.read(rows)
+    check_exact(counts)
+    return [coding.encode(counts, store.manifest.dtype)], False, codes
+
+
+def places(store: CountStore) -> dict[bool, list[np.ndarray]]:
+    """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view."""
+    return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
+
+
+def _unpack(
+    coded: list[Coded], columns: list[np.ndarray], codes: dict[str, np.ndarray], first: int, rows: np.ndarray
+) -> Cells:
+    """Cells of one step out of a piece; for each part of it the column of each of its genes."""
+    n_genes = sum(int((place >= 0).sum()) for place in columns)
+    out = recycle.empty((len(rows), n_genes), np.float32)
+    local, alone = np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64)
+    for part, (of, place) in enumerate(zip(coded, columns, strict=True)):
+        coding.add_dense(Slots(*(a[None] for a in of)), alone, local, place, out, clear=part == 0)
+    labels = {k: torch.from_numpy(v[first : first + len(rows)].copy()) for k, v in codes.items()}
+    return Cells(torch.from_numpy(out), Condition(labels), torch.from_numpy(rows))
+
+
+def _pieces(
+    plan: Order, rows_of: Callable[[int], np.ndarray], steps: Iterable[int]
+) -> Generator[tuple[list[int], list[np.ndarray]], None, None]:
+    """Steps of one stretch of the plan together."""
+    numbers: list[int] = []
+    rows: list[np.ndarray] = []
+    for step in steps:
+        if numbers and plan.turn(step) != plan.turn(numbers[-1]):
+            yield numbers, rows
+            numbers, rows = [], []
+        numbers.append(step)
+        rows.append(rows_of(step))
+    if numbers:
+        yield numbers, rows
+
+
+@functools.lru_cache(maxsize=4)
+def _store(url: str, fingerprint: str, genes: tuple[str, ...] | None) -> CountStore:
+    """One open store per worker process."""
+    store = CountStore.open(url)
+    if store.manifest.fingerprint != fingerprint:
+        raise ValueError(
+            f"{url} holds other data on this worker (fingerprint {store.manifest.fingerprint[:12]}, the training "
+            f"process has {fingerprint[:12]}): give all machines the same store"
+        )
+    return store if genes is None else store.panel(genes)

@@ -1,0 +1,1 @@
+"""What lies on disk: a distdiff store, its manifest, its layout and coding, and how cells are read back."""

@@ -1,0 +1,194 @@
+"""A store back as AnnData: the cells in the order of their sources, every count as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+from tqdm import tqdm
+
+from distdiff import files
+from distdiff.data.counts import LAST_EXACT
+from distdiff.data.store import spill
+from distdiff.data.store.manifest import SPLITS
+from distdiff.data.store.store import CountStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PIECE = 16 << 20
+"""Counts in memory at a time."""
+
+CHUNK = 1 << 20
+"""Numbers of a chunk on disk."""
+
+
+def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
+    """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read back in that order.
+
+    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, and of each cell ``distdiff_split``,
+    ``distdiff_source`` (the file), ``n_counts`` and ``n_genes`` (before genes were chosen), which get another name
+    where a label is called so; ``var`` which genes are in the panel; ``uns['distdiff']`` the fingerprint. Cells and
+    genes that the build dropped are not in it, nor the columns of obs that were not kept as labels.
+
+    Parameters
+    ----------
+    store
+        Whole or seen through a panel.
+    out
+        ``.h5ad`` or ``.zarr``; needs as much room beside it for a while as the counts take coded.
+
+    Raises
+    ------
+    FileExistsError
+        ``out`` exists and ``overwrite`` is false.
+    ValueError
+        Another suffix, or a corrupt shard (named).
+    """
+    out = named(out)
+    if "://" not in store.url:
+        files.refuse_nested(out, store.url)
+    everyone = store.rows("all")
+    file, row = store.origin(everyone)
+    order = np.lexsort((row, file))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    columns = store.source_columns()
+    dtype = np.float32 if store.manifest.dtype == "float32" or store.manifest.largest < LAST_EXACT else np.float64
+    with files.whole(out, overwrite=overwrite) as temporary, files.scratch(out) as scratch:
+        spills: list[Path] = []
+        nnz = 0
+        for shard in tqdm(store.manifest.shards, desc="read", unit="shard", disable=not progress, ascii=True):
+            rows = np.arange(shard.start, shard.stop)
+            spills.append(scratch / f"{shard.index:06d}")
+            counts = store.read(rows)
+            wide = counts.astype(np.float32 if counts.dtype.kind == "f" else np.uint32)
+            spill.write(spills[-1], wide, rank[rows])
+            nnz += counts.nnz
+        with _opened(temporary) as root:
+            said = _frames(root, store, order, columns)
+            if progress:
+                print(said, flush=True)
+            matrix = CsrOnDisk(root, "X", (len(order), len(columns)), nnz, dtype)
+            step = max(1, int(PIECE * len(order) / max(nnz, 1)))
+            place = np.arange(len(columns), dtype=np.int32)
+            for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
+                ranks, coded = spill.gather(spills, a, min(a + step, len(order)))
+                counts = spill.cells(coded, np.argsort(ranks), place, len(columns)).astype(dtype)
+                if (np.diff(columns) < 0).any():
+                    counts = counts[:, columns]
+                    counts.sort_indices()
+                matrix.append(counts)
+
+
+def named(out: str | Path) -> Path:
+    """The path of an AnnData to write.
+
+    Raises
+    ------
+    ValueError
+        It ends neither in ``.h5ad`` nor in ``.zarr``, or is a URL.
+    """
+    out = files.local(out)
+    if out.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+    return out
+
+
+def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> str:
+    """Everything but the counts; what to tell of obs."""
+    import anndata as ad
+    import pandas as pd
+
+    about = store.manifest
+    obs: pd.DataFrame = pd.DataFrame(index=pd.Index(store.names(order).astype(str)))
+    for key, code in store.labels(order).items():
+        obs[key] = pd.Categorical.from_codes(code, categories=list(about.labels[key]))
+    file, _ = store.origin(order)
+    molecules, genes = store.quality(order)
+    labels, renamed = list(obs), []
+    for name, values in {
+        "distdiff_split": pd.Categorical.from_codes(store.splits(order), categories=list(SPLITS)),
+        "distdiff_source": pd.Categorical([about.sources[f].path for f in file]),
+        "n_counts": molecules,
+        "n_genes": genes,
+    }.items():
+        free = name
+        while free in labels:
+            free = f"{free}_of_store" if free == name else f"{free}_"
+        obs[free] = values
+        renamed += [f"{name} of the store stands in {free}, for {name} is a label"] if free != name else []
+    var = pd.DataFrame(index=pd.Index(np.array(store.genes, dtype=object)[columns].astype(str)))
+    var["panel"] = columns < about.groups[0].n_genes if len(about.groups) > 1 else True
+    uns = {"distdiff": {"fingerprint": about.fingerprint, "layer": about.layer or "X", "chosen_by": about.chosen_by}}
+    adata = ad.AnnData(obs=obs, var=var, uns=uns)
+    ad.io.write_elem(root, "/", adata)
+    kept = f"obs has the labels of the store ({', '.join(labels) or 'none'}), not the other columns of its sources"
+    return "; ".join([kept, *renamed])
+
+
+class CsrOnDisk:
+    """A matrix on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row.
+
+    Parameters
+    ----------
+    root, name
+        Group of h5py or zarr, and what the matrix is called there; one of that name is replaced.
+    shape, nnz, dtype
+        Of the whole matrix.
+    """
+
+    def __init__(self, root: Any, name: str, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
+        if name in root:
+            del root[name]
+        group = root.create_group(name)
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
+        create = group.create_array if hasattr(group, "create_array") else group.create_dataset
+        small = np.iinfo(np.int32).max
+        self._data, self._indices, self._indptr = (
+            create(name, shape=(length,), dtype=kind, chunks=(min(length, CHUNK) or 1,))
+            for name, length, kind in (
+                ("data", nnz, dtype),
+                ("indices", nnz, np.int32),
+                ("indptr", shape[0] + 1, np.int32 if nnz <= small else np.int64),
+            )
+        )
+        self._rows = self._nnz = 0
+
+    def append(self, counts: sparse.csr_matrix) -> None:
+        """Write the next rows."""
+        rows, nnz = self._rows + counts.shape[0], self._nnz + counts.nnz
+        self._data[self._nnz : nnz] = counts.data
+        self._indices[self._nnz : nnz] = counts.indices
+        self._indptr[self._rows + 1 : rows + 1] = counts.indptr[1:].astype(np.int64) + self._nnz
+        self._rows, self._nnz = rows, nnz
+
+
+@contextmanager
+def zarr_v3() -> Iterator[None]:
+    """AnnData writes zarr v3, unsharded, whatever the default of its version is."""
+    import anndata as ad
+
+    options: dict[str, Any] = {"zarr_write_format": 3}
+    if hasattr(ad.settings, "auto_shard_zarr_v3"):
+        options["auto_shard_zarr_v3"] = False
+    with ad.settings.override(**options):
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix == ".h5ad":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            yield file
+        return
+    import zarr
+
+    with zarr_v3():
+        yield zarr.open_group(str(path), mode="w", zarr_format=3)

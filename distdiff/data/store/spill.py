@@ -1,0 +1,100 @@
+"""Cells on their way from one order to another: rows written as they come, read back by their place in the new order.
+
+Pass 1 of a build writes one spill a piece of a source; pass 2 takes from every spill the cells of one shard. A spill is
+a folder of ``.npy`` files that appears under its name when it is whole, so a task that is run again finds it done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from distdiff.data.store.coding import Coded, Slots, csr, encode
+
+
+def write(
+    folder: Path, counts: sparse.csr_matrix, rank: np.ndarray, *, rows: np.ndarray | None = None,
+    largest: float | None = None, **more: np.ndarray,
+) -> None:  # fmt: skip
+    """Write cells and whatever else is to be known of them.
+
+    Parameters
+    ----------
+    folder
+        To make; its parent must exist.
+    counts
+        ``[n, g]`` canonical; whole numbers in any dtype, or float32 for measurements if ``largest`` is None.
+    rank
+        ``int64 [m]``, place of each cell in the new order, none twice.
+    rows
+        ``int64 [m]``, their rows in ``counts``; None is all.
+    largest
+        Largest count, where they are whole numbers in floating point.
+    more
+        Other arrays to keep beside them, for `load`.
+    """
+    order = np.argsort(rank)
+    coded = encode(counts, _dtype(counts.data, largest), order if rows is None else rows[order])
+    publish(folder, {
+        "rank": rank[order], "starts": coded.starts, "gaps": coded.gaps, "values": coded.values, **more
+    })  # fmt: skip
+
+
+def publish(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a folder that appears when all are there; a second writer of the same changes nothing."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+    try:
+        os.rename(temporary, folder)
+    except OSError:  # another run of this task was first, with the same content
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(folder: Path, name: str) -> np.ndarray:
+    """One array of a spill, mapped from the disk."""
+    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def coded(folder: Path, first: int | None = None, last: int | None = None) -> tuple[np.ndarray, Coded]:
+    """Cells with ``first <= rank < last`` (None is all): their ranks ascending, and what codes them."""
+    rank = load(folder, "rank")
+    a = 0 if first is None else int(np.searchsorted(rank, first))
+    b = len(rank) if last is None else int(np.searchsorted(rank, last))
+    starts = np.array(load(folder, "starts")[a : b + 1])
+    gaps, values = (np.array(load(folder, name)[starts[0] : starts[-1]]) for name in ("gaps", "values"))
+    return np.array(rank[a:b]), Coded(gaps, values, starts - starts[0])
+
+
+def gather(folders: Sequence[Path], first: int, last: int) -> tuple[np.ndarray, Coded]:
+    """Cells with ``first <= rank < last`` of all spills, spill after spill: their ranks, and what codes them."""
+    found = [coded(folder, first, last) for folder in folders]
+    lengths = np.concatenate([np.diff(c.starts) for _, c in found])
+    return np.concatenate([rank for rank, _ in found]), Coded(
+        np.concatenate([c.gaps for _, c in found]),
+        np.concatenate([c.values for _, c in found]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+def cells(of: Coded, which: np.ndarray, place: np.ndarray, n_genes: int) -> sparse.csr_matrix:
+    """Some coded cells as canonical CSR: uint32, or float32 for measurements (``place`` as in `coding.csr`)."""
+    slots = Slots(of.gaps[None], of.values[None], of.starts[None])
+    dtype = np.float32 if of.values.dtype.kind == "f" else np.uint32
+    return csr(slots, np.zeros(len(which), np.int64), which, place, n_genes, dtype)
+
+
+def _dtype(data: np.ndarray, largest: float | None) -> str:
+    if data.dtype.kind == "f" and largest is None:
+        return "float32"
+    largest = int(data.max(initial=0)) if largest is None else largest
+    return next(d for d in ("uint8", "uint16", "uint32") if largest <= np.iinfo(d).max)

@@ -1,0 +1,290 @@
+"""The honest table: hide entries of held-out cells, let every imputer fill the same ones, score all the same way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from distdiff import metrics
+from distdiff.component import build, nearest
+from distdiff.data.masks import dropout_sites, expressed, mcar
+from distdiff.imputers import Imputer
+from distdiff.report import Report, Row
+from distdiff.rng import numpy_generator
+from distdiff.types import Cells
+
+if TYPE_CHECKING:
+    from distdiff.data.store.store import CountStore
+
+ANSWERS = ("mean", "1 draw", "draws")
+
+MMD_CELLS = 2000
+"""MMD compares at most so many cells, chosen at random, the same for every imputer: its matrices are cells x cells."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point)."""
+
+    name: str
+    imputer: Imputer
+    answers: tuple[str, ...] = ("mean",)
+
+    def __post_init__(self) -> None:
+        for answer in self.answers:
+            if answer not in ANSWERS:
+                raise ValueError(f"contestant {self.name!r}: unknown answer {answer!r}{nearest(answer, ANSWERS)}")
+
+
+def default_contestants(
+    cell_type: str | None, *, extra: Sequence[Contestant] = (), rate: float = 0.5
+) -> list[Contestant]:
+    """The baselines of every table, after ``extra``.
+
+    Parameters
+    ----------
+    cell_type
+        Label of the cell-type rows; ``None`` leaves them out.
+    extra
+        The contestants to compare with.
+    rate
+        Share of entries that the baselines with options to choose hide while they choose: that of the evaluation.
+    """
+    from distdiff.baselines import Baseline
+
+    rows: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"kind": "knn", "hide": rate}, ANSWERS),
+        ({"kind": "pca", "hide": rate}, ("mean",)),
+        ({"kind": "ridge", "hide": rate}, ("mean",)),
+        ({"kind": "gene_mean", "depth": True}, ("mean",)),
+        ({"kind": "gene_mean"}, ("mean",)),
+    ]
+    if cell_type is not None:
+        rows += [({"kind": "type_mean", "key": cell_type, "depth": d}, ("mean",)) for d in (True, False)]
+    rows += [({"kind": "zero"}, ("mean",)), ({"kind": "constant"}, ("mean",)), ({"kind": "perfect"}, ("mean",))]
+    made = [(build(Baseline, options), answers) for options, answers in rows]
+    return [*extra, *(Contestant(baseline.label, baseline, answers) for baseline, answers in made)]
+
+
+CHEAP: tuple[dict[str, Any], ...] = (
+    {"kind": "gene_mean", "depth": True},
+    {"kind": "knn"},
+    {"kind": "pca"},
+    {"kind": "ridge"},
+)
+"""Estimators that any model must beat to be worth its training."""
+
+
+def cheap() -> dict[str, Imputer]:
+    """The estimators of :data:`CHEAP` by their labels, not yet fitted."""
+    from distdiff.baselines import Baseline
+
+    return {b.label: b for b in (build(Baseline, options) for options in CHEAP)}
+
+
+def deviances(
+    imputers: Mapping[str, Imputer], store: CountStore, cells: Cells, hidden: NDArray[np.bool_], *, batch: int = 256
+) -> dict[str, float]:
+    """Fit imputers on the training cells; mean Poisson deviance of each over the ``hidden`` entries of ``cells``."""
+    found = {}
+    for name, imputer in imputers.items():
+        imputer.fit(store, store.rows("train"))
+        mean, _ = _fill(imputer, cells, ~hidden, 0, 0, batch)
+        sums = metrics.poisson_deviance(cells.counts.numpy(), hidden, mean)
+        found[name] = float(metrics.pooled(sums, hidden.sum(1), metrics.once(len(cells)))[0])
+    return found
+
+
+def evaluate(
+    store: CountStore,
+    rows: np.ndarray,
+    contestants: Sequence[Contestant],
+    *,
+    rate: float = 0.5,
+    protocol: str = "mcar",
+    draws: int = 5,
+    seed: int = 0,
+    batch: int = 256,
+    labels: Sequence[str] = (),
+    groups: str | None = None,
+    resamples: tuple[int, int] = (200, 40),
+    progress: bool = True,
+) -> Report:
+    """Score imputers on cells ``rows`` of a store; each is fitted on the training cells first.
+
+    Parameters
+    ----------
+    rate, protocol
+        ``mcar``: every entry is hidden with probability ``rate``, zeros included, and scored. ``paper``: the published
+        protocol; zeros of a gene that some cell of the same ``groups`` value expresses count as missing: they are
+        neither evidence nor scored, so that almost every target is a non-zero count.
+    draws
+        Draws of an ensemble.
+    labels
+        Covariates given to the imputers.
+    groups
+        Label of the ``paper`` protocol's groups.
+    resamples
+        Bootstrap replicates over cells of per-cell scores, and of scores of distributions.
+
+    Raises
+    ------
+    ValueError
+        No cells, a rate outside (0, 1), an unknown protocol, ``paper`` without groups, no entry to score.
+    """
+    if not len(rows):
+        raise ValueError("no cells to evaluate on")
+    keys = tuple(dict.fromkeys([*labels, *([groups] if groups else []), *_label_keys(contestants)]))
+    cells = store.cells(rows, keys)
+    truth = cells.counts.numpy()
+    hidden = mcar(truth.shape, rate, numpy_generator(seed, "evaluate"))
+    observed, targets = _protocol(store, rows, protocol, groups, hidden)
+    if not targets.any():
+        raise ValueError(f"protocol {protocol!r} at rate {rate} leaves no entry to score in {len(rows)} cells")
+    score = _Score(truth, targets, seed, resamples)
+    setting = {
+        "store": store.path.name if hasattr(store, "path") else "", "data": store.manifest.fingerprint[:12],
+        "cells": len(rows), "genes": truth.shape[1], "targets": int(targets.sum()),
+        "zeros_among_targets": float((truth[targets] == 0).mean()), "protocol": protocol, "rate": rate,
+        "draws": draws, "seed": seed,
+    }  # fmt: skip
+    report = Report([], setting, truth, targets)
+    bar = tqdm(contestants, desc="evaluate", unit=" imputers", disable=not progress)
+    for contestant in bar:
+        bar.set_postfix_str(contestant.name)
+        began = time.perf_counter()
+        contestant.imputer.fit(store, store.rows("train"))
+        fitted = time.perf_counter()
+        wanted = draws if set(contestant.answers) & {"1 draw", "draws"} else 0
+        mean, drawn = _fill(contestant.imputer, cells, observed, wanted, seed, batch)
+        seconds = {"fit_seconds": fitted - began, "fill_seconds": time.perf_counter() - fitted}
+        report.rows += _rows(contestant, mean, drawn, score, seconds)
+        if contestant.name == report.ours:
+            report.mean, report.draws = mean, drawn
+    return report
+
+
+def _label_keys(contestants: Sequence[Contestant]) -> list[str]:
+    return [c.imputer.key for c in contestants if hasattr(c.imputer, "key")]
+
+
+def _protocol(
+    store: CountStore, rows: np.ndarray, protocol: str, groups: str | None, hidden: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries are evidence and which are scored: ``bool [b g]`` each."""
+    if protocol == "mcar":
+        return ~hidden, hidden
+    if protocol != "paper":
+        raise ValueError(f"unknown protocol {protocol!r}{nearest(protocol, ('mcar', 'paper'))}")
+    if groups is None:
+        raise ValueError("protocol 'paper' needs the label of the cell groups (--cell-type)")
+    everyone = store.rows("all")
+    code = store.labels(everyone, [groups])[groups]
+    some = np.zeros((int(code.max()) + 1, hidden.shape[1]), dtype=bool)
+    for start in range(0, len(everyone), 4096):
+        part = everyone[start : start + 4096]
+        some |= expressed(store.read(part), code[part], n_groups=len(some))
+    missing = dropout_sites(store.read(rows), code[rows], some)
+    return ~hidden & ~missing, hidden & ~missing
+
+
+def _fill(
+    imputer: Imputer, cells: Cells, observed: np.ndarray, draws: int, seed: int, batch: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Impute batch by batch; hidden counts are erased, except for the imputer that is the truth."""
+    means, drawn, device = [], [], _device(imputer)
+    for start in range(0, len(cells), batch):
+        part, seen = cells[start : start + batch], torch.from_numpy(observed[start : start + batch])
+        if not getattr(imputer, "sees_hidden", False):
+            part = Cells(torch.where(seen, part.counts, torch.zeros(())), part.labels, part.rows)
+        answer = imputer.impute(part.to(device), seen.to(device), draws=draws, seed=seed)
+        means.append(answer.mean.cpu().numpy())
+        if answer.draws is not None:
+            drawn.append(answer.draws.cpu().numpy())
+    return np.concatenate(means), np.concatenate(drawn, 1) if drawn else None
+
+
+def _device(imputer: Imputer) -> torch.device:
+    network = getattr(imputer, "denoiser", None)
+    return next(network.parameters()).device if network is not None else torch.device("cpu")
+
+
+def _rows(
+    contestant: Contestant, mean: np.ndarray, drawn: np.ndarray | None, score: _Score, seconds: dict[str, float]
+) -> list[Row]:
+    imputer, out = contestant.imputer, []
+    note = "control" if getattr(imputer, "control", False) else "peeks" if getattr(imputer, "peeks", False) else ""
+    for answer in contestant.answers:
+        if answer == "mean":
+            point, law = mean, None
+        else:
+            if drawn is None:
+                raise ValueError(
+                    f"contestant {contestant.name!r}: answer {answer!r} needs draws, its imputer gave none"
+                )
+            point, law = (drawn[0], None) if answer == "1 draw" else (drawn.mean(0), drawn)
+        suffix = answer if answer != "draws" else f"{len(law) if law is not None else 0} draws"
+        name = contestant.name if contestant.answers == ("mean",) else f"{contestant.name} {suffix}"
+        values, errors, replicates = score(point, law)
+        out.append(Row(name, values | seconds, errors, replicates, note))
+    return out
+
+
+class _Score:
+    """All metrics of one answer, with the same bootstrap resamples and directions for every imputer.
+
+    Completed cells are the truth with its targets replaced, as in the papers: entries that are neither evidence nor
+    target (``paper`` protocol) stay as they are.
+    """
+
+    def __init__(self, truth: np.ndarray, targets: np.ndarray, seed: int, resamples: tuple[int, int]) -> None:
+        n, genes = truth.shape
+        rng = numpy_generator(seed, "bootstrap")
+        self.truth, self.targets = truth, targets
+        self.many = np.concatenate((metrics.once(n), metrics.bootstrap_weights(n, resamples[0], rng)))
+        self.few = self.many[: 1 + resamples[1]]
+        self.log_truth = np.log1p(truth)
+        self.directions = metrics.unit_directions(genes, 500, rng)
+        self.count = targets.sum(1)
+        self.some = np.sort(rng.permutation(n)[:MMD_CELLS])
+
+    def __call__(
+        self, point: np.ndarray, law: np.ndarray | None
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, NDArray[np.float64]]]:
+        t, m = self.truth, self.targets
+
+        def pooled(sums: NDArray[np.floating]) -> NDArray[np.floating]:
+            return metrics.pooled(sums, self.count, self.many)
+
+        log_point = np.where(m, np.log1p(np.maximum(point, 0)), self.log_truth)  # only targets may differ
+        found: dict[str, Any] = {
+            "deviance": pooled(metrics.poisson_deviance(t, m, point)),
+            "log1p_mse": pooled(metrics.log1p_squared_error(t, m, point)),
+            "rmse": np.sqrt(pooled(metrics.squared_error(t, m, point))),
+            "mae": pooled(metrics.absolute_error(t, m, point)),
+            "bias": pooled(metrics.error(t, m, point)),
+            "pearson": metrics.cell_mean(metrics.pearson(t, m, point), self.many),
+            "spearman": metrics.cell_mean(metrics.spearman(t, m, point), self.many),
+            "crps": pooled(metrics.crps(t, m, law if law is not None else point[None])),
+            "energy": metrics.energy_distance(t, m, point, self.few),
+            "mmd": self._mmd(log_point),
+            "swd": metrics.sliced_wasserstein(self.log_truth, log_point, self.few, self.directions),
+            "correlation": metrics.correlation_error(self.log_truth, log_point, self.few),
+        }
+        values = {k: float(v[0]) for k, v in found.items()}
+        replicates = {k: np.asarray(v[1:], dtype=np.float64) for k, v in found.items()}
+        errors = {k: float(np.nanstd(v)) if np.isfinite(v).any() else math.nan for k, v in replicates.items()}
+        return values, errors, replicates
+
+    def _mmd(self, log_point: NDArray[np.floating]) -> NDArray[np.floating]:
+        if len(self.some) < 2:
+            return np.full(len(self.few), np.nan)
+        return 1000 * metrics.mmd(self.log_truth[self.some], log_point[self.some], self.few[:, self.some])

@@ -1,0 +1,66 @@
+"""Imputers: everything that fills hidden entries, diffusion models and baselines alike, behind one small contract."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from distdiff.rng.rows import Rows
+from distdiff.types import Bool, Cells, Float, Tensor
+
+if TYPE_CHECKING:
+    from distdiff.data.store.store import CountStore
+
+
+@dataclass(frozen=True)
+class Imputed:
+    """The answer for one batch. Observed entries hold the observed counts, unchanged.
+
+    Attributes
+    ----------
+    mean
+        ``float32 [b g]`` expected molecules.
+    draws
+        ``float32 [k b g]`` whole-number draws from the predictive law, or ``None`` for a point estimate.
+    also
+        What else was asked of the predictive law, by name (``sd``, ``q5`` ...), each ``float32 [b g]``.
+    """
+
+    mean: Float[Tensor, "b g"]
+    draws: Float[Tensor, "k b g"] | None = None
+    also: Mapping[str, Float[Tensor, "b g"]] = field(default_factory=dict)
+
+
+class Imputer(ABC):
+    """Fills hidden entries of cells.
+
+    ``impute`` may look at ``cells.counts`` only where ``observed`` is true; a test feeds garbage elsewhere.
+    """
+
+    def fit(self, store: CountStore, rows: np.ndarray) -> None:  # noqa: B027 (many imputers need no fit)
+        """Learn from the training cells ``rows`` (``int64``) of ``store``. Default: nothing to learn."""
+
+    @abstractmethod
+    def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
+        """Fill the entries where ``observed`` is false; with ``draws=0`` only the mean is asked for."""
+
+
+def fused_draws(device: torch.device) -> bool:
+    """Whether noise is drawn by kernels of our own (:mod:`distdiff.rng.fused`): on a GPU, by ``DISTDIFF_FUSED=1``."""
+    return device.type == "cuda" and os.environ.get("DISTDIFF_FUSED") == "1"
+
+
+def by_row(cells: Cells, draws: int, seed: int, stream: str) -> Rows:
+    """Noise for ``draws`` draws of every cell, draw-major ``[draws * b]``; each (row, draw) has its own.
+
+    See :func:`fused_draws` for how a GPU draws it.
+    """
+    fused = fused_draws(cells.rows.device)
+    draw = torch.arange(draws, device=cells.rows.device).repeat_interleave(len(cells))
+    return Rows(cells.rows.repeat(draws), draw, seed, stream, fused=fused)

@@ -1,0 +1,28 @@
+"""Loops compiled by numba, kept on disk between runs where there is a place to keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def njit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop, without Python's lock; other threads run meanwhile.
+
+    The machine code is kept beside the source or in the user's cache folder (numba's rules; ``NUMBA_CACHE_DIR`` names
+    another). In a read-only installation without a home folder it is compiled again by every process.
+
+    Examples
+    --------
+    >>> from distdiff.jit import njit
+    >>> def add(a, b):
+    ...     return a + b
+    >>> njit(add)(1, 2)
+    3
+    """
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba's "no locator available": nowhere to keep it
+        return numba.njit(nogil=True)(function)

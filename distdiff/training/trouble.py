@@ -1,0 +1,110 @@
+"""What goes wrong in training, said with the step, the cells and the way out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from distdiff.training import checkpoint
+from distdiff.types import Tensor
+
+if TYPE_CHECKING:
+    from distdiff.training.loop import Training
+
+_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+class OutOfMemory(RuntimeError):
+    """No memory for a step: says which setting needs less."""
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether torch says that it found no memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _ALLOCATORS)
+
+
+@contextlib.contextmanager
+def memory_explained(settings: Training, share: int, device: torch.device) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into advice.
+
+    Parameters
+    ----------
+    share
+        Cells of a step on this process.
+
+    Raises
+    ------
+    OutOfMemory
+        Where torch found no memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory on {device} with {share // settings.accumulate} cells a pass; {_ways_out(settings, share)} "
+            f"(torch: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _ways_out(settings: Training, share: int) -> str:
+    fits = [k for k in range(settings.accumulate + 1, share // settings.grain + 1) if not share % (k * settings.grain)]
+    more = (
+        f"train.accumulate={fits[0]} ({share // fits[0]} cells) goes on from the last checkpoint to the same result"
+        if fits
+        else f"a pass cannot be smaller than train.grain={settings.grain} cells: start anew with a smaller one"
+    )
+    return (
+        f"{more}; or start anew with train.precision=bf16, or denoiser.checkpoint=true where the denoiser has it; or "
+        "launch with launch/accelerate/deepspeed_zero3.yaml (many GPUs), deepspeed_zero2_offload.yaml (one)"
+    )
+
+
+def not_finite(accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor]) -> Tensor:
+    """``bool [2 steps]``: steps in which a loss, or the gradient, is not finite on any process; see `check_finite`."""
+    cells = ~torch.stack([step.isfinite().all() for step in losses])
+    skips = accelerator.scaler is not None  # of fp16: it leaves a step out whose gradients are not finite, by design
+    gradients = torch.zeros_like(cells) if skips else ~torch.stack(norms).to(cells.device).isfinite()
+    return accelerator.reduce(torch.stack((cells, gradients)).float(), "sum") > 0
+
+
+def check_finite(
+    accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor], rows: list[Tensor], first: int, folder: Path
+) -> None:
+    """Stop all processes if a loss or a gradient of the steps from ``first`` on is not finite.
+
+    Parameters
+    ----------
+    losses, norms, rows
+        For each step the losses of this process's cells ``[b]``, the gradient's norm, the store's rows ``int64 [b]``
+        (on the CPU).
+    folder
+        Where the checkpoint to go back to is.
+
+    Raises
+    ------
+    FloatingPointError
+        The same on all processes: names step, rows and way back.
+    """
+    if not losses:
+        return
+    bad = not_finite(accelerator, losses, norms)
+    if not bool(bad.any()):
+        return
+    at = int(bad.any(0).nonzero()[0])
+    mine = rows[at][((~losses[at].isfinite()) | (not bool(bad[0, at]))).cpu()].tolist()
+    named = sorted(gather_object(mine))
+    what = "the loss" if bad[0, at] else "the gradient (of finite losses)"
+    few = ", ".join(map(str, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    way = f"train.resume={checkpoint.latest(folder) or 'never'}"
+    raise FloatingPointError(
+        f"{what} is not finite at step {first + at}, rows {few} of the store: look at these cells, or go back with "
+        f"{way} and a smaller optim.lr"
+    )
