@@ -56,7 +56,7 @@ def update_champion(client: MlflowClient, version: ModelVersion, folder: Path, c
     """Give the alias ``champion`` to a version if its score is better, and return a line on the outcome.
 
     Validation scores are compared where both models were trained on the same data (the same cells held out) and have
-    the same kind of score. A champion of other data is scored again, by ``compare``, on the cells that the new model was
+    the same kind of score. A champion of other data is scored again, by ``compare``, on cells that the new model was
     not trained on; without ``compare``, or where it fails, it stays.
 
     Parameters

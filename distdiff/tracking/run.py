@@ -183,8 +183,8 @@ def run(
     """Open a run for the time of a ``with`` block; it ends FINISHED, KILLED (Ctrl-C, a signal) or FAILED.
 
     Nothing in the block waits for MLflow. The end of the block waits while the server answers (:data:`LIMIT`); what a
-    server did not take stays in the folder, and the next run there or :func:`sync` sends it. Where MLFLOW_RUN_ID is set,
-    a new run goes on with that one, as MLflow's own ``start_run`` does.
+    server did not take stays in the folder, and the next run there or :func:`sync` sends it. Where MLFLOW_RUN_ID is
+    set, a new run goes on with that one, as MLflow's own ``start_run`` does.
 
     Parameters
     ----------

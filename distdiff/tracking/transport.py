@@ -101,7 +101,7 @@ class LimitedAdapter(HTTPAdapter):
     def __init__(self, adapter: HTTPAdapter) -> None:
         super().__init__()
         self._adapter = adapter
-        # urllib3 would repeat a request that was answered by 429 or 5xx, and wait as the server says; distdiff repeats it
+        # urllib3 would repeat a request after an answer 429 or 5xx and wait as the server says; the spool repeats it
         adapter.max_retries = adapter.max_retries.new(status_forcelist=(), respect_retry_after_header=False)
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:  # type: ignore[override]
