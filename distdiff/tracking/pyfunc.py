@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
@@ -38,7 +39,7 @@ class ImputationModel(PythonModel):
         trust = [name for name in os.environ.get("DISTDIFF_TRUST", "").split(",") if name]
         self.model = Model.load(context.artifacts["model"], trust=trust)
 
-    def predict(self, context: Any, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Impute a frame, an AnnData, the AnnData file at a path, or a request to MLflow's server.
 
         Raises
