@@ -135,13 +135,12 @@ def fetch(model: str) -> Path:
             raise ValueError(f"no model folder at {model}; give a folder or models:/NAME@{CHAMPION}")
         return folder
     name, version, alias = _registered(model) if model.startswith("models:/") else ("", "", "")
-    from mlflow.exceptions import MlflowException
-
-    client, source = load_mlflow().MlflowClient(), ""
+    client, source = None, ""
     try:
+        client = load_mlflow().MlflowClient()
         source = _source(client, name, version, alias) if name else model
         return download(source)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # of MLflow, of the disk, or of a database's driver
         reason = (moved_sentence(client, tracking_uri()) if source else "") or redacted(error)
         raise ValueError(
             f"{model} cannot be had from the registry at {public_uri(tracking_uri())}: {reason}"

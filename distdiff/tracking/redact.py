@@ -9,7 +9,7 @@ import traceback
 _USER_INFO = re.compile(
     r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)"
     r"(?:[^\s/?#'\"]*@"  # user:password@ without a slash
-    r"|[^\s/:@?#'\"]*:(?!\d+(?:[/?#]|\b))[^\s@'\"]*@)"  # a password that holds a slash; a port is no password
+    r"|[^\s/:@?#\['\"]*:(?!\d+(?:[/?#]|\b))[^\s'\"]*@)"  # a password that holds a slash; a port is no password
 )
 _SECRET_PARAMETER = re.compile(r"(?P<name>[?&](?:password|passwd|pwd|token|secret)=)[^\s&'\"]+", re.IGNORECASE)
 

@@ -50,7 +50,7 @@ def test_log_lines_and_their_tracebacks_are_redacted():
     assert "http://host is gone" in text
 
 
-@pytest.mark.parametrize("uri", ["http://me:secret@127.0.0.1:9", "postgresql://me:secret@127.0.0.1:9/db"])
+@pytest.mark.parametrize("uri", ["http://me:hunter-2@127.0.0.1:9", "postgresql://me:hunter-2@127.0.0.1:9/db"])
 def test_nothing_that_is_printed_logged_stored_or_raised_has_the_password(here, monkeypatch, capfd, caplog, model, uri):
     """Of a server that refuses, and of a database whose driver is not installed (or refuses)."""
     import traceback
@@ -80,5 +80,5 @@ def test_nothing_that_is_printed_logged_stored_or_raised_has_the_password(here, 
     printed = capfd.readouterr()
     stored = [path.read_bytes().decode(errors="replace") for path in here.rglob("*") if path.is_file()]
     for text in (printed.out, printed.err, caplog.text, *raised, *stored):
-        assert "secret" not in text
+        assert "hunter-2" not in text
     assert "127.0.0.1:9" in printed.out
