@@ -13,8 +13,9 @@ half of the steps the proxy changes to the scenario's mode, and stays so until t
 
 Three contestants: ``mlflow`` (``mlflow.config.enable_async_logging()``, MLflow's default timeouts and retries),
 ``mlflow, short`` (the same with ``MLFLOW_HTTP_REQUEST_TIMEOUT=30`` and ``MLFLOW_HTTP_REQUEST_MAX_RETRIES=1``), and
-``distdiff`` (:func:`distdiff.tracking.run`). For each: the slowest call of a step (ms), the seconds from the last step to
-the end of the process, how it ended, and how many steps the server holds, at once and after ``distdiff mlflow sync``.
+``distdiff`` (:func:`distdiff.tracking.run`). For each: the slowest call of a step (ms), the seconds from the last step
+to the end of the process, its exit status, and how many steps the server holds, before and after ``distdiff mlflow
+sync``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+import _record
 
 CONTESTANTS = ("mlflow", "mlflow, short", "distdiff")
 SCENARIOS = ("up", "refuses", "stalls", "returns", "killed")
@@ -162,12 +165,12 @@ def measure(kind: str, scenario: str, proxy: Proxy, folder: Path, steps: int, ca
         )  # fmt: skip
     assert client.stdin is not None
     assert client.stdout is not None
-    told: dict[str, Any] = {}
+    printed: dict[str, Any] = {}
     for line in client.stdout:
-        told |= json.loads(line)
-        if "worst" in told:
+        printed |= json.loads(line)
+        if "worst" in printed:
             break
-        if "half" in told:
+        if "half" in printed:
             proxy.set({"returns": "refuses", "killed": "stalls"}.get(scenario, scenario))
             if scenario == "returns":
                 threading.Timer(5, proxy.set, ("up",)).start()
@@ -188,10 +191,10 @@ def measure(kind: str, scenario: str, proxy: Proxy, folder: Path, steps: int, ca
     reader = MlflowClient(f"http://127.0.0.1:{proxy.server}")
 
     def held() -> int:
-        return len({m.step for m in reader.get_metric_history(told["run"], "loss")})
+        return len({m.step for m in reader.get_metric_history(printed["run"], "loss")})
 
     found = {
-        "contestant": kind, "scenario": scenario, "slowest_call_ms": round(1000 * told["worst"], 1),
+        "contestant": kind, "scenario": scenario, "slowest_call_ms": round(1000 * printed["worst"], 1),
         "end_seconds": round(seconds, 1), "ended_within_cap": ended is not None, "exit": ended, "steps_held": held(),
     }  # fmt: skip
     if kind == "distdiff":
@@ -208,7 +211,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--cap", type=float, default=150, help="seconds to wait for a client's end")
     options = parser.parse_args()
-    rows = []
+    rows, began = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         server, port = serve(Path(scratch))
         try:
@@ -220,8 +223,8 @@ def main() -> None:
             os.killpg(server.pid, signal.SIGKILL)
     import mlflow
 
-    record = {"steps": options.steps, "cap_seconds": options.cap, "mlflow": mlflow.__version__, "rows": rows}
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    content = {"steps": options.steps, "cap_seconds": options.cap, "mlflow": mlflow.__version__, "rows": rows}
+    _record.write(options.out, began, content)
 
 
 if __name__ == "__main__":

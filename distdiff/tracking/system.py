@@ -1,4 +1,8 @@
-"""MLflow's system metrics as entries of the spool, so that none is lost while the server cannot be reached."""
+"""MLflow's system metrics as entries of the spool, so that none is lost while the server cannot be reached.
+
+MLflow's own thread (``SystemMetricsMonitor``) connects to the server when it is made, asks it for the run before each
+sample and ends at the first failure; only its sensors are used here.
+"""
 
 from __future__ import annotations
 
