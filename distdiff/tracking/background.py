@@ -112,7 +112,7 @@ def send_ended_run(sender: Sender, *, anew: bool = False) -> str:
         n_sent = sender.send()
         ended = sender.end_run("KILLED")
         if not n_sent:
-            return f"run {sender.run_id}: its process had ended without a word, now KILLED" if ended else ""
+            return f"run {sender.run_id}: its process ended without closing it, now KILLED" if ended else ""
         registered = f"; {sender.state['registered']}" if "registered" in sender.state else ""
         return f"run {sender.state.get('run_id')}: {n_sent} entries sent{registered}"
 
@@ -120,7 +120,7 @@ def send_ended_run(sender: Sender, *, anew: bool = False) -> str:
 def sync(folder: str | Path, compare: Compare | None = None, *, uri: str = "", anew: bool = False) -> list[str]:
     """Send what the runs in a folder (of one run, or of many) could not send while their server was unreachable.
 
-    Only files in a run's own folder are read or removed, also where somebody else wrote the spool.
+    Only files in a run's own folder are read or removed, even if another person wrote the spool.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def sync(folder: str | Path, compare: Compare | None = None, *, uri: str = "", a
         Nothing is sent to a server that only the files in the folder name. A server that a run was not begun with
         receives all of the run.
     anew
-        Begin a run again that the server does not know, and send all of it.
+        Begin a run again that the server does not have (any more), and send all of it.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def sync(folder: str | Path, compare: Compare | None = None, *, uri: str = "", a
     ValueError
         The folder has no spool, a spool is a symbolic link, or only the folder names the server.
     RuntimeError
-        The server cannot be reached, does not know a run, or its project folder was moved.
+        The server cannot be reached, does not have a run, or the project folder was moved.
 
     Examples
     --------

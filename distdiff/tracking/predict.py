@@ -114,7 +114,7 @@ def _impute_frame(model: Model, frame: DataFrame, options: dict[str, Any]) -> Da
     job = Job.plan(model, Source.from_anndata(cells), mask=hidden, **options)
     values = np.zeros(given.shape, dtype=np.float32)
     job.run({job.layers[0]: values}, progress=False)
-    # a cell without any count, or a gene that the model does not know, is not imputed
+    # a cell without any count, or a gene that the model lacks, is not imputed
     columns = var.index.isin(model.spec.genes)
     imputed = hidden & columns & (np.nansum(given[:, columns], axis=1) > 0)[:, None]
     return pd.DataFrame(np.where(imputed, values, given), index=frame.index, columns=genes + absent)

@@ -38,7 +38,7 @@ class MissingFile(Exception):
 
 
 class UnknownRun(RuntimeError):
-    """The server does not know the run that was begun on it."""
+    """The server does not have the run that was begun on it."""
 
 
 class ProjectMoved(RuntimeError):
@@ -129,7 +129,7 @@ class Sender:
         return needed
 
     def begin_anew(self) -> None:
-        """Delete the record of what was sent, if the server does not know the run."""
+        """Delete the record of what was sent, if the server does not have the run."""
         if self.state.get("run_id"):
             try:
                 _ = self.client

@@ -138,7 +138,7 @@ class Spool:
     def resolve_inside(self, path: str | Path) -> Path | None:
         """Return the real path of a file or folder of the run; ``None`` if it, or a link in it, leads elsewhere.
 
-        Somebody else may have written the spool and put links into its folder.
+        Another person may have written the spool and put links into its folder.
         """
         try:
             root, found = self.run_folder.resolve(), (self.run_folder / path).resolve()

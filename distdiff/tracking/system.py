@@ -1,6 +1,6 @@
 """MLflow's system metrics as entries of the spool, so that none is lost while the server cannot be reached.
 
-MLflow's own thread (``SystemMetricsMonitor``) connects to the server when it is made, asks it for the run before each
+MLflow's own thread (``SystemMetricsMonitor``) connects to the server when it is made, requests the run before each
 sample and ends at the first failure; only its sensors are used here.
 """
 

@@ -200,7 +200,7 @@ def test_a_killed_run_that_was_sent_does_not_stay_running(here, monkeypatch, by)
             pass
         assert other.run_id != killed.run_id
     else:
-        assert tracking.sync(".") == [f"run {killed.run_id}: its process had ended without a word, now KILLED"]
+        assert tracking.sync(".") == [f"run {killed.run_id}: its process ended without closing it, now KILLED"]
     assert mlflow.get_run(killed.run_id).info.status == "KILLED"
 
 
