@@ -61,8 +61,8 @@ def _limits(spec: Mapping[str, Any]) -> list[str]:
     info, out = spec["info"], []
     out.append("It takes raw counts only; negative, fractional and normalised values are refused.")
     out.append(
-        f"It imputes {len(spec['genes']):,} genes, matched by name; other genes come back as they were. Genes that an input lacks "
-        "count as not measured."
+        f"It imputes {len(spec['genes']):,} genes, matched by name; other genes come back as they were. Genes that an "
+        "input lacks count as not measured."
     )
     if depth := info.get("depth"):
         out.append(
