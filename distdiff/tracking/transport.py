@@ -24,6 +24,9 @@ MOST_SECONDS = 30.0
 SLOWEST = 1024.0
 """Bytes a second that a file must arrive with, on average."""
 
+LONGEST_PAUSE = 10.0
+"""Most seconds before a request that a busy server refused is sent again."""
+
 _silent_since: dict[int, float] = {}
 _lock = threading.Lock()
 
@@ -96,34 +99,51 @@ class Answer:
 
 
 class LimitedAdapter(HTTPAdapter):
-    """Sends a request as another adapter does, and limits its answer."""
+    """Sends requests as another adapter does, limits their answers, and repeats a request that a busy server refused.
+
+    urllib3 repeats such a request too (MLFLOW_HTTP_REQUEST_MAX_RETRIES), but first reads the whole answer and waits as
+    long as the answer says.
+    """
 
     def __init__(self, adapter: HTTPAdapter) -> None:
         super().__init__()
+        retries = adapter.max_retries
+        self._busy = frozenset(retries.status_forcelist or ())
+        self._pauses = [min(retries.backoff_factor * 2**i, LONGEST_PAUSE) for i in range(int(retries.total or 0))]
         self._adapter = adapter
-        # urllib3 would repeat a request after an answer 429 or 5xx and wait as the server says; the spool repeats it
-        adapter.max_retries = adapter.max_retries.new(status_forcelist=(), respect_retry_after_header=False)
+        adapter.max_retries = retries.new(status_forcelist=(), respect_retry_after_header=False)
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:  # type: ignore[override]
         """Send a request and read its answer; ``stream=True``: the caller reads it."""
-        stream, key = bool(kwargs.get("stream")), id(request)
+        key = id(request)
 
-        def goes_on() -> None:
+        def show_activity() -> None:
             with _lock:
                 _silent_since[key] = time.monotonic()
 
+        pauses = self._pauses
         if hasattr(request.body, "read"):
-            request.body = Upload(request.body, goes_on)  # type: ignore[assignment]
-        goes_on()
+            request.body, pauses = Upload(request.body, show_activity), []  # type: ignore[assignment]
+        show_activity()
         try:
-            response = self._adapter.send(request, *args, **kwargs)
-            response.raw = Answer(response.raw, in_memory=not stream)
-            if not stream:
-                _ = response.content  # requests keeps it
+            response = self._send_once(request, *args, **kwargs)
+            for pause in pauses:
+                if response.status_code not in self._busy:
+                    break
+                response.close()
+                time.sleep(pause)
+                response = self._send_once(request, *args, **kwargs)
             return response
         finally:
             with _lock:
                 _silent_since.pop(key, None)
+
+    def _send_once(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        response = self._adapter.send(request, *args, **kwargs)
+        response.raw = Answer(response.raw, in_memory=not kwargs.get("stream"))
+        if not kwargs.get("stream"):
+            _ = response.content  # requests keeps it
+        return response
 
     def close(self) -> None:
         """Close the connections of the other adapter."""
@@ -143,9 +163,12 @@ def limit_requests() -> None:
 
     def limited(*args: Any, **kwargs: Any) -> requests.Session:
         session = get_session(*args, **kwargs)
-        for prefix, adapter in list(session.adapters.items()):
-            if not isinstance(adapter, LimitedAdapter):
-                session.mount(prefix, LimitedAdapter(adapter))
+        with _lock:  # MLflow shares a session among threads
+            adapters = {adapter for adapter in session.adapters.values() if not isinstance(adapter, LimitedAdapter)}
+            for adapter in adapters:  # one may serve http and https
+                limited_adapter = LimitedAdapter(adapter)
+                for prefix in [prefix for prefix, found in session.adapters.items() if found is adapter]:
+                    session.mount(prefix, limited_adapter)
         return session
 
     limited.limited = True  # type: ignore[attr-defined]

@@ -156,6 +156,24 @@ def test_an_answer_without_end_is_a_sentence(session, monkeypatch, kind, words):
                 b"".join(answer.iter_content(1000))
 
 
+def test_a_request_that_a_busy_server_refuses_is_sent_again_as_often_as_mlflow_is_set_to(session):
+    number = [0]
+
+    def busy_once(send):
+        number[0] += 1
+        if number[0] == 1:
+            ANSWERS["429"](send)
+        else:
+            send(HEAD + b"Content-Length: 2\r\n\r\n{}")
+
+    ANSWERS["busy once"] = busy_once
+    with misbehaving("busy once") as uri:
+        assert session.post(uri, json={"a": 1}).json() == {}
+    del ANSWERS["busy once"]
+    with misbehaving("429") as uri:
+        assert session.get(uri).status_code == 429
+
+
 def test_an_upload_that_goes_on_is_not_silent(session, tmp_path):
     """The server takes a file slowly: the request lasts for seconds, and is silent for a fraction of one."""
     (tmp_path / "weights").write_bytes(bytes(20 << 20))
