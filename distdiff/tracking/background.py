@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from distdiff.tracking.address import public_uri, tracking_uri
+from distdiff.tracking.address import DATABASE, public_uri, tracking_uri
 from distdiff.tracking.redact import redacted, short
 from distdiff.tracking.registry import Compare
 from distdiff.tracking.sender import ProjectMoved, Sender, UnknownRun
@@ -160,14 +160,24 @@ def sync(folder: str | Path, compare: Compare | None = None, *, uri: str = "", a
     for spool in found:
         sender = Sender(spool, uri, compare)
         if not uri and sender.pending and sender.first_uri != public_uri(tracking_uri()):
-            raise ValueError(
-                f"{spool.run_folder} says that its server is {sender.first_uri or 'unknown'}, and nothing was sent: if "
-                f"you know that server and trust it, give --uri {sender.first_uri or 'ADDRESS'}, or set "
-                "MLFLOW_TRACKING_URI"
-            )
+            raise ValueError(_unnamed_server(spool.run_folder, sender.first_uri))
         senders.append(sender)
     lines = [_send_or_explain(sender, anew) for sender in senders]
     return [line for line in lines if line]
+
+
+def _unnamed_server(folder: Path, first_uri: str) -> str:
+    """A sentence on a run whose server the user did not name."""
+    database = Path(first_uri.removeprefix("sqlite:///"))
+    if first_uri.startswith("sqlite:///") and not database.exists() and Path(DATABASE).exists():
+        return (
+            f"{folder} was begun with {first_uri}, which does not exist, and nothing was sent: if the project folder was "
+            f"moved from {database.parent}, give --uri {tracking_uri()}"
+        )
+    return (
+        f"{folder} says that its server is {first_uri or 'unknown'}, and nothing was sent: if you know that server and "
+        f"trust it, give --uri {first_uri or 'ADDRESS'}, or set MLFLOW_TRACKING_URI"
+    )
 
 
 def _send_or_explain(sender: Sender, anew: bool) -> str:

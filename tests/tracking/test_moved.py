@@ -73,6 +73,18 @@ def test_a_moved_project_is_named_when_a_run_is_continued(here, project, monkeyp
     assert not project.exists()
 
 
+def test_a_run_that_was_not_sent_before_the_move_is_sent_to_the_moved_database(here, project, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "send", lambda self: 0)
+        with a_run("unsent") as run:
+            run.metrics({"loss": 1.0}, 1)
+    new = move(here, monkeypatch, False)
+    with pytest.raises(ValueError, match=r"which does not exist, .* moved from .*old place, give --uri sqlite:///"):
+        tracking.sync("unsent")
+    project.symlink_to(new)
+    assert "entries sent" in tracking.sync("unsent", uri=f"sqlite:///{new}/mlflow.db")[0]
+
+
 def test_a_project_that_was_not_moved_is_not_named(here, project):
     with pytest.raises(ValueError, match="cannot be had from the registry") as error:
         tracking.fetch("models:/other@champion")
