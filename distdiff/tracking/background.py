@@ -171,8 +171,8 @@ def _unnamed_server(folder: Path, first_uri: str) -> str:
     database = Path(first_uri.removeprefix("sqlite:///"))
     if first_uri.startswith("sqlite:///") and not database.exists() and Path(DATABASE).exists():
         return (
-            f"{folder} was begun with {first_uri}, which does not exist, and nothing was sent: if the project folder was "
-            f"moved from {database.parent}, give --uri {tracking_uri()}"
+            f"{folder} was begun with {first_uri}, which does not exist, and nothing was sent: if the project folder "
+            f"was moved from {database.parent}, give --uri {public_uri(tracking_uri())}"
         )
     return (
         f"{folder} says that its server is {first_uri or 'unknown'}, and nothing was sent: if you know that server and "
