@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from distdiff.data.ingest.source import Source
-from distdiff.tasks.impute import Job, MaskLayer, mask_of
+from distdiff.tasks.impute import MaskLayer, mask_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -87,10 +87,10 @@ def predict(
 def _impute_source(model: Model, source: Source, mask: Any, options: dict[str, Any]) -> DataFrame:
     import pandas as pd
 
-    job = Job.plan(model, source, mask=mask, **options)
-    values = np.zeros((source.n_cells, len(source.genes) + len(job.added)), dtype=np.float32)
-    job.run({job.layers[0]: values}, progress=False)
-    return pd.DataFrame(values, index=source.obs_names, columns=[*source.genes, *job.added])
+    plan = model.plan_imputation(source, mask=mask, **options)
+    values = np.zeros((source.n_cells, len(source.genes) + len(plan.added)), dtype=np.float32)
+    plan.run({plan.layers[0]: values}, progress=False)
+    return pd.DataFrame(values, index=source.obs_names, columns=[*source.genes, *plan.added])
 
 
 def _impute_frame(model: Model, frame: DataFrame, options: dict[str, Any]) -> DataFrame:
@@ -111,9 +111,9 @@ def _impute_frame(model: Model, frame: DataFrame, options: dict[str, Any]) -> Da
     index = frame.index.astype(str) if frame.index.is_unique else pd.RangeIndex(len(frame)).astype(str)
     obs, var = frame[labels].set_axis(index), pd.DataFrame(index=genes + absent)
     cells = ad.AnnData(sp.csr_matrix(np.where(hidden, 0, given)), obs=obs, var=var)
-    job = Job.plan(model, Source.from_anndata(cells), mask=hidden, **options)
+    plan = model.plan_imputation(Source.from_anndata(cells), mask=hidden, **options)
     values = np.zeros(given.shape, dtype=np.float32)
-    job.run({job.layers[0]: values}, progress=False)
+    plan.run({plan.layers[0]: values}, progress=False)
     # a cell without any count, or a gene that the model lacks, is not imputed
     columns = var.index.isin(model.spec.genes)
     imputed = hidden & columns & (np.nansum(given[:, columns], axis=1) > 0)[:, None]
