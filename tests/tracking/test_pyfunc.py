@@ -17,7 +17,7 @@ from tests.tracking.runs import GENES, free_port, kill, start
 
 def test_a_packed_model_holds_nothing_that_is_unpickled(packed):
     kinds = {path.suffix for path in packed.rglob("*") if path.is_file()}
-    assert kinds <= {"", ".py", ".json", ".yaml", ".txt", ".md", ".safetensors"}
+    assert kinds <= {"", ".py", ".typed", ".json", ".yaml", ".txt", ".md", ".safetensors"}
     assert {p.name for p in (packed / "artifacts" / "model").iterdir()} == {"model.json", "weights.safetensors"}
     assert "torch==" in (packed / "requirements.txt").read_text()
     assert "+cpu" not in (packed / "requirements.txt").read_text()
