@@ -21,7 +21,7 @@ app = typer.Typer(
 stores = typer.Typer(no_args_is_help=True, help="Look at a store, check it, turn it back into AnnData.")
 app.add_typer(stores, name="store")
 
-server = typer.Typer(no_args_is_help=True, help="What MLflow was told, and was not.")
+server = typer.Typer(no_args_is_help=True, help="Send to MLflow what runs could not send.")
 app.add_typer(server, name="mlflow")
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
@@ -129,11 +129,11 @@ def sync(
     anew: Annotated[bool, typer.Option("--anew", help="Begin a run anew that the server does not know.")] = False,
     trust: Trust = None,
 ) -> None:
-    """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
+    """Send what runs kept while their MLflow server could not be reached: metrics, files, the model."""
     from distdiff import experiment, tracking
 
-    judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
-    lines = tracking.sync(folder, judge=judge, uri=uri, anew=anew)
+    compare = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
+    lines = tracking.sync(folder, compare=compare, uri=uri, anew=anew)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 
