@@ -26,6 +26,9 @@ from distdiff.process.survival import Survival
 from distdiff.training.loop import Training
 from distdiff.training.optim import Optim
 
+MOST_DRAWS, MOST_STEPS = 1_000, 10_000
+"""Draws of a cell and steps of a walk in the evaluation, at most: more would keep a finished run waiting for days."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -65,12 +68,14 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"evaluate.rate must lie between 0 and 1, got {self.rate}")
-        if self.draws < 2:
-            raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {self.draws}")
-        if self.cells < 1 or self.repaint_steps < 0:
+        if not 2 <= self.draws <= MOST_DRAWS:
             raise ValueError(
-                f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, got {self.cells} and "
-                f"{self.repaint_steps}"
+                f"evaluate.draws must be at least 2 (CRPS needs an ensemble), at most {MOST_DRAWS:,}, got {self.draws}"
+            )
+        if self.cells < 1 or not 0 <= self.repaint_steps <= MOST_STEPS:
+            raise ValueError(
+                f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, at most {MOST_STEPS:,}, got "
+                f"{self.cells} and {self.repaint_steps}"
             )
         if self.protocol == "paper" and not self.cell_type:
             raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type, --cell-type)")

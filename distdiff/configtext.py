@@ -1,7 +1,7 @@
-"""The YAML text of a config: parsed under bounds, each value both as YAML reads it and as the words that were written.
+"""The YAML text of a config, read under bounds: each value as YAML reads it, and as the words that were written.
 
-Only plain YAML is taken: mappings, lists, text, numbers, true and false, null, anchors and merge keys. A key that stands
-twice, a tag of another kind, a mapping that holds itself and more than :data:`DEEPEST` levels are refused.
+Only plain YAML is taken: mappings, lists, text, numbers, true and false, null, anchors and merge keys. A key that
+stands twice, a tag of another kind, a mapping that holds itself and more than :data:`DEEPEST` levels are refused.
 """
 
 from __future__ import annotations
@@ -152,5 +152,6 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 20]}... ({len(text):,} characters)"
 
 
-def _where(mark: yaml.Mark | None) -> str:
+def _where(mark: Any) -> str:
+    """Line and column of a place in the text."""
     return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

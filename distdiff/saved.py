@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import math
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -137,19 +139,54 @@ def bounded(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[
         yield
 
 
-class _Bounded(TorchFunctionMode):
-    """Refuses to make tensors of more than ``most`` numbers."""
+class TooLarge(ValueError):
+    """Options ask for a larger network than there can be here."""
 
-    def __init__(self, most: int) -> None:
+
+class _Bounded(TorchFunctionMode):
+    """Refuses to make a tensor of more than ``most`` numbers, or tensors of more than ``total`` numbers together."""
+
+    def __init__(self, most: float, total: float = math.inf) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.left = most, total
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in MAKERS:
             shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
-            if math.prod(n for n in shape if isinstance(n, int)) > self.most:
-                raise ValueError(f"its options ask for a tensor of shape {list(shape)}, the file has none so large")
+            made = math.prod(n for n in shape if isinstance(n, int))
+            self.left -= made
+            if made > self.most or self.left < 0:
+                raise TooLarge(f"its options ask for a tensor of shape {list(shape)}, the file has none so large")
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def affordable(denoiser: Mapping[str, Any], copies: int) -> Iterator[None]:
+    """Build a denoiser to train in here; one whose weights, ``copies`` times, exceed the free memory is refused.
+
+    Raises
+    ------
+    ValueError
+        It is too large, or torch has no tensors of that size; its sizes are named.
+    """
+    free = _free_memory()
+    try:
+        with _Bounded(free // (4 * copies), free // (4 * copies)):
+            yield
+    except TooLarge:
+        sizes = {k: v for k, v in denoiser.items() if type(v) is int or isinstance(v, (list, tuple))}
+        named = ", ".join(f"denoiser.{name}={value}" for name, value in sizes.items())
+        raise ValueError(
+            f"{named}: a network of that size needs more than the {free / 2**30:.1f} GiB of free memory in training; "
+            "choose smaller numbers"
+        ) from None
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take."""
+    process, limit = psutil.Process(), resource.getrlimit(resource.RLIMIT_AS)[0]
+    free = psutil.virtual_memory().available
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - process.memory_info().vms))
 
 
 def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

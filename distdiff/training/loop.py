@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -345,6 +346,32 @@ def train(
     return progress
 
 
+def check(
+    store: CountStore, denoiser: Denoiser, settings: Training, loading: Loading, accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Refuse what :func:`train` would, before anything is written.
+
+    Raises
+    ------
+    ValueError
+        A batch that the processes cannot share out or that the memory cannot hold, strata or weights that do not fit
+        the store, no training or validation cell, a graph of what can be none, or a checkpoint that is not there.
+    """
+    index, _ = _splits(store)
+    share = _share(settings, accelerator.num_processes) if settings.batch else settings.grain
+    need, free = 4 * share * len(store.genes), psutil.virtual_memory().available
+    if need > free:
+        raise ValueError(
+            f"train.{'batch' if settings.batch else 'grain'}: {share:,} cells of {len(store.genes):,} genes need "
+            f"{need / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free; choose a smaller number"
+        )
+    loading.plan(store, index, share * accelerator.num_processes, settings.seed)
+    if settings.graph:
+        graphed.check(accelerator, denoiser, settings.accumulate)
+    if settings.resume not in ("auto", "never"):
+        checkpoint.find(settings.resume, Path(settings.out))
+
+
 def _splits(store: CountStore) -> tuple[np.ndarray, np.ndarray]:
     index, held_out = store.rows("train"), store.rows("val")
     if not len(index) or not len(held_out):
@@ -361,7 +388,7 @@ def _share(settings: Training, world: int) -> int:
     if not settings.batch:
         raise ValueError("train.batch=auto must be settled before training (distdiff.training.fit.settled)")
     if settings.batch % (world * settings.accumulate * settings.grain):
-        passes = f" in {settings.accumulate} passes" if settings.accumulate > 1 else ""
+        passes = f" in {settings.accumulate} passes (train.accumulate)" if settings.accumulate > 1 else ""
         raise ValueError(
             f"train.batch={settings.batch} cannot be shared by {world} processes{passes} in groups of train.grain="
             f"{settings.grain} cells; use a multiple of {world * settings.accumulate * settings.grain}, or a smaller "
