@@ -16,11 +16,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from distdiff import received
-from distdiff.component import check_trust, modules
+from distdiff.component import check_trust, modules, nearest
 from distdiff.types import DataSpec, Tensor
 
 FORMAT = 2
 
+
+SEAL = "sha256"
+"""What ``model.json`` calls the hash of the rest of itself."""
 
 NAMES = "names"
 """Note in the weights' file (see :func:`names_of`)."""
@@ -64,6 +67,7 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
     weights = folder / "weights.safetensors"
     card, tensors = received.json_of(folder / "model.json"), received.tensors_of(weights)
     check_format(card, folder)
+    _check_seal(card)
     for name, wanted in PARTS.items():
         if not isinstance(card.get(name), wanted):
             raise ValueError(f"model.json: {name} must be {_word(wanted)}, is {received.kind(card.get(name))}")
@@ -91,6 +95,28 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
     return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean), tensors
 
 
+def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
+    """``model.json`` with the SHA-256 of the rest of itself, as plain JSON."""
+    plain = json.loads(json.dumps(card))
+    return {**plain, SEAL: _seal(plain)}
+
+
+def _seal(card: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
+def _check_seal(card: dict[str, Any]) -> None:
+    """Refuse a card that is not what was written; those of versions that wrote no hash hold nothing but their parts."""
+    told = card.pop(SEAL, None)
+    if told is not None and told != _seal(card):
+        raise ValueError(
+            "model.json was changed or damaged after it was written (its content is not that of its own hash); copy "
+            "the folder again from where it was made"
+        )
+    if unknown := sorted(card.keys() - PARTS.keys() - {"format"}):
+        raise ValueError(f"model.json has an unknown key {unknown[0][:80]!r}{nearest(unknown[0][:80], [*PARTS, SEAL])}")
+
+
 def names_of(genes: Sequence[str], labels: Mapping[str, Sequence[str]]) -> str:
     """Which column is which gene, and which code which label: stands in the weights' file, as SHA-256."""
     told = [list(genes), {name: list(values) for name, values in labels.items()}]
@@ -109,9 +135,9 @@ def check_format(card: Mapping[str, Any], folder: Path) -> None:
     if type(found) is not int:
         raise ValueError(f"model.json: format must be a whole number, is {received.kind(found)}")
     if found < FORMAT:
-        raise WrongFormat(f"{folder} has model format {found}, of an earlier distdiff; train it again")
+        raise WrongFormat(f"{folder} has model format {found} (model.json), of an earlier distdiff; train it again")
     if found > FORMAT:
-        raise WrongFormat(f"{folder} has model format {found}, this distdiff reads up to {FORMAT}; upgrade")
+        raise WrongFormat(f"{folder} has model format {found} (model.json), this distdiff reads up to {FORMAT}; upgrade")
 
 
 @contextlib.contextmanager
@@ -129,7 +155,7 @@ def bounded(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[
         return
     for name in LENGTHS:
         if isinstance(denoiser.get(name), int) and denoiser[name] > len(tensors):
-            raise ValueError(f"denoiser.{name}={denoiser[name]:g}, but there are {len(tensors)} tensors")
+            raise ValueError(f"denoiser.{name}={denoiser[name]}, but there are {len(tensors)} tensors")
     for value in _values((card["process"], denoiser)):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"model.json: an option is {value}")
@@ -238,7 +264,7 @@ def _check_about(info: Mapping[str, Any]) -> None:
 def _check_numbers(what: str, values: Sequence[Any]) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"model.json: {what} must hold finite numbers, one is {str(value)[:40]}")
+            raise ValueError(f"model.json: {what} must hold finite numbers, one is {str(value)[:40]!r}")
 
 
 def _values(tree: Any) -> Iterator[Any]:

@@ -46,8 +46,8 @@ class UNet(Denoiser):
         super().__init__()
         if len(shape) != 3 or not channels or groups < 1 or any(c % groups for c in channels):
             raise ValueError(
-                f"denoiser unet: shape must be three numbers and channels multiples of groups, got shape={list(shape)}, "
-                f"channels={list(channels)}, groups={groups}"
+                "denoiser unet: shape must be three numbers and channels multiples of groups, got "
+                f"shape={list(shape)}, channels={list(channels)}, groups={groups}"
             )
         colours, height, width = shape
         if colours * height * width != spec.n_genes:
