@@ -137,7 +137,9 @@ def check_format(card: Mapping[str, Any], folder: Path) -> None:
     if found < FORMAT:
         raise WrongFormat(f"{folder} has model format {found} (model.json), of an earlier distdiff; train it again")
     if found > FORMAT:
-        raise WrongFormat(f"{folder} has model format {found} (model.json), this distdiff reads up to {FORMAT}; upgrade")
+        raise WrongFormat(
+            f"{folder} has model format {found} (model.json), this distdiff reads up to {FORMAT}; upgrade"
+        )
 
 
 @contextlib.contextmanager

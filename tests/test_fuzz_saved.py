@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import random
@@ -90,9 +89,9 @@ def trees_of(rng: random.Random, tree: Any, number: int) -> Iterator[tuple[str, 
 def damages(folder: Path, rng: random.Random, json_values: int, most_files: int = 10**9) -> Iterator[Damage]:
     """Ways to harm one file of a folder."""
     every = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    if len(every) > most_files:
-        first = [p for p in every if len(p.parts) == 1]
-        every = first + rng.sample([p for p in every if len(p.parts) > 1], most_files)
+    top = [p for p in every if len(p.parts) == 1]
+    below = [p for p in every if len(p.parts) > 1]
+    every = top + (rng.sample(below, most_files) if len(below) > most_files else below)
     for file in every:
         content = (folder / file).read_bytes()
         for name, other in bytes_of(rng, content) if content else ():
@@ -166,6 +165,7 @@ def all_judged(
         number += 1
         if fault := judged(content_of, whole, Path(home), at, damage):
             faults.append(fault)
+            print(fault)
     Path(home, "found.json").write_text(json.dumps([number, faults]))
 
 
@@ -176,9 +176,7 @@ def check(
     """Refuse all faults of all damaged copies."""
     home = tmp_path / "home"
     home.mkdir()
-    ended = trial(
-        all_judged, content_of, str(folder), str(home), seed, json_values, most_files, seconds=seconds
-    )
+    ended = trial(all_judged, content_of, str(folder), str(home), seed, json_values, most_files, seconds=seconds)
     assert ended.kind == "works", ended
     number, faults = json.loads((home / "found.json").read_text())
     assert not faults, f"{len(faults)} of {number}:\n" + "\n".join(faults)
@@ -229,8 +227,6 @@ def checkpoint_content(folder: Path) -> Any:
     from distdiff.training import checkpoint
     from distdiff.training.loop import Progress
 
-    like = json.loads((folder.parent.parent / "like.json").read_text()) if False else None
-    del like
     found = checkpoint.load(folder, {})
     return {
         "state": found.state, "progress": vars(found.progress(Progress)),

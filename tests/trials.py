@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -74,13 +75,19 @@ def _work(work: Callable[..., None], given: tuple, log: str, memory: int) -> Non
     os._exit(code)
 
 
-def trial(work: Callable[..., None], *given: object, seconds: float = 60, memory: int = MEMORY) -> Ended:
-    """How ``work(*given)`` ends in a process of its own."""
+def started(work: Callable[..., None], *given: object, memory: int = MEMORY) -> tuple[Any, str]:
+    """A process that does ``work(*given)``, and the file of what it prints."""
     handle, log = tempfile.mkstemp(suffix=".txt")
     os.close(handle)
-    began = time.monotonic()
     process = SERVER.Process(target=_work, args=(work, given, log, memory))
     process.start()
+    return process, log
+
+
+def trial(work: Callable[..., None], *given: object, seconds: float = 60, memory: int = MEMORY) -> Ended:
+    """How ``work(*given)`` ends in a process of its own."""
+    began = time.monotonic()
+    process, log = started(work, *given, memory=memory)
     process.join(seconds)
     code = process.exitcode
     if code is None:
