@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
+from distdiff import config, experiment
 from tests.trials import trial
 
 ODD: tuple[Any, ...] = (
@@ -86,6 +89,30 @@ def trees_of(rng: random.Random, tree: Any, number: int) -> Iterator[tuple[str, 
         yield f"only {str(value)[:20]!r}", value
 
 
+def put(file: Path, body: bytes) -> Callable[[Path], None]:
+    """Give a file another content."""
+
+    def harm(folder: Path) -> None:
+        (folder / file).write_bytes(body)
+
+    return harm
+
+
+def become(file: Path, how: str) -> Callable[[Path], None]:
+    """Remove a file, or put what is no file in its place."""
+
+    def harm(folder: Path) -> None:
+        (folder / file).unlink()
+        if how == "a folder":
+            (folder / file).mkdir()
+        elif how == "a pipe":
+            os.mkfifo(folder / file)
+        elif how == "a loop":
+            (folder / file).symlink_to(file.name)
+
+    return harm
+
+
 def damages(folder: Path, rng: random.Random, json_values: int, most_files: int = 10**9) -> Iterator[Damage]:
     """Ways to harm one file of a folder."""
     every = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -95,18 +122,16 @@ def damages(folder: Path, rng: random.Random, json_values: int, most_files: int 
     for file in every:
         content = (folder / file).read_bytes()
         for name, other in bytes_of(rng, content) if content else ():
-            yield f"{file} {name}", lambda at, f=file, b=other: (at / f).write_bytes(b) and None
-        yield f"{file} removed", lambda at, f=file: (at / f).unlink()
-        yield f"{file} a folder", lambda at, f=file: ((at / f).unlink(), (at / f).mkdir()) and None
-        yield f"{file} a pipe", lambda at, f=file: ((at / f).unlink(), os.mkfifo(at / f)) and None
-        yield f"{file} a loop", lambda at, f=file: ((at / f).unlink(), (at / f).symlink_to(file.name)) and None
+            yield f"{file} {name}", put(file, other)
+        for how in ("removed", "a folder", "a pipe", "a loop"):
+            yield f"{file} {how}", become(file, how)
         if len(every) > 1:
             swap = rng.choice([p for p in every if p != file])
-            yield f"{file} is {swap}", lambda at, f=file, o=swap: shutil.copy(folder / o, at / f) and None
+            yield f"{file} is {swap}", put(file, (folder / swap).read_bytes())
         if file.suffix == ".json":
             number = json_values if len(file.parts) == 1 else max(4, json_values // 20)
             for name, tree in trees_of(rng, json.loads(content), number):
-                yield f"{file} {name}", lambda at, f=file, t=tree: (at / f).write_text(json.dumps(t)) and None
+                yield f"{file} {name}", put(file, json.dumps(tree).encode())
 
 
 def judged(content_of: Callable[[Path], Any], whole: Any, home: Path, at: Path, damage: Damage) -> str:
@@ -190,13 +215,10 @@ def model_content(folder: Path) -> Any:
     model = distdiff.load(str(folder))
     rng = np.random.default_rng(0)
     x = rng.poisson(1.0, (6, len(model.spec.genes))).astype(np.float32)
-    import anndata as ad
-    import pandas as pd
-
     adata = ad.AnnData(x, var=pd.DataFrame(index=list(model.spec.genes)))
     out = model.impute(adata, mask=rng.random(x.shape) < 0.5)
     return {
-        "options": model.options, "info": {k: v for k, v in model.info.items()}, "genes": model.spec.genes,
+        "options": model.options, "info": dict(model.info), "genes": model.spec.genes,
         "labels": dict(model.spec.labels), "mean": np.asarray(model.spec.gene_mean),
         "layers": {k: np.asarray(out.layers[k]) for k in out.layers},
         "weights": {k: v.numpy() for k, v in model.denoiser.state_dict().items()},
@@ -232,3 +254,36 @@ def checkpoint_content(folder: Path) -> Any:
         "state": found.state, "progress": vars(found.progress(Progress)),
         **{group: {k: v.numpy() for k, v in getattr(found, group).items()} for group in checkpoint.GROUPS},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(atlas, tmp_path_factory):
+    """A run of two steps."""
+    out = tmp_path_factory.mktemp("fuzz") / "run"
+    overrides = [
+        f"data.store={atlas}", f"train.out={out}", "data.labels=cell_type", "denoiser.width=8", "denoiser.depth=1",
+        "train.cells=64", "train.batch=32", "train.grain=16", "train.eval_cells=32", "train.checkpoint_cells=32",
+        "evaluate.enabled=false", "tracking.enabled=false",
+    ]  # fmt: skip
+    experiment.train(config.load(None, overrides))
+    return out
+
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@pytest.mark.parametrize("values", [60, pytest.param(1000, marks=SLOW)])
+def test_a_model_folder(run, tmp_path, values):
+    check(model_content, run / "model", tmp_path, json_values=values, least=values + 50, seconds=max(200, values))
+
+
+@pytest.mark.parametrize("values", [60, pytest.param(1000, marks=SLOW)])
+def test_a_checkpoint(run, tmp_path, values):
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    check(checkpoint_content, last, tmp_path, json_values=values, least=values + 100, seconds=max(200, values))
+
+
+@pytest.mark.parametrize(("values", "files"), [(40, 3), pytest.param(400, 100, marks=SLOW)])
+def test_a_store(atlas, tmp_path, values, files):
+    check(store_content, atlas, tmp_path, json_values=values, least=values + 50, most_files=files,
+          seconds=max(200, 3 * values))  # fmt: skip
