@@ -18,7 +18,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import distdiff.data.ingest.build as builds
+import distdiff.data.ingest.scan as scanning
 from distdiff import config, experiment
+from tests.data.conftest import build, make_adata, make_counts, save
 from tests.trials import trial
 
 ODD: tuple[Any, ...] = (
@@ -254,6 +257,71 @@ def checkpoint_content(folder: Path) -> Any:
         "state": found.state, "progress": vars(found.progress(Progress)),
         **{group: {k: v.numpy() for k, v in getattr(found, group).items()} for group in checkpoint.GROUPS},
     }  # fmt: skip
+
+
+def interrupted(given: Path, out: Path) -> None:
+    """A build that is stopped while it writes its third shard."""
+    real, calls = scanning.write_shard, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    scanning.write_shard = stop
+    try:
+        build(given, out, labels=("kind",))
+    except KeyboardInterrupt:
+        return
+    finally:
+        scanning.write_shard = real
+    raise AssertionError("the build was not stopped")
+
+
+def harmed_builds(given: str, home: str, most: int, seed: int) -> None:
+    """Harm what a stopped build left, and give the same command: at the latest the second time it ends as ever."""
+    builds.SPAN_BYTES = 2000
+    left, rng = Path(home, "left"), random.Random(seed)
+    left.mkdir()
+    interrupted(Path(given), left / "out")
+    whole, faults, at = build(given, Path(home, "whole"), labels=("kind",)), [], Path(home, "at")
+    wanted = store_content(Path(home, "whole"))
+    every = list(damages(left / ".out.building", rng, 40))
+    for name, harm in rng.sample(every, min(most, len(every))):
+        shutil.rmtree(at, ignore_errors=True)
+        shutil.copytree(left, at)
+        harm(at / ".out.building")
+        for turn in range(2):
+            try:
+                made = build(given, at / "out", labels=("kind",))
+            except (ValueError, OSError) as error:
+                if turn or "\n" in str(error):
+                    faults.append(f"{name}: {turn}: {error}")
+                if isinstance(error, FileExistsError):  # of a link, which the user is to remove
+                    faults.pop() if turn else None
+                    break
+                continue
+            except BaseException as error:
+                faults.append(f"{name}: {''.join(traceback.format_exception(error))[-900:]}")
+                break
+            if made != whole or not same(store_content(at / "out"), wanted):
+                faults.append(f"{name}: another store")
+            if [p.name for p in at.iterdir()] != ["out"]:
+                faults.append(f"{name}: left {sorted(p.name for p in at.iterdir())}")
+            break
+    Path(home, "found.json").write_text(json.dumps([len(every), faults]))
+
+
+@pytest.mark.parametrize("most", [40, pytest.param(10**9, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+def test_what_a_stopped_build_left(tmp_path, most):
+    kind = np.array(["a", "b"])[np.arange(90) % 2]
+    given = save(make_adata(make_counts(90, 12), kind=kind), tmp_path / "a.h5ad")
+    (home := tmp_path / "home").mkdir()
+    ended = trial(harmed_builds, str(given), str(home), most, 0, seconds=250 if most < 100 else 1200)
+    assert ended.kind == "works", ended
+    number, faults = json.loads((home / "found.json").read_text())
+    assert not faults, f"{len(faults)} of {number}:\n" + "\n".join(faults)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ def storm(words: list[str], home: Path, whole: float, kills: int, chance: random
         if hit == kills:
             break
         child, log = started(command, again, str(home))
+        began = time.monotonic()
         child.join(chance.uniform(0.02, 1.0) * whole)
         if child.exitcode is None:
             child.kill()
@@ -64,6 +65,7 @@ def storm(words: list[str], home: Path, whole: float, kills: int, chance: random
             hit += 1
         else:
             assert child.exitcode == 0, Path(log).read_text()[-3000:]
+            whole = min(whole, time.monotonic() - began)
             if words[0] != "train":
                 again = [*words, *([] if "--overwrite" in words else ["--overwrite"])]
         Path(log).unlink()
@@ -85,6 +87,7 @@ def data(folder: Path, cells: int, times: int = 1) -> Path:
 
 def timed(words: list[str], home: Path) -> float:
     """Seconds that a command takes undisturbed."""
+    trial(time.sleep, 0, seconds=120)  # the server that forks has imported everything then
     began = time.monotonic()
     ended = trial(command, words, str(home), seconds=300)
     assert ended.kind == "works", ended
