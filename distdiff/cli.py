@@ -426,7 +426,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
-        typer.echo(f"distdiff: error: {error}", err=True)
+        typer.echo(f"distdiff: error: {_one_line(error)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(INTERRUPTED, err=True)
@@ -435,6 +435,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(getattr(leaving.__context__, "__cause__", None), KeyboardInterrupt):
             typer.echo(INTERRUPTED, err=True)
         raise
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without line ends and control characters of the names in it."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
 
 
 if __name__ == "__main__":
