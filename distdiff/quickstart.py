@@ -83,7 +83,7 @@ def run(
     impute_file(model, data, imputed, layer=layer, mask=str(mask), overwrite=True)
 
     _say(began, "5/5 figures")
-    figures = _figures(source, model, hidden, imputed, cell_type, store, out / "figures")
+    figures = _figures(source, data.name, model, hidden, imputed, cell_type, store, out / "figures")
     if outcome.registered:
         tracking.attach(out / "run", figures)
     print(f"\n{outcome.report.to_text()}\n")
@@ -125,8 +125,9 @@ def _guess(source: Source) -> str | None:
 
 
 def _figures(
-    source: Source, model: Model, hidden: np.ndarray, imputed: Path, cell_type: str | None, store: Path, folder: Path
-) -> Path:
+    source: Source, name: str, model: Model, hidden: np.ndarray, imputed: Path, cell_type: str | None, store: Path,
+    folder: Path,
+) -> Path:  # fmt: skip
     """Pictures of the imputation and of generated cells, in one folder, whole or not at all."""
     import anndata as ad
     import pandas as pd
@@ -146,7 +147,6 @@ def _figures(
     cells = ad.AnnData(truth, obs, pd.DataFrame(index=np.array(source.genes)[known]), layers=layers)
     draws = {"true counts": None, "half hidden (zeros)": "hidden", "imputed (one draw)": "imputed"}
     means = {"true counts": None, "half hidden (zeros)": "hidden", "imputed (posterior mean)": "imputed_mean"}
-    name = source.path.name
     with files.whole(folder, overwrite=True) as temporary:
         temporary.mkdir()
         pl.umap(cells, layers=draws, color=cell_type, training="training", name=name, save=temporary / "umap.png")

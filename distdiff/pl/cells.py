@@ -72,7 +72,7 @@ def umap(
         (1, len(panels)), (4.1 * len(panels) + beside, 4.7), show=show, save=save, ax=ax, sharex=True, sharey=True
     )
     for i, (axes, title) in enumerate(zip(made.axes, panels, strict=True)):
-        axes.scatter(*place.T, s=2, color="#e8edf0", linewidths=0, rasterized=True)
+        axes.scatter(*place.T, s=2, color="#dfe6ea", linewidths=0, rasterized=True)
         _cells(axes, place[i * n : (i + 1) * n], label, trained, n)
         axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1")
     made.axes[0].set_ylabel("UMAP 2")
@@ -137,6 +137,8 @@ def _legend(made: Any, label: Any, trained: NDArray[np.bool_] | None) -> None:
                 Line2D([], [], marker=marker, color=colour, ls="", label=value)
                 for value, (colour, marker) in zip(names, marks(len(names)), strict=True)
             ]
+    if len(made.axes) > 1:
+        handles.append(Line2D([], [], marker="o", ms=3, color="#d5dde2", ls="", label="cells of the other panels"))
     if trained is not None:
         handles += [
             Line2D([], [], marker="o", color=GREY, alpha=0.45, ls="", label="training cell"),
@@ -226,6 +228,8 @@ def depth(
 
 def _histograms(axes: Axes, values: Sequence[NDArray[np.float64]], labels: Sequence[str], bins: int) -> None:
     """Histograms over one logarithmic axis, with the median of each; cells with nothing are in the first bin."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     both = np.concatenate(values)
     low = max(1.0, both[both > 0].min(initial=np.inf) if (both > 0).any() else 1.0)
     high = max(both.max(initial=1.0), 2 * low)
@@ -234,8 +238,11 @@ def _histograms(axes: Axes, values: Sequence[NDArray[np.float64]], labels: Seque
         share = np.histogram(np.maximum(side, low), edges)[0] / len(side)
         axes.stairs(share, edges, color=colour, fill=colour == GREY, alpha=0.55 if colour == GREY else 1, lw=1.8)
         middle = float(np.median(side))
-        axes.axvline(max(middle, low), color=INK if colour == GREY else RED, ls=style, lw=1)
+        axes.axvline(max(middle, low), color=INK if colour == GREY else RED, ls=style, lw=1, ymax=0.78)
         axes.plot([], [], color=colour, lw=6 if colour == GREY else 1.8, label=f"{label}, median {middle:,.0f}")
     axes.set_xscale("log")
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.22)  # room for the legend
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.28)  # room for the legend
     axes.legend(frameon=False, loc="upper left", fontsize=9)

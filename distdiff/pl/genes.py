@@ -117,7 +117,7 @@ def dotplot(
         values = data.matrix(adata, layer, rows)
         found.append((average @ data.log_cp10k(values, at, data.depths(values)), average @ _detected(values, at)))
     top = np.max([mean.max(0) for mean, _ in found], 0)
-    width, tall = 0.27 * len(genes) + 0.8, 0.27 * len(names) + 1.1
+    width, tall = max(2.5, 0.27 * len(genes) + 0.8), 0.27 * len(names) + 1.1
     beside = width * len(panels) <= 1.6 * tall * len(panels) and width * len(panels) <= 17
     grid = (1, len(panels)) if beside else (len(panels), 1)
     size = (width * grid[1] + 3.6, max(3.4, tall * grid[0] + 0.5))
@@ -126,7 +126,7 @@ def dotplot(
     for axes, (title, layer), (mean, share) in zip(made.axes, panels.items(), found, strict=True):
         hide = unseen if layer is None else np.zeros(len(genes), dtype=bool)
         _dots(axes, np.where(hide, np.nan, mean / np.where(top > 0, top, 1)), share, genes, names, sizes)
-        axes.set_title(title)
+        axes.set_title(title, fontsize=10)
     _dot_legend(made)
     made.title(f"{data.data_name(adata, name)}: n = {data.how_many(len(rows), adata.n_obs)}, {len(names)} groups")
     return made.done()
@@ -153,7 +153,7 @@ def _dots(
     y, x = np.mgrid[: len(names), : len(genes)]
     known = np.isfinite(colour).ravel()
     axes.scatter(
-        x.ravel()[known], y.ravel()[known], s=DOT * share.ravel()[known], c=colour.ravel()[known], cmap="cividis_r",
+        x.ravel()[known], y.ravel()[known], s=DOT * share.ravel()[known], c=colour.ravel()[known], cmap="Blues",
         vmin=0, vmax=1, edgecolors=INK, linewidths=0.4,
     )  # fmt: skip
     axes.set_xticks(range(len(genes)), genes, rotation=90)
