@@ -73,7 +73,7 @@ def show(
     name: Annotated[str | None, typer.Argument(help="A config that ships with distdiff, or a YAML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, a list.")] = False,
 ) -> None:
-    """Print every key of a config: value, default, type, help; without NAME the defaults, and the other kinds' options."""
+    """Print every key of a config: value, default, type, help; without NAME the defaults and all kinds' options."""
     import dataclasses
 
     from distdiff import config, describe

@@ -105,7 +105,7 @@ def _pit(axes: Any, u: np.ndarray) -> None:
     axes.set(
         title="PIT of hidden counts", xlabel="place of the truth among the draws", ylabel="density", ylim=(0, None)
     )
-    axes.legend(frameon=False, loc="lower center")
+    axes.legend(loc="lower center", edgecolor="none", framealpha=0.9)
 
 
 def _coverage(axes: Any, u: np.ndarray, expected: np.ndarray) -> None:
@@ -179,7 +179,11 @@ def score_by_calls(
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(x=0.12, y=0.15)
-        axes.legend(frameon=False, fontsize=8)
+        if made.figure is None:
+            axes.legend(frameon=False, fontsize=8)
+    if made.figure is not None:
+        handles = dict(zip(*made.axes[0].get_legend_handles_labels()[::-1], strict=True))
+        made.figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     s = report.setting
     made.title(
         f"{name or s.get('store') or 'unnamed data'}: n = {s['targets']:,} hidden counts of {s['cells']:,} cells, "
@@ -188,15 +192,25 @@ def score_by_calls(
     return made.done()
 
 
+ANSWER = re.compile(r"(, \d+ calls)? (1 draw|\d+ draws)$")
+"""What follows the name of a method in the name of a row."""
+
+
+def _bars(rows: Sequence[Row], metric: str) -> NDArray[np.float64]:
+    """Lengths of error bars below and above, ``[2, rows]``; a distance is never below 0."""
+    error = np.array([2 * row.errors.get(metric, math.nan) for row in rows])
+    return np.stack((np.minimum(error, [row.values[metric] for row in rows]), error)).clip(0)
+
+
 def _by_calls(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     methods: dict[str, list[Row]] = {}
     for row in rows:
-        methods.setdefault(re.sub(r"(, \d+ calls)? (1 draw|\d+ draws)$", "", row.name), []).append(row)
+        methods.setdefault(ANSWER.sub("", row.name), []).append(row)
     for (method, found), (colour, marker) in zip(methods.items(), marks(len(methods)), strict=True):
         found = sorted(found, key=lambda row: row.calls)
         axes.errorbar(
             [row.calls for row in found], [row.values[metric] for row in found],
-            [2 * row.errors.get(metric, math.nan) for row in found], fmt=f"{marker}-", color=colour, ms=5, lw=1.4,
+            _bars(found, metric), fmt=f"{marker}-", color=colour, ms=5, lw=1.4,
             capsize=3, label=method,
         )  # fmt: skip
 
@@ -205,6 +219,4 @@ def _without_network(axes: Axes, rows: Sequence[Row], metric: str, ending: str) 
     rivals = [r for r in rows if not r.note and r.name.endswith(ending) and math.isfinite(r.values[metric])]
     if rivals:
         best = min(rivals, key=lambda row: row.values[metric])
-        axes.axhline(
-            best.values[metric], color=GREY, ls="--", lw=1.2, label=f"{best.name.removesuffix(ending)}, no network"
-        )
+        axes.axhline(best.values[metric], color=GREY, ls="--", lw=1.2, label=f"{ANSWER.sub('', best.name)}, no network")
