@@ -250,7 +250,7 @@ def _exchange() -> Iterator[Check]:
         yield Check("host name", "ok", f"{name} is {address}")
     except (OSError, TimeoutError):
         yield Check("host name", "look", f"{name} has no address",
-                    "processes may not find each other: add it to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo")  # fmt: skip
+                    "processes may miss each other: add it to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo")  # fmt: skip
 
 
 def _within(ask: Callable[[], Any]) -> Any:
