@@ -78,7 +78,7 @@ def show(
 
     from distdiff import config, describe
 
-    keys = describe.keys(name)
+    keys = describe.config_keys(name)
     others = describe.others({key.name.partition(".")[0]: key.kind for key in keys if key.kind}) if not name else []
     if as_json:
         listed = [dataclasses.asdict(key) for key in [*keys, *others]]

@@ -39,7 +39,7 @@ class Key:
     kind: str = ""
 
 
-def keys(name: str | None = None) -> list[Key]:
+def config_keys(name: str | None = None) -> list[Key]:
     """All keys of a config, in the order of its sections; options of the components are those of their kinds.
 
     Parameters
@@ -54,7 +54,7 @@ def keys(name: str | None = None) -> list[Key]:
 
     Examples
     --------
-    >>> next(key.default for key in keys() if key.name == "optim.lr")
+    >>> next(key.default for key in config_keys() if key.name == "optim.lr")
     0.001
     """
     shown = configs.load(name, () if name is not None else ("data.store=atlas.zarr",)).as_dict()

@@ -449,8 +449,8 @@ def test_calibration_of_an_imputer_with_one_answer(made, mean):
 def test_calibration_of_an_anndata_is_that_of_its_arrays(made):
     truth, targets, mean, draws = made
     a = AnnData(sp.csr_matrix(truth))
-    a.layers |= {"imputed_mean": mean, "imputed": draws[0], "imputed_draw2": draws[1], "imputed_draw3": draws[2],
-                 "hidden": sp.csr_matrix(targets)}  # fmt: skip
+    a.layers.update({"imputed_mean": mean, "imputed": draws[0], "imputed_draw2": draws[1], "imputed_draw3": draws[2],
+                 "hidden": sp.csr_matrix(targets)})  # fmt: skip
     mine = pl.calibration(a, mask="hidden", show=False)[0].patches[-1].get_data().values
     assert np.allclose(mine, pl.calibration(_report(made), show=False)[0].patches[-1].get_data().values)
     with pytest.raises(ValueError, match="mask is not given"):
