@@ -361,6 +361,20 @@ def test_violins_carry_the_mean_and_rubins_interval():
     assert words == ["counts as given", "imputed (one draw)", "group mean, 2 s.e. (3 draws, Rubin's rules)"]
 
 
+def test_violins_of_few_cells_are_the_cells_and_one_has_no_interval():
+    a = _adata(60)
+    a.obs["type"] = np.where(np.arange(60) == 7, "one", np.where(np.arange(60) < 6, "few", "many"))
+    axes = pl.violin(a, ["g0"], "type", layers=[None], show=False)
+    points = [c.get_offsets() for c in axes.collections if len(c.get_offsets()) in (1, 6)]
+    x = _log(a, None, "g0")
+    assert sorted(points[0][:, 1]) == pytest.approx(sorted(x[:6]))
+    assert points[1][:, 1] == pytest.approx(x[7])
+    few, many, one = axes.containers[0][2][0].get_segments()
+    assert np.isfinite(few).all()
+    assert np.isfinite(many).all()
+    assert np.isnan(one).any()
+
+
 def test_violins_carry_the_quantiles_of_one_cell():
     a = _adata()
     a.layers["imputed_q5"], a.layers["imputed_q95"] = a.layers["imputed_mean"] * 0.5, a.layers["imputed_mean"] * 2

@@ -172,7 +172,7 @@ def _embed(matrices: Sequence[Any], seed: int) -> NDArray[np.float64]:
 
 
 def depth(
-    real: AnnData, generated: AnnData, *, layer: str | None = None, name: str | None = None, bins: int = 40,
+    real: AnnData, generated: AnnData, *, layer: str | None = None, name: str | None = None, bins: int | None = None,
     show: bool | None = None, save: str | Path | None = None, ax: Sequence[Axes] | None = None,
 ) -> Any:  # fmt: skip
     """Compare generated with real cells: molecules and detected genes of a cell, in the genes that both have.
@@ -186,7 +186,8 @@ def depth(
     name
         Of the real data, for the title.
     bins
-        Of each histogram, evenly spaced on a logarithmic axis.
+        Of each histogram, evenly spaced on a logarithmic axis; by default the root of the smaller number of cells,
+        8 to 40.
     show, save, ax
         See :mod:`distdiff.pl`.
 
@@ -206,6 +207,8 @@ def depth(
             f"depth: {real.n_obs} real and {generated.n_obs} generated cells share {len(genes)} genes; both must have "
             "cells, and genes of the same names"
         )
+    if bins is None:
+        bins = int(np.clip(np.sqrt(min(real.n_obs, generated.n_obs)), 8, 40))
     made = canvas((1, 2), (11, 4.2), show=show, save=save, ax=ax)
     sides = []
     for adata, where in ((real, layer), (generated, None)):
@@ -241,7 +244,7 @@ def _histograms(axes: Axes, values: Sequence[NDArray[np.float64]], labels: Seque
         axes.axvline(max(middle, low), color=INK if colour == GREY else RED, ls=style, lw=1, ymax=0.78)
         axes.plot([], [], color=colour, lw=6 if colour == GREY else 1.8, label=f"{label}, median {middle:,.0f}")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, axes.get_ylim()[1] * 1.28)  # room for the legend

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from distdiff.pl.layers import Layers
 
 UNIT = "log1p of counts per 10,000"
+FEW = 10
+"""Cells of a group from which its density is drawn."""
+
 DOT = 150.0
 """Area of the dot of a gene that every cell of a group has, in square points."""
 
@@ -109,7 +112,10 @@ def dotplot(
         No such gene, layer or column.
     """
     panels, rows = data.chosen(adata, layers), data.thinned(adata, max_cells)
-    genes = list(genes) if genes is not None else markers(adata, groupby, layer=next(iter(panels.values())))
+    genes = (
+        [genes] if isinstance(genes, str) else list(genes) if genes is not None
+        else markers(adata, groupby, layer=next(iter(panels.values())))
+    )  # fmt: skip
     at = data.place(adata, genes)
     names, sizes, average = _by_group(_groups(adata, groupby, rows))
     found = []
@@ -186,11 +192,11 @@ def violin(
 ) -> Any:  # fmt: skip
     """Draw the distribution of genes in each group, a row of axes a gene, with the interval of the group's mean.
 
-    The bar is the mean and 2 standard errors over the group's cells. Where several draws are there (``imputed_draw2``
-    ...), it is the mean of all, and its error is by Rubin's rules (Rubin 1987): the variance over cells, plus
-    ``1 + 1/m`` times that between the ``m`` draws. Where quantile layers are there (``imputed_q5``,
-    ``imputed_q95``), the thin line is the average 5 % to 95 % interval of one cell. An interval of expectations is too
-    narrow: they vary less than counts.
+    Groups of fewer than 10 cells show the cells. The bar is the mean and 2 standard errors over the group's cells.
+    Where several draws are there (``imputed_draw2`` ...), it is the mean of all, and its error is by Rubin's rules
+    (Rubin 1987): the variance over cells, plus ``1 + 1/m`` times that between the ``m`` draws. Where quantile layers
+    are there (``imputed_q5``, ``imputed_q95``), the thin line is the average 5 % to 95 % interval of one cell. An
+    interval of expectations is too narrow: they vary less than counts.
 
     Parameters
     ----------
@@ -219,7 +225,8 @@ def violin(
     names, sizes, average = _by_group(groups)
     members = [np.flatnonzero(groups.cat.codes.to_numpy() == g) for g in range(len(names))]
     wide = max(5.0, 0.32 * len(names) * len(panels) + 1.5)
-    made = canvas((len(genes), 1), (wide, 1.9 * len(genes) + 1.6), show=show, save=save, ax=ax, sharex=True)
+    below = 0.075 * max(len(name) for name in names) + 1.2  # room for the names of groups, upright
+    made = canvas((len(genes), 1), (wide, 1.9 * len(genes) + below), show=show, save=save, ax=ax, sharex=True)
     handles, step = [], 0.84 / len(panels)
     for k, ((title, layer), colour) in enumerate(zip(panels.items(), _series(len(panels)), strict=True)):
         values = data.matrix(adata, layer, rows)
@@ -257,9 +264,17 @@ def _series(n: int) -> list[str]:
 def _bodies(
     axes: Axes, values: Sequence[NDArray[np.float64]], where: NDArray[np.float64], width: float, colour: str
 ) -> None:
-    drawn = axes.violinplot(list(values), where, widths=0.92 * width, showextrema=False, points=60)
-    for body in drawn["bodies"]:
-        body.set(facecolor=colour, edgecolor="none", alpha=0.65)
+    """The density of each group; of few cells the cells themselves."""
+    for few, at in zip(values, where, strict=True):
+        if len(few) < FEW:
+            axes.scatter(np.full(len(few), at), few, s=12, color=colour, alpha=0.65, linewidths=0)
+    many = [k for k, group in enumerate(values) if len(group) >= FEW]
+    if many:
+        drawn = axes.violinplot(
+            [values[k] for k in many], where[many], widths=0.92 * width, showextrema=False, points=60
+        )
+        for body in drawn["bodies"]:
+            body.set(facecolor=colour, edgecolor="none", alpha=0.65)
 
 
 def _means(
@@ -276,7 +291,7 @@ def _means(
         mean = average @ values
         spread = np.maximum(average @ np.square(values) - np.square(mean), 0)
         means.append(mean)
-        within.append(spread / np.maximum(sizes - 1, 1)[:, None])
+        within.append(spread / np.where(sizes > 1, sizes - 1, np.nan)[:, None])  # one cell has no error
     m = len(means)
     between = np.var(means, 0, ddof=1) if m > 1 else 0.0
     return np.mean(means, 0), np.sqrt(np.mean(within, 0) + (1 + 1 / m) * between)
@@ -347,8 +362,8 @@ def scatter(
         if layer is None and _added(adata)[at].any():
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
             continue
-        size = float(np.clip(6000 / len(rows), 2, 14))
-        axes.scatter(*values.T, s=size, color=ACCENT, alpha=0.35, linewidths=0, rasterized=True)
+        size, alpha = float(np.clip(8000 / len(rows), 3, 32)), float(np.clip(200 / len(rows), 0.35, 0.8))
+        axes.scatter(*values.T, s=size, color=ACCENT, alpha=alpha, linewidths=0, rasterized=True)
         everything = np.ones((1, len(values)), dtype=bool)
         rho = float(metrics.spearman(values[:, 0][None], everything, values[:, 1][None])[0])
         shown = f"{rho:.2f}" if math.isfinite(rho) else "undefined"
