@@ -174,6 +174,7 @@ def test_training_curve():
     history = [{"cells": 64 * i, "loss": 3 / i, "val/deviance": abs(i - 5) + 1.0, "val/loss": 9.0} for i in range(1, 9)]
     axes = pl.training_curve(history, name="atlas.zarr", show=False)
     twin = next(a for a in axes.figure.axes if a is not axes)
+    assert "n = 1 validation, 64 cells" in pl.training_curve(history[:1], show=False).get_title()
     assert list(axes.lines[0].get_ydata()) == [h["loss"] for h in history]
     assert list(twin.lines[0].get_ydata()) == [h["val/deviance"] for h in history]
     assert twin.lines[1].get_xdata() == 64 * 5  # the ring is around the best

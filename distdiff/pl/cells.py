@@ -72,7 +72,7 @@ def umap(
         (1, len(panels)), (4.1 * len(panels) + beside, 4.7), show=show, save=save, ax=ax, sharex=True, sharey=True
     )
     for i, (axes, title) in enumerate(zip(made.axes, panels, strict=True)):
-        axes.scatter(*place.T, s=2, color="#dfe6ea", linewidths=0, rasterized=True)
+        axes.scatter(*place.T, s=np.clip(_size(n) / 4, 2, 8), color="#dfe6ea", linewidths=0, rasterized=True)
         _cells(axes, place[i * n : (i + 1) * n], label, trained, n)
         axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1")
     made.axes[0].set_ylabel("UMAP 2")
@@ -91,7 +91,7 @@ def _trained(adata: AnnData, training: str | None, rows: NDArray[np.int64]) -> N
 
 def _cells(axes: Axes, place: NDArray[np.float64], label: Any, trained: NDArray[np.bool_] | None, n: int) -> None:
     """One panel's cells; those held out, where it is known, above the others and with a dark edge."""
-    size = float(np.clip(9000 / n, 3, 26))
+    size = _size(n)
     training = np.ones(n, dtype=bool) if trained is None else trained
     for part, style in (
         (training, {"alpha": 0.45 if trained is not None else 0.9, "linewidths": 0}),
@@ -113,6 +113,11 @@ def _cells(axes: Axes, place: NDArray[np.float64], label: Any, trained: NDArray[
             for value, (colour, marker) in zip(names, marks(len(names)), strict=True):
                 here = place[part & (text == value)]
                 axes.scatter(*here.T, s=size, color=colour, marker=marker, rasterized=True, **style)
+
+
+def _size(n: int) -> float:
+    """Area of the point of one of ``n`` cells, in square points."""
+    return float(np.clip(9000 / n, 3, 26))
 
 
 def _numbers(label: Any) -> bool:

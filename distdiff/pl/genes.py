@@ -124,8 +124,7 @@ def dotplot(
         found.append((average @ data.log_cp10k(values, at, data.depths(values)), average @ _detected(values, at)))
     top = np.max([mean.max(0) for mean, _ in found], 0)
     width, tall = max(2.5, 0.27 * len(genes) + 0.8), 0.27 * len(names) + 1.1
-    beside = width * len(panels) <= 1.6 * tall * len(panels) and width * len(panels) <= 17
-    grid = (1, len(panels)) if beside else (len(panels), 1)
+    grid = (1, len(panels)) if width * len(panels) <= 12 else (len(panels), 1)
     size = (width * grid[1] + 3.6, max(3.4, tall * grid[0] + 0.5))
     made = canvas(grid, size, show=show, save=save, ax=ax, sharex=True, sharey=True)
     unseen = _added(adata)[at]

@@ -156,4 +156,5 @@ def data_name(adata: AnnData, name: str | None) -> str:
 
 def how_many(n: int, of: int, what: str = "cells") -> str:
     """``700 cells``, or ``3,000 of 12,000 cells``."""
+    what = what.removesuffix("s") if of == 1 else what
     return f"{n:,} {what}" if n == of else f"{n:,} of {of:,} {what}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distdiff.pl.canvas import ACCENT, GREY, RED, canvas
+from distdiff.pl.layers import how_many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +78,8 @@ def training_curve(
     right.set_ylabel(long)
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     right.legend(handles=handles, frameon=False, loc="upper right")  # the twin is drawn last
-    made.title(f"Training on {name or 'unnamed data'}: n = {len(seen):,} validations, {seen[-1]:,.0f} cells seen")
+    number = how_many(len(seen), len(seen), "validations")
+    made.title(f"Training on {name or 'unnamed data'}: n = {number}, {seen[-1]:,.0f} cells seen")
     return made.done()
 
 
