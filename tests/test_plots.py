@@ -228,8 +228,10 @@ def test_umap_draws_each_cell_once_a_panel(n, most, monkeypatch):
     a = _adata(n)
     axes = pl.umap(a, layers={"true": None, "drawn": "imputed", "rate": "denoised"}, color="type", training="split",
                    max_cells=most, name="x", show=False)  # fmt: skip
-    rows = np.arange(n)[:: max(1, -(-n // most))]
+    rows = layers.thinned(a, most)
     k = len(rows)
+    assert k == min(n, most)
+    assert (np.diff(rows) > 0).all()
     assert (seen[0][0].toarray() == a.X.toarray()[rows]).all()
     assert (seen[0][2] == a.layers["denoised"][rows]).all()
     for i, panel in enumerate(axes):

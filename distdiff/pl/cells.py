@@ -46,7 +46,7 @@ def umap(
     name
         Of the data, for the title.
     max_cells
-        Cells drawn, at most, evenly spread.
+        Cells drawn, at most: a random sample, always the same.
     show, save, ax
         See :mod:`distdiff.pl`.
 

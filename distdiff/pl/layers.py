@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from distdiff.component import nearest
+from distdiff.rng import numpy_generator
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -78,10 +79,15 @@ def column(adata: AnnData, key: str, argument: str) -> Any:
 
 
 def thinned(adata: AnnData, most: int) -> NDArray[np.int64]:
-    """Indices of at most ``most`` cells, evenly spread."""
+    """Indices of at most ``most`` cells, in their order: a random sample, always the same.
+
+    Every k-th cell would follow the order of a file, as of samples of one size behind each other.
+    """
     if most < 1:
         raise ValueError(f"max_cells must be at least 1, got {most}")
-    return np.arange(adata.n_obs)[:: max(1, -(-adata.n_obs // most))]
+    if adata.n_obs <= most:
+        return np.arange(adata.n_obs)
+    return np.sort(numpy_generator(0, "plotted cells").choice(adata.n_obs, most, replace=False))
 
 
 def place(adata: AnnData, genes: Sequence[str], argument: str = "genes") -> NDArray[np.int64]:
