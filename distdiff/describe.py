@@ -69,7 +69,7 @@ def config_keys(name: str | None = None) -> list[Key]:
     return found
 
 
-def others(shown: Mapping[str, str]) -> list[Key]:
+def of_other_kinds(shown: Mapping[str, str]) -> list[Key]:
     """Options of the components' other kinds, all but those in ``shown`` (section -> kind)."""
     return [
         key for section in configs.SECTIONS for kind in kinds(section[1]) if kind != shown.get(section[0])

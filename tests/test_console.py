@@ -105,7 +105,7 @@ def test_doctor_prints_lines_or_json_and_tells_by_its_status(monkeypatch):
 
 
 def test_every_key_of_every_config_has_a_type_and_a_line_of_help():
-    keys = [*describe.config_keys(), *describe.others({})]
+    keys = [*describe.config_keys(), *describe.of_other_kinds({})]
     assert not [key.name for key in keys if not key.type]
     assert not [f"{key.name} ({key.kind})" for key in keys if not key.help]
     assert not [key.help for key in keys if "`" in key.help or "\n" in key.help or key.help != key.help.strip()]
@@ -136,7 +136,7 @@ def test_defaults_are_those_of_an_empty_config():
 
 
 def test_the_options_of_all_kinds_are_shown():
-    keys = describe.others({"process": "counts"})
+    keys = describe.of_other_kinds({"process": "counts"})
     kinds = {(key.name.partition(".")[0], key.kind) for key in keys}
     assert {("denoiser", "mlp"), ("denoiser", "transformer"), ("denoiser", "lsh"), ("process", "masked")} <= kinds
     assert ("process", "counts") not in kinds

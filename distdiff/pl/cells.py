@@ -66,14 +66,14 @@ def umap(
         raise ValueError(f"umap: at least 4 cells are needed, got {n}")
     label = data.column(adata, color, "color").iloc[rows] if color is not None else None
     trained = _trained(adata, training, rows)
-    place = _embed([data.matrix(adata, layer, rows) for layer in panels.values()], seed)
+    embedding = _embed([data.matrix(adata, layer, rows) for layer in panels.values()], seed)
     beside = 2.2 if label is not None else 0.4
     made = canvas(
         (1, len(panels)), (4.1 * len(panels) + beside, 4.7), show=show, save=save, ax=ax, sharex=True, sharey=True
     )
     for i, (axes, title) in enumerate(zip(made.axes, panels, strict=True)):
-        axes.scatter(*place.T, s=np.clip(_size(n) / 4, 2, 8), color="#dfe6ea", linewidths=0, rasterized=True)
-        _cells(axes, place[i * n : (i + 1) * n], label, trained, n)
+        axes.scatter(*embedding.T, s=np.clip(_size(n) / 4, 2, 8), color="#dfe6ea", linewidths=0, rasterized=True)
+        _cells(axes, embedding[i * n : (i + 1) * n], label, trained, n)
         axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1")
     made.axes[0].set_ylabel("UMAP 2")
     _legend(made, label, trained)
@@ -89,7 +89,7 @@ def _trained(adata: AnnData, training: str | None, rows: NDArray[np.int64]) -> N
     return np.asarray(values, dtype=bool) if values.dtype.kind in "bui" else values.astype(str) == "train"
 
 
-def _cells(axes: Axes, place: NDArray[np.float64], label: Any, trained: NDArray[np.bool_] | None, n: int) -> None:
+def _cells(axes: Axes, embedding: NDArray[np.float64], label: Any, trained: NDArray[np.bool_] | None, n: int) -> None:
     """One panel's cells; those held out, where it is known, above the others and with a dark edge."""
     size = _size(n)
     training = np.ones(n, dtype=bool) if trained is None else trained
@@ -100,18 +100,18 @@ def _cells(axes: Axes, place: NDArray[np.float64], label: Any, trained: NDArray[
         if not part.any():
             continue
         if label is None:
-            axes.scatter(*place[part].T, s=size, color=ACCENT, rasterized=True, **style)
+            axes.scatter(*embedding[part].T, s=size, color=ACCENT, rasterized=True, **style)
         elif _numbers(label):
             values = label.to_numpy(float)
             axes.scatter(
-                *place[part].T, s=size, c=values[part], cmap="viridis", vmin=np.nanmin(values), vmax=np.nanmax(values),
+                *embedding[part].T, s=size, c=values[part], cmap="viridis", vmin=np.nanmin(values), vmax=np.nanmax(values),
                 rasterized=True, **style,
             )  # fmt: skip
         else:
             text = _text(label)
             names = sorted(set(text))
             for value, (colour, marker) in zip(names, marks(len(names)), strict=True):
-                here = place[part & (text == value)]
+                here = embedding[part & (text == value)]
                 axes.scatter(*here.T, s=size, color=colour, marker=marker, rasterized=True, **style)
 
 
@@ -185,7 +185,7 @@ def depth(
     Parameters
     ----------
     real
-        Counts of cells; ``layer`` names another place than ``X``.
+        Counts of cells; ``layer`` names another embedding than ``X``.
     generated
         Cells of :meth:`Model.generate <distdiff.model.Model.generate>`, in ``X``.
     name
@@ -217,7 +217,7 @@ def depth(
     made = canvas((1, 2), (11, 4.2), show=show, save=save, ax=ax)
     sides = []
     for adata, where in ((real, layer), (generated, None)):
-        counts = data.matrix(adata, where, np.arange(adata.n_obs))[:, data.place(adata, genes)]
+        counts = data.matrix(adata, where, np.arange(adata.n_obs))[:, data.columns_of(adata, genes)]
         sides.append((data.depths(counts), data.depths(counts > 0)))
     labels = (f"real, n = {real.n_obs:,}", f"generated, n = {generated.n_obs:,}")
     for axes, values, what in zip(

@@ -116,7 +116,7 @@ def dotplot(
         [genes] if isinstance(genes, str) else list(genes) if genes is not None
         else markers(adata, groupby, layer=next(iter(panels.values())))
     )  # fmt: skip
-    at = data.place(adata, genes)
+    at = data.columns_of(adata, genes)
     names, sizes, average = _by_group(_groups(adata, groupby, rows))
     found = []
     for layer in panels.values():
@@ -219,7 +219,7 @@ def violin(
         [genes] if isinstance(genes, str) else list(genes) if genes is not None
         else markers(adata, groupby, layer=next(iter(panels.values())), n=1, most=4)
     )  # fmt: skip
-    at = data.place(adata, genes)
+    at = data.columns_of(adata, genes)
     groups = _groups(adata, groupby, rows)
     names, sizes, average = _by_group(groups)
     members = [np.flatnonzero(groups.cat.codes.to_numpy() == g) for g in range(len(names))]
@@ -350,7 +350,7 @@ def scatter(
         No such gene or layer.
     """
     panels, rows = data.chosen(adata, layers), data.thinned(adata, max_cells)
-    at = np.r_[data.place(adata, [x], "x"), data.place(adata, [y], "y")]
+    at = np.r_[data.columns_of(adata, [x], "x"), data.columns_of(adata, [y], "y")]
     made = canvas(
         (1, len(panels)), (3.9 * len(panels) + 0.4, 4.4), show=show, save=save, ax=ax, sharex=True, sharey=True
     )

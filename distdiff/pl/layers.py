@@ -90,7 +90,7 @@ def thinned(adata: AnnData, most: int) -> NDArray[np.int64]:
     return np.sort(numpy_generator(0, "plotted cells").choice(adata.n_obs, most, replace=False))
 
 
-def place(adata: AnnData, genes: Sequence[str], argument: str = "genes") -> NDArray[np.int64]:
+def columns_of(adata: AnnData, genes: Sequence[str], argument: str = "genes") -> NDArray[np.int64]:
     """Column of each gene.
 
     Raises
@@ -100,8 +100,10 @@ def place(adata: AnnData, genes: Sequence[str], argument: str = "genes") -> NDAr
     """
     at = adata.var_names.get_indexer(list(genes))
     if (at < 0).any():
-        odd = list(genes)[int(np.argmax(at < 0))]
-        raise ValueError(f"{argument}: {odd!r} is no gene of this AnnData{nearest(odd, map(str, adata.var_names))}")
+        absent = list(genes)[int(np.argmax(at < 0))]
+        raise ValueError(
+            f"{argument}: {absent!r} is no gene of this AnnData{nearest(absent, map(str, adata.var_names))}"
+        )
     return at.astype(np.int64)
 
 
