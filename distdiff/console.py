@@ -79,14 +79,14 @@ def show(
     from distdiff import config, describe
 
     keys = describe.config_keys(name)
-    unused = (
+    alternatives = (
         describe.of_other_kinds({key.name.partition(".")[0]: key.kind for key in keys if key.kind}) if not name else []
     )
     if as_json:
-        listed = [dataclasses.asdict(key) for key in [*keys, *unused]]
+        listed = [dataclasses.asdict(key) for key in [*keys, *alternatives]]
         typer.echo(json.dumps(listed, indent=1, default=lambda value: None if value is ... else str(value)))
         return
-    typer.echo(describe.text(keys, unused))
+    typer.echo(describe.text(keys, alternatives))
     typer.echo(f"\nConfigs that ship with distdiff: {', '.join(config.shipped())}" if not name else "", nl=not name)
 
 

@@ -306,9 +306,9 @@ def _mlflow() -> Iterator[Check]:
         yield _database(Path(uri.removeprefix("sqlite:///")), shown)
     elif scheme in ("", "file"):
         folder = Path(urlsplit(uri).path if scheme else uri)
-        there = folder.is_dir() or os.access(folder.parent, os.W_OK)
-        yield Check("MLflow", "ok" if there else "missing", shown,
-                    "" if there else "set MLFLOW_TRACKING_URI to a place that you may write to")  # fmt: skip
+        existing = folder.is_dir() or os.access(folder.parent, os.W_OK)
+        yield Check("MLflow", "ok" if existing else "missing", shown,
+                    "" if existing else "set MLFLOW_TRACKING_URI to a place that you may write to")  # fmt: skip
     else:
         yield Check("MLflow", "look", f"{shown}: a database of this kind is not examined")
 

@@ -103,9 +103,9 @@ def _cells(axes: Axes, embedding: NDArray[np.float64], label: Any, trained: NDAr
             axes.scatter(*embedding[part].T, s=size, color=ACCENT, rasterized=True, **style)
         elif _numbers(label):
             values = label.to_numpy(float)
+            scale = {"cmap": "viridis", "vmin": np.nanmin(values), "vmax": np.nanmax(values)}
             axes.scatter(
-                *embedding[part].T, s=size, c=values[part], cmap="viridis", vmin=np.nanmin(values), vmax=np.nanmax(values),
-                rasterized=True, **style,
+                *embedding[part].T, s=size, c=values[part], rasterized=True, **scale, **style
             )  # fmt: skip
         else:
             text = _text(label)

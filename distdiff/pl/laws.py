@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,7 +22,41 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-    from distdiff.report import Report, Row
+
+class Row(Protocol):
+    """What is drawn of a line of a report's table (:class:`distdiff.report.Row`)."""
+
+    name: str
+    values: dict[str, float]
+    errors: dict[str, float]
+    note: str
+    calls: int
+
+
+class Report(Protocol):
+    """What is drawn of a report (:class:`distdiff.report.Report`, which calls these plots)."""
+
+    setting: dict[str, Any]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """Lines of the table."""
+
+    @property
+    def truth(self) -> NDArray[Any]:
+        """Counts, ``[b g]``."""
+
+    @property
+    def targets(self) -> NDArray[np.bool_]:
+        """Hidden entries, ``[b g]``."""
+
+    @property
+    def mean(self) -> NDArray[Any] | None:
+        """Posterior mean, ``[b g]``."""
+
+    @property
+    def draws(self) -> NDArray[Any] | None:
+        """Draws, ``[k b g]``."""
 
 
 def calibration(

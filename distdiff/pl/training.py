@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from distdiff.pl.layers import how_many
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from distdiff.model import Model
-
 SCORES = {
     "val/deviance": ("validation deviance", "Poisson deviance of a hidden entry"),
     "val/loss": ("validation loss", "loss of held-out cells, times even"),
@@ -24,8 +22,14 @@ POINTS = 1000
 """Validations that a model keeps of its run, at most."""
 
 
+class Trained(Protocol):
+    """What is drawn of a model (:class:`distdiff.model.Model`)."""
+
+    info: dict[str, Any]
+
+
 def training_curve(
-    run: Model | Sequence[Mapping[str, float]], *, judge: str = "val/deviance", name: str | None = None,
+    run: Trained | Sequence[Mapping[str, float]], *, judge: str = "val/deviance", name: str | None = None,
     show: bool | None = None, save: str | Path | None = None, ax: Axes | None = None,
 ) -> Any:  # fmt: skip
     """Draw training loss, and the validation score that chooses the best weights, against cells seen.
@@ -52,7 +56,7 @@ def training_curve(
     ValueError
         No validation: a model trained before curves were kept, or an empty list.
     """
-    if hasattr(run, "info"):
+    if not isinstance(run, Sequence):
         info = run.info
         history, judge, name = of_model(info.get("history")), info.get("judge", judge), name or info.get("store")
     else:
