@@ -8,7 +8,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distdiff import config as configs
@@ -100,7 +100,8 @@ def _section(section: str, cls: Any, values: Mapping[str, Any]) -> list[Key]:
     for f in dataclasses.fields(cls):
         default: Any = f.default
         if default is dataclasses.MISSING:
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else ...
+            factory: Any = f.default_factory
+            default = factory() if factory is not dataclasses.MISSING else ...
         name = f"{section}.{f.name}"
         found.append(Key(name, values[f.name], default, _type(hints[f.name]), help_of.get(f.name, "")))
     return found
@@ -155,7 +156,7 @@ def _words(values: Any) -> str:
     return " | ".join(str(value) or '""' for value in values)
 
 
-def text(found: list[Key], other: list[Key] = (), *, width: int = 120) -> str:  # type: ignore[assignment]
+def text(found: list[Key], other: Sequence[Key] = (), *, width: int = 120) -> str:
     """Keys as an aligned table: key, value (and the default where it differs), type; help below a key."""
     wide = max(len(key.name) for key in [*found, *other])
     lines: list[str] = []
@@ -166,12 +167,12 @@ def text(found: list[Key], other: list[Key] = (), *, width: int = 120) -> str:  
             lines += ["", f"{head}" + (f": {key.kind}" if key.kind else "")]
             section = head
         lines += _lines(key, wide, width)
-    kind = ("", "")
+    before = ("", "")
     for key in other:
-        head = key.name.partition(".")[0], key.kind
-        if head != kind:
-            lines += ["", f"{head[0]} of another kind: {head[0]}.kind={head[1]}"]
-            kind = head
+        component_kind = key.name.partition(".")[0], key.kind
+        if component_kind != before:
+            name, kind = before = component_kind
+            lines += ["", f"{name} of another kind: {name}.kind={kind}"]
         if not key.name.endswith(".kind"):
             lines += _lines(key, wide, width)
     return "\n".join(lines[1:])

@@ -41,7 +41,7 @@ class Canvas:
         Where to write it.
     """
 
-    axes: list[Axes]
+    axes: list[Any]
     figure: Any
     shown: bool | None
     save: str | Path | None
@@ -62,7 +62,7 @@ class Canvas:
         ValueError
             A suffix that matplotlib cannot write.
         """
-        figure = self.axes[0].figure
+        figure: Any = self.axes[0].figure
         if self.save is not None:
             path = Path(self.save).expanduser()
             kind, known = path.suffix.removeprefix(".") or "png", figure.canvas.get_supported_filetypes()

@@ -89,7 +89,7 @@ def _trained(adata: AnnData, training: str | None, rows: NDArray[np.int64]) -> N
     return np.asarray(values, dtype=bool) if values.dtype.kind in "bui" else values.astype(str) == "train"
 
 
-def _cells(axes: Axes, embedding: NDArray[np.float64], label: Any, trained: NDArray[np.bool_] | None, n: int) -> None:
+def _cells(axes: Any, embedding: NDArray[np.float64], label: Any, trained: NDArray[np.bool_] | None, n: int) -> None:
     """One panel's cells; those held out, where it is known, above the others and with a dark edge."""
     size = _size(n)
     training = np.ones(n, dtype=bool) if trained is None else trained

@@ -260,9 +260,7 @@ def _series(n: int) -> list[str]:
     return [SERIES[i % len(SERIES)] for i in range(n)]
 
 
-def _bodies(
-    axes: Axes, values: Sequence[NDArray[np.float64]], where: NDArray[np.float64], width: float, colour: str
-) -> None:
+def _bodies(axes: Axes, values: Sequence[NDArray[np.float64]], where: NDArray[Any], width: float, colour: str) -> None:
     """The density of each group; of few cells the cells themselves."""
     for few, at in zip(values, where, strict=True):
         if len(few) < FEW:
@@ -272,7 +270,8 @@ def _bodies(
         drawn = axes.violinplot(
             [values[k] for k in many], where[many], widths=0.92 * width, showextrema=False, points=60
         )
-        for body in drawn["bodies"]:
+        bodies: Any = drawn["bodies"]
+        for body in bodies:
             body.set(facecolor=colour, edgecolor="none", alpha=0.65)
 
 

@@ -56,9 +56,11 @@ def training_curve(
     ValueError
         No validation: a model trained before curves were kept, or an empty list.
     """
+    history: list[Mapping[str, float]]
     if not isinstance(run, Sequence):
         info = run.info
-        history, judge, name = of_model(info.get("history")), info.get("judge", judge), name or info.get("store")
+        history = list(of_model(info.get("history")))
+        judge, name = info.get("judge", judge), name or info.get("store")
     else:
         history = list(run)
     if not history:
