@@ -56,7 +56,8 @@ def _silence() -> None:
     def hidden(bar: Any, *arguments: Any, **settings: Any) -> None:
         shown(bar, *arguments, **{**settings, "disable": True})
 
-    tqdm.__init__ = hidden  # type: ignore[method-assign, assignment] # bars are made in many places, each with a ``disable`` of its own
+    # bars are made in many places, each with a ``disable`` of its own
+    tqdm.__init__ = hidden  # type: ignore[method-assign, assignment]
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, a list.")] = False) -> None:
