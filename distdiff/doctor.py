@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from distdiff.tracking.address import public, where
+from distdiff.tracking.address import public_uri, tracking_uri
 from distdiff.version import __version__
 
 PATIENCE = 2.0
@@ -298,8 +298,8 @@ def _mlflow() -> Iterator[Check]:
     if importlib.util.find_spec("mlflow") is None:
         yield Check("MLflow", "missing", "not installed", "pip install mlflow, or tracking.enabled=false")
         return
-    uri = where()
-    shown, scheme = public(uri), urlsplit(uri).scheme
+    uri = tracking_uri()
+    shown, scheme = public_uri(uri), urlsplit(uri).scheme
     if scheme.startswith("http"):
         yield _server(uri, shown)
     elif scheme == "sqlite":
@@ -357,9 +357,9 @@ def _dask() -> Iterator[Check]:
         return
     try:
         _within(lambda: socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE).close())
-        yield Check("dask", "ok", f"{found}; the scheduler {public(address)} answers")
+        yield Check("dask", "ok", f"{found}; the scheduler {public_uri(address)} answers")
     except (OSError, TimeoutError):
-        yield Check("dask", "look", f"{found}; the scheduler {public(address)} does not answer",
+        yield Check("dask", "look", f"{found}; the scheduler {public_uri(address)} does not answer",
                     "start it, or unset DASK_SCHEDULER_ADDRESS")  # fmt: skip
 
 

@@ -172,6 +172,6 @@ def _paths(out: Path, figures: Path, outcome: experiment.Outcome, seconds: float
         (out / "imputed.h5ad", "layers imputed_mean and imputed, opens in scanpy"),
         (out / "run" / "evaluation", "table (md, json), calibration and score by network calls"),
         (figures, "UMAP and genes: true counts, half hidden, imputed; depth of generated cells"),
-        (tracking.where(), "MLflow: config, metrics, table, figures, model"),
+        (tracking.public_uri(tracking.tracking_uri()), "MLflow: config, metrics, table, figures, model"),
     ):
         print(f"  {path!s:<40} {what}")

@@ -48,6 +48,11 @@ class UNet(Denoiser):
         dropout: float = 0.1, groups: int = 32,
     ):  # fmt: skip
         super().__init__()
+        if len(shape) != 3 or not channels or groups < 1 or any(c % groups for c in channels):
+            raise ValueError(
+                "denoiser unet: shape must be three numbers and channels multiples of groups, got "
+                f"shape={list(shape)}, channels={list(channels)}, groups={groups}"
+            )
         colours, height, width = shape
         if colours * height * width != spec.n_genes:
             raise ValueError(

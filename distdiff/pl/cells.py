@@ -31,7 +31,8 @@ def umap(
     """Draw layers of the same cells in one UMAP of all of them together, one panel each.
 
     All layers are normalised to 10,000 molecules a cell and log1p; PCA, neighbours and UMAP are scanpy's, of the
-    layers' cells together, so that a cell can be compared across the panels.
+    layers' cells together, so that a cell can be compared across the panels. Expectations have less noise than counts
+    and lie apart from them for that reason alone; draws do not.
 
     Parameters
     ----------

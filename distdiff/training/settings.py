@@ -131,7 +131,7 @@ class Training:
         if not self.batch:
             raise ValueError("train.batch=auto must be settled before training (distdiff.training.fit.settled)")
         if self.batch % (processes * self.accumulate * self.grain):
-            passes = f" in {self.accumulate} passes" if self.accumulate > 1 else ""
+            passes = f" in {self.accumulate} passes (train.accumulate)" if self.accumulate > 1 else ""
             raise ValueError(
                 f"train.batch={self.batch} cannot be shared by {processes} processes{passes} in groups of train.grain="
                 f"{self.grain} cells; use a multiple of {processes * self.accumulate * self.grain}, or a smaller grain"
