@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from distdiff import console
+
 app = typer.Typer(
-    name="distdiff", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="distdiff", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=console.NAMES,
     help="Diffusion models on single-cell counts: impute, denoise, deepen, complete and generate cells.",
 )  # fmt: skip
 
@@ -23,6 +25,7 @@ app.add_typer(stores, name="store")
 
 server = typer.Typer(no_args_is_help=True, help="Send to MLflow what runs could not send.")
 app.add_typer(server, name="mlflow")
+console.add(app)
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

@@ -34,8 +34,14 @@ MOST_DRAWS, MOST_STEPS = 1_000, 10_000
 class Data:
     """What is trained on.
 
-    ``store``: a folder written by ``distdiff shard``, or its URL; ``genes``: all, or the panel that it was built with;
-    ``labels``: covariates the model is conditioned on.
+    Parameters
+    ----------
+    store
+        Folder that ``distdiff shard`` wrote, or its URL.
+    genes
+        All genes of the store, or the panel that it was built with.
+    labels
+        Covariates that the model is conditioned on: labels of the store.
     """
 
     store: str
@@ -53,8 +59,22 @@ class Data:
 class Evaluation:
     """The table at the end of training.
 
-    ``enabled: false`` skips it; ``cells`` bounds the test cells scored; ``cell_type`` names the label of the
-    cell-type rows (none: the rows are left out); ``repaint_steps: 0`` leaves RePaint out.
+    Parameters
+    ----------
+    enabled
+        Whether test cells are scored after training.
+    rate
+        Share of the entries of a test cell that are hidden.
+    protocol
+        ``mcar``: zeros are scored too; ``paper``: zeros that may be dropout are neither seen nor scored.
+    draws
+        Draws of an ensemble, at least 2.
+    cells
+        Test cells scored, at most.
+    cell_type
+        Label of the cell-type rows; none: the rows are left out.
+    repaint_steps
+        Steps of the RePaint row; 0 leaves it out.
     """
 
     enabled: bool = True
@@ -83,9 +103,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Tracking:
-    """MLflow names; ``enabled: false`` logs nothing. The server is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite).
+    """MLflow's names. Its server or folder is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite).
 
-    ``experiment``: by default MLFLOW_EXPERIMENT_NAME, else distdiff; ``model``: name in MLflow's registry.
+    Parameters
+    ----------
+    enabled
+        Whether anything is logged and registered.
+    experiment
+        MLflow experiment that the runs belong to; by default MLFLOW_EXPERIMENT_NAME, else distdiff.
+    model
+        Name in MLflow's registry.
     """
 
     enabled: bool = True

@@ -34,6 +34,7 @@ from distdiff.imputers import Imputer
 from distdiff.imputers.labels import WithLabels
 from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
+from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint, loop
@@ -194,7 +195,7 @@ def _owning(
         accelerator.end_training()
         if not main:
             return Outcome(best, progress)
-        _after_training(progress, out, run)
+        _after_training(progress, store.path.name, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
         if _existing_scores(best, fingerprint).get(progress.judge) != progress.best:
@@ -208,6 +209,7 @@ def _owning(
                 )
             )
         finished = Model.load(best, trust=trust)
+        finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
         measured = measure(
             finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
@@ -331,13 +333,13 @@ def evaluate_model(
         return on(WithLabels(imputer, use_labels) if model.spec.labels else imputer)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
-    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
+    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"), 1)]
     if isinstance(model.process, Counts) and model.process.molecules:
         mine.append(Contestant(f"{OURS}, log1p read-out", ours(model.imputer(readout="log1p"))))
-        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws")))
+        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws"), 8))
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
-        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
+        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws"), settings.repaint_steps))
     if model.spec.labels and not model.required_labels:
         mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), use_labels=True)))
     rows = store.rows("test")
@@ -399,12 +401,12 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
     return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 
 
-def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
-    from distdiff.plots import training_curve
+def _after_training(progress: Progress, data: str, out: Path, run: tracking.Run) -> None:
+    from distdiff import pl
 
     if progress.history:
         path = out / "training.png"
-        training_curve(progress.history, path, judge=progress.judge)
+        pl.training_curve(progress.history, judge=progress.judge, name=data, save=path)
         run.artifact(path)
 
 

@@ -27,8 +27,12 @@ class UNet(Denoiser):
         Of each resolution, halved from one to the next.
     attention
         Resolutions with self-attention, counted from 0: CIFAR-10 ``[1]``, CelebA-64 ``[2]``.
-    layers, dropout, groups
-        Residual layers a resolution (4 recommended there, 2 in the paper), dropout, groups of the norms.
+    layers
+        Residual layers a resolution (4 recommended there, 2 in the paper).
+    dropout
+        Share of activations dropped in training.
+    groups
+        Groups of the norms.
 
     Raises
     ------
