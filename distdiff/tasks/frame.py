@@ -42,7 +42,9 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     x, var = in_memory(adata, layer)
     raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
     if not added and not raw:
-        return adata.copy(), []
+        return copied(adata), []
+    adata = copied(adata) if lazy(adata) else adata
+    x, _ = in_memory(adata, layer)
     table, left = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
     if not raw and layer is not None and adata.X is not None:
         left = [*left, "X"]
@@ -69,6 +71,18 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     if adata.raw is not None:
         out.raw = adata.raw.to_adata()
     return out, left
+
+
+def lazy(adata: AnnData) -> bool:
+    """Whether some of an AnnData is on disk, or of dask: ``backed="r"``, `anndata.experimental.read_lazy`."""
+    parts = [adata.X, adata.obs, adata.var, adata.raw and adata.raw.X]
+    parts += [v for key in ("layers", "obsm", "varm", "obsp", "varp") for v in getattr(adata, key).values()]
+    return adata.isbacked or any(hasattr(part, "dask") or hasattr(part, "to_memory") for part in parts)
+
+
+def copied(adata: AnnData) -> AnnData:
+    """A copy of all of an AnnData in memory."""
+    return adata.to_memory(copy=True) if lazy(adata) else adata.copy()
 
 
 def by_gene(adata: AnnData) -> list[str]:

@@ -95,7 +95,7 @@ def named(out: str | Path) -> Path:
     """
     out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+        raise ValueError(f"output {out} must end in .h5ad or .zarr")
     return out
 
 
