@@ -15,8 +15,8 @@ from distdiff.batch.output import Field
 from distdiff.batch.rows import by_columns, from_table, opened_anndata
 from distdiff.batch.tasks import Task
 from distdiff.data.ingest import legacy
-from distdiff.data.ingest.scan import select
 from distdiff.data.ingest.container import rows_of
+from distdiff.data.ingest.scan import select
 from distdiff.data.store.export import CsrOnDisk, zarr_v3
 from distdiff.tasks.frame import taken, var_of
 

@@ -99,8 +99,8 @@ class Reader:
     Raises
     ------
     ValueError
-        No cells, or no gene in common; labels that are to be used and are no column (the nearest one is named), or hold values that
-        the model never saw with ``unseen="refuse"``.
+        No cells, or no gene in common; labels that are to be used and are no column (the nearest one is named), or hold
+        values that the model never saw with ``unseen="refuse"``.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Reader:
         return block.pinned() if str(self.device).startswith("cuda") else block
 
     def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
-        """Name an entry that is looked at and is no count, if there is one: of a gene that the model knows, no target."""
+        """Name an entry that is looked at (no target, of a gene that the model knows) and is no count, if there is one."""
         read = np.broadcast_to(self.known, counts.shape)
         looked_at = sp.csr_matrix(np.where(read if away is None else read & ~away, counts.toarray(), 0))
         names = getattr(self.rows, "obs_names", None)

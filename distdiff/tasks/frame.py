@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
     if not added and not raw:
         return copied(adata), []
-    adata = copied(adata) if lazy(adata) else adata
+    adata = copied(adata) if _lazy(adata) else adata
     x, _ = in_memory(adata, layer)
     table, left = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
     if not raw and layer is not None and adata.X is not None:
@@ -73,16 +74,40 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     return out, left
 
 
-def lazy(adata: AnnData) -> bool:
-    """Whether some of an AnnData is on disk, or of dask: ``backed="r"``, `anndata.experimental.read_lazy`."""
+def copied(adata: AnnData) -> AnnData:
+    """A copy of an AnnData in memory; one that is on disk or of dask is read, and its file stays open."""
+    import anndata as ad
+
+    if not _lazy(adata):
+        return adata.copy()
+    parts = {
+        key: {k: _loaded(v) for k, v in getattr(adata, key).items() if k is not None}
+        for key in ("layers", "obsm", "varm", "obsp", "varp")
+    }
+    raw = adata.raw and {"X": _loaded(adata.raw.X), "var": _loaded(adata.raw.var), "varm": dict(adata.raw.varm)}
+    return ad.AnnData(
+        _loaded(adata.X), obs=_loaded(adata.obs), var=_loaded(adata.var), uns=_loaded(adata.uns), raw=raw, **parts
+    )
+
+
+def _lazy(adata: AnnData) -> bool:
+    """Whether some of it is on disk or of dask: ``read_h5ad(backed="r")``, `anndata.experimental.read_lazy`."""
     parts = [adata.X, adata.obs, adata.var, adata.raw and adata.raw.X]
     parts += [v for key in ("layers", "obsm", "varm", "obsp", "varp") for v in getattr(adata, key).values()]
     return adata.isbacked or any(hasattr(part, "dask") or hasattr(part, "to_memory") for part in parts)
 
 
-def copied(adata: AnnData) -> AnnData:
-    """A copy of all of an AnnData in memory."""
-    return adata.to_memory(copy=True) if lazy(adata) else adata.copy()
+def _loaded(value: Any) -> Any:
+    """The same in memory, as an object of its own."""
+    if isinstance(value, Mapping):
+        return {k: _loaded(v) for k, v in value.items()}
+    if hasattr(value, "to_memory"):
+        return value.to_memory()
+    if hasattr(value, "dask"):
+        return value.compute(scheduler="threads")
+    if hasattr(value, "file") and hasattr(value, "shape"):  # of h5py
+        return value[()]
+    return copy.copy(value)
 
 
 def by_gene(adata: AnnData) -> list[str]:
@@ -115,7 +140,7 @@ def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
     if pd.Index(genes).isin(table.index).all():
         return table.loc[list(genes)].copy()
     wide = {k: "boolean" for k in table.columns if table[k].dtype == bool}
-    wide |= {k: "category" for k in table.columns if table[k].dtype == object}
+    wide |= {k: "category" for k in table.columns if table[k].dtype == object or table[k].dtype == "string"}
     return table.astype(wide).reindex(list(genes))
 
 

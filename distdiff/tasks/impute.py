@@ -111,8 +111,8 @@ def _matrix(mask: Any) -> np.ndarray | sp.spmatrix | None:
         found = np.empty(0, object)
     if found.dtype.kind not in "biuf":
         raise ValueError(
-            f"mask: {type(mask).__name__} is no matrix of true and false for each cell and gene; give one, a DataFrame, "
-            "or the name of a layer"
+            f"mask: {type(mask).__name__} is no matrix of true and false for each cell and gene; give one, a "
+            "DataFrame, or the name of a layer"
         )
     return found
 

@@ -153,9 +153,7 @@ def shard(
     if rounding not in (None, "random"):
         raise ValueError(f"rounding {rounding!r}: 'random' or None is wanted")
     if rounding and not counts:
-        raise ValueError(
-            "rounding and measurements (counts=False) exclude each other: measurements are kept with their decimals"
-        )
+        raise ValueError("rounding and measurements (counts=False) exclude each other: these keep their decimals")
     paths = [Path(path).expanduser() for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     out = files.local(out).absolute()
     for path in paths:
