@@ -190,7 +190,7 @@ class Reader:
         return block.pinned() if str(self.device).startswith("cuda") else block
 
     def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
-        """Name an entry that is looked at (no target, of a gene that the model knows) and is no count, if there is one."""
+        """Name an entry that is looked at (no target, of a gene that is known) and is no count, if there is one."""
         read = np.broadcast_to(self.known, counts.shape)
         looked_at = sp.csr_matrix(np.where(read if away is None else read & ~away, counts.toarray(), 0))
         names = getattr(self.rows, "obs_names", None)

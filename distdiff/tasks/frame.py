@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.ingest.source import in_memory, layer_names
+from distdiff.data.ingest.source import in_memory, layer_names, native
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -91,10 +91,13 @@ def copied(adata: AnnData) -> AnnData:
 
 
 def _lazy(adata: AnnData) -> bool:
-    """Whether some of it is on disk or of dask: ``read_h5ad(backed="r")``, `anndata.experimental.read_lazy`."""
+    """Whether some of it is on disk (``backed="r"``), of dask, or in a dtype in which anndata cannot copy it."""
     parts = [adata.X, adata.obs, adata.var, adata.raw and adata.raw.X]
     parts += [v for key in ("layers", "obsm", "varm", "obsp", "varp") for v in getattr(adata, key).values()]
-    return adata.isbacked or any(hasattr(part, "dask") or hasattr(part, "to_memory") for part in parts)
+    return adata.isbacked or any(
+        hasattr(part, "dask") or hasattr(part, "to_memory") or (sp.issparse(part) and native(part) is not part)
+        for part in parts
+    )
 
 
 def _loaded(value: Any) -> Any:
@@ -107,7 +110,7 @@ def _loaded(value: Any) -> Any:
         return value.compute(scheduler="threads")
     if hasattr(value, "file") and hasattr(value, "shape"):  # of h5py
         return value[()]
-    return copy.copy(value)
+    return native(value).copy() if sp.issparse(value) else copy.copy(value)
 
 
 def by_gene(adata: AnnData) -> list[str]:

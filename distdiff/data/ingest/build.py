@@ -400,6 +400,8 @@ def _joined(sources: Sequence[Source], join: str) -> tuple[str, ...]:
     """Genes of all sources, or those that all have, in the order of the first (then of the others)."""
     if join == "outer":
         return tuple(dict.fromkeys(g for s in sources for g in s.genes))
+    if empty := [s.where for s in sources if not s.genes]:
+        raise ValueError(f"{empty[0]}: no genes at all; give a file that has some")
     common = set(sources[0].genes).intersection(*(s.genes for s in sources[1:]))
     if not common:
         raise ValueError(

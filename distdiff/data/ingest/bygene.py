@@ -90,11 +90,11 @@ class Csc(ByGene):
         self.dtype, self.nnz = number_dtype(self._data.dtype, where), int(self._data.shape[0])
 
     def cuts(self, entries: int) -> list[tuple[int, int]]:
-        self._starts()
+        self.starts()
         return [(at, min(at + entries, self.nnz)) for at in range(0, self.nnz, entries)] or [(0, 0)]
 
     def pieces(self, start: int, stop: int, entries: int) -> Iterator[Triplets]:
-        indptr = self._starts()
+        indptr = self.starts()
         for at in range(start, stop, entries):
             end = min(at + entries, stop)
             columns = np.repeat(np.arange(self.shape[1], dtype=np.int32), np.diff(indptr.clip(at, end)))
@@ -104,13 +104,14 @@ class Csc(ByGene):
             yield rows, columns, values
 
     def load(self) -> sparse.csr_matrix:
-        indptr = self._starts()
+        indptr = self.starts()
         with reading(self.where):
             rows, values = np.asarray(self._indices[:]), as_numbers(self._data[:], self.where)
         self.check(rows, rows[:0])
         return sparse.csc_matrix((values, rows, indptr), shape=self.shape).tocsr()
 
-    def _starts(self) -> np.ndarray:
+    def starts(self) -> np.ndarray:
+        """Where the entries of each gene start, ``int64 [g + 1]``; refused if they do not fit the matrix."""
         with reading(self.where):
             indptr, indices = np.asarray(self._indptr[:]).astype(np.int64), int(self._indices.shape[0])
         if len(indptr) != self.shape[1] + 1 or indptr[0] or (np.diff(indptr) < 0).any():

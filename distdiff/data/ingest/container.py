@@ -258,16 +258,34 @@ def _check_element(element: Any, shape: tuple[int, ...], where: str) -> None:
         if tuple(int(s) for s in size[: len(shape)]) != shape:
             raise InputError(f"{where} has shape {tuple(size)}, but obs and var need {shape}; the file is damaged")
     needed = sum(_sizes(element, where))
-    if needed <= SMALL:
-        read_elem(element)
-    elif matrix:
+    if matrix:
         rows = rows_of(element, where)
-        rows[0:1], rows[shape[0] - 1 : shape[0]] if shape else None
+        if rows.dtype != (given := element["data"].dtype) and given.kind != "b":
+            raise InputError(
+                f"{where}: its values are {given}, which anndata cannot read in a sparse matrix; give the store that "
+                "distdiff shard makes of it, or write it as float32"
+            )
+        n = int(rows.shape[0])
+        for start, stop in [(0, n)] if needed <= SMALL else [(0, min(1, n)), (max(n - 1, 0), n)]:
+            _check_rows(rows, start, stop, where)
+    elif needed <= SMALL:
+        read_elem(element)
     elif hasattr(element, "keys"):
         for name in element:
             _check_element(element[name], (), f"{where}/{name}")
     else:
         element[:1], element[-1:]
+
+
+def _check_rows(rows: Any, start: int, stop: int, where: str) -> None:
+    if isinstance(rows, Csc):
+        rows.starts()
+        if rows.nnz * 16 <= SMALL:
+            rows.load()
+        return
+    counts = rows[start:stop]
+    if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < rows.shape[1]:
+        raise InputError(f"{where}: rows {start} to {stop} hold columns beyond {rows.shape[1]}; the file is damaged")
 
 
 def _sizes(element: Any, where: str) -> Iterator[int]:

@@ -286,7 +286,9 @@ class Source:
             rows = self._matrix[start:stop]
             if sparse.issparse(rows):
                 values = as_numbers(rows.data, self.where)
-                rows = rows if values is rows.data else type(rows)((values, rows.indices, rows.indptr), rows.shape)
+                rows = (
+                    rows if values is rows.data else type(rows)((values, rows.indices, rows.indptr), shape=rows.shape)
+                )
             rows = sparse.csr_matrix(rows if sparse.issparse(rows) else as_numbers(rows, self.where))
             if rows.shape != (stop - start, len(self.genes)) or (
                 rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < len(self.genes)
@@ -336,6 +338,21 @@ def frame_of(table: Any) -> Any:
     return table.to_memory() if hasattr(table, "to_memory") else table
 
 
+def native(x: Any) -> Any:
+    """A sparse matrix in a dtype that scipy computes with; itself if it is.
+
+    Raises
+    ------
+    InputError
+        It holds no numbers.
+    """
+    if x.dtype.kind == "b" or number_dtype(x.dtype, "AnnData") == x.dtype:
+        return x
+    if x.format not in ("csr", "csc"):
+        return x.astype(number_dtype(x.dtype, "AnnData"))
+    return type(x)((as_numbers(x.data, "AnnData"), x.indices, x.indptr), shape=x.shape)
+
+
 def _rows_in_memory(x: Any, where: str) -> tuple[Any, str]:
     """A matrix of an AnnData, in memory, of dask or backed by a file, by row; and what to know of that."""
     if hasattr(x, "group") and hasattr(x, "backend"):  # backed: the group of a file
@@ -343,6 +360,8 @@ def _rows_in_memory(x: Any, where: str) -> tuple[Any, str]:
         return rows, f"{where}: stored gene by gene (CSC), it is read whole" if isinstance(rows, ByGene) else ""
     if hasattr(x, "dask"):
         return LazyRows(x), ""
+    if sparse.issparse(x):
+        x = native(x)
     if sparse.issparse(x) and x.format != "csr":
         return x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
     return x, ""
