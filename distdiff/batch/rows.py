@@ -71,9 +71,8 @@ class FileRows:
         self.var = self.source.var
         """Where in that file the genes of the counts are."""
         self.layer = layer
-        if self.frame is not None:
-            with opened_anndata(self.frame) as root:
-                container.check(root, str(self.frame))
+        if self.frame is not None and not from_table(self.frame):
+            container.check(self.frame)
 
     def whole(self, genes: Sequence[str]) -> bool:
         """Whether everything in the file with a value a gene fits a result of these genes as it is."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distdiff.component import nearest
-from distdiff.data.ingest import foreign, legacy
+from distdiff.data.ingest import foreign, legacy, probe
 from distdiff.data.ingest.bycell import CsrRows, number_dtype
 from distdiff.data.ingest.bygene import Csc
 from distdiff.data.ingest.damage import InputError, reading, unreadable
@@ -54,6 +54,8 @@ def _open_h5(path: Path) -> Any:
         raise FileNotFoundError(f"{path} does not exist; give {foreign.KINDS}")
     with contextlib.suppress(ImportError):
         import hdf5plugin  # noqa: F401 (its import makes its filters known)
+    if h5py.is_hdf5(path):
+        probe.looked_through(path)
     try:
         return h5py.File(path, "r")
     except OSError as e:
@@ -195,7 +197,7 @@ def table_of(root: Any, key: str, where: str) -> Any:
         return legacy.frame(root, key)
 
 
-def check(root: Any, where: str) -> None:
+def check(path: Path) -> None:
     """Read whatever an AnnData file holds, so that damage is met before work on it begins.
 
     Elements of more than 64 MiB are looked at, not read: their shapes, their parts, their first and last rows.
@@ -205,6 +207,18 @@ def check(root: Any, where: str) -> None:
     InputError
         The element that cannot be read is named.
     """
+
+    def work(beat: Callable[[], None]) -> None:
+        with opened(path) as root:
+            _check(root, str(path), beat)
+
+    if path.is_dir():
+        work(lambda: None)
+    else:
+        probe.first(work, str(path))
+
+
+def _check(root: Any, where: str, beat: Callable[[], None]) -> None:
     with reading(where):
         sizes = {"obs": row_count(root, "obs", where), "var": row_count(root, "var", where)}
         for key in ("obs", "var"):
@@ -219,6 +233,7 @@ def check(root: Any, where: str) -> None:
             members = list(root[key]) if key in _AXES else [""]
         for name in members:
             path = f"{key}/{name}" if name else key
+            beat()
             with reading(f"{where}: {path}"):
                 element = root[path]
                 shape = tuple(sizes[axis] for axis in _AXES.get(key, ("obs", "var") if key == "X" else ()))
