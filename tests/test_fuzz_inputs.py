@@ -131,12 +131,11 @@ def judged(kind: str, path: Path, out: Path, unflipped: ad.AnnData) -> str:
         return ""
     except BaseException:
         return traceback.format_exc()
-    found = read(out) if kind == "impute" else None
     reasons = []
     for what in (lambda: unflipped, lambda: read(path)):
         try:
             wanted = what()
-            odd = differences(found if kind == "impute" else of_store(out, wanted),
+            odd = differences(read(out) if kind == "impute" else of_store(out, wanted),
                               wanted if kind == "impute" else labelled(wanted))  # fmt: skip
         except Exception as error:
             odd = [f"anndata: {error!r}"[:200]]

@@ -144,7 +144,13 @@ def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
         return table.loc[list(genes)].copy()
     wide = {k: "boolean" for k in table.columns if table[k].dtype == bool}
     wide |= {k: "category" for k in table.columns if table[k].dtype == object or table[k].dtype == "string"}
-    return table.astype(wide).reindex(list(genes))
+    wider, name = table.astype(wide).reindex(list(genes)), table.index.name
+    if name in table.columns:  # files hold such a column only where it repeats the names
+        if (table[name].astype(str) == table.index.astype(str)).all():
+            wider[name] = list(genes)
+        else:
+            wider.index.name = None
+    return wider
 
 
 def taken(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:

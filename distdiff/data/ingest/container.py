@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,11 +212,33 @@ def check(path: Path) -> None:
     def work(beat: Callable[[], None]) -> None:
         with opened(path) as root:
             _check(root, str(path), beat)
+        if path.is_file() and path.stat().st_size <= SMALL:
+            _check_writable(path)
 
     if path.is_dir():
         work(lambda: None)
     else:
         probe.first(work, str(path))
+
+
+def _check_writable(path: Path) -> None:
+    """Add something to a copy of an h5ad file in memory: results begin as copies, and damage may show only then."""
+    import h5py
+
+    with reading(str(path)), h5py.File(io.BytesIO(path.read_bytes()), "r+") as file:
+        before = _names(file)
+        for key in ("layers", "obs", "uns"):
+            file.require_group(key)["distdiff probe"] = np.zeros(1)
+        file["obs"].attrs["column-order"] = np.array([*columns_of(file["obs"]), "distdiff probe"], dtype=object)
+        file.flush()
+        if lost := sorted(before - _names(file)):
+            raise InputError(f"{path}: nothing can be added without losing {lost[0]}: damaged; copy the file again")
+
+
+def _names(file: Any) -> set[str]:
+    found: set[str] = set()
+    file.visit(found.add)
+    return found
 
 
 def _check(root: Any, where: str, beat: Callable[[], None]) -> None:

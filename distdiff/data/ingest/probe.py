@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import os
 import select
@@ -106,6 +107,7 @@ def first(work: Callable[[Callable[[], None]], None], where: str) -> None:
 def _child(work: Callable[[Callable[[], None]], None], send: int) -> None:
     """Carry out the work, write its error and a line's end, and never return."""
     with contextlib.suppress(BaseException):
+        faulthandler.disable()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         answer = ""
         try:
