@@ -63,6 +63,27 @@ def test_values_of_every_dtype(tmp_path, dtype, kind):
         np.testing.assert_array_equal(found[[f"g{i}" for i in range(G) if x[:, i].any()]], x[seen][:, x.any(0)])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "float32"])
+def test_entries_that_are_written_twice_are_added_up(tmp_path, dtype):
+    """Also where the sum is more than the dtype of the file holds."""
+    x, most = counts("float32"), min(np.iinfo(dtype).max if dtype != "float32" else 1000, 60_000)
+    with_csr(tmp_path / "a.h5ad", np.minimum(x, most).astype(dtype))
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        parts = {k: file["X"][k][:] for k in ("data", "indices", "indptr")}
+        file["X"].attrs["shape"] = (N, G)
+        for k, values in {
+            "data": np.r_[[most, most], parts["data"]].astype(dtype),
+            "indices": np.r_[parts["indices"][[0, 0]], parts["indices"]],
+            "indptr": np.r_[0, parts["indptr"][1:] + 2],
+        }.items():
+            del file["X"][k]
+            file["X"][k] = values
+    x[0, parts["indices"][0]] += 2 * most
+    seen = x.any(0)
+    found = stored(tmp_path / "a.h5ad", tmp_path)
+    np.testing.assert_array_equal(found[[f"g{i}" for i in np.flatnonzero(seen)]], x[x.any(1)][:, seen])
+
+
 def test_what_is_no_number_is_refused(tmp_path):
     with pytest.raises(InputError, match="its values are of dtype complex64, not numbers"):
         Source.from_anndata(make_adata(counts("float32").astype(np.complex64)))
