@@ -71,8 +71,8 @@ def check_counts(
     else:
         what = (
             "is not a whole number: was this log-normalised? choose a raw-count layer with layer=; counts corrected "
-            "for ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: distdiff shard with "
-            "rounding at random makes whole counts of them, and the other commands take the store"
+            "for ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: shard them with "
+            "rounding='random', which makes whole counts of them, and give the store"
         )
     raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+import distdiff
 from distdiff import batch
 from distdiff.data.ingest import container
 from distdiff.model import Model
@@ -255,3 +256,17 @@ def test_damage_is_met_before_the_work(model, tmp_path, name, monkeypatch):
     assert "\n" not in str(found.value)
     assert not begun
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+@pytest.mark.parametrize("kind", ["backed r", "read_lazy", "dask of CSR", ">f4"])
+def test_a_store_of_an_object_holds_its_counts(tmp_path, kind):
+    a = cells()
+    a.obs["text"] = pd.array(["s", None] * (N // 2), dtype="string")
+    with ad.settings.override(allow_write_nullable_strings=True):
+        held = in_other_hands(kind, a, tmp_path)
+    distdiff.shard(held, tmp_path / "s.store", labels=("text",), shuffle=False, workers=0, progress=False)
+    store = distdiff.CountStore.open(tmp_path / "s.store")
+    rows = store.rows("all")
+    place = [GENES.index(g) for g in store.genes]
+    assert np.array_equal(store.read(rows).toarray(), dense(a.X)[store.origin(rows)[1]][:, place])
+    assert store.manifest.labels["text"] == ("s",)

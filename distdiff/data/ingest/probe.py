@@ -106,12 +106,16 @@ def first(work: Callable[[Callable[[], None]], None], where: str) -> None:
 
 def _child(work: Callable[[Callable[[], None]], None], send: int) -> None:
     """Carry out the work, write its error and a line's end, and never return."""
+
+    def beat() -> None:
+        os.write(send, b"\0")
+
     with contextlib.suppress(BaseException):
         faulthandler.disable()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         answer = ""
         try:
-            work(lambda: os.write(send, b"\0") and None)
+            work(beat)
         except InputError as error:
             answer = str(error)
         except Exception:
