@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import anndata as ad
@@ -18,7 +20,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
+from scipy import io
 
 from distdiff import batch
 from distdiff.data.ingest import probe
@@ -60,7 +64,8 @@ def spec() -> DataSpec:
 
 
 def sharded(path: Path, out: Path) -> None:
-    shard(path, out, labels=("cell_type", "donor"), shuffle=False, workers=0, progress=False)
+    labels = ("cell_type", "donor") if path.suffix in (".h5ad", ".zarr") else ()
+    shard(path, out, labels=labels, shuffle=False, workers=0, progress=False)
 
 
 def imputed(path: Path, out: Path) -> None:
@@ -72,7 +77,19 @@ def imputed(path: Path, out: Path) -> None:
 
 
 def read(path: Path) -> ad.AnnData:
+    """What anndata reads, or scanpy of 10x files."""
+    if (path / "matrix.mtx.gz").exists():
+        return with_labels(sc.read_10x_mtx(path))
+    if path.suffix == ".h5":
+        return with_labels(sc.read_10x_h5(path))
     return ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+
+
+def with_labels(a: ad.AnnData) -> ad.AnnData:
+    """10x files have none."""
+    a.var = a.var[[]]
+    a.X = sp.csr_matrix(a.X)
+    return a
 
 
 def of_store(out: Path, like: ad.AnnData) -> ad.AnnData:
@@ -113,7 +130,8 @@ def differences(found: ad.AnnData, wanted: ad.AnnData) -> list[str]:
 
 def labelled(a: ad.AnnData) -> ad.AnnData:
     """What a store keeps of an AnnData."""
-    obs = pd.DataFrame({k: a.obs[k].astype(object) for k in ("cell_type", "donor")}, index=a.obs_names)
+    kept = [k for k in ("cell_type", "donor") if k in a.obs]
+    obs = pd.DataFrame({k: a.obs[k].astype(object) for k in kept}, index=a.obs_names)
     return ad.AnnData(np.asarray(a.X.toarray(), dtype=np.float64), obs=obs, var=a.var[[]])
 
 
@@ -293,3 +311,50 @@ def test_each_flipped_file_of_a_zarr_ends_in_its_content_or_in_one_sentence(tmp_
     flips = [fault(name, number) for number, name in enumerate(names)]
     wrong = [(number, text) for number, text in trials(flips, source, kind, tmp_path / "work") if text]
     assert not wrong, f"{len(wrong)} of {len(flips)}:\n{told(wrong, names)}"
+
+
+def tenx_h5(path: Path) -> Path:
+    a = cells()
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        for key in ("data", "indices", "indptr"):
+            values = getattr(a.X, key).astype(np.int32)
+            group.create_dataset(key, data=values, compression="gzip" if key == "indices" else None)
+        group["shape"], group["barcodes"] = np.array([G, N]), np.array(list(a.obs_names), "S")
+        kinds = ["Gene Expression"] * G
+        for key, values in {"id": GENES, "name": GENES, "feature_type": kinds, "genome": ["x"] * G}.items():
+            group[f"features/{key}"] = np.array(values, "S")
+    return path
+
+
+def tenx_mtx(folder: Path) -> Path:
+    """Gzipped, as Cell Ranger does: each file has a checksum."""
+    folder.mkdir()
+    a, text = cells(), BytesIO()
+    io.mmwrite(text, a.X.T.astype(int))
+    for name, content in {
+        "matrix.mtx": text.getvalue(),
+        "barcodes.tsv": "".join(f"{name}\n" for name in a.obs_names).encode(),
+        "features.tsv": "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES).encode(),
+    }.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["h5", "mtx"])
+def test_flipped_files_of_10x_end_in_their_content_or_in_one_sentence(tmp_path, kind):
+    rng = np.random.default_rng(3)
+    if kind == "h5":
+        source = tenx_h5(tmp_path / "cells.h5")
+        where, size = metadata(source), source.stat().st_size
+        flips = [flip_of(rng, number, where, size) for number in range(60)]
+    else:
+        source = tenx_mtx(tmp_path / "cells")
+        flips = [_in(name.name, flip_of(rng, number, np.arange(size), size)) for number in range(16)
+                 for name in sorted(source.iterdir()) for size in [name.stat().st_size]]  # fmt: skip
+    _both([lambda path: None, *flips], source, "shard", tmp_path)
+
+
+def _in(name: str, flip: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda path: flip(path / name)

@@ -247,9 +247,11 @@ def _check(root: Any, where: str, beat: Callable[[], None]) -> None:
         for key in ("obs", "var"):
             table_of(root, key, where)
         dict(root.attrs)
+        _check_kind(root)
         keys = [key for key in root if key not in ("obs", "var")]
     for key in keys:
         with reading(f"{where}: {key}"):
+            _check_kind(root[key])
             if key == "raw":
                 _check_raw(root, sizes["obs"], where)
                 continue
@@ -274,6 +276,7 @@ def _check_raw(root: Any, n: int, where: str) -> None:
     for name in raw:
         path = f"{where}: raw/{name}"
         with reading(path):
+            _check_kind(raw[name])
             if name == "varm":
                 for key in raw[name]:
                     _check_element(raw[name][key], (genes,), f"{path}/{key}")
@@ -281,10 +284,21 @@ def _check_raw(root: Any, n: int, where: str) -> None:
                 _check_element(raw[name], (n, genes) if name == "X" else (), path)
 
 
+def _check_kind(element: Any) -> None:
+    """Find anndata's reader for an element, which is not called, and see that names of its members are text."""
+    import anndata as ad
+
+    if hasattr(element, "keys") and (odd := [name for name in element if not isinstance(name, str)]):
+        raise InputError(f"{element.file.filename}: {element.name} holds {odd[0]!r}; damaged: copy the file again")
+
+    ad.experimental.read_dispatched(element, lambda *args, **kwargs: None)
+
+
 def _check_element(element: Any, shape: tuple[int, ...], where: str) -> None:
     """Read an element if it is small, else look at its shape and its ends; its first sizes must be ``shape``."""
     from anndata.io import read_elem
 
+    _check_kind(element)
     kind = encoding(element)
     if kind == "awkward-array" and importlib.util.find_spec("awkward") is None:
         for name in element:
@@ -336,6 +350,7 @@ def _sizes(element: Any, where: str) -> Iterator[int]:
     """
     if hasattr(element, "keys"):
         dict(element.attrs)
+        _check_kind(element)
         for name in element:
             yield from _sizes(element[name], where)
         return

@@ -263,6 +263,9 @@ def expression(kinds: np.ndarray | None, where: str) -> tuple[np.ndarray | None,
 
 
 def _features(names: np.ndarray, kinds: np.ndarray | None, where: str) -> Features:
+    if (names == "").any():
+        at = int(np.argmax(names == "")) + 1
+        raise InputError(f"{where}: feature {at}, counted from 1, has no name; the file is damaged: copy it again")
     keep, told = expression(kinds, where)
     notes = [told] if told else []
     if keep is not None:
