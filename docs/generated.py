@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from distdiff import cli, component, config
+from distdiff import cli, config, describe
 
 NOTE = "<!-- made by docs/generated.py when the site is built; do not edit -->\n"
 
@@ -30,8 +28,8 @@ def write(folder: Path) -> None:
 def command_line() -> str:
     """Every command with its arguments and options."""
     parts = [
-        f"{NOTE}# Command line\n\nEvery command, as `distdiff COMMAND --help` prints it. `~` at the start of a path is the home "
-        "folder."
+        f"{NOTE}# Command line\n\nEvery command, as `distdiff COMMAND --help` prints it. `~` at the start of a path is the "
+        "home folder."
     ]
     for words, command in commands(typer.main.get_command(cli.app), ("distdiff",)):
         parts.append(f"## {' '.join(words)}\n\n{_cell(command.help or '')}")
@@ -77,69 +75,42 @@ def _default(option: Any) -> str:
 
 def configuration() -> str:
     """Every key of every section, and the options of every process and denoiser."""
-    said = comments(config.shipped()["default"])
+    keys = describe.config_keys()
     parts = [
-        f"{NOTE}# Configuration\n\nOne YAML file is one experiment: `distdiff train --config NAME-OR-FILE section.key=value ...`. In "
-        "Python every key is a keyword of `distdiff.train`. Unknown keys and values are refused, and the nearest known one is "
-        f"named. Configurations that come with distdiff: {', '.join(f'`{name}`' for name in config.shipped())}."
+        f"{NOTE}# Configuration\n\nOne YAML file is one experiment: `distdiff train --config NAME-OR-FILE section.key=value "
+        "...`. In Python every key is a keyword of `distdiff.train`. Unknown keys and values are refused, and the nearest "
+        "known one is named. Configurations that come with distdiff: "
+        f"{', '.join(f'`{name}`' for name in config.shipped())}. `distdiff config show` prints this page."
     ]
-    for section, hint in typing.get_type_hints(config.Config).items():
-        if dataclasses.is_dataclass(hint):
-            parts.append(f"## {section}\n\n{_prose(hint.__doc__ or '')}")
-            types = typing.get_type_hints(hint)
-            rows = [
-                (
-                    f"`{section}.{field.name}`",
-                    _type(types[field.name]),
-                    _value(field),
-                    _cell(said.get((section, field.name), "")),
-                )
-                for field in dataclasses.fields(hint)
-            ]
-            parts.append(table(("key", "type", "default", "meaning"), rows))
-    for section, base, default, given in config.SECTIONS:
-        parts.append(
-            f"## {section}\n\nOptions depend on `{section}.kind` (default `{default}`); a class of your own is "
-            "`mypackage.module:Class`, with `--trust mypackage`."
-        )
-        for kind in component.kinds(base):
-            options = component.complete(base, {"kind": kind}, given=given)
-            doc = (component.resolve(base, kind).__doc__ or "").strip().split("\n\n")[0]
-            rows = [
-                (f"`{section}.{key}`", f"`{value!r}`", _cell(said.get((section, key), "") if kind == default else ""))
-                for key, value in options.items()
-                if key != "kind"
-            ]
-            parts.append(f"### {section} {kind}\n\n{_cell(doc)}")
-            if rows:
-                parts.append(table(("key", "default", "meaning"), rows))
+    for section in dict.fromkeys(key.name.partition(".")[0] for key in keys):
+        inside = [key for key in keys if key.name.startswith(f"{section}.")]
+        parts.append(f"## {section}")
+        if inside[0].kind:
+            others = [key for key in describe.of_other_kinds({}) if key.name.startswith(f"{section}.")]
+            parts.append(
+                f"Options depend on `{section}.kind` (default `{inside[0].default}`); a class of your own is "
+                "`mypackage.module:Class`, with `--trust mypackage`."
+            )
+            for kind in dict.fromkeys(key.kind for key in others):
+                first, *options = [key for key in others if key.kind == kind]
+                parts.append(f"### {section} {kind}\n\n{_cell(first.help)}.")
+                parts += [_keys(options)] if options else []
+        else:
+            parts.append(_keys(inside))
     return "\n\n".join(parts) + "\n"
 
 
-def comments(path: Path) -> dict[tuple[str, str], str]:
-    """``(section, key)`` -> the comment behind it, in a YAML file of two levels."""
-    found, section = {}, ""
-    for line in path.read_text().splitlines():
-        if match := re.match(r"(\w+):", line):
-            section = match[1]
-        elif match := re.match(r"  (\w+):[^#]*#\s*(.*)", line):
-            found[section, match[1]] = match[2]
-    return found
-
-
-def _type(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(f"`{value}`" for value in typing.get_args(hint))
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return f"`{re.sub(r'(typing|collections.abc)[.]', '', text)}`".replace("|", "or")
-
-
-def _value(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return f"`{field.default!r}`"
-    if field.default_factory is not dataclasses.MISSING:
-        return f"`{field.default_factory()!r}`"
-    return "(required)"
+def _keys(keys: list[describe.Key]) -> str:
+    rows = [
+        (
+            f"`{key.name}`",
+            _cell(key.type),
+            "(required)" if key.default is ... else f"`{key.default!r}`",
+            _cell(key.help),
+        )
+        for key in keys
+    ]
+    return table(("key", "type", "default", "meaning"), rows)
 
 
 # -- words ---------------------------------------------------------------------------------------------------------
@@ -157,13 +128,3 @@ def _cell(text: str) -> str:
     text = re.sub(r"``(.+?)``", r"`\1`", text)
     text = re.sub(r"(?<![\w`-])(--\w[\w-]*)(?!`)", r"`\1`", text) if "`" not in text else text
     return re.sub(r"(?<![`$\w])\$(?=\w)", r"\\$", " ".join(text.split())).replace("<", "&lt;")
-
-
-def _prose(text: str) -> str:
-    """A docstring's paragraphs up to its first numpy section."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    for place, line in enumerate(lines[1:], 1):
-        if re.fullmatch(r"-{3,}", line):
-            lines = lines[: place - 1]
-            break
-    return "\n\n".join(_cell(part) for part in "\n".join(lines).split("\n\n") if part.strip())

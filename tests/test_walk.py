@@ -1,8 +1,8 @@
 """The README and every page of docs/ are walked: their shell and Python blocks run in order, in an empty folder.
 
-A page begins with what ``distdiff quickstart`` made. ``pip`` and ``pytest`` are stand-ins that do nothing. A block after
-``<!-- not run: REASON -->`` is not run (a comment is invisible on the page); its commands are parsed, and the files that it
-names must exist. Blocks of tutorials (``{code-cell}``) run when the site is built.
+A page begins with what ``distdiff quickstart`` made. ``pip`` and ``pytest`` are stand-ins that do nothing. A block
+after ``<!-- not run: REASON -->`` is not run (a comment is invisible on the page); its commands are parsed, and the
+files that it names must exist. Blocks of tutorials (``{code-cell}``) run when the site is built.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def parse(words: list[str]) -> None:
 
     command, words = typer.main.get_command(app), list(words)
     while hasattr(command, "commands"):
-        assert words and words[0] in command.commands, f"distdiff has no command {words[:1]}"
+        if not words or words[0] not in command.commands:
+            raise ValueError(f"distdiff has no command {words[:1]}")
         command = command.commands[words.pop(0)]
     if "--help" not in words:
         command.make_context(command.name, words)
@@ -233,7 +234,7 @@ def walk(page: str, folder: Path, quickstart: Path) -> None:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
-    """A folder in which the README's ``distdiff quickstart`` ran: $DISTDIFF_WALK_QUICKSTART, else an empty one, here."""
+    """A folder in which the README's ``distdiff quickstart`` ran: $DISTDIFF_WALK_QUICKSTART, else a new one."""
     if made := os.environ.get("DISTDIFF_WALK_QUICKSTART"):
         return Path(made)
     folder, elsewhere = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("stand-ins")
