@@ -64,7 +64,7 @@ def config_keys(name: str | None = None) -> list[Key]:
     for section, hint in hints.items():
         if section in components:
             found += component(components[section], shown[section]["kind"], shown[section])
-        else:
+        elif section in shown:  # a field that is no section of the file is left out
             found += _section(section, hint, shown[section])
     return found
 

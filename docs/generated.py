@@ -28,8 +28,8 @@ def write(folder: Path) -> None:
 def command_line() -> str:
     """Every command with its arguments and options."""
     parts = [
-        f"{NOTE}# Command line\n\nEvery command, as `distdiff COMMAND --help` prints it. `~` at the start of a path is the "
-        "home folder."
+        f"{NOTE}# Command line\n\nEvery command, as `distdiff COMMAND --help` prints it. `~` at the start of a path is "
+        "the home folder."
     ]
     for words, command in commands(typer.main.get_command(cli.app), ("distdiff",)):
         parts.append(f"## {' '.join(words)}\n\n{_cell(command.help or '')}")
@@ -77,9 +77,9 @@ def configuration() -> str:
     """Every key of every section, and the options of every process and denoiser."""
     keys = describe.config_keys()
     parts = [
-        f"{NOTE}# Configuration\n\nOne YAML file is one experiment: `distdiff train --config NAME-OR-FILE section.key=value "
-        "...`. In Python every key is a keyword of `distdiff.train`. Unknown keys and values are refused, and the nearest "
-        "known one is named. Configurations that come with distdiff: "
+        f"{NOTE}# Configuration\n\nOne YAML file is one experiment: `distdiff train --config NAME section.key=value "
+        "...`, with the name of a configuration or a file. In Python every key is a keyword of `distdiff.train`. "
+        "Unknown keys and values are refused, and the nearest known one is named. Configurations that come with distdiff: "
         f"{', '.join(f'`{name}`' for name in config.shipped())}. `distdiff config show` prints this page."
     ]
     for section in dict.fromkeys(key.name.partition(".")[0] for key in keys):
