@@ -79,7 +79,7 @@ def configuration() -> str:
     parts = [
         f"{NOTE}# Configuration\n\nOne YAML file is one experiment: `distdiff train --config NAME section.key=value "
         "...`, with the name of a configuration or a file. In Python every key is a keyword of `distdiff.train`. "
-        "Unknown keys and values are refused, and the nearest known one is named. Configurations that come with distdiff: "
+        "Unknown keys and values are refused, and the nearest known one is named. Configurations of distdiff: "
         f"{', '.join(f'`{name}`' for name in config.shipped())}. `distdiff config show` prints this page."
     ]
     for section in dict.fromkeys(key.name.partition(".")[0] for key in keys):
