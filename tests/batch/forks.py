@@ -183,6 +183,20 @@ def log_shards():
     output.write_shard = write_shard
 
 
+def log_lock():
+    """Write down when this process wants the lock, which must be another's by then."""
+    from distdiff import owner
+
+    real = owner.acquire
+
+    def acquire(lock, note):
+        wait_for(note.exists)
+        print("locking", flush=True)
+        return real(lock, note)
+
+    owner.acquire, owner.WAIT = acquire, 30.0
+
+
 def step_clock(seconds):
     """The clock jumps between any two looks: the wall clock, and the time since which the machine runs."""
     import psutil._pslinux as linux
