@@ -27,7 +27,7 @@ import scipy.sparse as sp
 import torch
 
 from distdiff import batch, files
-from distdiff.batch import job, output
+from distdiff.batch import local, output
 from distdiff.batch.layout import Layout, fetched
 from distdiff.batch.summary import peak_mib
 from distdiff.data.ingest.shard import shard
@@ -145,7 +145,7 @@ def parts(
 def end_to_end(model: Model, store: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     task = task_of(model, store, out, options)
     wall, used = time.perf_counter(), time.process_time()
-    filled = job.run(task, out, progress=False)
+    filled = local.run(task, out, progress=False)
     wall, used = time.perf_counter() - wall, time.process_time() - used
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return {
@@ -157,7 +157,7 @@ def end_to_end(model: Model, store: Path, out: Path, options: dict[str, Any]) ->
 def _peak(model: str, store: str, out: str, answer: Any) -> None:
     torch.set_num_threads(1)
     task = task_of(Model.load(model), Path(store), Path(out), {"layers": ("mean",)})
-    job.run(task, out, progress=False, shard_cells=1024, batch_size=256)
+    local.run(task, out, progress=False, shard_cells=1024, batch_size=256)
     answer.put(peak_mib())
 
 

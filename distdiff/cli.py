@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from distdiff import console
+
 app = typer.Typer(
-    name="distdiff", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="distdiff", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=console.NAMES,
     help="Diffusion models on single-cell counts: impute, denoise, deepen, complete and generate cells.",
 )  # fmt: skip
 
 stores = typer.Typer(no_args_is_help=True, help="Look at a store, check it, turn it back into AnnData.")
 app.add_typer(stores, name="store")
 
-server = typer.Typer(no_args_is_help=True, help="What MLflow was told, and was not.")
+server = typer.Typer(no_args_is_help=True, help="Send to MLflow what runs could not send.")
 app.add_typer(server, name="mlflow")
+console.add(app)
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -34,7 +39,7 @@ def shard(
     inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, or a file with one gene a line.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, A,B,C, or a file.")] = "all",
     panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
     join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
@@ -127,11 +132,11 @@ def sync(
     anew: Annotated[bool, typer.Option("--anew", help="Begin a run anew that the server does not know.")] = False,
     trust: Trust = None,
 ) -> None:
-    """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
+    """Send what runs kept while their MLflow server could not be reached: metrics, files, the model."""
     from distdiff import experiment, tracking
 
-    judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
-    lines = tracking.sync(folder, judge=judge, uri=uri, anew=anew)
+    compare = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
+    lines = tracking.sync(folder, compare=compare, uri=uri, anew=anew)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 
@@ -165,27 +170,57 @@ def train(
 ModelName = Annotated[str, typer.Option("--model", help="models:/NAME@champion, or a model folder.")]
 Data = Annotated[str, typer.Option("--data", help="h5ad, AnnData zarr, 10x, or a distdiff store (folder or URL).")]
 Out = Annotated[Path, typer.Option("--out", help="Output: .zarr for any size, .h5ad for small ones.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="Layer with raw counts (default: X).")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 Keep = Annotated[str | None, typer.Option("--genes", help="Genes to write: A,B,C, or a file with one a line.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of layers that are no draws: float32, float16, int32, int16.")]
 Sparse = Annotated[bool | None, typer.Option("--sparse/--dense", help="Layers as CSR or dense (default: the smaller).")]
-Batch = Annotated[int | None, typer.Option("--batch-size", help="Cells of a network call (default: by trial).")]
-ShardCells = Annotated[int | None, typer.Option("--shard-cells", help="Cells of an output shard.")]
-Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16; auto: the second on a GPU.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda:0; auto: the GPU, if there is one.")]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", help="Address of a dask scheduler: its workers do it.")]
-Workers = Annotated[int | None, typer.Option("--workers", help="Dask workers to start here, one a GPU.")]
-UseLabels = Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on the model's obs columns.")]
-Unseen = Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")]
-Repair = Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")]
 LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
 
 
+def _on_cells(
+    *,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    use_labels: Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on obs labels.")] = False,
+    unseen: Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")] = "unknown",
+) -> None:
+    """Options of every task on measured cells."""
+
+
+def _job(
+    *,
+    batch_size: Annotated[int | None, typer.Option(help="Cells of a network call (default: by trial).")] = None,
+    shard_cells: Annotated[int | None, typer.Option(help="Cells of an output shard.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16; auto: the second on a GPU.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0; auto: the GPU, if there is one.")] = "auto",
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler: its workers do it.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Dask workers to start here, one a GPU.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")] = False,
+    overwrite: Overwrite = False,
+    trust: Trust = None,
+) -> None:
+    """Options of every task on files."""
+
+
+def _with(*declared: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of ``declared`` besides its own; it takes them as ``**shared``."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for options in declared:
+            parameters += inspect.signature(options, eval_str=True).parameters.values()
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return add
+
+
 @app.command()
+@_with(_on_cells, _job)
 def impute(
-    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file.")] = None,
     sites: Annotated[str | None, typer.Option(help="'dropout': zeros that scIDPMs' Algorithm 1 suspects.")] = None,
     groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
@@ -194,124 +229,91 @@ def impute(
     layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,mask,ood",
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
-    seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
-    verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command continues a job."""
     _batch(
-        context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
-        mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
-        sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
-        overwrite=overwrite,
-        trust=trust,
+        context, "impute", model, data, out, mask=mask, sites=sites, groups=groups, draws=draws, mean_only=mean_only,
+        layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype, sparse=sparse,
+        **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_on_cells, _job)
 def complete(
-    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
     layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,ood",
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
-    seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
-    verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
-        context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
-        ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
-        precision=precision, device=device, scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen,
-        verify=verify,
-        repair=repair, overwrite=overwrite, trust=trust,
+        context, "complete", model, data, out, append=_genes(genes), draws=draws, layers=_words(layers), ood=ood,
+        steps=steps, seed=seed, dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_on_cells, _job)
 def denoise(
-    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
-    depth: Annotated[float, typer.Option(help="Depth of the other measurement that is told.")] = 1.0,
+    depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
-    genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
-    verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
-        context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
-        dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
-        overwrite=overwrite,
-        trust=trust,
+        context, "denoise", model, data, out, readout=readout, depth=depth, ood=ood, keep=_genes(genes), dtype=dtype,
+        sparse=sparse, **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_on_cells, _job)
 def deepen(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     times: Annotated[float, typer.Option(help="How many times the depth.")],
-    layer: Layer = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 8,
     beyond: Annotated[str, typer.Option(help="refuse or allow cells deeper than those of training.")] = "refuse",
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
-    seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, workers: Workers = None, use_labels: UseLabels = False, unseen: Unseen = "unknown",
-    verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, **shared: Any,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
-        context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
-        keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
-        device=device, scheduler=scheduler, workers=workers, use_labels=use_labels, unseen=unseen, verify=verify,
-        repair=repair,
-        overwrite=overwrite, trust=trust,
+        context, "deepen", model, data, out, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
+        keep=_genes(genes), sparse=sparse, **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_job)
 def generate(
     context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
-    seed: Seed = 0, batch_size: Batch = None, shard_cells: ShardCells = None, precision: Precision = "auto",
-    device: Device = "auto", scheduler: Scheduler = None, workers: Workers = None, verify: Verify = False,
-    repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, **shared: Any,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
-    asked = {}
+    labels = {}
     for word in obs or []:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--obs {word!r}: label=value is wanted")
-        asked[key] = value
+        labels[key] = value
     _batch(
-        context, "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed,
-        batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler,
-        workers=workers,
-        verify=verify, repair=repair, overwrite=overwrite,
-        trust=trust,
+        context, "generate", model, None, out, n=n, obs=labels, steps=steps, guidance=guidance, seed=seed, **shared
     )  # fmt: skip
 
 
 def _batch(
     context: typer.Context, kind: str, model: str, data: str | None, out: Path, *, scheduler: str | None,
-    workers: int | None,
-    verify: bool, repair: bool, trust: list[str] | None, **options: Any,
+    workers: int | None, verify: bool, repair: bool, trust: list[str] | None, **options: Any,
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
     import distdiff
@@ -327,19 +329,19 @@ def _batch(
         typer.echo(found)
         return
     first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
-    said = typer.echo if first else lambda text: None
+    echo = typer.echo if first else lambda text: None
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
     if scheduler is not None or workers is not None:
         load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
         filled = batch.on_cluster(
-            scheduler, kind, load_there, data, out, workers=workers, progress=first, say=said, **options
+            scheduler, kind, load_there, data, out, workers=workers, progress=first, say=echo, **options
         )
     else:
-        filled = batch.run(kind, load(model), data, out, progress=first, say=said, **options)
-    said(f"{out}: {filled.line()}")
+        filled = batch.run(kind, load(model), data, out, progress=first, say=echo, **options)
+    echo(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
-        said(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
+        echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
     notes = {
         "cells without evidence left as they were": filled.cells_without_evidence,
         "genes unknown to the model left as they were": filled.genes_unknown_to_model,
@@ -348,18 +350,17 @@ def _batch(
     }
     for text, number in notes.items():
         if number:
-            said(f"  {number} {text}")
+            echo(f"  {number} {text}")
 
 
 def _genes(text: str | None) -> list[str] | None:
     """Names of genes: a file with one a line, or words."""
     if text is None:
         return None
-    if Path(text).is_file():
-        from distdiff.data.ingest.choose import listed
+    from distdiff.data.ingest.choose import file_of, listed
 
-        return listed(Path(text))
-    return list(_words(text))
+    file = file_of(text)
+    return list(_words(text)) if file is None else listed(file)
 
 
 @app.command()
@@ -427,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
-        typer.echo(f"distdiff: error: {error}", err=True)
+        typer.echo(f"distdiff: error: {_one_line(error)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(INTERRUPTED, err=True)
@@ -436,6 +437,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(getattr(leaving.__context__, "__cause__", None), KeyboardInterrupt):
             typer.echo(INTERRUPTED, err=True)
         raise
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without line ends and control characters of the names in it."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -18,29 +18,34 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
 )
 
-from distdiff import files, received, tracking
-from distdiff.component import modules, nearest
+from distdiff import files, received, saved, tracking
+from distdiff.component import Untrusted, modules, nearest
 from distdiff.config import Config, Evaluation
+from distdiff.data.store.manifest import SPLITS
 from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser, adopt
 from distdiff.imputers import Imputer
-from distdiff.imputers.labels import Told
+from distdiff.imputers.labels import WithLabels
 from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
+from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
-from distdiff.training import checkpoint
+from distdiff.training import checkpoint, loop
 from distdiff.training.fit import settled
 from distdiff.training.launched import check_world
-from distdiff.training.loop import Progress
+from distdiff.training.loop import Hooks
 from distdiff.training.loop import train as fit
 from distdiff.training.owner import owned
 from distdiff.training.peers import Peers
+from distdiff.training.progress import Progress
+from distdiff.training.settings import Recipe
 from distdiff.training.stop import EXCHANGE
 from distdiff.training.trace import NAME as TRACE
 
@@ -98,8 +103,40 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
         kwargs_handlers=_exchange(),
     )  # fmt: skip
     check_world(accelerator)
+    model = _new(config, store, accelerator, trust)
     with owned(Path(config.train.out), main=accelerator.is_main_process):
-        return _owning(config, store, accelerator, trust, peers)
+        return _owning(config, store, model, accelerator, trust, peers)
+
+
+def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str]) -> Model:
+    """The untrained model of an experiment; all that can be refused is refused here, before anything is written."""
+    alone = accelerator.distributed_type is DistributedType.NO and accelerator.device.type == "cpu"
+    with saved.affordable(config.denoiser, COPIES if alone else 1):
+        model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
+    model.check_store(store.manifest, config.data.store)
+    loop.check(_recipe(config, store, model), accelerator)
+    if config.evaluate.enabled and not store.manifest.split.n_cells[SPLITS.index("test")]:
+        raise ValueError("evaluate.enabled: the store has no test cells: rebuild with another --split")
+    if config.train.start and not _going_on(config):  # a checkpoint holds what became of those weights
+        accelerator.print(_start(model, config.train.start, trust))
+    return model
+
+
+def _recipe(config: Config, store: CountStore, model: Model) -> Recipe:
+    return Recipe(
+        store, model.process, model.denoiser, config.survival, config.optim, config.train, config.loader,
+        config.data.labels,
+    )  # fmt: skip
+
+
+COPIES = 5
+"""Of the weights that training on a CPU keeps: the weights, their gradient, two moments, their average."""
+
+
+def _going_on(config: Config) -> bool:
+    """Whether there is a checkpoint to go on from, as the main process sees it."""
+    folder = Path(config.train.out) / "checkpoints"
+    return broadcast_object_list([checkpoint.find(config.train.resume, folder) is not None])[0]
 
 
 def _check_label_names(config: Config, store: CountStore) -> None:
@@ -116,55 +153,52 @@ def _check_label_names(config: Config, store: CountStore) -> None:
             )
 
 
-def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str], peers: Peers) -> Outcome:
+def _owning(
+    config: Config, store: CountStore, model: Model, accelerator: Accelerator, trust: Sequence[str], peers: Peers
+) -> Outcome:
     """The experiment, by the only run that works in its folder."""
     began, fingerprint, main = time.perf_counter(), store.manifest.fingerprint, accelerator.is_main_process
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
-    going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
-    model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
-    model.check_store(store.manifest, config.data.store)
-    config = replace(config, train=settled(
-        config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
-        config.data.labels,
-    ))  # fmt: skip
+    going_on = _going_on(config)
+    recipe = _recipe(config, store, model)
+    config = replace(config, train=settled(recipe, accelerator))
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
-    if config.train.start and not going_on:  # a checkpoint holds what became of those weights
-        accelerator.print(_start(model, config.train.start, trust))
     accelerator.print(
         f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
         f"{sum(p.numel() for p in model.denoiser.parameters()):,} weights, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, config {config.digest()}"
     )
     with tracking.run(
-        experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
+        experiment=config.tracking.experiment, name=config.run_name(), params=config.as_dict(),
         tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
         folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile),
-        judge=partial(compare, trust=trust),
-        again=going_on, enabled=main and config.tracking.enabled,
+        compare=partial(compare, trust=trust),
+        resume=going_on, enabled=main and config.tracking.enabled,
     ) as run:  # fmt: skip
 
         def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:
             Model(model.process, denoiser, model.spec, model.options, {**model.info, "validation": numbers}).save(best)
 
+        hooks = Hooks(
+            save_best, _existing_scores(best, fingerprint), on_log=lambda seen, numbers: run.metrics(numbers, seen),
+            peers=peers,
+        )  # fmt: skip
         progress = fit(
-            store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
-            identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
-            labels=config.data.labels,
-            save_best=save_best, standing=_standing(best, fingerprint),
-            on_log=lambda seen, numbers: run.metrics(numbers, seen), peers=peers,
+            replace(recipe, settings=config.train), accelerator, hooks,
+            identity={"config": config.identity(), "data": fingerprint},
         )  # fmt: skip
         accelerator.wait_for_everyone()
         peers.close()
         accelerator.end_training()
         if not main:
             return Outcome(best, progress)
-        _after_training(progress, out, run)
+        _after_training(progress, store.path.name, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
-        if _standing(best, fingerprint).get(progress.judge) != progress.best:
+        if _existing_scores(best, fingerprint).get(progress.judge) != progress.best:
             raise RuntimeError(
                 f"{best} is not the model that this run saved at step {progress.best_step} ({progress.judge} "
                 f"{progress.best}), so it is neither measured nor registered: "
@@ -175,8 +209,13 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
                 )
             )
         finished = Model.load(best, trust=trust)
+        finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
-        measure(finished, store, labels=finished.always_told, seed=config.train.seed)
+        measured = measure(
+            finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
+        )
+        finished.info |= measured.info
+        finished.shrink = measured.shrink
         finished.save(best)
         report = None
         if config.evaluate.enabled:
@@ -205,7 +244,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
     return Outcome(best, progress, report, run.run_id, run.registered)
 
 
-def _standing(model: Path, fingerprint: str) -> dict[str, float]:
+def _existing_scores(model: Path, fingerprint: str) -> dict[str, float]:
     """Validation numbers of the model that stands there, if it was trained on these data; else none."""
     try:
         info = received.json_of(model / "model.json")["info"]
@@ -255,7 +294,7 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     for model in (ours, theirs):
         on = _on(store, model)
         ours_too = {k: tuple(v) for k, v in store.manifest.labels.items()}
-        known = tuple(k for k in model.always_told if ours_too.get(k) == tuple(model.spec.labels[k]))
+        known = tuple(k for k in model.required_labels if ours_too.get(k) == tuple(model.spec.labels[k]))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
         found.append(deviances({OURS: on(model.imputer())}, store, cells, hidden)[OURS])
@@ -264,12 +303,14 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
 
 def _start(model: Model, address: str, trust: Sequence[str]) -> str:
     """Take over the weights of a trained model, those of genes by name; returns what to say about it."""
-    trained = Model.load(tracking.fetch(address), trust=trust)
     try:
-        known, left = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
+        trained = Model.load(tracking.fetch(address), trust=trust)
+        known, fresh_labels = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
+    except Untrusted:
+        raise
     except ValueError as error:
         raise ValueError(f"train.start={address}: {error}") from None
-    fresh = f"; labels with other values start fresh ({', '.join(left)})" if left else ""
+    fresh = f"; labels with other values start fresh ({', '.join(fresh_labels)})" if fresh_labels else ""
     total = model.spec.n_genes
     return f"distdiff train: {known} of {total} genes start from {address}, {total - known} are new to it{fresh}"
 
@@ -288,19 +329,19 @@ def evaluate_model(
     store = _shared(store, model)
     on = _on(store, model)
 
-    def ours(imputer: Imputer, told: bool = bool(model.always_told)) -> Imputer:
-        return on(Told(imputer, told) if model.spec.labels else imputer)
+    def ours(imputer: Imputer, use_labels: bool = bool(model.required_labels)) -> Imputer:
+        return on(WithLabels(imputer, use_labels) if model.spec.labels else imputer)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
-    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
+    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"), 1)]
     if isinstance(model.process, Counts) and model.process.molecules:
         mine.append(Contestant(f"{OURS}, log1p read-out", ours(model.imputer(readout="log1p"))))
-        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws")))
+        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws"), 8))
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
-        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
-    if model.spec.labels and not model.always_told:
-        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), told=True)))
+        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws"), settings.repaint_steps))
+    if model.spec.labels and not model.required_labels:
+        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), use_labels=True)))
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
@@ -355,17 +396,17 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
     from distdiff.evaluation import cheap, deviances
     from distdiff.rng import numpy_generator
 
-    cells = store.cells(store.rows("val")[:limit], model.always_told)
+    cells = store.cells(store.rows("val")[:limit], model.required_labels)
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
     return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 
 
-def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
-    from distdiff.plots import training_curve
+def _after_training(progress: Progress, data: str, out: Path, run: tracking.Run) -> None:
+    from distdiff import pl
 
     if progress.history:
         path = out / "training.png"
-        training_curve(progress.history, path, judge=progress.judge)
+        pl.training_curve(progress.history, judge=progress.judge, name=data, save=path)
         run.artifact(path)
 
 

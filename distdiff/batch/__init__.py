@@ -2,8 +2,9 @@
 
 ``rows`` reads the input, ``task`` and ``tasks`` compute some rows, ``layout`` encodes values, ``output`` writes files.
 ``plan`` is decided once a job; ``compute`` makes shards of the output, ``finish`` the result; ``frame`` writes obs, var
-and what the input holds beside. ``job`` runs all this under one lock (``workplace``) in one process, ``ranks`` in those
-of ``accelerate launch``, ``cluster`` on a dask cluster. ``verify`` compares a result with its checksums.
+and what the input holds beside. ``job`` runs all this under one lock (``workplace``); ``local`` starts it in one
+process, ``ranks`` in those of ``accelerate launch``, ``cluster`` on a dask cluster. ``verify`` compares a result with
+its checksums.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from distdiff import files
-from distdiff.batch import job
+from distdiff.batch import local
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
 from distdiff.batch.rows import StoreRows, open_rows
@@ -48,8 +49,8 @@ def impute_file(
     mask
         A layer of the input, or a ``.npz``/``.npy`` file.
     **options
-        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.job.run`, and of :meth:`Job.plan
-        <distdiff.tasks.impute.Job.plan>`.
+        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.local.run`, and of
+        :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`.
 
     Raises
     ------
@@ -85,7 +86,7 @@ def run(
     """
     out = named(out)
     task = make_task(kind, model, data, out, **options)
-    return job.run(
+    return local.run(
         task, out, data="" if data is None else Path(data).name, overwrite=overwrite, progress=progress,
         batch_size=batch_size, shard_cells=shard_cells, precision=precision, command=command, say=say,
     )  # fmt: skip

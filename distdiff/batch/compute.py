@@ -20,7 +20,7 @@ from distdiff.batch.summary import peak_mib, summed
 from distdiff.batch.task import Task
 from distdiff.batch.workplace import shard_folder
 from distdiff.data.store.pool import cores
-from distdiff.tasks.impute import Filled
+from distdiff.tasks.impute import FillCounts
 
 READ_AHEAD, WRITE_BEHIND = 2, 4
 """Batches that are read before they are computed, and computed before they are written."""
@@ -76,7 +76,7 @@ class ShardComputer:
         for written in being_written:
             written.result()
 
-    def _through_network(self, block: Any) -> tuple[Values, Callable[[], Filled], dict[str, int]]:
+    def _through_network(self, block: Any) -> tuple[Values, Callable[[], FillCounts], dict[str, int]]:
         with self._network_lock:
             calls, cells = self._calls, self._cells_passed
             with autocast(self.task.device, self.plan.precision), torch.no_grad():
@@ -89,7 +89,7 @@ class ShardComputer:
 
     def _keep(
         self, held: dict[int, dict[int, Values]], shard: int, start: int, values: Values,
-        counts: Callable[[], Filled], passes: dict[str, int],
+        counts: Callable[[], FillCounts], passes: dict[str, int],
     ) -> None:  # fmt: skip
         """Copy one batch from the device; write the shard once all its batches are there."""
         layout = self.plan.layout

@@ -24,7 +24,6 @@ from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
 from distdiff.batch.task import Task
 from distdiff.batch.workplace import clear, finished_shards, folder_of, owned, read_plan, write_plan
-from distdiff.data.store.export import named
 
 Say = Callable[[str], None]
 
@@ -103,53 +102,6 @@ class OneProcess:
     def finish(self, plan: Plan, work: Path, suffix: str, command: str) -> Path:
         """See :class:`Engine`."""
         return finish(self.task, plan, work, suffix=suffix, command=command)
-
-
-def run(
-    task: Task, out: str | Path, *, data: str = "", overwrite: bool = False, progress: bool = True,
-    batch_size: int | None = None, shard_cells: int | None = None, precision: str = "auto", command: str = "",
-    say: Say = lambda message: None,
-) -> Summary:  # fmt: skip
-    """Do a job in this process; under ``accelerate launch`` or ``torchrun``, in all its processes together.
-
-    Parameters
-    ----------
-    task
-        What to do.
-    out
-        ``.zarr``, or ``.h5ad`` for what fits one process.
-    data
-        Name of the input, for provenance.
-    overwrite
-        Replace a result of another job, and begin anew where another was stopped.
-    batch_size, shard_cells
-        Cells of a network call and of an output shard; ``None``: found by a trial. An unfinished job keeps its own.
-    precision
-        ``float32``, ``bfloat16``; ``auto``: the second on a GPU.
-    command, say
-        For provenance; receives messages about what is written.
-
-    Raises
-    ------
-    FileExistsError
-        Another job is being, or was, written there: the message names its process, or what differs.
-    OSError
-        The disk cannot hold the result, or is full: the message says how to continue.
-    ValueError
-        Another suffix, or what the task refuses.
-    """
-    out = named(out)
-    check_options(precision, batch_size, shard_cells)
-    options: dict[str, Any] = {
-        "overwrite": overwrite, "progress": progress, "batch_size": batch_size, "shard_cells": shard_cells,
-        "command": command, "say": say,
-    }  # fmt: skip
-    engine = OneProcess(task, data, precision)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from distdiff.batch import ranks
-
-        return ranks.run(engine, out, **options)
-    return carry_out(engine, out, **options)
 
 
 def check_options(precision: str, batch_size: int | None, shard_cells: int | None) -> None:

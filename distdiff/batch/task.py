@@ -15,8 +15,8 @@ from distdiff.batch.layout import Field, Values
 from distdiff.component import nearest
 from distdiff.model import Model
 from distdiff.tasks import Block, Reader, check_labels
-from distdiff.tasks.frame import tell_left
-from distdiff.tasks.impute import Filled, check_names
+from distdiff.tasks.frame import warn_left_out
+from distdiff.tasks.impute import FillCounts, check_names
 from distdiff.tasks.likelihood import nats
 
 NATS = "obs/distdiff_nats"
@@ -55,7 +55,7 @@ class Task(ABC):
         """Rows of the input, on the CPU; called in a thread of its own, for one block after the other."""
 
     @abstractmethod
-    def compute(self, block: Any) -> tuple[Values, Callable[[], Filled]]:
+    def compute(self, block: Any) -> tuple[Values, Callable[[], FillCounts]]:
         """The fields of a block, still on the device, and a function that counts what was done (it waits for the
         device)."""
 
@@ -108,7 +108,7 @@ class OnCells(Task):
     ) -> None:  # fmt: skip
         self.model, self.rows, self.reader, self.ood, self.seed = model, rows, reader, ood, seed
         self.device = reader.device
-        check_labels(model, reader)
+        check_labels(reader, model.required_labels)
         self.at: np.ndarray | None = None
         self.genes = genes
         if keep is not None:
@@ -123,7 +123,7 @@ class OnCells(Task):
             self.genes, self.at = tuple(keep), np.array([index[g] for g in keep], dtype=np.int64)
         self.inherits = rows.frame is not None and rows.whole(self.genes)
         self.left_out = [] if self.inherits or rows.frame is None else rows.left_out()
-        tell_left(self.left_out, rows.where)
+        warn_left_out(self.left_out, rows.where)
         self.fields = [*self.label_fields(), *([] if self.inherits else [Field("X", "float32", len(self.genes), True)])]
         if ood:
             self.fields.append(Field(NATS, "float32"))
@@ -157,7 +157,7 @@ class OnCells(Task):
         self.whole = getattr(self.rows, "expressed", None) is None
         return Field(path, "int32" if self.whole else "float32", width, sparse)
 
-    def compute(self, block: Block) -> tuple[Values, Callable[[], Filled]]:
+    def compute(self, block: Block) -> tuple[Values, Callable[[], FillCounts]]:
         """See :class:`Task`."""
         block = block.to(self.device)
         layers, filled = self.answer(block)
@@ -165,11 +165,13 @@ class OnCells(Task):
         if not self.inherits:
             found["X"] = self._counts(block.counts)
         if self.ood:
-            found[NATS] = nats(self.model, block.cells, block.observed, levels=self.ood, seed=self.seed)
+            found[NATS] = nats(
+                self.model.process, self.model.denoiser, block.cells, block.observed, levels=self.ood, seed=self.seed
+            )
         return found, filled
 
     @abstractmethod
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """The layers ``layers/NAME`` of a block, all genes of the result."""
 
     def about(self) -> dict[str, Any]:

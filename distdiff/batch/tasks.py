@@ -25,7 +25,7 @@ from distdiff.tasks import Block, Reader
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import Filled, Job, MaskLayer, check_names, ours
+from distdiff.tasks.impute import FillCounts, MaskLayer, check_names, is_imputation_layer
 from distdiff.types import Cells, Condition
 
 LAYERS = ("mean", "draws", "mask", "sd", "ood")
@@ -48,7 +48,7 @@ class Impute(OnCells):
     append
         Genes that the input lacks and that are to be appended (``complete``).
     mask, sites, groups, draws, **options
-        Of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>`; a mask is named, not given.
+        Of :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`; a mask is named, not given.
     """
 
     name = "impute"
@@ -72,7 +72,7 @@ class Impute(OnCells):
         if read_outs:
             if options.get("method", "conditional") != "conditional":
                 raise ValueError(f"layer {read_outs[0]!r} needs method 'conditional', which knows its predictive law")
-            options["also"] = read_outs
+            options["statistics"] = read_outs
         wanted = None if keep is None or mask is not None or options.get("sites") is not None else keep
         if append is None and wanted is not None:  # of a panel's absent genes only those that are written
             have = set(rows.genes)
@@ -81,8 +81,8 @@ class Impute(OnCells):
         self.options = {**plain, "mask": _identified(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
                         "mean_only": self.mean_only}  # fmt: skip
-        self.job = Job.plan(
-            model, rows, mask=_mask(rows, data, mask), draws=draws, mean_only=self.mean_only, seed=seed, genes=append,
+        self.job = model.plan_imputation(
+            rows, mask=_mask(rows, data, mask), draws=draws, mean_only=self.mean_only, seed=seed, genes=append,
             **options,
         )  # fmt: skip
         self.layers, self.added = layers, self.job.added
@@ -92,7 +92,7 @@ class Impute(OnCells):
         _check_dtype(dtype, sparse)
         width = len(self.genes)
         for name in self.job.layers:
-            if not ("mean" in layers or name != f"imputed_{self.job.point}"):
+            if not ("mean" in layers or name != f"imputed_{self.job.imputer.readout}"):
                 continue
             drawn = name == "imputed" or name.startswith("imputed_draw")
             field = self.drawn if drawn else partial(Field, dtype=dtype)
@@ -106,20 +106,20 @@ class Impute(OnCells):
 
     def stale(self, path: str) -> bool:
         """See :class:`Task`."""
-        return super().stale(path) or (path.startswith("layers/") and ours(path.removeprefix("layers/")))
+        return super().stale(path) or (path.startswith("layers/") and is_imputation_layer(path.removeprefix("layers/")))
 
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""
         return self._fitting(self.reader.block(start, stop, self.job.hidden))
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
         answer = self.job.answer(block)
         found = {f"layers/{k}": v for k, v in answer.layers.items()}
         if "mask" in self.layers:
             found["layers/imputed_mask"] = answer.filled
         wanted = {f.path for f in self.fields}
-        return {k: v for k, v in found.items() if k in wanted}, lambda: Filled().add(answer)
+        return {k: v for k, v in found.items() if k in wanted}, lambda: FillCounts().add(answer)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -149,14 +149,15 @@ class Denoise(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options, "dtype": self.fields[-1].dtype, "sparse": self.fields[-1].sparse}
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
-        new = denoise(self.model, block.cells, block.observed, **self.options)
+        m, options = self.model, {**self.options, "shrink": self.model.shrink if self.options["shrink"] else None}
+        new = denoise(m.process, m.denoiser, block.cells, block.observed, **options)
         return {self.layer: self.reader.widen(block.given, new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options, **self.reader.conditioned())
+        return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
 
 
 class Deepen(OnCells):
@@ -178,14 +179,15 @@ class Deepen(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options, "sparse": self.fields[-1].sparse}
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
-        new = deepen(self.model, block.cells, block.observed, **self.options)
+        m, depth = self.model, self.model.info.get("depth")
+        new = deepen(m.process, m.denoiser, m.spec, block.cells, block.observed, depth=depth, **self.options)
         return {"layers/deepened": self.reader.widen(block.given, new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options, **self.reader.conditioned())
+        return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
 
 
 class Generate(Task):
@@ -208,7 +210,7 @@ class Generate(Task):
     ) -> None:  # fmt: skip
         if n < 1:
             raise ValueError(f"generate: n must be at least 1, got {n}")
-        check_guidance(model, guidance)
+        check_guidance(model.spec, model.required_labels, guidance)
         self.model, self.seed, self.genes = model, seed, model.spec.genes
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.all_codes = {k: v.numpy() for k, v in label_codes(model.spec, obs or {}, n).items()}
@@ -232,7 +234,7 @@ class Generate(Task):
         return Cells(torch.zeros(stop - start, 0), Condition(labels), torch.arange(start, stop))
 
     @torch.no_grad()
-    def compute(self, block: Cells) -> tuple[Values, Callable[[], Filled]]:
+    def compute(self, block: Cells) -> tuple[Values, Callable[[], FillCounts]]:
         """See :class:`Task`."""
         cells, process, o = block.to(self.device), self.model.process, self.options
         rng = by_row(cells, 1, self.seed, "generate")
@@ -246,8 +248,8 @@ class Generate(Task):
         return self.model.provenance(task=self.name, **{k: str(v) for k, v in self.options.items()})
 
 
-def _all_of(new: torch.Tensor) -> Callable[[], Filled]:
-    return lambda: Filled(cells=len(new), targets=new.numel())
+def _all_of(new: torch.Tensor) -> Callable[[], FillCounts]:
+    return lambda: FillCounts(cells=len(new), targets=new.numel())
 
 
 def _check_dtype(dtype: str, sparse: bool | None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,9 +17,6 @@ from distdiff.data.counts import LAST_EXACT, as_counts, check_counts, dense, fir
 from distdiff.data.ingest.source import codes
 from distdiff.imputers.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
-
-if TYPE_CHECKING:
-    from distdiff.model import Model
 
 log = logging.getLogger("distdiff")
 
@@ -92,25 +89,28 @@ class Reader:
         Condition on the obs columns that the model was trained with. Then the answer holds what they say: whoever
         compares their groups in it afterwards finds, in part, the labels again.
     unseen
-        What a value that the model never saw is: ``unknown``, as a missing one (their number is told), or refused.
+        What a value that the model never saw is: ``unknown``, as a missing one (``uns`` has their number), or refused.
     device
         ``auto``: the GPU where there is one.
 
     Raises
     ------
     ValueError
-        No gene in common; labels that are to be used and are no column (the nearest one is named), or hold values that
-        the model never saw with ``unseen="refuse"``.
+        No cells, or no gene in common; labels that are to be used and are no column (the nearest one is named), or hold
+        values that the model never saw with ``unseen="refuse"``.
     """
 
     def __init__(
         self, spec: DataSpec, rows: Any, *, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
         batch_size: int = 256, device: str = "auto",
     ) -> None:  # fmt: skip
-        where = {gene: i for i, gene in enumerate(spec.genes)}
+        column_of = {gene: i for i, gene in enumerate(spec.genes)}
         self.spec, self.rows, self.batch_size = spec, rows, at_least_one(batch_size)
-        self.columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
-        """Place in the model of each input gene, -1 where it has none (no gene expression has)."""
+        self._warned = False
+        if not rows.n_cells:
+            raise ValueError(f"{getattr(rows, 'where', 'the input')} has no cells; give an input with at least one")
+        self.columns = np.array([column_of.get(g, -1) for g in rows.genes], dtype=np.int64)
+        """Column in the model of each input gene, -1 where it has none (no gene expression has)."""
         if (expressed := getattr(rows, "expressed", None)) is not None:
             self.columns[~expressed] = -1
         self.known = self.columns >= 0
@@ -138,12 +138,15 @@ class Reader:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device
 
-    def told(self) -> dict[str, Any]:
-        """What stands in ``uns`` about genes that only one of input and model knows, and about labels."""
-        return {"genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent, **self.conditioned()}
+    def provenance(self) -> dict[str, Any]:
+        """Entries of ``uns``: numbers of genes that only one of input and model has, and the labels that are used."""
+        return {
+            "genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent,
+            **self.label_provenance(),
+        }  # fmt: skip
 
-    def conditioned(self) -> dict[str, Any]:
-        """What stands in ``uns`` about labels: those that the answer is conditioned on, and values never seen."""
+    def label_provenance(self) -> dict[str, Any]:
+        """Entries of ``uns``: the labels that the answer is conditioned on, and the number of values never seen."""
         return {"conditioned_on": ",".join(self.labels), "labels_unseen": self.unseen}
 
     def blocks(self, hidden: Hidden | None = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
@@ -165,19 +168,21 @@ class Reader:
         counts = as_counts(self.rows.read(start, stop))
         away = None if hidden is None else hidden(start, stop, counts)
         away = away if away is not None and away.any() else None
-        given = counts.astype(np.float32, copy=False).toarray()
-        if first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT):
+        odd = first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT)
+        if odd:
             self._refuse(counts, away, start, stop)
+            counts = self._finite(counts)
+        given = counts.astype(np.float32, copy=False).toarray()
         evidence = given if away is None else np.where(away, np.float32(0), given)
         if self.same:
             x = evidence
             observed = np.ones(x.shape, dtype=bool) if away is None else ~away
         else:
-            place = self.columns[self.known]
+            columns = self.columns[self.known]
             x = np.zeros((stop - start, self.spec.n_genes), dtype=np.float32)
             observed = np.zeros(x.shape, dtype=bool)
-            observed[:, place] = True if away is None else ~away[:, self.known]
-            x[:, place] = evidence[:, self.known]
+            observed[:, columns] = True if away is None else ~away[:, self.known]
+            x[:, columns] = evidence[:, self.known]
         labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
         cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop))
         gone = None if away is None else torch.from_numpy(away)
@@ -185,14 +190,27 @@ class Reader:
         return block.pinned() if str(self.device).startswith("cuda") else block
 
     def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
-        """Name an entry that is looked at and is no count, if there is one; of genes that the model does not know, one
-        that is no finite number."""
-        read = self.known | ~np.isfinite(counts.toarray())
+        """Name an entry that is looked at (no target, of a gene that is known) and is no count, if there is one."""
+        read = np.broadcast_to(self.known, counts.shape)
         looked_at = sp.csr_matrix(np.where(read if away is None else read & ~away, counts.toarray(), 0))
         names = getattr(self.rows, "obs_names", None)
         cells = [str(n) for n in (names[start:stop] if names is not None else range(start, stop))]
         check_counts(looked_at, self.rows.genes, cells, getattr(self.rows, "where", "the input"))
         dense(looked_at)
+
+    def _finite(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        """The same with 0 for what is no finite number of 32 bits and is not looked at; the first time, with a word."""
+        bad = ~(np.abs(counts.data) <= np.finfo(np.float32).max)
+        if not bad.any():
+            return counts
+        if not self._warned:
+            self._warned = True
+            gene = self.rows.genes[int(counts.indices[int(np.argmax(bad))])]
+            log.warning(
+                "gene %r holds numbers that are not finite; the model does not look at them, and 0 stands for them in "
+                "what it writes", gene,
+            )  # fmt: skip
+        return sp.csr_matrix((np.where(bad, 0, counts.data), counts.indices, counts.indptr), shape=counts.shape)
 
     def widen(self, given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The input's genes again: ``values`` ``[n g]`` for those the model knows, else as given."""
@@ -235,20 +253,24 @@ def _labels(spec: DataSpec, rows: Any, unseen: str) -> tuple[dict[str, np.ndarra
     return found, total
 
 
-def check_labels(model: Model, reader: Reader, guidance: float = 1.0) -> None:
-    """Refuse answers without labels of a model that never went without, and guidance by labels that are not used.
+def check_labels(reader: Reader, required: Sequence[str], guidance: float = 1.0) -> None:
+    """Refuse cells without the labels that a model requires, and guidance by labels that are not used.
+
+    Parameters
+    ----------
+    required
+        Labels that the model was trained with in every cell (:attr:`Model.required_labels
+        <distdiff.model.Model.required_labels>`).
 
     Raises
     ------
     ValueError
-        As said.
+        A required label is not used or has unseen values, or ``guidance`` is not 1 without labels.
     """
-    if model.always_told and (reader.unseen or not reader.labels):
+    if required and (reader.unseen or not reader.labels):
         raise ValueError(
-            f"this model was always told {', '.join(model.always_told)} (train.label_dropout=0) and knows no cell "
-            "without: use the labels (use_labels=True, --use-labels), with values that it saw, or train another one"
+            f"this model was trained with {', '.join(required)} in every cell (train.label_dropout=0) and has no "
+            "answer without: use the labels (use_labels=True), with values that it saw, or train another"
         )
     if guidance != 1 and not reader.labels:
-        raise ValueError(
-            f"guidance={guidance:g} weighs labels, which are not used: give use_labels=True (--use-labels)"
-        )
+        raise ValueError(f"guidance={guidance:g} weighs labels, which are not used: give use_labels=True")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.ingest.source import in_memory, layer_names
+from distdiff.data.ingest.source import in_memory, layer_names, native
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -42,10 +43,12 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     x, var = in_memory(adata, layer)
     raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
     if not added and not raw:
-        return adata.copy(), []
-    table, left = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
+        return copied(adata), []
+    adata = copied(adata) if _lazy(adata) else adata
+    x, _ = in_memory(adata, layer)
+    table, left_out = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
     if not raw and layer is not None and adata.X is not None:
-        left = [*left, "X"]
+        left_out = [*left_out, "X"]
     at = np.r_[np.arange(len(table)), np.full(len(added), -1)]
     genes = [*table.index, *added]
     frame = var_of(table, genes)
@@ -54,21 +57,60 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     source = adata.raw if raw else adata
     layers = {k: adata.layers[k] for k in layer_names(adata)}
     if not raw:
-        left += [f"{key}/{k}" for key, found in (("layers", layers), ("varm", adata.varm), ("varp", adata.varp))
-                 for k, v in found.items() if not by_columns(v)]  # fmt: skip
+        left_out += [f"{key}/{k}" for key, found in (("layers", layers), ("varm", adata.varm), ("varp", adata.varp))
+                     for k, v in found.items() if not by_columns(v)]  # fmt: skip
     kept = {} if raw else {
-        "layers": {k: taken(v, at, (1,)) for k, v in layers.items() if by_columns(v)},
-        "varp": {k: taken(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
+        "layers": {k: reindex_genes(v, at, (1,)) for k, v in layers.items() if by_columns(v)},
+        "varp": {k: reindex_genes(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
     }  # fmt: skip
-    varm = {k: taken(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}
+    varm = {k: reindex_genes(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}
     around = ad.AnnData(obs=adata.obs, obsm=adata.obsm, obsp=adata.obsp, uns=adata.uns).copy()
     out = ad.AnnData(
-        taken(x, at, (1,)), obs=around.obs, var=frame, obsm=around.obsm, obsp=around.obsp, uns=around.uns, varm=varm,
-        **kept,
+        reindex_genes(x, at, (1,)), obs=around.obs, var=frame, obsm=around.obsm, obsp=around.obsp, uns=around.uns,
+        varm=varm, **kept,
     )  # fmt: skip
     if adata.raw is not None:
         out.raw = adata.raw.to_adata()
-    return out, left
+    return out, left_out
+
+
+def copied(adata: AnnData) -> AnnData:
+    """A copy of an AnnData in memory; one that is on disk or of dask is read, and its file stays open."""
+    import anndata as ad
+
+    if not _lazy(adata):
+        return adata.copy()
+    parts = {
+        key: {k: _loaded(v) for k, v in getattr(adata, key).items() if k is not None}
+        for key in ("layers", "obsm", "varm", "obsp", "varp")
+    }
+    raw = adata.raw and {"X": _loaded(adata.raw.X), "var": _loaded(adata.raw.var), "varm": dict(adata.raw.varm)}
+    return ad.AnnData(
+        _loaded(adata.X), obs=_loaded(adata.obs), var=_loaded(adata.var), uns=_loaded(adata.uns), raw=raw, **parts
+    )
+
+
+def _lazy(adata: AnnData) -> bool:
+    """Whether some of it is on disk (``backed="r"``), of dask, or in a dtype in which anndata cannot copy it."""
+    parts = [adata.X, adata.obs, adata.var, adata.raw and adata.raw.X]
+    parts += [v for key in ("layers", "obsm", "varm", "obsp", "varp") for v in getattr(adata, key).values()]
+    return adata.isbacked or any(
+        hasattr(part, "dask") or hasattr(part, "to_memory") or (sp.issparse(part) and native(part) is not part)
+        for part in parts
+    )
+
+
+def _loaded(value: Any) -> Any:
+    """The same in memory, as an object of its own."""
+    if isinstance(value, Mapping):
+        return {k: _loaded(v) for k, v in value.items()}
+    if hasattr(value, "to_memory"):
+        return value.to_memory()
+    if hasattr(value, "dask"):
+        return value.compute(scheduler="threads")
+    if hasattr(value, "file") and hasattr(value, "shape"):  # of h5py
+        return value[()]
+    return native(value).copy() if sp.issparse(value) else copy.copy(value)
 
 
 def by_gene(adata: AnnData) -> list[str]:
@@ -86,12 +128,12 @@ def by_columns(values: Any) -> bool:
     return isinstance(values, pd.DataFrame) or sp.issparse(values)
 
 
-def tell_left(left: Sequence[str], where: str) -> dict[str, list[str]]:
-    """Warn of what a result does not keep of its input, and what stands in ``uns`` about it."""
-    if not left:
+def warn_left_out(names: Sequence[str], where: str) -> dict[str, list[str]]:
+    """Warn of the elements of the input that the result does not hold, and return their entry of ``uns``."""
+    if not names:
         return {}
-    log.warning("%s: not in the result, which has other genes or another X: %s", where, ", ".join(left))
-    return {"left_out": list(left)}
+    log.warning("%s: not in the result, which has other genes or another X: %s", where, ", ".join(names))
+    return {"left_out": list(names)}
 
 
 def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
@@ -101,11 +143,17 @@ def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
     if pd.Index(genes).isin(table.index).all():
         return table.loc[list(genes)].copy()
     wide = {k: "boolean" for k in table.columns if table[k].dtype == bool}
-    wide |= {k: "category" for k in table.columns if table[k].dtype == object}
-    return table.astype(wide).reindex(list(genes))
+    wide |= {k: "category" for k in table.columns if table[k].dtype == object or table[k].dtype == "string"}
+    wider, name = table.astype(wide).reindex(list(genes)), table.index.name
+    if name in table.columns:  # files hold such a column only where it repeats the names
+        if (table[name].astype(str) == table.index.astype(str)).all():
+            wider[name] = list(genes)
+        else:
+            wider.index.name = None
+    return wider
 
 
-def taken(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:
+def reindex_genes(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:
     """A copy of a matrix or table in the genes of a result.
 
     Parameters

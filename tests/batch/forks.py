@@ -260,7 +260,7 @@ def peak(model, cells, out, queue):
     """Peak memory of an imputation of so many cells."""
     import torch
 
-    from distdiff.batch import job
+    from distdiff.batch import local
     from distdiff.batch.summary import peak_mib
     from distdiff.batch.tasks import Impute
     from distdiff.model import Model
@@ -269,5 +269,5 @@ def peak(model, cells, out, queue):
     model = Model.load(model)
     rows = Made(cells, model.spec.genes[:-5])
     task = Impute(model, rows, data="", layers=("mean", "draws"), dtype="float16")
-    job.run(task, out, progress=False, shard_cells=1024, batch_size=256)
+    local.run(task, out, progress=False, shard_cells=1024, batch_size=256)
     queue.put(peak_mib())

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from distdiff import config, experiment, received
 from distdiff.training import checkpoint, engine
 from distdiff.training.ema import Ema
-from distdiff.training.loop import Progress
 from distdiff.training.optim import Optim
+from distdiff.training.progress import Progress
 
 ONE = {"weights": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}, "optimizer": {"a/step": torch.ones(())}}
 
@@ -269,5 +269,5 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint folder"):
         checkpoint.find(str(tmp_path / "nowhere"), tmp_path)
     (path / "state.json").write_text(json.dumps({"step": 3}))
-    with pytest.raises(ValueError, match="has format 1, this distdiff reads 3"):
+    with pytest.raises(ValueError, match=r"has format 1 \(state.json\), this distdiff reads 3"):
         checkpoint.load(Path(path), {})
