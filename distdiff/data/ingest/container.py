@@ -1,4 +1,4 @@
-"""An AnnData in a file, h5ad or zarr: opened, and its tables and matrices read, with damage told before it is met."""
+"""An AnnData in a file, h5ad or zarr: opened, and its tables and matrices read, each checked as it is read."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def table_of(root: Any, key: str, where: str) -> Any:
 
 
 def check(path: Path) -> None:
-    """Read whatever an AnnData file holds, so that damage is met before work on it begins.
+    """Read whatever an AnnData file holds, so that damage is found before work on it begins.
 
     Elements of more than 64 MiB are looked at, not read: their shapes, their parts, their first and last rows.
 
@@ -341,7 +341,7 @@ def _check_rows(rows: Any, start: int, stop: int, where: str) -> None:
 
 
 def _sizes(element: Any, where: str) -> Iterator[int]:
-    """Bytes of all arrays of an element, by what is said about them.
+    """Bytes of all arrays of an element, by the shapes that it declares.
 
     Raises
     ------
@@ -357,7 +357,7 @@ def _sizes(element: Any, where: str) -> Iterator[int]:
     size = _bytes(element)
     if size > SMALL and size > _most(element):
         raise InputError(
-            f"{where} promises {size >> 20} MiB, far more than is stored; the file is damaged: copy it again"
+            f"{where} declares {size >> 20} MiB, far more than is stored; the file is damaged: copy it again"
         )
     yield size
 
@@ -378,7 +378,7 @@ def _index_of(table: Any) -> str:
 
 
 def _length(element: Any) -> int:
-    """Rows of a column, whatever its kind, by what is said about it."""
+    """Rows of a column, whatever its kind, by the shape that it declares."""
     if not hasattr(element, "keys"):
         return int(element.shape[0])
     return int(element["codes" if "codes" in element else "values"].shape[0])
