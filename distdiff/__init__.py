@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from distdiff.version import __version__
 
-__all__ = ["CountStore", "Model", "__version__", "evaluate", "impute_file", "load", "sample", "shard", "train"]
+__all__ = ["CountStore", "Model", "__version__", "evaluate", "impute_file", "load", "pl", "sample", "shard", "train"]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from distdiff import pl
     from distdiff.api import evaluate, shard, train
     from distdiff.batch import impute_file
     from distdiff.data.store.store import CountStore
@@ -50,8 +51,10 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        import importlib
+    import importlib
 
+    if name == "pl":
+        return importlib.import_module("distdiff.pl")
+    if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'distdiff' has no attribute {name!r}")

@@ -32,11 +32,15 @@ MMD_CELLS = 2000
 
 @dataclass(frozen=True)
 class Contestant:
-    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point)."""
+    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point).
+
+    ``calls``: network calls of a draw, 0 without a network.
+    """
 
     name: str
     imputer: Imputer
     answers: tuple[str, ...] = ("mean",)
+    calls: int = 0
 
     def __post_init__(self) -> None:
         for answer in self.answers:
@@ -234,7 +238,7 @@ def _rows(
         suffix = answer if answer != "draws" else f"{len(law) if law is not None else 0} draws"
         name = contestant.name if contestant.answers == ("mean",) else f"{contestant.name} {suffix}"
         values, errors, replicates = score(point, law)
-        out.append(Row(name, values | seconds, errors, replicates, note))
+        out.append(Row(name, values | seconds, errors, replicates, note, contestant.calls))
     return out
 
 

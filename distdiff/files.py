@@ -185,7 +185,6 @@ def resumable(
     lock = _locked(target, work)
     try:
         with goes_on(target, work):
-            _refuse_claimed(target, work)
             restore(target, work / "old")
             if _finished(work, target, identity, overwrite):
                 yield None
@@ -208,9 +207,6 @@ def resumable(
             remove(work)
         lock.release()
 
-
-SILENT = 60.0
-"""Seconds without a sign of life after which the processes of a task count as dead, as for `distdiff.batch.claims`."""
 
 IDENTITY = "identity"
 """In a work folder: whose work this is. It goes before anything else does, so that no part of it is ever taken up."""
@@ -262,6 +258,7 @@ def _mark(file: Path, text: str) -> None:
 def _clear(work: Path) -> None:
     """Throw away what is in a work folder, in an order that leaves nothing to be taken up wherever it is cut."""
     remove(work / IDENTITY)
+    remove(work / "job.json")  # the like of a task on files (distdiff.batch.workplace)
     for left in work.iterdir():
         if left.name not in ("lock", READY):
             remove(left)
@@ -285,47 +282,8 @@ def _locked(target: Path, work: Path) -> BaseFileLock:
     raise FileExistsError(f"{target} is being written by another process now; wait for it, or choose another name")
 
 
-def _refuse_claimed(target: Path, work: Path) -> None:
-    """Leave alone the work folder of a task whose processes share it by claims, if one of them shows signs of life."""
-    beats = [path.stat().st_mtime for path in (work / "claims").glob("*")]
-    (work / "lock").touch()  # by the clock of the file system: those of hosts may differ
-    if beats and (work / "lock").stat().st_mtime - max(beats) < SILENT:
-        raise FileExistsError(
-            f"{target} is being written by another process now, or was less than {SILENT:.0f} s ago; wait for it, or "
-            "choose another name"
-        )
-
-
-def evict_build(target: Path, work: Path, say: Callable[[str], None]) -> None:
-    """Remove what a killed build left in the work folder that a task wants.
-
-    Raises
-    ------
-    FileExistsError
-        The build is at work.
-    """
-    if not (work / "lock").exists() or (work / "claims").exists():
-        return
-    lock = _locked(target, work)
-    try:
-        if not (work / "claims").exists():
-            restore(target, work / "old")
-            away(work)
-            say(f"{work}: removed, it was left by a distdiff shard that was killed")
-    finally:
-        lock.release()
-
-
-def away(work: Path) -> None:
-    """Remove a work folder under another name, so that no other process finds half of it."""
-    old = work.with_name(f"{work.name}-{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(work, old)
-    remove(old)
-
-
 def tidy(target: Path, say: Callable[[str], None]) -> None:
-    """Remove work folders of a target that a killed process was about to remove (see `away`)."""
+    """Remove work folders of a target that a process of an earlier version was about to remove when it was killed."""
     prefix = f".{target.name}.building-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         if _of_dead(left.name.removeprefix(prefix)):

@@ -17,8 +17,10 @@ class MLP(Denoiser):
     ----------
     spec, outputs
         Genes, label vocabularies, gene means; numbers per gene.
-    width, depth
-        Width of the trunk and number of residual blocks.
+    width
+        Width of the trunk.
+    depth
+        Number of residual blocks.
     rank
         Factorise the two input layers through one embedding of this many numbers a gene (0: a full layer each): for
         many genes, where they hold most of the weights. (Summing over non-zero entries alone does not pay: on a CPU

@@ -25,6 +25,8 @@ class Masked(Process):
         As for counts; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
     classes
         Counts ``0 ... classes - 1``. Larger ones are held at the last class if ``clamp``, else refused.
+    clamp
+        Whether counts above the last class are held at it, not refused.
     """
 
     schedule: Any = "cosine"

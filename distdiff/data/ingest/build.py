@@ -389,7 +389,9 @@ def _as_before(file: Path, memory: int) -> int:
         partial_file = file.with_suffix(".part")
         partial_file.write_text(str(memory))
         partial_file.replace(file)
-    return int(file.read_text())
+    if not (text := file.read_text(errors="replace")).isdigit():
+        raise ValueError(f"{file} is damaged; what the earlier build left is removed now: run the same command again")
+    return int(text)
 
 
 def _turn(slab: turning.Slab, job: Any, folder: str) -> int:

@@ -177,7 +177,7 @@ def test_a_file_that_is_gone(url):
 def test_a_server_that_is_mute(url, proxy, server):
     """It takes the request and says nothing: a process of its own, as tensorstore reads its patience once."""
     code = (
-        "import sys, numpy as np; from distdiff.data import remote; from distdiff.cli import main;"
+        "import sys, numpy as np; from distdiff.data.store import remote; from distdiff.cli import main;"
         f"remote.RETRIES = {QUICK | {'max_retries': 2}}; main(['store', 'info', sys.argv[1]])"
     )
     proxy.fault = lambda method, path: "mute"
