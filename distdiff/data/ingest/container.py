@@ -286,7 +286,7 @@ def _check_raw(root: Any, n: int, where: str) -> None:
 
 
 def _check_kind(element: Any, where: str) -> None:
-    """Find anndata's reader for an element, which is not called, and see that each of its members is found by its name."""
+    """Find anndata's reader for an element, without a call, and each of its members by its name."""
     import anndata as ad
 
     members = list(element) if hasattr(element, "keys") else []
