@@ -199,7 +199,7 @@ class Reader:
         dense(looked_at)
 
     def _finite(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """The same with 0 for what is no finite number of 32 bits and is not looked at; the first time, with a word."""
+        """The same with 0 for what is no finite number of 32 bits and is not looked at; warns once."""
         bad = ~(np.abs(counts.data) <= np.finfo(np.float32).max)
         if not bad.any():
             return counts
