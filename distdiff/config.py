@@ -383,6 +383,10 @@ def _option_types(section: tuple[str, type, str, int], options: Mapping[str, Any
     return {name: type(value) for name, value in defaults.items()}
 
 
+RANGES = {"dropout": (0.0, 0.99), "scale": (1e-6, 1e6)}
+"""Options of components beyond which nothing is learned: the share of what is dropped, molecules to a unit."""
+
+
 def _checked(base: type, options: dict[str, Any], section: str) -> dict[str, Any]:
     """Options of a component, numbers as its defaults are: whole, finite, at least 1 (0 where that is the default)."""
     given = next(g for s, _, _, g in SECTIONS if s == section)
@@ -391,6 +395,8 @@ def _checked(base: type, options: dict[str, Any], section: str) -> dict[str, Any
     for name, value in options.items():
         default = defaults.get(name)
         wrong = _fault(default, value, free=name == "schedule")
+        if not wrong and name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+            wrong = "between {:g} and {:g}".format(*RANGES[name])
         if wrong:
             raise ValueError(f"{section}.{name} must be {wrong}, got {shown(value)}")
         if isinstance(default, int) and not isinstance(default, bool):
