@@ -39,7 +39,7 @@ def shard(
     inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, or a file with one gene a line.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, A,B,C, or a file.")] = "all",
     panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
     join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
@@ -357,11 +357,10 @@ def _genes(text: str | None) -> list[str] | None:
     """Names of genes: a file with one a line, or words."""
     if text is None:
         return None
-    if Path(text).is_file():
-        from distdiff.data.ingest.choose import listed
+    from distdiff.data.ingest.choose import file_of, listed
 
-        return listed(Path(text))
-    return list(_words(text))
+    file = file_of(text)
+    return list(_words(text)) if file is None else listed(file)
 
 
 @app.command()

@@ -179,7 +179,7 @@ class Config:
     def comparable(self, judge: str) -> str:
         """What validation scores ``judge`` on the same data must share to be compared.
 
-        A deviance is one of the same genes and labels (validation tells them, and they were made from the counts); a
+        A deviance is one of the same genes and labels (validation knows them, and they were made from the counts); a
         loss means the same only under the same law and mixture.
         """
         law = {k: self.identity()[k] for k in ("process", "survival")} if judge == "val/loss" else {}
@@ -194,10 +194,8 @@ class Config:
 
 def shipped() -> dict[str, Path]:
     """Configs that come with distdiff, by name: ``default``, ``dev``, ``attention``, ``published`` ..."""
-    for folder in (
-        Path(__file__).parent / "configs",
-        Path(__file__).parents[1] / "configs",
-    ):  # of a wheel, of a checkout
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # of a wheel, of a checkout
         if found := {path.stem: path for path in sorted(folder.glob("*.yaml"))}:
             return found
     return {}
@@ -211,7 +209,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises
     ------
     ValueError
-        Unreadable file, unknown key (the nearest one is told), wrong type or literal, an override without ``=``.
+        Unreadable file, unknown key (the nearest one is named), wrong type or literal, an override without ``=``.
     """
     raw: Any = {}
     text: Any = {}

@@ -328,7 +328,7 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     Returns
     -------
     csr_matrix [n, n_genes]
-        Same dtype; indices ascending, duplicates summed, no stored zeros.
+        Same dtype (int64 where whole numbers were summed); indices ascending, duplicates summed, no stored zeros.
     """
     if len(columns) == n_genes and _same(columns) and counts.data.all() and counts.has_canonical_format:
         return counts
@@ -339,6 +339,9 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     else:
         indptr = np.concatenate([[0], np.cumsum(keep)])[counts.indptr]
         chosen = sparse.csr_matrix((counts.data[keep], column[keep], indptr), shape=(counts.shape[0], n_genes))
+    chosen.sort_indices()
+    if not chosen.has_canonical_format and chosen.dtype.kind in "iu":
+        chosen = chosen.astype(np.int64)  # a sum of entries can be more than their dtype holds
     chosen.sum_duplicates()
     return chosen
 

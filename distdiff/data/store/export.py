@@ -95,7 +95,7 @@ def named(out: str | Path) -> Path:
     """
     out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+        raise ValueError(f"output {out} must end in .h5ad or .zarr")
     return out
 
 
@@ -170,12 +170,14 @@ class CsrOnDisk:
 
 @contextmanager
 def zarr_v3() -> Iterator[None]:
-    """AnnData writes zarr v3, unsharded, whatever the default of its version is."""
+    """AnnData writes zarr v3, unsharded, and text with missing values, whatever the default of its version is."""
     import anndata as ad
 
     options: dict[str, Any] = {"zarr_write_format": 3}
     if hasattr(ad.settings, "auto_shard_zarr_v3"):
         options["auto_shard_zarr_v3"] = False
+    if hasattr(ad.settings, "allow_write_nullable_strings"):
+        options["allow_write_nullable_strings"] = True
     with ad.settings.override(**options):
         yield
 

@@ -97,7 +97,7 @@ class CountStore:
         ValueError
             A manifest that cannot be used, a damaged array, or no such reader.
         """
-        url = remote.checked(str(path)) if is_url(path) else str(Path(path).absolute())
+        url = remote.checked(str(path)) if is_url(path) else str(Path(path).expanduser().absolute())
         threads = threads or max(1, min(4, cores()))
         if is_url(url):
             return cls(url, _remote_manifest(url), cache_bytes, reader, threads)
