@@ -38,7 +38,8 @@ class Impute(OnCells):
     Parameters
     ----------
     layers
-        Of :data:`~distdiff.tasks.impute.LAYERS` (default: :func:`~distdiff.tasks.impute.chosen_layers`), and quantiles such as ``q5``.
+        Of :data:`~distdiff.tasks.impute.LAYERS` (default: :func:`~distdiff.tasks.impute.chosen_layers`), and quantiles
+        such as ``q5``.
     dtype
         Of the mean, its standard deviation and quantiles; draws are whole numbers of 32 bits.
     sparse
