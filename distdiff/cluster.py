@@ -41,22 +41,22 @@ def connect(scheduler: str) -> Client:
     return client
 
 
-class Company:
+class WorkerWatch:
     """Watches that a scheduler has workers: without any, what was asked of it waits for ever.
 
     Parameters
     ----------
     client
         Of the scheduler.
-    say
-        Told once when the last worker has left.
+    notify
+        Called with one sentence when the last worker has gone.
     """
 
-    def __init__(self, client: Client, say: Callable[[str], None]) -> None:
-        self.client, self.say = client, say
+    def __init__(self, client: Client, notify: Callable[[str], None]) -> None:
+        self.client, self.notify = client, notify
         self._since: float | None = None
 
-    def look(self) -> set[str]:
+    def workers(self) -> set[str]:
         """Addresses of the workers.
 
         Raises
@@ -69,7 +69,7 @@ class Company:
             self._since = None
         elif self._since is None:
             self._since = now
-            self.say(f"no worker is left; waiting {ALONE} s for one")
+            self.notify(f"no worker is left; waiting {ALONE} s for one")
         elif now - self._since > ALONE:
             raise OSError(
                 f"no worker is left at {self.client.scheduler.address}, and none came for {ALONE} s: start some; the "

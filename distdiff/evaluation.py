@@ -224,16 +224,16 @@ def _rows(
     note = "control" if getattr(imputer, "control", False) else "peeks" if getattr(imputer, "peeks", False) else ""
     for answer in contestant.answers:
         if answer == "mean":
-            point, law = mean, None
+            estimate, law = mean, None
         else:
             if drawn is None:
                 raise ValueError(
                     f"contestant {contestant.name!r}: answer {answer!r} needs draws, its imputer gave none"
                 )
-            point, law = (drawn[0], None) if answer == "1 draw" else (drawn.mean(0), drawn)
+            estimate, law = (drawn[0], None) if answer == "1 draw" else (drawn.mean(0), drawn)
         suffix = answer if answer != "draws" else f"{len(law) if law is not None else 0} draws"
         name = contestant.name if contestant.answers == ("mean",) else f"{contestant.name} {suffix}"
-        values, errors, replicates = score(point, law)
+        values, errors, replicates = score(estimate, law)
         out.append(Row(name, values | seconds, errors, replicates, note))
     return out
 
@@ -257,24 +257,24 @@ class _Score:
         self.some = np.sort(rng.permutation(n)[:MMD_CELLS])
 
     def __call__(
-        self, point: np.ndarray, law: np.ndarray | None
+        self, estimate: np.ndarray, law: np.ndarray | None
     ) -> tuple[dict[str, float], dict[str, float], dict[str, NDArray[np.float64]]]:
         t, m = self.truth, self.targets
 
         def pooled(sums: NDArray[np.floating]) -> NDArray[np.floating]:
             return metrics.pooled(sums, self.count, self.many)
 
-        log_point = np.where(m, np.log1p(np.maximum(point, 0)), self.log_truth)  # only targets may differ
+        log_point = np.where(m, np.log1p(np.maximum(estimate, 0)), self.log_truth)  # only targets may differ
         found: dict[str, Any] = {
-            "deviance": pooled(metrics.poisson_deviance(t, m, point)),
-            "log1p_mse": pooled(metrics.log1p_squared_error(t, m, point)),
-            "rmse": np.sqrt(pooled(metrics.squared_error(t, m, point))),
-            "mae": pooled(metrics.absolute_error(t, m, point)),
-            "bias": pooled(metrics.error(t, m, point)),
-            "pearson": metrics.cell_mean(metrics.pearson(t, m, point), self.many),
-            "spearman": metrics.cell_mean(metrics.spearman(t, m, point), self.many),
-            "crps": pooled(metrics.crps(t, m, law if law is not None else point[None])),
-            "energy": metrics.energy_distance(t, m, point, self.few),
+            "deviance": pooled(metrics.poisson_deviance(t, m, estimate)),
+            "log1p_mse": pooled(metrics.log1p_squared_error(t, m, estimate)),
+            "rmse": np.sqrt(pooled(metrics.squared_error(t, m, estimate))),
+            "mae": pooled(metrics.absolute_error(t, m, estimate)),
+            "bias": pooled(metrics.error(t, m, estimate)),
+            "pearson": metrics.cell_mean(metrics.pearson(t, m, estimate), self.many),
+            "spearman": metrics.cell_mean(metrics.spearman(t, m, estimate), self.many),
+            "crps": pooled(metrics.crps(t, m, law if law is not None else estimate[None])),
+            "energy": metrics.energy_distance(t, m, estimate, self.few),
             "mmd": self._mmd(log_point),
             "swd": metrics.sliced_wasserstein(self.log_truth, log_point, self.few, self.directions),
             "correlation": metrics.correlation_error(self.log_truth, log_point, self.few),

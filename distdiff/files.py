@@ -57,12 +57,12 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     target = local(target)
     prefix = f".{target.stem}.tmp-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        name = left.name.removeprefix(prefix)
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+        name = leftover.name.removeprefix(prefix)
         if _of_dead(name.removesuffix(".old").removesuffix(target.suffix)):
             if name.endswith(".old"):
-                restore(target, left)
-            remove(left)
+                restore(target, leftover)
+            remove(leftover)
     _refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{prefix}{os.getpid()}{target.suffix}")
@@ -89,9 +89,9 @@ def scratch(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     prefix = f".{target.stem}.scratch-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if _of_dead(left.name.removeprefix(prefix).partition("-")[0]):
-            remove(left)
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _of_dead(leftover.name.removeprefix(prefix).partition("-")[0]):
+            remove(leftover)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
     try:
         yield folder
@@ -127,7 +127,7 @@ class NoRoom(OSError):
 
 
 @contextlib.contextmanager
-def goes_on(target: Path, work: Path) -> Iterator[None]:
+def explain_full_disk(target: Path, work: Path) -> Iterator[None]:
     """Say of a disk that fills up that the same command goes on from ``work``.
 
     Raises
@@ -150,7 +150,7 @@ def goes_on(target: Path, work: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumable(
-    target: str | Path, identity: str, *, overwrite: bool = False, say: Callable[[str], None] = lambda text: None
+    target: str | Path, identity: str, *, overwrite: bool = False, notify: Callable[[str], None] = lambda text: None
 ) -> Iterator[Path | None]:
     """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
 
@@ -164,8 +164,8 @@ def resumable(
         Folder to make.
     identity
         What must be equal for the work to go on; other work that was left is thrown away.
-    say
-        Told of what is thrown away.
+    notify
+        Called with a sentence on each thing that is removed.
 
     Raises
     ------
@@ -176,7 +176,7 @@ def resumable(
         The disk is full: says that the same command goes on where this one stopped.
     """
     target = Path(target)
-    tidy(target, say)
+    tidy(target, notify)
     work = workplace(target.with_name(f".{target.name}.building"))
     if not work.is_dir():
         _refuse_existing(target, overwrite)
@@ -184,7 +184,7 @@ def resumable(
     work.mkdir(exist_ok=True)
     lock = _locked(target, work)
     try:
-        with goes_on(target, work):
+        with explain_full_disk(target, work):
             _refuse_claimed(target, work)
             restore(target, work / "old")
             if _finished(work, target, identity, overwrite):
@@ -193,7 +193,7 @@ def resumable(
                 if os.path.lexists(target) and not (work / IDENTITY).exists():  # remains of what is finished
                     _clear(work)
                 _refuse_existing(target, overwrite)
-                _begin(work, identity, say)
+                _begin(work, identity, notify)
                 yield work
                 _mark(work / READY, f"{identity}\n{stamp(work / 'store')}")
                 remove(work / IDENTITY)
@@ -204,7 +204,7 @@ def resumable(
     else:
         _clear(work)
     finally:
-        if not any(left.name != "lock" for left in work.glob("*")):
+        if not any(leftover.name != "lock" for leftover in work.glob("*")):
             remove(work)
         lock.release()
 
@@ -224,12 +224,12 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
 
 
-def _begin(work: Path, identity: str, say: Callable[[str], None]) -> None:
+def _begin(work: Path, identity: str, notify: Callable[[str], None]) -> None:
     """Take up what lies in the work folder if it is of this identity, else throw it away."""
     mark = work / IDENTITY
     if (work / READY).exists() or not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
-        if any(left.name != "lock" for left in work.iterdir()):
-            say(f"{work}: removed, it was left by other work (other inputs, options or version of distdiff)")
+        if any(leftover.name != "lock" for leftover in work.iterdir()):
+            notify(f"{work}: removed, it was left by other work (other inputs, options or version of distdiff)")
         _clear(work)
         _mark(mark, identity)
 
@@ -262,9 +262,9 @@ def _mark(file: Path, text: str) -> None:
 def _clear(work: Path) -> None:
     """Throw away what is in a work folder, in an order that leaves nothing to be taken up wherever it is cut."""
     remove(work / IDENTITY)
-    for left in work.iterdir():
-        if left.name not in ("lock", READY):
-            remove(left)
+    for leftover in work.iterdir():
+        if leftover.name not in ("lock", READY):
+            remove(leftover)
     remove(work / READY)
 
 
@@ -296,7 +296,7 @@ def _refuse_claimed(target: Path, work: Path) -> None:
         )
 
 
-def evict_build(target: Path, work: Path, say: Callable[[str], None]) -> None:
+def evict_build(target: Path, work: Path, notify: Callable[[str], None]) -> None:
     """Remove what a killed build left in the work folder that a task wants.
 
     Raises
@@ -310,13 +310,13 @@ def evict_build(target: Path, work: Path, say: Callable[[str], None]) -> None:
     try:
         if not (work / "claims").exists():
             restore(target, work / "old")
-            away(work)
-            say(f"{work}: removed, it was left by a distdiff shard that was killed")
+            remove_at_once(work)
+            notify(f"{work}: removed, it was left by a distdiff shard that was killed")
     finally:
         lock.release()
 
 
-def away(work: Path) -> None:
+def remove_at_once(work: Path) -> None:
     """Remove a work folder under another name, so that no other process finds half of it."""
     old = work.with_name(f"{work.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -324,13 +324,13 @@ def away(work: Path) -> None:
     remove(old)
 
 
-def tidy(target: Path, say: Callable[[str], None]) -> None:
-    """Remove work folders of a target that a killed process was about to remove (see `away`)."""
+def tidy(target: Path, notify: Callable[[str], None]) -> None:
+    """Remove work folders of a target that a killed process was about to remove (see `remove_at_once`)."""
     prefix = f".{target.name}.building-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if _of_dead(left.name.removeprefix(prefix)):
-            say(f"{left}: removed, it was left by a process that was killed")
-            remove(left)
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _of_dead(leftover.name.removeprefix(prefix)):
+            notify(f"{leftover}: removed, it was left by a process that was killed")
+            remove(leftover)
 
 
 def restore(target: Path, old: Path) -> None:
@@ -377,8 +377,8 @@ def _appear(temporary: Path, target: Path) -> None:
 def _exchange(one: Path, other: Path) -> bool:
     """Let two paths swap names at once; false where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(cwd, os.fsencode(one), cwd, os.fsencode(other), exchange) == 0
 
 
 def _of_dead(pid: str) -> bool:
@@ -412,11 +412,11 @@ def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> 
     ValueError
         ``out`` is the input, lies in it, or holds it.
     """
-    here, there = Path(out).resolve(), Path(given).resolve()
-    if here == there:
+    out_path, given_path = Path(out).resolve(), Path(given).resolve()
+    if out_path == given_path:
         raise ValueError(f"{option} {out} is the input itself; the input is never changed, give another name")
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        where = "lies inside" if here.is_relative_to(there) else "holds"
+    if out_path.is_relative_to(given_path) or given_path.is_relative_to(out_path):
+        where = "lies inside" if out_path.is_relative_to(given_path) else "holds"
         raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another place")
 
 

@@ -41,7 +41,7 @@ class Captured:
         """
         self.calls += 1
         if self.calls <= WARM:
-            return aside(self.function, given)
+            return call_on_own_stream(self.function, given)
         if self.replay is None:
             self.inputs = [x.clone() for x in given]
             try:
@@ -77,7 +77,7 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Callable[[], tuple[T
     return replay
 
 
-def aside(function: Function, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def call_on_own_stream(function: Function, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Call on a stream of its own, as recording will be: what autograd notes of streams then fits."""
     here, own = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     own.wait_stream(here)

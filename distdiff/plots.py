@@ -36,12 +36,12 @@ def calibration(
     The band around the uniform PIT is for independent entries; those of one cell share its depth, so it is narrow.
     """
     figure = _figure(13, 4.2)
-    left, middle, right = figure.subplots(1, 3)
+    pit_axes, coverage_axes, reliability_axes = figure.subplots(1, 3)
     u = metrics.pit(truth, targets, draws, numpy_generator(seed, "pit"))
-    _pit(left, u)
+    _pit(pit_axes, u)
     expected = mean[targets]
-    _coverage(middle, u, expected)
-    _reliability(right, truth[targets], expected)
+    _coverage(coverage_axes, u, expected)
+    _reliability(reliability_axes, truth[targets], expected)
     _save(figure, path)
 
 
@@ -106,7 +106,7 @@ def umap(
     labels
         Value of each cell to colour by, or ``None``. More than 30 values are coloured without a legend.
     """
-    place = _embed(np.concatenate((truth, before, after)), seed)
+    embedding = _embed(np.concatenate((truth, before, after)), seed)
     figure = _figure(14, 4.6)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     n = len(truth)
@@ -116,9 +116,9 @@ def umap(
     for axes, title, start in zip(
         panels, ("true counts", "half hidden (zeros)", "imputed (one draw)"), (0, n, 2 * n), strict=True
     ):
-        axes.scatter(*place.T, s=2, color="#e8edf0", rasterized=True)
+        axes.scatter(*embedding.T, s=2, color="#e8edf0", rasterized=True)
         for name, colour in zip(names, colours, strict=True):
-            part = place[start : start + n][text == name]
+            part = embedding[start : start + n][text == name]
             axes.scatter(*part.T, s=7, color=colour, label=name or "unlabelled", rasterized=True)
         axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1")
     panels[0].set_ylabel("UMAP 2")

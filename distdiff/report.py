@@ -100,11 +100,11 @@ class Report:
         out = []
         for metric, suffix in wanted:
             mine = next((r for r in self.rows if r.name == f"{self.ours} {suffix}"), None)
-            others = [r for r in self.rows if not r.note.startswith("control") and not r.name.startswith(self.ours)]
-            others = [r for r in others if math.isfinite(r.values[metric])]
-            if mine is None or not others:
+            rivals = [r for r in self.rows if not r.note.startswith("control") and not r.name.startswith(self.ours)]
+            rivals = [r for r in rivals if math.isfinite(r.values[metric])]
+            if mine is None or not rivals:
                 continue
-            rival = min(others, key=lambda r: r.values[metric])
+            rival = min(rivals, key=lambda r: r.values[metric])
             low, high = np.nanquantile(rival.replicates[metric] - mine.replicates[metric], [0.025, 0.975])
             ahead = mine.values[metric] < rival.values[metric]
             sure = low > 0 if ahead else high < 0

@@ -85,14 +85,14 @@ class LogLinear(Baseline, ABC):
     ) -> tuple[float, dict[str, Any], FloatArray]:
         """Deviance on held-out cells, the option with its best floor, and its smearing factors ``[g]``."""
         self._solve(kept, option)
-        true, told = np.zeros(held.shape[1]), np.zeros(held.shape[1])
+        true_total, expected_total = np.zeros(held.shape[1]), np.zeros(held.shape[1])
         for mask in range(3):
             observed = _tuning.random_mask(held.shape, self.hide, self.seed, "smear", mask)
             s, rate = self._linear(np.where(observed, held, 0.0), observed, option["scale"])
-            true += np.sum(held, axis=0, where=~observed, dtype=np.float64)
-            told += np.sum(s * rate, axis=0, where=~observed, dtype=np.float64)
-        overall = true.sum() / told.sum() if told.sum() > 0 else 1.0
-        smear = (true + 10.0 * overall) / (told + 10.0)
+            true_total += np.sum(held, axis=0, where=~observed, dtype=np.float64)
+            expected_total += np.sum(s * rate, axis=0, where=~observed, dtype=np.float64)
+        overall = true_total.sum() / expected_total.sum() if expected_total.sum() > 0 else 1.0
+        smear = (true_total + 10.0 * overall) / (expected_total + 10.0)
         observed = _tuning.random_mask(held.shape, self.hide, self.seed, "judge")
         s, rate = self._linear(np.where(observed, held, 0.0), observed, option["scale"])
         scores = [_tuning.deviance(held, observed, self._floored(s, smear * rate, floor)) for floor in FLOORS]

@@ -202,9 +202,9 @@ class Magic(Baseline):
 
     def factors(self, values: FloatArray) -> FloatArray:
         """What makes the squares of the training cells' smoothed roots ``[n g]`` sum to their molecules: ``[g]``."""
-        told = (self.depths[:, 0].astype(np.float32) @ (values * values)).astype(np.float64)
-        overall = self.totals.sum() / told.sum() if told.sum() > 0 else 1.0
-        return (self.totals + 10.0 * overall) / (told + 10.0)
+        squares_total = (self.depths[:, 0].astype(np.float32) @ (values * values)).astype(np.float64)
+        overall = self.totals.sum() / squares_total.sum() if squares_total.sum() > 0 else 1.0
+        return (self.totals + 10.0 * overall) / (squares_total + 10.0)
 
     def molecules(self, s: FloatArray, value: FloatArray, factor: FloatArray | float, floor: float) -> FloatArray:
         """From smoothed roots ``[b g]`` back to molecules at depth ``s`` (``[b 1]``): ``float64 [b g]``."""

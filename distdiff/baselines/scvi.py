@@ -113,9 +113,9 @@ class Scvi(Baseline):
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
         x = x + (x.sum(1, keepdim=True) == 0) * 1e-3  # an empty cell has no logarithm of its library
         batch = torch.zeros(len(x), 1)
-        seen = self.module.inference(x, batch)
-        told = self.module.generative(z=seen["qz"].loc, library=seen["library"], batch_index=batch)
-        return told["px"].mean
+        encoded = self.module.inference(x, batch)
+        decoded = self.module.generative(z=encoded["qz"].loc, library=encoded["library"], batch_index=batch)
+        return decoded["px"].mean
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch.summary import Summary
-from distdiff.cluster import Company, connect, explained
+from distdiff.cluster import WorkerWatch, connect, explained
 from distdiff.files import is_url
 from distdiff.model import Model
 
@@ -41,9 +41,9 @@ def on_cluster(
     paths = [None if p is None else p if is_url(p) else str(Path(p).absolute()) for p in (data, out)]
     with explained(scheduler), connect(scheduler) as client:
         shares: dict[str, Any] = {}  # of each worker
-        seen, told, company = 0, 0, Company(client, say)
+        seen, told, watch = 0, 0, WorkerWatch(client, say)
         while True:
-            here = company.look()
+            here = watch.workers()
             for gone in shares.keys() - here:
                 del shares[gone]  # it is bound to its worker and would wait for it for ever
             for new in sorted(here - shares.keys()):

@@ -90,7 +90,7 @@ def run(
         precision = "bfloat16" if task.device.startswith("cuda") else "float32"
     task.model.denoiser.to(task.device).eval()
     job = _Job(task, out, plan.identity(task, data, precision), progress)
-    with files.goes_on(out, job.work):
+    with files.explain_full_disk(out, job.work):
         if not job.open(overwrite, precision, batch_size, shard_cells, say):
             return job.told(finished(out)["records"])
         with job:
@@ -449,7 +449,7 @@ class _Job:
         self._leave()
 
     def _leave(self) -> None:
-        files.away(self.work)
+        files.remove_at_once(self.work)
 
     def told(self, records: Sequence[dict[str, Any]]) -> Summary:
         reader = getattr(self.task, "reader", None)

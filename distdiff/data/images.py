@@ -86,8 +86,8 @@ def _scaled(paths: Sequence[Path], size: int, crop: int | None) -> Iterator[np.n
         if crop is not None:
             if min(width, height) < crop:
                 raise ValueError(f"{path} has {width} x {height} pixels, fewer than crop={crop}")
-            left, top = (width - crop) // 2, (height - crop) // 2
-            image = image.crop((left, top, left + crop, top + crop))
+            x, y = (width - crop) // 2, (height - crop) // 2
+            image = image.crop((x, y, x + crop, y + crop))
         scaled = image.resize((size, size), Image.Resampling.BILINEAR)
         yield np.asarray(scaled, dtype=np.uint8).transpose(2, 0, 1).ravel()
 

@@ -69,8 +69,8 @@ def adopt(
     -------
     known
         How many of ``genes`` are known.
-    left
-        Weights that do not fit (labels with another vocabulary, say) and stay as they are.
+    unused
+        Names of weights that were not copied, because their labels have another vocabulary.
 
     Raises
     ------
@@ -79,12 +79,14 @@ def adopt(
     """
     mine = to.state_dict()
     if set(mine) != set(weights):
-        odd = sorted(set(mine) ^ set(weights))[0]
-        raise ValueError(f"these weights are of another denoiser: {odd!r} is in one of the two only; use its options")
-    place = {gene: i for i, gene in enumerate(of)}
-    pairs = [(i, place[gene]) for i, gene in enumerate(genes) if gene in place]
-    here, there = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
-    left, buffers = [], dict(to.named_buffers())
+        unmatched = sorted(set(mine) ^ set(weights))[0]
+        raise ValueError(
+            f"these weights are of another denoiser: {unmatched!r} is in one of the two only; use its options"
+        )
+    column_of = {gene: i for i, gene in enumerate(of)}
+    pairs = [(i, column_of[gene]) for i, gene in enumerate(genes) if gene in column_of]
+    to_column, from_column = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    unused, buffers = [], dict(to.named_buffers())
     for name, tensor in mine.items():
         if name == "expectation.mean":  # measured on the new data
             continue
@@ -93,7 +95,7 @@ def adopt(
             if given.shape == tensor.shape:
                 tensor.copy_(given)
             elif name.startswith(to.label_tables):
-                left.append(name)
+                unused.append(name)
             elif name not in buffers:  # a buffer (LSH's rotations) is drawn for its number of genes and taught nothing
                 raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here")
             continue
@@ -101,5 +103,5 @@ def adopt(
         old = given.movedim(axis, 0).unflatten(0, (-1, len(of)))
         if new[:, :0].shape != old[:, :0].shape:
             raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here, apart from genes")
-        new[:, here] = old[:, there]
-    return len(pairs), tuple(left)
+        new[:, to_column] = old[:, from_column]
+    return len(pairs), tuple(unused)

@@ -87,9 +87,9 @@ class Latent(Denoiser):
 
     def _encode(self, values: Tensor, x: Tensor, p: Tensor, c: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:
         """The latents of each cell after they read its non-zero entries (and the cell token)."""
-        cell, place = F.pad((x != 0) & (p > 0), (1, 0), value=True).nonzero(as_tuple=True)
-        found = F.pad(values, (0, 0, 1, 0))[cell, place]
-        entries = self.value(found) + torch.cat((self.cell, self.gene))[place]
+        cell, token = F.pad((x != 0) & (p > 0), (1, 0), value=True).nonzero(as_tuple=True)
+        found = F.pad(values, (0, 0, 1, 0))[cell, token]
+        entries = self.value(found) + torch.cat((self.cell, self.gene))[token]
         h = self.latents + c.unsqueeze(1)
         m = len(self.latents)
         pairs = Ragged(torch.arange(len(x), device=x.device).repeat_interleave(m), cell, len(x))

@@ -188,8 +188,8 @@ class Meetings:
     def at_itself(self, matrix: Float[Tensor, "l B s t"], value: float) -> Float[Tensor, "l B s t"]:
         """Overwrite, in place, what stands where a query meets its own key."""
         where = self.itself.clamp_min(0).unsqueeze(-1)
-        there = matrix.gather(-1, where).masked_fill_((self.itself >= 0).unsqueeze(-1), value)
-        return matrix.scatter_(-1, where, there)
+        overwritten = matrix.gather(-1, where).masked_fill_((self.itself >= 0).unsqueeze(-1), value)
+        return matrix.scatter_(-1, where, overwritten)
 
     def back(self, values: Float[Tensor, "l B s e"]) -> Float[Tensor, "l n e"]:
         """From the blocks' places to the tokens."""
@@ -203,11 +203,11 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
     chunks = -(-n // size)
     line, order = torch.where(seen, at, torch.inf).sort(dim=1, stable=True)
     n_seen = seen.sum(1, keepdim=True)
-    place = torch.arange(n, device=at.device).repeat(pairs, 1)
-    key = F.pad(torch.where(place < n_seen, order, n), (0, chunks * size - n), value=n).view(pairs, chunks, size)
+    position = torch.arange(n, device=at.device).repeat(pairs, 1)
+    key = F.pad(torch.where(position < n_seen, order, n), (0, chunks * size - n), value=n).view(pairs, chunks, size)
 
     # a seen token stands in the line, another where it would
-    own = torch.empty_like(place).scatter_(1, order, place)
+    own = torch.empty_like(position).scatter_(1, order, position)
     chunk = torch.where(seen, own, torch.minimum(torch.searchsorted(line, at), n_seen - 1)) // size
 
     # the queries of a chunk fill as many blocks as they need
@@ -217,13 +217,13 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
     blocks = -(-count // size)
     ends = blocks.cumsum(1)
     by_chunk, asker = chunk.sort(dim=1, stable=True)
-    within = place - (count.cumsum(1) - count).gather(1, by_chunk)
+    within = position - (count.cumsum(1) - count).gather(1, by_chunk)
     put = (ends - blocks).gather(1, by_chunk) * size + within
     total = int(ends[:, -1].max())
-    query = place.new_full((pairs, total * size), n).scatter_(1, put, asker)
+    query = position.new_full((pairs, total * size), n).scatter_(1, put, asker)
     itself = torch.where(seen, own % size, -1).gather(1, asker)
-    itself = place.new_full((pairs, total * size), -1).scatter_(1, put, itself)
-    slot = torch.empty_like(place).scatter_(1, asker, put)
+    itself = position.new_full((pairs, total * size), -1).scatter_(1, put, itself)
+    slot = torch.empty_like(position).scatter_(1, asker, put)
     number = torch.arange(total, device=at.device).repeat(pairs, 1)
     chunk = torch.searchsorted(ends, number, right=True).clamp(max=chunks - 1)
     before = (chunk - 1) % (-(-n_seen // size))

@@ -63,12 +63,12 @@ class MLP(Denoiser):
         for block in self.blocks:
             h = block(h, c)
         h, _ = self.norm(h, c)
-        first, *others = self.answer(h).float().unflatten(1, (self.outputs, -1)).unbind(1)
+        first, *further = self.answer(h).float().unflatten(1, (self.outputs, -1)).unbind(1)
         offset: Tensor | float = self.expectation.log_rate(log_depth) if self.relative else 0.0
         if self.linear:
             down, up = self.linear
             offset = offset + up(down(surprise) / (p.mean(1, keepdim=True) + 0.05))
-        return torch.stack((first + offset, *others), 1).transpose(1, 2)
+        return torch.stack((first + offset, *further), 1).transpose(1, 2)
 
 
 class _Block(nn.Module):

@@ -75,21 +75,21 @@ class Transformer(Denoiser):
         identity = torch.cat((self.cell, self.gene))
         seen = F.pad(p > 0, (1, 0), value=True)
         if self.pack:
-            cell, place = F.pad((p < 1) | (x != 0), (1, 0), value=True).nonzero(as_tuple=True)
-            tokens: Whole | Packed = Packed(cell, seen[cell, place], len(x))
-            h = self.value(values[cell, place]) + identity[place]
+            cell, token = F.pad((p < 1) | (x != 0), (1, 0), value=True).nonzero(as_tuple=True)
+            tokens: Whole | Packed = Packed(cell, seen[cell, token], len(x))
+            h = self.value(values[cell, token]) + identity[token]
         else:
             tokens = Whole(seen)
             h = self.value(values) + identity
         for block in self.blocks:
             h = checkpoint(block, h, c, tokens, use_reentrant=False) if self._recompute() else block(h, c, tokens)
         h, _ = self.norm(h, c, tokens.spread)
-        raw, told = self.answer(h).float(), h[place == 0] if self.pack else h[:, 0]
+        raw, cell_token = self.answer(h).float(), h[token == 0] if self.pack else h[:, 0]
         if self.pack:
-            raw = raw.new_zeros(*seen.shape, raw.shape[-1]).index_put((cell, place), raw)
+            raw = raw.new_zeros(*seen.shape, raw.shape[-1]).index_put((cell, token), raw)
         raw = raw[:, 1:] + self.bias
         if self.shortcut is not None:
-            raw = raw + self.shortcut.answers(told)
+            raw = raw + self.shortcut.answers(cell_token)
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def _recompute(self) -> bool:

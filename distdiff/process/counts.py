@@ -160,7 +160,7 @@ class Counts(Process):
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
         """Log rate (log size, loadings), kept in a range that float32 holds: ``f = (1 - p) exp(eta_0)`` (MATHS 3.4)."""
-        first, *others = raw.unbind(-1)  # (a gradient of slices would be as many whole arrays, added up)
+        first, *further = raw.unbind(-1)  # (a gradient of slices would be as many whole arrays, added up)
         log_rate = first.float()
         if self.predict == "x0":
             whole = log_rate.clamp(*LOG_RATE).exp()
@@ -169,11 +169,11 @@ class Counts(Process):
         log_rate = log_rate.clamp(*LOG_RATE)
         if self.head == "mean":
             return log_rate.unsqueeze(-1)
-        log_size = others[0].float().clamp(*LOG_SIZE)
+        log_size = further[0].float().clamp(*LOG_SIZE)
         if self.own and self.predict == "rate":
             log_rate, log_size = _with_own(log_rate, log_size, x, tensor(p, x))
         # one slab a number, not one a gene: what follows takes them apart again
-        return torch.stack((log_rate, log_size, *(other.float() for other in others[1:])), 1).movedim(1, -1)
+        return torch.stack((log_rate, log_size, *(answer.float() for answer in further[1:])), 1).movedim(1, -1)
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """``lambda``: expected molecules of a cell at full depth (MATHS 3.4, 5.4).
@@ -208,8 +208,8 @@ class Counts(Process):
         raw = eta[..., 2:]
         length = raw.square().sum(-1, keepdim=True)
         loading = raw * torch.sqrt(0.98 * whole.unsqueeze(-1) / (1 + length))
-        left = torch.expm1(whole - loading.square().sum(-1)).clamp_min(1e-9)
-        return loading, -left.log()
+        residual = torch.expm1(whole - loading.square().sum(-1)).clamp_min(1e-9)
+        return loading, -residual.log()
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
         """``E[x_0 | x_p] = x_p + f`` (MATHS 4.11)."""

@@ -147,7 +147,7 @@ class _Bundle:
     steps: list[int]
     rows: list[np.ndarray]
     leases: list[Lease] | None = None
-    left: int = 0
+    steps_left: int = 0
     blocks: set[int] = field(default_factory=set)
 
 
@@ -249,10 +249,10 @@ def batches(
         Batches made before they are asked for.
     """
     done: Queue[tuple[int, B] | BaseException | None] = Queue(ahead)
-    left = threading.Event()
+    closed = threading.Event()
 
     def put(what: tuple[int, B] | BaseException | None) -> None:
-        while not left.is_set():
+        while not closed.is_set():
             with contextlib.suppress(Full):
                 done.put(what, timeout=0.1)
                 return
@@ -262,10 +262,10 @@ def batches(
         try:
             for step, rows, bundle in scout:
                 put((step, make(rows, bundle.leases)))
-                bundle.left -= 1
-                if not bundle.left:
+                bundle.steps_left -= 1
+                if not bundle.steps_left:
                     scout.release(bundle)
-                if left.is_set():
+                if closed.is_set():
                     return
             put(None)
         except BaseException as error:  # whatever it is, it belongs to whoever waits for the batch
@@ -281,7 +281,7 @@ def batches(
                 raise found
             yield found
     finally:
-        left.set()
+        closed.set()
         thread.join()
 
 
@@ -354,8 +354,8 @@ class _Scout:
 
 def memory_allowed(device: torch.device) -> float:
     """Share of a GPU's memory that this process may take (``torch.cuda.set_per_process_memory_fraction``)."""
-    told = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
-    return 1.0 if told is None else float(told(device))
+    read_fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
+    return 1.0 if read_fraction is None else float(read_fraction(device))
 
 
 def _free_on(device: torch.device) -> int:

@@ -73,7 +73,7 @@ class Order(ABC):
         share = self.batch // world
         return self.rows(step)[rank * share : (rank + 1) * share]
 
-    def turn(self, step: int) -> int:
+    def window_number(self, step: int) -> int:
         """Which stretch of about ``block * window`` cells a step lies in: steps of one stretch read the same blocks."""
         return step * self.batch // (self.block * self.window)
 

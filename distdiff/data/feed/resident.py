@@ -25,7 +25,7 @@ class Resident:
 
     def __init__(self, store: CountStore, device: torch.device, parts: list[tuple[Tensor, Tensor, np.ndarray]]) -> None:
         self.store, self.device, self._parts = store, device, parts
-        self._places = _places(store, device)
+        self._gene_columns = _gene_columns(store, device)
         self._labels: dict[str, Tensor] = {}
 
     @classmethod
@@ -52,13 +52,13 @@ class Resident:
     def cells(self, rows: np.ndarray, labels: Sequence[str] | None = None) -> Cells:
         """A batch on the device; arguments and errors as of `CountStore.cells`."""
         counts: list[Tensor] = []
-        for (gaps, values, starts), place in zip(self._parts, self._places, strict=True):
+        for (gaps, values, starts), gene_column in zip(self._parts, self._gene_columns, strict=True):
             lengths = starts[rows + 1] - starts[rows]
             begin = np.concatenate([[0], np.cumsum(lengths)])  # here, as the device would have to be asked for its end
             offset, long, begun = self._send(starts[rows] - begin[:-1], lengths, begin)
             entry = torch.repeat_interleave(offset, long, output_size=int(begin[-1]))
             entry = entry + torch.arange(len(entry), device=self.device)
-            counts.append(to_dense(gaps[entry], values[entry], begun, place, len(self.store.genes)))
+            counts.append(to_dense(gaps[entry], values[entry], begun, gene_column, len(self.store.genes)))
         (at,) = self._send(rows)
         codes = {k: self._codes(k)[at] for k in self.store.label_keys(labels)}
         return Cells(_sum(counts), Condition(codes), torch.from_numpy(rows))
@@ -78,7 +78,7 @@ class Uploader:
     """Coded cells through a ring of pinned buffers to a GPU, copied and decoded on a stream of their own."""
 
     def __init__(self, store: CountStore, device: torch.device, slots: int) -> None:
-        self.store, self.device, self._places = store, device, _places(store, device)
+        self.store, self.device, self._gene_columns = store, device, _gene_columns(store, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ring: list[dict[str, Tensor]] = [{} for _ in range(slots)]
         self._used: list[torch.cuda.Event | None] = [None] * slots
@@ -91,11 +91,12 @@ class Uploader:
             event.synchronize()  # the copy that used these buffers is done
         parts: list[Tensor] = []
         with torch.cuda.stream(self.stream):
-            for number, (coded, place) in enumerate(zip(self.store.coded_of(rows, leases), self._places, strict=True)):
+            groups = zip(self.store.coded_of(rows, leases), self._gene_columns, strict=True)
+            for number, (coded, gene_column) in enumerate(groups):
                 gaps, values, starts = (
                     self._send(slot, f"{number}{name}", array) for name, array in coded._asdict().items()
                 )
-                parts.append(to_dense(gaps, values, starts, place, len(self.store.genes)))
+                parts.append(to_dense(gaps, values, starts, gene_column, len(self.store.genes)))
             counts = _sum(parts)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)  # type: ignore[no-untyped-call]
@@ -116,7 +117,7 @@ class Uploader:
         return buffer[: len(array)].to(self.device, non_blocking=True)
 
 
-def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, place: Tensor, n_genes: int) -> Tensor:
+def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, gene_column: Tensor, n_genes: int) -> Tensor:
     """Coded cells as float32 ``[n, n_genes]`` on the device they are on, by torch alone.
 
     Parameters
@@ -125,8 +126,8 @@ def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, place: Tensor, n_gene
         ``uint8 [e]`` and ``[e]``.
     starts
         ``int64 [n + 1]``.
-    place
-        ``int64 [genes of the blocks]``, output column of each, ``n_genes`` where it is not wanted.
+    gene_column
+        ``int64 [genes of the blocks]``: output column of each gene, ``n_genes`` for a gene that is not wanted.
     n_genes
         Columns of the answer.
     """
@@ -134,7 +135,7 @@ def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, place: Tensor, n_gene
     run = gaps.cumsum(0, dtype=torch.int64)
     before = torch.cat([run.new_zeros(1), run])[starts[:-1]]
     row = torch.repeat_interleave(torch.arange(n, device=gaps.device), starts.diff(), output_size=len(gaps))
-    column = place[run - before[row]]
+    column = gene_column[run - before[row]]
     out = torch.zeros(n * (n_genes + 1), device=gaps.device)
     wide = values.to(torch.float32) if values.dtype != torch.uint32 else values.to(torch.int64).to(torch.float32)
     out.index_add_(0, row * (n_genes + 1) + column, wide)
@@ -145,7 +146,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
-def _places(store: CountStore, device: torch.device) -> list[Tensor]:
+def _gene_columns(store: CountStore, device: torch.device) -> list[Tensor]:
     """For each column group the column of each gene, one past the last where it is not wanted."""
     n = len(store.genes)
     return [torch.from_numpy(np.where(c.place < 0, n, c.place).astype(np.int64)).to(device) for c in store.columns]

@@ -65,7 +65,7 @@ def stream(
 
     client = connect(scheduler)
     client.direct_to_workers = within_reach(list(client.nthreads())[:1])  # else pieces come by way of the scheduler
-    columns = places(store)
+    columns = gene_columns(store)
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
     pieces = _pieces(plan, rows_of, steps)
     waiting: deque[tuple[list[int], list[np.ndarray], Any]] = deque()
@@ -128,7 +128,7 @@ def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels:
     return [coding.encode(counts, store.manifest.dtype)], False, codes
 
 
-def places(store: CountStore) -> dict[bool, list[np.ndarray]]:
+def gene_columns(store: CountStore) -> dict[bool, list[np.ndarray]]:
     """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view."""
     return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
 
@@ -137,11 +137,11 @@ def _unpack(
     coded: list[Coded], columns: list[np.ndarray], codes: dict[str, np.ndarray], first: int, rows: np.ndarray
 ) -> Cells:
     """Cells of one step out of a piece; for each part of it the column of each of its genes."""
-    n_genes = sum(int((place >= 0).sum()) for place in columns)
+    n_genes = sum(int((gene_column >= 0).sum()) for gene_column in columns)
     out = recycle.empty((len(rows), n_genes), np.float32)
     local, alone = np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64)
-    for part, (of, place) in enumerate(zip(coded, columns, strict=True)):
-        coding.add_dense(Slots(*(a[None] for a in of)), alone, local, place, out, clear=part == 0)
+    for part, (of, gene_column) in enumerate(zip(coded, columns, strict=True)):
+        coding.add_dense(Slots(*(a[None] for a in of)), alone, local, gene_column, out, clear=part == 0)
     labels = {k: torch.from_numpy(v[first : first + len(rows)].copy()) for k, v in codes.items()}
     return Cells(torch.from_numpy(out), Condition(labels), torch.from_numpy(rows))
 
@@ -153,7 +153,7 @@ def _pieces(
     numbers: list[int] = []
     rows: list[np.ndarray] = []
     for step in steps:
-        if numbers and plan.turn(step) != plan.turn(numbers[-1]):
+        if numbers and plan.window_number(step) != plan.window_number(numbers[-1]):
             yield numbers, rows
             numbers, rows = [], []
         numbers.append(step)

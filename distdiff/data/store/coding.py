@@ -70,22 +70,23 @@ def encode(counts: sparse.csr_matrix, dtype: Any, order: np.ndarray | None = Non
     return coded
 
 
-def recoded(of: Coded, place: np.ndarray, group: np.ndarray, dtype: Any) -> np.ndarray:
-    """Entries that cells will take once their genes have other places, ``int64 [groups, n]``.
+def recoded(of: Coded, gene_column: np.ndarray, group: np.ndarray, dtype: Any) -> np.ndarray:
+    """Entries that each cell takes after its genes were moved to other columns, ``int64 [groups, n]``.
 
     Parameters
     ----------
     of
         The cells.
-    place, group
-        For each gene its column in its column group (ascending within a group; -1: dropped), and the group.
+    gene_column, group
+        ``int [g]`` each: column of every gene within its column group (ascending within a group; -1: dropped), and
+        the number of that group.
     dtype
         Of the values.
     """
-    if _same(place) and not group.any() and np.dtype(dtype) == of.values.dtype:
+    if _same(gene_column) and not group.any() and np.dtype(dtype) == of.values.dtype:
         return np.diff(of.starts)[None]
     out = np.zeros((int(group.max(initial=0)) + 1, len(of.starts) - 1), np.int64)
-    _recoded(of.gaps, of.values, of.starts, place, group, _top(dtype), _top(of.values.dtype), out)
+    _recoded(of.gaps, of.values, of.starts, gene_column, group, _top(dtype), _top(of.values.dtype), out)
     return out
 
 
@@ -97,7 +98,7 @@ def decode(coded: Coded, n_genes: int, dtype: Any) -> sparse.csr_matrix:
 
 
 def csr(
-    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, n_genes: int, dtype: Any
+    slots: Slots, slot: np.ndarray, local: np.ndarray, gene_column: np.ndarray, n_genes: int, dtype: Any
 ) -> sparse.csr_matrix:
     """Some cells of some blocks as canonical CSR.
 
@@ -106,20 +107,20 @@ def csr(
     slots
         The blocks, checked by `fault`.
     slot, local
-        ``int64 [n]``, block and place in it of each cell.
-    place
-        ``int32 [genes of the blocks]``, output column of each gene, -1 where it is not wanted.
+        ``int64 [n]``: block of each cell, and its row within that block.
+    gene_column
+        ``int32 [genes of the blocks]``: output column of each gene, -1 for a gene that is not wanted.
     n_genes, dtype
-        Columns and dtype of the answer.
+        Number of columns and dtype of the result.
     """
-    room, same = int(_room(slots.starts, slot, local)), _same(place)
+    room, same = int(_room(slots.starts, slot, local)), _same(gene_column)
     indptr = np.zeros(len(slot) + 1, np.int32 if room < 2**31 else np.int64)
     indices, data = recycle.empty(room, np.int32), recycle.empty(room, dtype)
-    nnz = _csr(slots.gaps, slots.values, slots.starts, slot, local, place, same, indptr, indices, data)
+    nnz = _csr(slots.gaps, slots.values, slots.starts, slot, local, gene_column, same, indptr, indices, data)
     indices, data = indices[:nnz], data[:nnz]
     made = sparse.csr_matrix((len(slot), n_genes), dtype=dtype)
     made.data, made.indices, made.indptr = data, indices, indptr  # checked here, not by scipy once more
-    if same or (np.diff(place[place >= 0]) > 0).all():
+    if same or (np.diff(gene_column[gene_column >= 0]) > 0).all():
         made.has_canonical_format = True
     else:
         made.sort_indices()
@@ -127,10 +128,10 @@ def csr(
 
 
 def add_dense(
-    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, out: np.ndarray, *, clear: bool = False
+    slots: Slots, slot: np.ndarray, local: np.ndarray, gene_column: np.ndarray, out: np.ndarray, *, clear: bool = False
 ) -> None:
-    """Add some cells of some blocks to ``out`` float32 ``[n, g]`` (cleared first); the rest is as of `csr`."""
-    _dense(slots.gaps, slots.values, slots.starts, slot, local, place, _same(place), clear, out)
+    """Add some cells of some blocks to ``out``, ``float32 [n, g]``; ``clear`` zeroes it first. See `csr` for the rest."""
+    _dense(slots.gaps, slots.values, slots.starts, slot, local, gene_column, _same(gene_column), clear, out)
 
 
 def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarray, np.ndarray] | None = None) -> Coded:
@@ -216,9 +217,9 @@ def totals(counts: sparse.csr_matrix) -> np.ndarray:
     return out
 
 
-def _same(place: np.ndarray) -> bool:
+def _same(gene_column: np.ndarray) -> bool:
     """Whether every gene of the blocks is a column of the answer, in the same order, from 0."""
-    return bool(np.array_equal(place, np.arange(len(place))))
+    return bool(np.array_equal(gene_column, np.arange(len(gene_column))))
 
 
 def _top(dtype: Any) -> int:
@@ -263,7 +264,7 @@ def _totals(indptr, data, out):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignore[no-untyped-def]
+def _recoded(gaps, values, starts, gene_column, group, top, full, out):  # type: ignore[no-untyped-def]
     last = np.zeros(len(out), np.int64)
     for i in range(len(starts) - 1):
         last[:] = 0
@@ -282,7 +283,7 @@ def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignor
                     e += 1
             elif full > 0:
                 count = np.int64(value)
-            at, g = place[gene], group[gene]
+            at, g = gene_column[gene], group[gene]
             if at < 0:
                 continue
             gap = at - last[g]
@@ -352,15 +353,15 @@ def _encode_wide(indices, data, last, top, gaps, values, k):  # type: ignore[no-
             gap -= GAP
             k += 1
         if top > 0 and data[j] > top:
-            left = np.int64(data[j])
-            while left > top:
+            rest = np.int64(data[j])
+            while rest > top:
                 gaps[k] = gap
                 values[k] = top
                 gap = 0
-                left -= top
+                rest -= top
                 k += 1
             gaps[k] = gap
-            values[k] = left
+            values[k] = rest
         else:
             gaps[k] = gap
             values[k] = data[j]
@@ -377,25 +378,25 @@ def _room(starts, slot, local):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _odd(gap, value):  # type: ignore[no-untyped-def]
-    """Entries that do not stand for one count each: those that only move on, or add to the one before."""
-    odd = 0
+def _extra_entries(gap, value):  # type: ignore[no-untyped-def]
+    """Number of entries that are no count of their own: gaps without a count, and additions to the entry before."""
+    extra_entries = 0
     for j in range(len(gap)):
-        odd += (gap[j] == 0) | (value[j] == 0)
+        extra_entries += (gap[j] == 0) | (value[j] == 0)
     if len(gap) > 0 and gap[0] == 0 and value[0] != 0:
-        odd -= 1
-    return odd
+        extra_entries -= 1
+    return extra_entries
 
 
 @njit
-def _csr(gaps, values, starts, slot, local, place, same, indptr, indices, data):  # type: ignore[no-untyped-def]
+def _csr(gaps, values, starts, slot, local, gene_column, same, indptr, indices, data):  # type: ignore[no-untyped-def]
     k = 0
     for i in range(len(slot)):
         s = slot[i]
         a, b = starts[s, local[i]], starts[s, local[i] + 1]
         gap, value = gaps[s, a:b], values[s, a:b]
         n = len(gap)
-        if same and _odd(gap, value) == 0:  # simple loops, one thing each: the compiler makes them fast
+        if same and _extra_entries(gap, value) == 0:  # simple loops, one thing each: the compiler makes them fast
             some, counts = indices[k : k + n], data[k : k + n]
             for j in range(n):
                 counts[j] = value[j]
@@ -410,7 +411,7 @@ def _csr(gaps, values, starts, slot, local, place, same, indptr, indices, data):
                 gene += gap[j]
                 if value[j] == 0:
                     continue
-                at = place[gene]
+                at = gene_column[gene]
                 if at >= 0:
                     if gene == last:
                         data[k - 1] += value[j]
@@ -424,7 +425,7 @@ def _csr(gaps, values, starts, slot, local, place, same, indptr, indices, data):
 
 
 @njit
-def _dense(gaps, values, starts, slot, local, place, same, clear, out):  # type: ignore[no-untyped-def]
+def _dense(gaps, values, starts, slot, local, gene_column, same, clear, out):  # type: ignore[no-untyped-def]
     for i in range(len(slot)):
         s = slot[i]
         a, b = starts[s, local[i]], starts[s, local[i] + 1]
@@ -439,7 +440,7 @@ def _dense(gaps, values, starts, slot, local, place, same, clear, out):  # type:
         else:
             for j in range(len(gap)):
                 gene += np.uint64(gap[j])
-                at = place[gene]
+                at = gene_column[gene]
                 if at >= 0:
                     row[at] += value[j]
 

@@ -70,15 +70,15 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
             spill.write(spills[-1], wide, rank[rows])
             nnz += counts.nnz
         with _opened(temporary) as root:
-            said = _frames(root, store, order, columns)
+            notes = _frames(root, store, order, columns)
             if progress:
-                print(said, flush=True)
+                print(notes, flush=True)
             matrix = CsrOnDisk(root, "X", (len(order), len(columns)), nnz, dtype)
             step = max(1, int(PIECE * len(order) / max(nnz, 1)))
-            place = np.arange(len(columns), dtype=np.int32)
+            gene_column = np.arange(len(columns), dtype=np.int32)
             for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
                 ranks, coded = spill.gather(spills, a, min(a + step, len(order)))
-                counts = spill.cells(coded, np.argsort(ranks), place, len(columns)).astype(dtype)
+                counts = spill.cells(coded, np.argsort(ranks), gene_column, len(columns)).astype(dtype)
                 if (np.diff(columns) < 0).any():
                     counts = counts[:, columns]
                     counts.sort_indices()

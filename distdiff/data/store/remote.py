@@ -95,7 +95,7 @@ def kvstore(url: str) -> dict[str, Any]:
         raise ValueError(f"{url}: s3://BUCKET/PATH, gs://BUCKET/PATH or http://HOST/PATH is wanted ({error})") from None
 
 
-def asked(url: str, request: Callable[[], T]) -> T:
+def run_request(url: str, request: Callable[[], T]) -> T:
     """What a request gives.
 
     Raises
@@ -121,22 +121,22 @@ def _unreachable(url: str, text: str) -> str | None:
         return None
     code, _, rest = text.partition(": ")
     status = found[1] if (found := re.search(r"http_response_code='(\d+)'", text)) else ""
-    said = rest.split(" [")[0].strip()  # what follows may quote the request
-    said = (said if said not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
+    reason = rest.split(" [")[0].strip()  # what follows may quote the request
+    reason = (reason if reason not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
     if "NoSuchBucket" in text:
-        return f"{url}: there is no such bucket ({said}); make it first, or look for a mistake in the name"
+        return f"{url}: there is no such bucket ({reason}); make it first, or look for a mistake in the name"
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or "credential" in text or status in ("400", "401", "403"):
         scheme = urlsplit(url).scheme
-        return f"{url}: access denied ({said}); check {KEYS.get(scheme, 'who may read it')} and the bucket's policy"
+        return f"{url}: access denied ({reason}); check {KEYS.get(scheme, 'who may read it')} and the bucket's policy"
     if "aws_region" in text:
-        return f"{url}: no such bucket, or its region is not told ({said}); check the name, or set AWS_ENDPOINT_URL"
+        return f"{url}: no such bucket, or its region is not told ({reason}); check the name, or set AWS_ENDPOINT_URL"
     if code in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED") or status:
         where = "the network and AWS_ENDPOINT_URL" if url.startswith("s3://") else "the network"
-        return f"{url}: no useful answer ({said}); check {where}, then run the same command again"
+        return f"{url}: no useful answer ({reason}); check {where}, then run the same command again"
     return None
 
 
-class Place:
+class RemoteFolder:
     """Whole files under one URL or folder.
 
     Parameters
@@ -148,19 +148,19 @@ class Place:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self._store = asked(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result(FIRST))
+            self._store = run_request(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result(FIRST))
         except ValueError as error:
             raise error if url in str(error) else ValueError(f"{url}: {error}") from None
 
     def read(self, key: str) -> bytes | None:
         """Content of one file, None where there is none."""
-        found = asked(self.url, lambda: self._store.read(key).result(FIRST))
+        found = run_request(self.url, lambda: self._store.read(key).result(FIRST))
         return found.value if found.state == "value" else None
 
     def holds(self, key: str, md5: bytes) -> bool:
         """Whether a file with this MD5 is there already; false also where the place does not tell."""
         stamp = b'\0"' + md5.hex().encode() + b'"'  # tensorstore's form of an entity tag
-        answer = asked(
+        answer = run_request(
             self.url, lambda: self._store.read(key, if_not_equal=stamp, byte_range=slice(0, 1)).result(FIRST)
         )  # fmt: skip
         return answer.state == "unspecified"
@@ -168,24 +168,24 @@ class Place:
     def keys(self, prefix: str = "") -> set[str]:
         """Names of all files, or of those that begin so."""
         of = ts.KvStore.KeyRange(prefix, f"{prefix}\x7f" if prefix else "")
-        return {key.decode() for key in asked(self.url, lambda: self._store.list(of).result(LATER))}
+        return {key.decode() for key in run_request(self.url, lambda: self._store.list(of).result(LATER))}
 
     def write(self, key: str, content: bytes | None) -> None:
         """Write one file, or remove it (None)."""
-        asked(self.url, lambda: self._store.write(key, content).result(LATER))
+        run_request(self.url, lambda: self._store.write(key, content).result(LATER))
 
 
 def open_array(url: str, name: str, context_: Any = None) -> Any:
     """One zarr v3 array of a store."""
-    place = kvstore(url)
-    place["path"] += f"{name}/"
-    spec = {"driver": "zarr3", "kvstore": place, "recheck_cached_data": False, "recheck_cached_metadata": False}
-    return asked(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result(FIRST))
+    kv_spec = kvstore(url)
+    kv_spec["path"] += f"{name}/"
+    spec = {"driver": "zarr3", "kvstore": kv_spec, "recheck_cached_data": False, "recheck_cached_metadata": False}
+    return run_request(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result(FIRST))
 
 
 def read_array(url: str, array: Any) -> np.ndarray:
     """All of an array, or of a part of it."""
-    return asked(url, lambda: array.read().result(LATER))
+    return run_request(url, lambda: array.read().result(LATER))
 
 
 def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.ndarray]:
@@ -197,10 +197,10 @@ def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.
         return [future.result(LATER) for future in futures]
 
     try:
-        return asked(url, read)
+        return run_request(url, read)
     except Unreachable:
         raise
     except ValueError:
         if not is_url(url):
             raise
-        return asked(url, read)  # what was damaged on its way is not the next time
+        return run_request(url, read)  # what was damaged on its way is not the next time

@@ -86,11 +86,11 @@ def gather(folders: Sequence[Path], first: int, last: int) -> tuple[np.ndarray, 
     )
 
 
-def cells(of: Coded, which: np.ndarray, place: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    """Some coded cells as canonical CSR: uint32, or float32 for measurements (``place`` as in `coding.csr`)."""
+def cells(of: Coded, which: np.ndarray, gene_column: np.ndarray, n_genes: int) -> sparse.csr_matrix:
+    """Some coded cells as canonical CSR: uint32, or float32 for measurements (``gene_column`` as in `coding.csr`)."""
     slots = Slots(of.gaps[None], of.values[None], of.starts[None])
     dtype = np.float32 if of.values.dtype.kind == "f" else np.uint32
-    return csr(slots, np.zeros(len(which), np.int64), which, place, n_genes, dtype)
+    return csr(slots, np.zeros(len(which), np.int64), which, gene_column, n_genes, dtype)
 
 
 def _dtype(data: np.ndarray, largest: float | None) -> str:

@@ -558,13 +558,13 @@ def _release(leases: Sequence[Lease | None]) -> None:
 
 
 def _remote_manifest(url: str) -> Manifest:
-    place = remote.Place(url)
+    place = remote.RemoteFolder(url)
     if (found := place.read(FILE)) is None:
         raise FileNotFoundError(f"{url} {_absent(place)}")
     return Manifest.from_json(found.decode(), f"{url}/{FILE}")
 
 
-def _absent(place: remote.Place) -> str:
+def _absent(place: remote.RemoteFolder) -> str:
     """What a place without a manifest is; a bucket that is missing says so itself."""
     if not place.url.startswith("http"):  # which has no lists
         if place.read(UPLOADING) is not None:

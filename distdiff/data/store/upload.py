@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distdiff.data.store.manifest import FILE, Manifest
-from distdiff.data.store.remote import Place, checked
+from distdiff.data.store.remote import RemoteFolder, checked
 from distdiff.data.store.store import UPLOADING, CountStore
 from distdiff.files import is_url
 
@@ -52,27 +52,27 @@ def upload(folder: str | Path, url: str, *, overwrite: bool = False, progress: b
     url = checked(url)
     if is_url(folder) or url.startswith("http"):
         raise ValueError(f"upload to {url}: a local folder, then s3://BUCKET/PATH or gs://BUCKET/PATH is wanted")
-    store, place = CountStore.open(folder), Place(url)
+    store, remote = CountStore.open(folder), RemoteFolder(url)
     root = Path(store.url)
     manifest = (root / FILE).read_bytes()
     files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
     del files[FILE]
-    found = place.read(FILE)
+    found = remote.read(FILE)
     if found == manifest and not overwrite:
-        place.write(UPLOADING, None)
+        remote.write(UPLOADING, None)
         return store.manifest, 0
-    there = _claimed(place, store.manifest.fingerprint, found is not None, overwrite)
+    existing_keys = _claimed(remote, store.manifest.fingerprint, found is not None, overwrite)
     if found is not None:
-        place.write(FILE, None)
-    for key in there - {*files, FILE, UPLOADING}:
-        place.write(key, None)
-    sent = _send(place, files, there, progress)
-    place.write(FILE, manifest)
-    place.write(UPLOADING, None)
+        remote.write(FILE, None)
+    for key in existing_keys - {*files, FILE, UPLOADING}:
+        remote.write(key, None)
+    sent = _send(remote, files, existing_keys, progress)
+    remote.write(FILE, manifest)
+    remote.write(UPLOADING, None)
     return store.manifest, sent
 
 
-def _claimed(place: Place, fingerprint: str, whole: bool, overwrite: bool) -> set[str]:
+def _claimed(remote: RemoteFolder, fingerprint: str, whole: bool, overwrite: bool) -> set[str]:
     """Write down whose the place will be; the keys that are there.
 
     Raises
@@ -80,26 +80,26 @@ def _claimed(place: Place, fingerprint: str, whole: bool, overwrite: bool) -> se
     FileExistsError
         It is someone else's.
     """
-    there, begun = place.keys(), place.read(UPLOADING)
-    if there and not whole and begun is None:
-        raise FileExistsError(f"{place.url} holds files that are no distdiff store, so they are left alone; "
+    existing_keys, begun = remote.keys(), remote.read(UPLOADING)
+    if existing_keys and not whole and begun is None:
+        raise FileExistsError(f"{remote.url} holds files that are no distdiff store, so they are left alone; "
                               "choose another place")  # fmt: skip
     of = json.loads(begun)["fingerprint"] if begun else fingerprint
     if not overwrite and (whole or of != fingerprint):
         what = "another store" if whole else f"a part of another store (fingerprint {of[:12]})"
-        raise FileExistsError(f"{place.url} holds {what}; give --overwrite to replace it, or another place")
-    place.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
-    return there
+        raise FileExistsError(f"{remote.url} holds {what}; give --overwrite to replace it, or another place")
+    remote.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
+    return existing_keys
 
 
-def _send(place: Place, files: dict[str, Path], there: set[str], progress: bool) -> int:
+def _send(remote: RemoteFolder, files: dict[str, Path], existing_keys: set[str], progress: bool) -> int:
     """Write the files that are not there yet, a few at once; bytes sent."""
 
     def send(key: str) -> tuple[int, int]:
         content = files[key].read_bytes()
-        if key in there and place.holds(key, hashlib.md5(content, usedforsecurity=False).digest()):
+        if key in existing_keys and remote.holds(key, hashlib.md5(content, usedforsecurity=False).digest()):
             return len(content), 0
-        place.write(key, content)
+        remote.write(key, content)
         return len(content), len(content)
 
     total, sent = sum(file.stat().st_size for file in files.values()), 0
