@@ -22,10 +22,10 @@ from distdiff.types import Condition
 
 
 class TimeMLP(Denoiser):
-    """The paper's network (REFERENCE 2.2): ``Linear(10, h)`` and SiLU, plus a time MLP on 64 sinusoids, ``Linear(h)``.
+    """CountsDiff's toy network (appendix D.1): ``Linear(10, h)``, SiLU, plus a time MLP on 64 sinusoids, ``Linear(h)``.
 
     Time is read off p by the cosine schedule. ``lost``: the output is ``softplus`` and stands for the expected lost
-    molecules, as published; else it is the log rate (MATHS 3.4).
+    molecules, as published; else it is the log rate (docs/MATHS.md 3.4).
     """
 
     relative = False

@@ -43,8 +43,8 @@ DENOISERS: dict[str, dict[str, Any]] = {
     "lsh": {"kind": "lsh"}, "transformer": {"kind": "transformer"},
 }  # fmt: skip
 PUBLISHED = {"kind": "transformer", "width": 64, "depth": 3, "heads": 4, "shortcut": False}
-PASSES = 114  # network calls a cell: 19 steps x 3 passes of RePaint x 2 branches of guidance (REFERENCE)
-MEASURED = 0.50  # cells per CPU-second of the published code at 1,000 genes (REFERENCE, section 6)
+PASSES = 114  # network calls a cell: 19 steps x 3 passes of RePaint x 2 branches of guidance, the published defaults
+MEASURED = 0.50  # cells per CPU-second of CountsDiff's published code at 1,000 genes, on one thread of such a machine
 
 
 def spec_of(genes: int) -> DataSpec:

@@ -1,4 +1,4 @@
-"""Model: weights, law and gene names in one folder, and every task of MATHS 5 on AnnData objects."""
+"""Model: weights, law and gene names in one folder, and every task of docs/MATHS.md 5 on AnnData objects."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Model:
         ``{"process": {...}, "denoiser": {...}}``: how to build both.
     info
         Where it comes from: data fingerprint, config, scores; ``depth``: quantiles of the training cells' molecules;
-        ``excess``: where along a walk dispersion is at stake (MATHS 4.11); ``nats``: likelihood of held-out cells.
+        ``excess``: where along a walk dispersion is at stake (docs/MATHS.md 4.11); ``nats``: likelihood of held-out
+        cells.
     shrink
         ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
     """
@@ -191,7 +192,7 @@ class Model:
         return Graphed(made) if graph else made
 
     def spaced(self, options: Mapping[str, Any], task: Literal["impute", "generate"]) -> dict[str, Any]:
-        """``spacing="variance"`` -> levels placed by the excess variance measured on validation cells (MATHS 4.11)."""
+        """``spacing="variance"`` -> levels placed by the excess variance of validation cells (docs/MATHS.md 4.11)."""
         options = dict(options)
         if options.get("spacing") == "variance":
             if "excess" not in self.info:
@@ -221,9 +222,9 @@ class Model:
             Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
             DataFrame or the name of a layer, which are taken by names.
         sites, groups
-            ``sites="dropout"``: zeros of genes that some cell of the same group expresses (MATHS 8.5); ``groups`` is
-            an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that the input
-            lacks, which are appended as new genes.
+            ``sites="dropout"``: zeros of genes that some cell of the same group expresses (docs/MATHS.md 8.5);
+            ``groups`` is an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that
+            the input lacks, which are appended as new genes.
         draws, mean_only, seed
             Draws from the predictive law: layers ``imputed`` (the first), ``imputed_draw2`` ...; ``mean_only`` writes
             the posterior mean alone. A draw depends on the seed and the row, not on the batch.
@@ -254,17 +255,17 @@ class Model:
         return out
 
     def complete(self, adata: AnnData, genes: Sequence[str] | None = None, **options: Any) -> AnnData:
-        """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (MATHS 5.6).
+        """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (docs/MATHS.md 5.6).
 
         Options as for :meth:`impute`.
         """
         return self.impute(adata, genes=genes, **options)
 
-    # -- the other tasks of MATHS 5 ------------------------------------------------------------------------------
+    # -- the other tasks of docs/MATHS.md 5 -----------------------------------------------------------------------
 
     def generate(self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, progress: bool = False,
                  **options: Any) -> AnnData:  # fmt: skip
-        """Draw ``n`` cells from nothing but labels (MATHS 5.1).
+        """Draw ``n`` cells from nothing but labels (docs/MATHS.md 5.1).
 
         Parameters
         ----------
@@ -300,7 +301,7 @@ class Model:
         self, adata: AnnData, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
         layer: str | None = None, progress: bool = False, **reading: Any,
     ) -> AnnData:  # fmt: skip
-        """Denoise every count of an AnnData in one network call (MATHS 5.4): a copy with layer ``denoised``.
+        """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4): a copy with layer ``denoised``.
 
         Parameters
         ----------
@@ -332,10 +333,10 @@ class Model:
         self, adata: AnnData, times: float, *, steps: int = 8, seed: int = 0,
         beyond: Literal["refuse", "allow"] = "refuse", layer: str | None = None, progress: bool = False, **reading: Any,
     ) -> AnnData:  # fmt: skip
-        """Add the molecules that ``times`` the depth would have shown (MATHS 5.5): a copy with layer ``deepened``.
+        """Add the molecules that ``times`` the depth would have shown (docs/MATHS.md 5.5), in a copy of ``adata``.
 
-        Whole counts (CSR), never below the observed ones. Refused where a cell would become deeper than the cells the
-        model was trained on, unless ``beyond="allow"``.
+        Layer ``deepened``: whole counts (CSR), never below the observed ones. Refused where a cell would become deeper
+        than the cells the model was trained on, unless ``beyond="allow"``.
         """
         reader = self._reader(adata, layer, reading)
         (out, left), parts = framed(adata, layer), []
@@ -353,7 +354,7 @@ class Model:
         self, adata: AnnData, *, levels: int = 32, seed: int = 0, layer: str | None = None, progress: bool = False,
         **reading: Any,
     ) -> DataFrame:  # fmt: skip
-        """Bound on ``-log p`` of every cell (MATHS 3.3), an out-of-distribution score.
+        """Bound on ``-log p`` of every cell (docs/MATHS.md 3.3), an out-of-distribution score.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""Point answers that match a declared loss, read from the predictive law and not from its mean (EVIDENCE lesson 2).
+"""Point answers that match a declared loss, read from the predictive law and not from its mean (docs/MATHS.md 5.8).
 
 The posterior mean is best for Poisson deviance and squared error of molecules; a loss of logarithms wants the mean of
 the logarithm, an absolute loss the median. Each read-out names its loss; none is a hidden transform.
@@ -44,7 +44,7 @@ def readout(
     log_size: Float[Tensor, "b g"],
     library: Float[Tensor, "b 1"] | None = None,
 ) -> Float[Tensor, "b g"]:
-    """Read ``base + NB(mean, size)`` out.
+    """Read ``y = base + NB(mean, size)`` out: ``E[y]``, ``E[log(1 + y)]`` or a quantile (docs/MATHS.md 5.8).
 
     Parameters
     ----------

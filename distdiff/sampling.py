@@ -23,10 +23,10 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance: float = 1.0) -> Predict:
-    """Join a process and a denoiser into ``(x, p) -> eta``, with guidance (MATHS 4.6).
+    """Join a process and a denoiser into ``(x, p) -> eta``, with guidance.
 
-    ``eta = eta_u + w (eta_c - eta_u)``. ``w = 1`` (conditional) and ``w = 0`` (unconditional) cost one network call;
-    any other ``w`` stacks both branches into one call of twice the batch.
+    ``eta = eta_u + w (eta_c - eta_u)`` (docs/MATHS.md 4.6). ``w = 1`` (conditional) and ``w = 0`` (unconditional) cost
+    one network call; any other ``w`` stacks both branches into one call of twice the batch.
 
     Parameters
     ----------
@@ -90,13 +90,13 @@ def sample(
         State at ``grid[0]``.
     grid
         Non-decreasing survival probabilities, each broadcastable to ``[b g]``: scalars for a plain walk, ``[b g]``
-        where evidence stays at 1 (MATHS 5.2).
+        where evidence stays at 1 (docs/MATHS.md 5.2).
     sigma
-        Attrition rule and its eta (MATHS 4.4); ``none`` never removes a molecule.
+        Attrition rule and its eta (docs/MATHS.md 4.4); ``none`` never removes a molecule.
     solver
         ``plain``: the process's own step, one network call each. ``trapezoidal``: second order for count processes,
-        two calls a step but the last (MATHS 4.10). ``multistep``: DPM-Solver++ 2M for the Gaussian process, one call a
-        step.
+        two calls a step but the last (docs/MATHS.md 4.10). ``multistep``: DPM-Solver++ 2M for the Gaussian
+        process, one call a step (docs/MATHS.md 8.8).
     on_step
         Called with ``(x, p_s)`` after each step; what it returns goes on (RePaint overwrites evidence here).
     only
@@ -147,7 +147,7 @@ def _some(process: Process, predict: Predict, only: Tensor) -> Step:
 
 
 def _trapezoidal(process: Process, predict: Predict, theta: float = 0.5) -> Step:
-    """theta-trapezoidal leaps (Ren et al. 2025) in hazard time ``H = -log((1 - p_s) / (1 - p_t))`` (MATHS 4.10).
+    """Trapezoidal leaps (Ren et al. 2025) in hazard time ``H = -log((1 - p_s) / (1 - p_t))`` (docs/MATHS.md 4.10).
 
     In hazard time the birth rate is ``f`` itself: leap ``theta H`` at the first rate, then the rest at
     ``(a_1 f_mid - a_2 f)+``, ``a_1 = 1 / (2 theta (1 - theta))``, ``a_2 = a_1 - 1``. The last step, of infinite hazard,
@@ -176,8 +176,8 @@ def _trapezoidal(process: Process, predict: Predict, theta: float = 0.5) -> Step
 def _multistep(process: Process, predict: Predict) -> Step:
     """DPM-Solver++ 2M (Lu et al. 2022): a DDIM step towards ``xhat_0`` extrapolated from the last two answers.
 
-    ``D = xhat_i + (xhat_i - xhat_{i-1}) / (2 r)``, r the ratio of the last two steps in half log signal-to-noise. The
-    first step and the last are of first order.
+    ``D = xhat_i + (xhat_i - xhat_{i-1}) / (2 r)`` (docs/MATHS.md 8.8), r the ratio of the last two steps in half
+    log signal-to-noise. The first step and the last are of first order.
     """
     if not isinstance(process, Gaussian):
         raise ValueError(f"solver 'multistep' walks Gaussian processes, not {type(process).__name__}")

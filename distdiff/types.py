@@ -49,7 +49,7 @@ class Condition:
     labels: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
 
     def drop(self, where: Bool[Tensor, " b"]) -> Condition:
-        """Withhold every label of the cells in ``where`` (label dropout, CD 3.4)."""
+        """Withhold every label of the cells in ``where`` (label dropout; CountsDiff, section 3.4)."""
         return Condition({k: v.masked_fill(where, UNKNOWN) for k, v in self.labels.items()})
 
     def to(self, device: torch.device | str) -> Condition:

@@ -78,7 +78,7 @@ def test_same_seed_same_draws_whatever_runs_before(model, counts, mask):
     assert not (a == c).all()
 
 
-def test_dropout_sites_follow_algorithm_1(model, counts):  # MATHS 8.5
+def test_dropout_sites_follow_algorithm_1(model, counts):  # docs/MATHS.md 8.5
     out = model.impute(counts, sites="dropout", groups="cell_type", mean_only=True)
     x = dense(counts.X)
     for kind in ("B", "T"):

@@ -31,7 +31,7 @@ X, P = torch.zeros(2, 3), torch.full((2, 3), 0.25)
 
 
 @pytest.mark.parametrize(("w", "calls", "rows"), [(0.0, 1, 2), (1.0, 1, 2), (2.0, 1, 4)])
-def test_guidance_mixes_log_rates_and_calls_once(w, calls, rows):  # MATHS 4.6
+def test_guidance_mixes_log_rates_and_calls_once(w, calls, rows):  # docs/MATHS.md 4.6
     network = Affine()
     eta = predictor(Counts(head="mean"), network, COND, guidance=w)(X, P)
     conditional, unconditional = torch.tensor([0.3, 0.8]), torch.tensor([-0.2, -0.2])
@@ -93,7 +93,7 @@ def test_imputers_keep_evidence_ignore_targets_and_call_as_often_as_they_say(kin
     assert imputer.impute(batch, observed, draws=0).draws is None
 
 
-def test_mean_is_one_call_and_the_rate():  # MATHS 5.3
+def test_mean_is_one_call_and_the_rate():  # docs/MATHS.md 5.3
     network, (batch, observed) = Affine(1), cells()
     answer = Conditional(Counts(head="mean"), network).impute(batch, observed)
     assert network.calls == 1

@@ -8,15 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "distdiff"
 
-RIDDLES = frozenset(
-    {"there", "said", "told", "tells", "left", "also", "place", "point", "Job", "Filled", "taken", "odd", "others", "asks",
-     "somebody", "say"}
-)  # fmt: skip
+RIDDLES = frozenset("there said told tells left also place point Job Filled taken odd others asks somebody say".split())
 
 LATER = (
     "batch", "tracking", "training", "tasks", "rng", "model.py", "cli.py", "experiment.py", "imputers", "data/ingest",
-    "data/store/manifest.py", "data/store/store.py", "data/store/readers.py", "data/store/audit.py", "config.py",
-    "saved.py",
+    "data/store/manifest.py", "data/store/store.py", "config.py", "saved.py",
 )  # fmt: skip
 """Files and folders of distdiff/ that are not held to this yet; the list only gets shorter."""
 

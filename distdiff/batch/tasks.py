@@ -209,7 +209,7 @@ class OnCells(Task):
 
 
 class Impute(OnCells):
-    """Imputation (MATHS 5.2, 5.3), and completion of a panel by genes that it lacks (5.6).
+    """Imputation (docs/MATHS.md 5.2, 5.3), and completion of a panel by genes that it lacks (docs/MATHS.md 5.6).
 
     Parameters
     ----------
@@ -302,7 +302,7 @@ class Impute(OnCells):
 
 
 class Denoise(OnCells):
-    """The rate behind every count (MATHS 5.4); options of :meth:`Model.denoise <distdiff.model.Model.denoise>`."""
+    """The rate behind every count (docs/MATHS.md 5.4); options of :meth:`distdiff.model.Model.denoise`."""
 
     name = "denoise"
 
@@ -334,7 +334,7 @@ class Denoise(OnCells):
 
 
 class Deepen(OnCells):
-    """What more depth would have shown (MATHS 5.5); options of :meth:`Model.deepen <distdiff.model.Model.deepen>`."""
+    """What more depth would have shown (docs/MATHS.md 5.5); options of :meth:`distdiff.model.Model.deepen`."""
 
     name = "deepen"
 
@@ -363,7 +363,7 @@ class Deepen(OnCells):
 
 
 class Generate(Task):
-    """Cells from labels alone (MATHS 5.1); cell ``i`` depends on the seed and ``i``.
+    """Cells from labels alone (docs/MATHS.md 5.1); cell ``i`` depends on the seed and ``i``.
 
     Parameters
     ----------

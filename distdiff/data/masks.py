@@ -10,7 +10,7 @@ from scipy import sparse
 
 
 def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Hide each entry with probability ``rate``, whatever it holds (missing completely at random; MATHS 8.6).
+    """Hide each entry with probability ``rate``, whatever it holds (missing completely at random; docs/MATHS.md 8.6).
 
     Returns
     -------
@@ -28,7 +28,7 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
 
 
 def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | None = None) -> np.ndarray:
-    """Which genes some cell of each group expresses (first half of ID Algorithm 1; MATHS 8.5).
+    """Which genes some cell of each group expresses (first half of scIDPMs, algorithm 1; docs/MATHS.md 8.5).
 
     For a matrix read in pieces, give ``n_groups`` and join the pieces' answers with ``|``.
 
@@ -61,7 +61,7 @@ def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | Non
 
 
 def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, expressed: np.ndarray) -> np.ndarray:
-    """Zeros of genes that some cell of the same group expresses (ID Algorithm 1; MATHS 8.5).
+    """Zeros of genes that some cell of the same group expresses (scIDPMs, algorithm 1; docs/MATHS.md 8.5).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Splat: simulated counts whose truth before dropout is known (Zappia, Phipson & Oshlack 2017; MATHS 11).
+"""Splat: simulated counts whose truth before dropout is known (Zappia, Phipson & Oshlack 2017; docs/MATHS.md 11).
 
 Written from the paper's equations; parameters and defaults are those that the Splatter package documents. Two choices
 are ours: groups are of equal size (Splatter draws each cell's group), and a differential factor is ``exp(+-|z|)`` with
@@ -42,14 +42,17 @@ SETS = {
     "splat23": Published(0.92, 0.23, 0.48),
     "splat16": Published(0.28, 0.16, 0.42),
 }
-"""Six sets of 500 cells, 1000 genes and four groups, named by dropout rate in per cent (MATHS 11). Mean dropout rate
-over twelve seeds: as published within .001, zero rate within .02 (seed 0: within .007 and .021)."""
+"""Six sets of 500 cells, 1000 genes and four groups, named by dropout rate in per cent (docs/MATHS.md 11). Mean dropout
+rate over twelve seeds: as published within .001, zero rate within .02 (seed 0: within .007 and .021)."""
 
 
 def gene_means(
     genes: int, shape: float, rate: float, prob: float, loc: float, scale: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Relative means, gamma or (outliers) median times log-normal (MATHS 11.1): ``float64 [g]``; outliers: ``bool``."""
+    """``mean ~ Gamma(shape, rate)``, of outliers ``median(mean) LogNormal(loc, scale)`` (docs/MATHS.md 11.1).
+
+    Relative means ``float64 [g]``, and which genes are outliers ``bool [g]``.
+    """
     mean = np.maximum(rng.gamma(shape, 1.0 / rate, genes), SMALLEST)
     outlier = rng.random(genes) < prob
     return np.where(outlier, np.median(mean) * rng.lognormal(loc, scale, genes), mean), outlier
@@ -58,20 +61,20 @@ def gene_means(
 def de_factors(
     genes: int, groups: int, prob: float, down: float, loc: float, scale: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Factor of each gene in each group (MATHS 11.2), 1 unless differentially expressed: ``float64 [g groups]``."""
+    """Factor ``exp(+-|z|)`` of a gene in a group, else 1 (docs/MATHS.md 11.2): ``float64 [g groups]``."""
     size = np.abs(rng.normal(loc, scale, (genes, groups)))
     sign = np.where(rng.random((genes, groups)) < down, -1.0, 1.0)
     return np.exp(np.where(rng.random((genes, groups)) < prob, sign * size, 0.0))
 
 
 def expected(mean: np.ndarray, factors: np.ndarray, group: np.ndarray, library: np.ndarray) -> np.ndarray:
-    """Expected molecules, ``L_c`` times the gene's share of its cell's group (MATHS 11.2): ``float64 [n g]``."""
+    """``L_c mu_g F_gk / sum_h mu_h F_hk``, k the cell's group (docs/MATHS.md 11.2): molecules, ``float64 [n g]``."""
     level = mean[:, None] * factors
     return library[:, None] * (level / level.sum(axis=0)).T[group]
 
 
 def biological(mean: np.ndarray, common: float, df: float, rng: np.random.Generator) -> np.ndarray:
-    """Molecules expected of each entry after biological variation (MATHS 11.3): ``float64 [n g]``.
+    """Molecules expected of each entry after biological variation (docs/MATHS.md 11.3): ``float64 [n g]``.
 
     Gamma of mean ``m``, coefficient of variation ``(common + 1/sqrt(m)) sqrt(df / chi2_df)``; one chi-squared a gene.
     """
@@ -81,7 +84,7 @@ def biological(mean: np.ndarray, common: float, df: float, rng: np.random.Genera
 
 
 def dropout_probability(mean: np.ndarray, shape: float, mid: float) -> np.ndarray:
-    """Probability that an entry is zeroed, ``1 / (1 + exp(-shape (log mean - mid)))`` (MATHS 11.5)."""
+    """Probability that an entry is zeroed, ``1 / (1 + exp(-shape (log mean - mid)))`` (docs/MATHS.md 11.5)."""
     return expit(shape * (np.log(np.maximum(mean, np.finfo(float).tiny)) - mid))
 
 
@@ -107,7 +110,7 @@ def splat(
     bcv_df: float = 60.0,
     seed: int = 0,
 ) -> AnnData:
-    """Simulate counts with groups of cells, with and without dropout (MATHS 11.1-11.5).
+    """Simulate counts with groups of cells, with and without dropout (docs/MATHS.md 11.1-11.5).
 
     Sets that differ in ``mid`` alone share their truth, and what a lower ``mid`` drops a higher one drops too.
 
@@ -116,15 +119,17 @@ def splat(
     cells, genes, groups
         Sizes; groups are equal up to one cell, in random order.
     mid, shape
-        Midpoint (log molecules) and slope of the dropout logistic (11.5); ``mid=-inf`` is Splatter's default, none.
+        Midpoint (log molecules) and slope of the dropout logistic (docs/MATHS.md 11.5); ``mid=-inf`` is Splatter's
+        default, none.
     mean_shape, mean_rate, outlier_prob, outlier_loc, outlier_scale
-        Gene means: gamma, and log-normal outliers (11.1).
+        Gene means: gamma, and log-normal outliers (docs/MATHS.md 11.1).
     library_loc, library_scale
-        Expected library size, log-normal, log molecules (11.2).
+        Expected library size, log-normal, log molecules (docs/MATHS.md 11.2).
     de_prob, de_down, de_loc, de_scale
-        Share of genes differential in each group, share of these that are lower, and log-normal size (11.2).
+        Share of genes differential in each group, share of these that are lower, log-normal size (docs/MATHS.md 11.2).
     bcv, bcv_df
-        Common biological coefficient of variation, and degrees of freedom of its scatter (11.3); ``inf``: no scatter.
+        Common biological coefficient of variation, and degrees of freedom of its scatter (docs/MATHS.md 11.3); ``inf``:
+        no scatter.
     seed
         Address of all noise.
 
@@ -155,7 +160,7 @@ def splat(
     if not base.max() < LARGEST:
         raise ValueError(f"splat: an expected count of {base.max():.3g} is above 2^24; lower library_loc or a scale")
     level = biological(np.maximum(base, SMALLEST), bcv, bcv_df, rng("biology"))
-    true = rng("counts").poisson(level).astype(np.float32)  # (11.4)
+    true = rng("counts").poisson(level).astype(np.float32)  # docs/MATHS.md 11.4
     kept = rng("dropout").random(level.shape) >= dropout_probability(level, shape, mid)
     labels = pd.Categorical.from_codes(group, [f"Group{i + 1}" for i in range(groups)])
     obs = pd.DataFrame({"group": labels, "expected_library": library})

@@ -1,4 +1,4 @@
-"""The network of scIDPMs (CSDI with genes in the place of time; REFERENCE 3.1), to compare with, not to prefer."""
+"""The network of scIDPMs (CSDI with genes in the place of time; its figure 2), to compare with, not to prefer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS, EMBEDDING, POSITION, FEATURE = 300, 128, 32, 16
 
 
 class CSDI(Denoiser):
-    """1x1 convolutions, gated residual blocks, attention over genes; the step as 128 numbers (MATHS 8.4).
+    """1x1 convolutions, gated residual blocks, attention over genes; the step as 128 numbers (docs/MATHS.md 8.4).
 
     Two input channels tell evidence (``p = 1``) from state (``p < 1``). The side information of a gene is a sinusoid of
     its *position*, a constant and whether it is evidence: as published the network knows no gene by name and no label.
@@ -159,7 +159,7 @@ def _conv(i: int, o: int) -> nn.Linear:
 
 
 def _steps() -> Float[Tensor, "t e"]:
-    """``sin, cos(t 10^{4j/63})``, t = 0..300, j = 0..63 (MATHS 8.4)."""
+    """``sin, cos(t 10^{4j/63})``, t = 0..300, j = 0..63 (docs/MATHS.md 8.4)."""
     half = EMBEDDING // 2
     angle = torch.arange(STEPS + 1, dtype=torch.float64)[:, None] * 10 ** (torch.arange(half) / (half - 1) * 4)
     return torch.cat((angle.sin(), angle.cos()), 1).float()

@@ -1,4 +1,4 @@
-"""Non-zero entries -> a few latents -> all genes: cost O(nnz m + G m), for 20,000 genes and more (ours; FIELD E8)."""
+"""Non-zero entries -> a few latents -> all genes: cost O(nnz m + G m), for 20,000 genes and more (ours)."""
 
 from __future__ import annotations
 

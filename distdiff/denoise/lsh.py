@@ -1,4 +1,4 @@
-"""Attention over genes by locality-sensitive hashing (Reformer; MATHS 10.1): time and memory linear in genes."""
+"""Attention over genes by locality-sensitive hashing (docs/MATHS.md 10.1): time and memory linear in genes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class HashedAttention(nn.Module):
 def rotations(
     channels: int, n: int, bucket: int, rounds: int, *, rng: torch.Generator | None = None
 ) -> Float[Tensor, "r s e k"]:
-    """Random rotations R of (10.1): ``rounds`` of them, in one or two factors, for ``n`` tokens."""
+    """Random rotations R (docs/MATHS.md 10.1): ``rounds`` of them, in one or two factors, for ``n`` tokens."""
     chunks = -(-n // bucket)
     factors = 1 if chunks <= ONE_HASH else 2
     half = max(1, math.ceil(chunks ** (1 / factors) / 2))
@@ -91,9 +91,10 @@ def rotations(
 
 
 def places(qk: Float[Tensor, "l n e"], rotation: Float[Tensor, "s e k"]) -> Float[Tensor, "l n"]:
-    """Where a token is sorted to: its bucket ``h(v) = argmax[v R; -v R]`` (10.1), within it by how far it points there.
+    """Where a token is sorted to: its bucket ``h(v) = argmax[v R; -v R]`` (docs/MATHS.md 10.1), and a place within it.
 
-    Two factors give the two digits of a bucket's number. Nothing depends on the order of the tokens. ``float64``.
+    The place is by how far the token points there. Two factors give the two digits of a bucket's number. Nothing
+    depends on the order of the tokens. ``float64``.
     """
     code = strength = torch.zeros(qk.shape[:-1], dtype=torch.float64, device=qk.device)
     for factor in rotation:
@@ -107,7 +108,7 @@ def lsh_attention(
     qk: Float[Tensor, "b h n e"], v: Float[Tensor, "b h n e"], seen: Bool[Tensor, "b n"],
     rotations: Float[Tensor, "r s e k"], bucket: int,
 ) -> Float[Tensor, "b h n e"]:  # fmt: skip
-    """Shared-QK attention within hashed neighbourhoods (10.1), over tokens of one cell, not causal.
+    """Shared-QK attention within hashed neighbourhoods (docs/MATHS.md 10.1), over tokens of one cell, not causal.
 
     In each round the tokens that are seen are sorted by bucket and cut into chunks of ``bucket`` keys. A query looks at
     the chunk where its own bucket lies and the one before (the last before the first). Tokens that are not seen only

@@ -1,4 +1,4 @@
-"""Images: the UNet of CountsDiff's CIFAR-10 and CelebA models, through diffusers (extra ``images``; REFERENCE 2.3)."""
+"""Images: the UNet of CountsDiff's image models (its appendix D.2), through diffusers (extra ``images``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imputation by the two-level model: evidence seen whole, targets from nothing (MATHS 5.2, 5.3)."""
+"""Imputation by the two-level model: evidence seen whole, targets from nothing (docs/MATHS.md 5.2, 5.3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Conditional(Imputer):
     steps
         Network calls of a draw. 1 draws from the head around the same call that gives the mean.
     guidance
-        Weight w of MATHS 4.6; 1 keeps the predictive law calibrated.
+        Weight w of docs/MATHS.md 4.6; 1 keeps the predictive law calibrated.
     spacing
         Where the steps of a longer walk lie (see :func:`~distdiff.process.schedule.levels`).
     solver
@@ -68,7 +68,10 @@ class Conditional(Imputer):
 
     @torch.no_grad()
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
-        """See :class:`~distdiff.imputers.Imputer`; draws never fall below the evidence (no attrition)."""
+        """The mean is ``f`` at p = 0, in one call (docs/MATHS.md 5.3); draws walk targets to p = 1 (docs/MATHS.md 5.2).
+
+        See :class:`~distdiff.imputers.Imputer`; draws never fall below the evidence (no attrition).
+        """
         many, p = max(1, draws), observed.to(cells.counts.dtype)
         counts = torch.where(observed, cells.counts, 0.0)
         rng = by_row(cells, many, seed, "impute")

@@ -1,4 +1,4 @@
-"""Imputation by RePaint: an unconditional walk whose known entries are overwritten at every step (CD 3.6, MATHS 6)."""
+"""Imputation by RePaint: an unconditional walk whose known entries are overwritten at every step (docs/MATHS.md 6)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class RePaint(Imputer):
     steps
         Reverse steps of one pass.
     jump, iters
-        Every ``jump`` steps the walk goes back and repeats them, ``iters`` passes in all (MATHS 6.2). It never goes
-        back to p = 0, which would wipe the state and only cost time. ``iters = 1`` repeats nothing.
+        Every ``jump`` steps the walk goes back and repeats them, ``iters`` passes in all (docs/MATHS.md 6.2). It
+        never goes back to p = 0, which would wipe the state and only cost time. ``iters = 1`` repeats nothing.
     sigma
-        Attrition rule and eta (MATHS 4.4).
+        Attrition rule and eta (docs/MATHS.md 4.4).
     spacing, solver
         As for :class:`~distdiff.imputers.conditional.Conditional`.
     """
@@ -59,7 +59,7 @@ class RePaint(Imputer):
         known = self.process.enter(counts.repeat(many, 1), rng=rng)
         predict = predictor(self.process, self.denoiser, cells.labels, guidance=self.guidance)
 
-        def overwrite(x: Tensor, p_s: Tensor) -> Tensor:  # MATHS 6.1
+        def overwrite(x: Tensor, p_s: Tensor) -> Tensor:  # Binomial(x_0, p_s) where x_0 is known: docs/MATHS.md 6.1
             return torch.where(seen, self.process.forward(known, 1.0, p_s, rng=rng), x)
 
         x = self.process.prior(tuple(known.shape), rng=rng)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ class RePaint(Imputer):
             for again in reversed(range(self.iters)):
                 x = sample(self.process, predict, x, list(part), sigma=self.sigma, solver=self.solver, rng=rng,
                            on_step=overwrite)  # fmt: skip
-                if again:  # MATHS 6.2
+                if again:  # Binomial(x_s, p_t / p_s): docs/MATHS.md 6.2
                     part = part[1:] if part[0] == 0 else part
                     x = overwrite(self.process.forward(x, part[-1], part[0], rng=rng), part[0])
         out = torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1)))

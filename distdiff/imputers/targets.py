@@ -42,7 +42,7 @@ def nothing(start: int, stop: int, counts: sp.csr_matrix) -> None:
 
 
 def by_dropout(rows: Rows, groups: np.ndarray, *, block: int = 4096) -> Hidden:
-    """Dropout sites (scIDPMs' Algorithm 1, MATHS 8.5): zeros of genes that some cell of the same group expresses.
+    """Dropout sites: zeros of genes that some cell of the same group expresses (docs/MATHS.md 8.5).
 
     Parameters
     ----------

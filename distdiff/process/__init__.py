@@ -14,7 +14,7 @@ from distdiff.types import Float, Tensor
 class Process(ABC):
     """A corruption of data with a survival probability ``p`` (1 = clean, 0 = nothing left), and its reversal.
 
-    ``p`` broadcasts against ``[b g]`` everywhere, so each gene of each cell may have its own (MATHS 5).
+    ``p`` broadcasts against ``[b g]`` everywhere, so each gene of each cell may have its own (docs/MATHS.md 5).
     Data are molecules; a *state* is what the process walks on, from :meth:`prior` (p = 0) to :meth:`enter` of the data
     (p = 1). ``eta`` is the network's answer in the parameters in which guidance is linear, ``[b g k]``.
     """
@@ -89,7 +89,7 @@ class Process(ABC):
         sigma: float | Tensor = 0.0,
         rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """One reverse step ``p_t -> p_s >= p_t``; raises ``ValueError`` where ``sigma`` is above its cap (4.3)."""
+        """One reverse step ``p_t -> p_s >= p_t``; raises where ``sigma`` is above its cap (docs/MATHS.md 4.3)."""
 
     def bound(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor

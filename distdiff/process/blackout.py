@@ -14,7 +14,7 @@ from distdiff.types import Tensor
 
 @dataclass(frozen=True)
 class Blackout(Counts):
-    """Pure death observed at ``times`` points uniform in logit p (MATHS 1.4), mean alone, plain steps.
+    """Pure death observed at ``times`` points uniform in logit p (docs/MATHS.md 1.4), mean alone, plain steps.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""Count diffusion: molecules are lost one by one and born again (CountsDiff; MATHS 2-4).
+"""Count diffusion: molecules are lost one by one and born again (CountsDiff; docs/MATHS.md 2-4).
 
 Each of ``x_0`` molecules survives with probability ``p``; ``d = x_0 - x_p`` is what was lost. The network answers with
-a rate ``lambda = f / (1 - p)`` (MATHS 3.4), ``f`` being the expected number of lost molecules, and optionally with the
-size of a negative binomial around it (MATHS 3.5) and the directions in which genes vary together (MATHS 4.9). All
-functions are exact entry by entry, whatever p each gene has.
+a rate ``lambda = f / (1 - p)`` (docs/MATHS.md 3.4), ``f`` being the expected number of lost molecules, and optionally
+with the size of a negative binomial around it (docs/MATHS.md 3.5) and the directions in which genes vary together
+(docs/MATHS.md 4.9). All functions are exact entry by entry, whatever p each gene has.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ class Counts(Process):
         ``cosine``, ``fisher``, ``linear``, a list of values, or ``{kind: ..., times: ...}`` for discrete time; see
         :func:`~distdiff.process.schedule.schedule`.
     weight
-        ``paper``: ``w = -p'`` (MATHS 3.2); ``nll``: ``w = -p' / (1 - p)`` (MATHS 3.3 with t uniform), the bound on
-        ``-log p(x_0)``; ``none``: 1, which keeps both ends of the path in view: the first step of a short walk is
-        the largest (benchmarks/toy.py, benchmarks/ablation.py).
+        ``paper``: ``w = -p'`` (docs/MATHS.md 3.2); ``nll``: ``w = -p' / (1 - p)`` (docs/MATHS.md 3.3 with t uniform),
+        the bound on ``-log p(x_0)``; ``none``: 1, which keeps both ends of the path in view: the first step of a short
+        walk is the largest (benchmarks/toy.py, benchmarks/ablation.py).
     head
-        ``mean``: the network gives the rate alone. ``nb``: also a dispersion (MATHS 3.5). ``loadings``: also how much
-        of that dispersion genes share, as ``loadings`` directions per gene (MATHS 4.9).
+        ``mean``: the network gives the rate alone. ``nb``: also a dispersion (docs/MATHS.md 3.5). ``loadings``: also
+        how much of that dispersion genes share, as ``loadings`` directions per gene (docs/MATHS.md 4.9).
     fit
-        How mean and dispersion are learned. ``held``: the mean by (3.1) alone, the dispersion by likelihood with the
-        mean held fixed; ``joint``: both by likelihood, which is proper too but lets dispersed genes pull the mean.
+        How mean and dispersion are learned. ``held``: the mean by docs/MATHS.md 3.1 alone, the dispersion by
+        likelihood with the mean held fixed; ``joint``: both by likelihood, which is proper too but lets dispersed
+        genes pull the mean.
     predict
         ``rate``: the network's first answer is ``log lambda``. ``x0``: it is ``log xhat_0``, and f is ``xhat_0 - x``,
         kept positive in proportion to ``xhat_0`` (the published ``softplus(xhat_0 - x)`` is at least .69 at zero); no
@@ -52,14 +53,14 @@ class Counts(Process):
     own
         Whether a gene's own count is weighed in exactly. The network's rate and size are then a Gamma law *before* the
         gene's count is seen, and the answer is the law after it: rate ``(x + k) / (p + k / lambda)``, size ``k + x``
-        (the Gamma-Poisson shrink of EVIDENCE, at every p). A network of low rank cannot learn one such response a
+        (docs/MATHS.md 3.6, at every p). A network of low rank cannot learn one such response a
         gene, and without it a walk of many steps forgets the dispersion: its births do not reinforce themselves.
     leap
-        How a reverse step draws its births: ``plain`` (MATHS 4.2), ``nb`` (4.8), ``correlated`` (4.9); empty: the one
-        that uses all that the head knows.
+        How a reverse step draws its births: ``plain`` (docs/MATHS.md 4.2), ``nb`` (docs/MATHS.md 4.8),
+        ``correlated`` (docs/MATHS.md 4.9); empty: the one that uses all that the head knows.
     rounding
-        How a plain step turns the real ``f`` into molecules: ``random`` (MATHS 4.5), ``nearest`` (which collapses
-        small rates to 0; kept for comparison), ``poisson`` (births ``Poisson(beta f)``).
+        How a plain step turns the real ``f`` into molecules: ``random`` (docs/MATHS.md 4.5), ``nearest`` (which
+        collapses small rates to 0; kept for comparison), ``poisson`` (births ``Poisson(beta f)``).
     """
 
     schedule: Any = "cosine"
@@ -116,7 +117,7 @@ class Counts(Process):
     def forward(
         self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
-        """``x_t | x_s ~ Binomial(x_s, p_t / p_s)`` (MATHS 2.2 for ``p_s = 1``, else 2.3).
+        """``x_t | x_s ~ Binomial(x_s, p_t / p_s)`` (docs/MATHS.md 2.3; for ``p_s = 1`` it is docs/MATHS.md 2.2).
 
         Raises
         ------
@@ -134,7 +135,7 @@ class Counts(Process):
         *,
         rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """``x_s | x_t, x_0 = x_t + Binomial(x_0 - x_t, (p_s - p_t) / (1 - p_t))`` (MATHS 2.4).
+        """``x_s | x_t, x_0 = x_t + Binomial(x_0 - x_t, (p_s - p_t) / (1 - p_t))`` (docs/MATHS.md 2.4).
 
         Raises
         ------
@@ -159,8 +160,8 @@ class Counts(Process):
     def natural(
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
-        """Log rate (log size, loadings), kept in a range that float32 holds: ``f = (1 - p) exp(eta_0)`` (MATHS 3.4)."""
-        first, *further = raw.unbind(-1)  # (a gradient of slices would be as many whole arrays, added up)
+        """Log rate (log size, loadings), as float32 can hold them: ``f = (1 - p) exp(eta_0)`` (docs/MATHS.md 3.4)."""
+        first, *further = raw.unbind(-1)  # one unbind: each slice would have a gradient as large as raw
         log_rate = first.float()
         if self.predict == "x0":
             whole = log_rate.clamp(*LOG_RATE).exp()
@@ -176,7 +177,7 @@ class Counts(Process):
         return torch.stack((log_rate, log_size, *(answer.float() for answer in further[1:])), 1).movedim(1, -1)
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
-        """``lambda``: expected molecules of a cell at full depth (MATHS 3.4, 5.4).
+        """``lambda = f / (1 - p)``: expected molecules of a cell at full depth (docs/MATHS.md 3.4, 5.4).
 
         Raises
         ------
@@ -188,7 +189,7 @@ class Counts(Process):
         return eta[..., 0].exp()
 
     def lost(self, eta: Float[Tensor, "b g k"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """Expected lost molecules ``f = (1 - p) lambda`` (MATHS 3.1, 3.4)."""
+        """Expected lost molecules ``f = (1 - p) lambda`` (docs/MATHS.md 3.1, 3.4)."""
         return (1 - tensor(p, eta)) * eta[..., 0].clamp_max(LOG_RATE[1]).exp()
 
     def log_size(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
@@ -198,10 +199,11 @@ class Counts(Process):
         return eta[..., 1].clamp(LOG_SIZE[0], LOG_RATE[1])  # guidance may go too far; a gene's own count may be large
 
     def shared(self, eta: Float[Tensor, "b g k"]) -> tuple[Float[Tensor, "b g l"], Float[Tensor, "b g"]]:
-        """Loadings ``L`` (MATHS 4.9) and the log size that is left once a cell's ``z`` is known.
+        """Loadings ``L`` (docs/MATHS.md 4.9) and the log size that is left once a cell's ``z`` is known.
 
-        The loadings divide the dispersion and do not add to it: ``|L|^2 < log(1 + 1 / size)``, so that mean and
-        variance of every gene are those of the head's negative binomial whatever the loadings.
+        The loadings divide the dispersion and do not add to it: ``1 + 1 / left = (1 + 1 / size) exp(-|L|^2)`` with
+        ``|L|^2 < log(1 + 1 / size)``, so that mean and variance of every gene are those of the head's negative binomial
+        whatever the loadings.
         """
         log_size = self.log_size(eta)
         whole = torch.log1p(torch.exp(-log_size))
@@ -212,11 +214,11 @@ class Counts(Process):
         return loading, -residual.log()
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """``E[x_0 | x_p] = x_p + f`` (MATHS 4.11)."""
+        """``E[x_0 | x_p] = x_p + f`` (docs/MATHS.md 4.11)."""
         return x + self.lost(eta, p)
 
     def weights(self, p: Tensor) -> Tensor:
-        """``w(p)`` (MATHS 3.2, 3.3): the loss weight of an entry that survived with probability p.
+        """``w = -p'`` (docs/MATHS.md 3.2) or ``-p' / (1 - p)`` (docs/MATHS.md 3.3): the loss weight of an entry at p.
 
         ``p = 0`` exactly is no point of a path but an atom of the training mixture (a gene that is hidden outright):
         it weighs 1, the mean of the ``paper`` weight over a path. ``nll`` is capped at ``p = 0.999``, where hardly a
@@ -232,7 +234,7 @@ class Counts(Process):
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """``w (f - d log lambda)``: (3.1) less ``d log(1 - p)``, a constant; plus ``w`` times (3.5) for a dispersion.
+        """``w (f - d log f)`` up to a constant (docs/MATHS.md 3.1), plus ``w`` times ``-log NB`` (docs/MATHS.md 3.5).
 
         Its minimiser is the posterior mean for every ``w > 0``. Loadings are learned by the Dawid-Sebastiani score of
         the residuals with mean and variance held fixed. 0 where ``p == 1``.
@@ -250,7 +252,10 @@ class Counts(Process):
         return entry if self.weight == "none" else self.weights(p) * entry  # f = d = 0, hence 0, where p == 1
 
     def _covariance_score(self, eta: Tensor, d: Tensor, f: Tensor, lost: Tensor) -> Tensor:
-        """Score of ``d - f`` under (4.9)'s covariance ``f f' (exp(L L') - 1)``, to first order off the diagonal."""
+        """Score (docs/MATHS.md 3.7) of ``d - f`` under the covariance ``f f' (exp(L L') - 1)`` of docs/MATHS.md 4.9.
+
+        To first order off the diagonal.
+        """
         held = torch.cat((eta[..., :2].detach(), eta[..., 2:]), -1)
         loading, _ = self.shared(held)
         length = loading.square().sum(-1)
@@ -262,7 +267,7 @@ class Counts(Process):
     def bound(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """``(f - d + d log(d / f)) / (1 - p)``: the integrand of (3.3) in the variable p, free of any schedule."""
+        """``(f - d + d log(d / f)) / (1 - p)``: the integrand of docs/MATHS.md 3.3 in p, free of any schedule."""
         d, f = x_0 - x, self.lost(eta, p)
         half_deviance = f - d + torch.xlogy(d, d) - d * torch.where(d > 0, f, torch.ones_like(f)).log()
         return half_deviance / (1 - tensor(p, x))
@@ -277,15 +282,15 @@ class Counts(Process):
         sigma: float | Tensor = 0.0,
         rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """One step with attrition (MATHS 4.2): deaths ``Binomial(x, sigma)``, then births as ``leap`` says.
+        """``x_s = x - Binomial(x, sigma) + births``, these as ``leap`` says (docs/MATHS.md 4.2).
 
-        Plain births (4.5) know the mean of the lost molecules alone. Those of (4.8) and (4.9) are closed under
+        Plain births know the mean of the lost molecules alone (docs/MATHS.md 4.7). The others are closed under
         thinning and so keep the variance at any step size.
 
         Raises
         ------
         ValueError
-            ``sigma`` above ``sigma_max`` (MATHS 4.3) or negative.
+            ``sigma`` above ``sigma_max`` (docs/MATHS.md 4.3) or negative.
         """
         p_t, p_s = tensor(p_t, x), tensor(p_s, x)
         some = isinstance(sigma, Tensor) or sigma != 0
@@ -297,10 +302,14 @@ class Counts(Process):
     def births(
         self, eta: Float[Tensor, "b g k"], f: Float[Tensor, "b g"], beta: Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
-        """A share ``beta`` of the lost molecules of expected number ``f``."""
+        """A share ``beta`` of the lost molecules of expected number ``f``.
+
+        ``NB(beta f, size)`` (docs/MATHS.md 4.8); the same around ``beta f exp(L z - |L|^2 / 2)`` (docs/MATHS.md 4.9);
+        or plain, which drops ``beta^2 Var(d)`` (docs/MATHS.md 4.7): ``Binomial(f rounded at random, beta)``.
+        """
         if self._leap == "nb":
-            return rng.nb(beta * f, self.log_size(eta))  # MATHS 4.8
-        if self._leap == "correlated":  # MATHS 4.9
+            return rng.nb(beta * f, self.log_size(eta))
+        if self._leap == "correlated":
             loading, log_size = self.shared(eta)
             z = rng.normal(len(f), loading.shape[-1])
             together = (loading @ z.unsqueeze(-1)).squeeze(-1) - loading.square().sum(-1) / 2
@@ -324,7 +333,10 @@ def of_molecules(process: Process, task: str) -> Counts:
 
 
 def _with_own(log_rate: Tensor, log_size: Tensor, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Gamma law of a rate (log mean, log size) -> the same once ``x ~ Poisson(p rate)`` molecules were seen."""
+    """Gamma law of a rate (log mean, log size) -> the same once ``x ~ Poisson(p rate)`` molecules were seen.
+
+    ``(x + k) / (p + k / lambda_0)`` and ``k + x`` (docs/MATHS.md 3.6).
+    """
     size = log_size.exp()
     after = torch.log(size + x)
     return after - torch.log(p + torch.exp(log_size - log_rate)), after

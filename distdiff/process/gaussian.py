@@ -1,4 +1,4 @@
-"""Gaussian diffusion of log counts: DDPM and its walks (scIDPMs; MATHS 8), on the same footing as count diffusion."""
+"""Gaussian diffusion of log counts: DDPM and its walks (docs/MATHS.md 8), on the same footing as count diffusion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_MOST = 16.0  # e^16 molecules
 
 @dataclass(frozen=True)
 class Gaussian(Process):
-    """``x_t = sqrt(p) x_0 + sqrt(1 - p) eps`` of ``x_0 = log(1 + counts) / scale``, ``p`` in the place of abar (8.1).
+    """``x_t = sqrt(p) x_0 + sqrt(1 - p) eps``, ``x_0 = log(1 + counts) / scale``, p = abar (docs/MATHS.md 8.1, 1.5).
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Gaussian(Process):
         scratch, and knows nothing where nothing is left (p below 0.001 counts as 0.001), so it cannot impute in one
         call.
     noise
-        0: the deterministic walk (DDIM). 1: the ancestral one (DDPM, MATHS 8.3).
+        0: the deterministic walk (DDIM). 1: the ancestral one (DDPM, docs/MATHS.md 8.3).
     scale
         Log molecules per unit of the state.
     """
@@ -71,7 +71,7 @@ class Gaussian(Process):
     def forward(
         self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
-        """``x_t | x_s ~ N(sqrt(p_t / p_s) x_s, 1 - p_t / p_s)`` (MATHS 8.1 for ``p_s = 1``).
+        """``x_t | x_s ~ N(sqrt(p_t / p_s) x_s, 1 - p_t / p_s)`` (docs/MATHS.md 8.1 for ``p_s = 1``).
 
         Raises
         ------
@@ -93,7 +93,7 @@ class Gaussian(Process):
     def natural(
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
-        """The clean value ``xhat_0``: ``log(1 + exp(raw)) / scale``, or from the noise by (8.1)."""
+        """The clean value ``xhat_0``: ``log(1 + exp(raw)) / scale``, or from the noise by docs/MATHS.md 8.1."""
         raw = raw.float()
         if self.predict == "x0":
             return softplus(raw) / self.scale
@@ -103,7 +103,7 @@ class Gaussian(Process):
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """``(eps - eps_theta)^2 = p / (1 - p) (x_0 - xhat_0)^2`` (MATHS 8.2); ``predict: x0`` drops the factor."""
+        """``(eps - eps_theta)^2 = p / (1 - p) (x_0 - xhat_0)^2`` (docs/MATHS.md 8.2); no factor for ``predict: x0``."""
         p = tensor(p, x).expand_as(x)
         error = (x_0 - eta[..., 0]).square()
         if self.predict == "eps":
@@ -125,7 +125,7 @@ class Gaussian(Process):
         sigma: float | Tensor = 0.0,
         rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """``x_s = sqrt(p_s) xhat_0 + c (x_t - sqrt(p_t) xhat_0) + v z`` (MATHS 8.3, DDIM).
+        """``x_s = sqrt(p_s) xhat_0 + c (x_t - sqrt(p_t) xhat_0) + v z`` (docs/MATHS.md 8.3, DDIM).
 
         ``c^2 (1 - p_t) + v^2 = 1 - p_s`` keeps the marginal; ``noise`` sets v between 0 and the ancestral step's, and
         attrition forgets a further share ``sigma`` of the noise carried over: ``c <- (1 - sigma) c``.
@@ -133,7 +133,7 @@ class Gaussian(Process):
         Raises
         ------
         ValueError
-            ``sigma`` above its cap (4.3) or negative.
+            ``sigma`` above its cap (docs/MATHS.md 4.3) or negative.
         """
         p_t, p_s = tensor(p_t, x), tensor(p_s, x)
         sigma = check_sigma(sigma, p_t, p_s)

@@ -1,4 +1,4 @@
-"""Continuous non-negative data as counts: thicken to Poisson counts, diffuse those, divide again (JUMP; MATHS 7)."""
+"""Continuous non-negative data as counts: thicken to Poisson counts, diffuse those, divide (JUMP; docs/MATHS.md 7)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distdiff.types import Float, Tensor
 
 @dataclass(frozen=True)
 class Jump(Counts):
-    """Count diffusion of ``y ~ Poisson(scale x)`` (MATHS 7.1); the answer is ``y / scale`` (7.2).
+    """Count diffusion of ``y ~ Poisson(scale x)`` (docs/MATHS.md 7.1); the answer is ``y / scale`` (docs/MATHS.md 7.2).
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Jump(Counts):
             raise ValueError(f"process jump: scale must be positive, got {self.scale}")
 
     def enter(self, counts: Float[Tensor, "b g"], *, rng: Rng) -> Float[Tensor, "b g"]:
-        """``Poisson(scale x)`` (MATHS 7.1).
+        """``Poisson(scale x)`` (docs/MATHS.md 7.1).
 
         Raises
         ------
@@ -43,7 +43,7 @@ class Jump(Counts):
         return rng.poisson(self.scale * counts)
 
     def leave(self, x: Float[Tensor, "b g"]) -> Float[Tensor, "b g"]:
-        """``y / scale`` (MATHS 7.2)."""
+        """``y / scale`` (docs/MATHS.md 7.2)."""
         return x / self.scale
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:

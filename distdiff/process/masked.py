@@ -1,4 +1,4 @@
-"""Masked diffusion of counts as classes (MDLM, ReMDM; MATHS 9), on the same footing as count diffusion."""
+"""Masked diffusion of counts as classes (MDLM, ReMDM; docs/MATHS.md 9), on the same footing as count diffusion."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MASK = -1.0
 
 @dataclass(frozen=True)
 class Masked(Process):
-    """Each entry is seen whole with probability ``p`` and masked otherwise (MATHS 9.1).
+    """Each entry is seen whole with probability ``p`` and masked otherwise (docs/MATHS.md 9.1).
 
     Parameters
     ----------
     schedule
-        As for counts; ``p`` is the share not yet masked (1.5).
+        As for counts; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
     classes
         Counts ``0 ... classes - 1``. Larger ones are held at the last class if ``clamp``, else refused.
     """
@@ -63,7 +63,7 @@ class Masked(Process):
     def forward(
         self, x_s: Float[Tensor, "b g"], p_s: float | Tensor, p_t: float | Tensor, *, rng: Rng
     ) -> Float[Tensor, "b g"]:
-        """An entry stays seen with probability ``p_t / p_s`` (MATHS 9.1).
+        """An entry stays seen with probability ``p_t / p_s`` (docs/MATHS.md 9.1).
 
         Raises
         ------
@@ -91,7 +91,7 @@ class Masked(Process):
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """``-p' / (1 - p)`` times the cross entropy of masked entries (MATHS 9.2); weight 1 at ``p = 0``."""
+        """``-p' / (1 - p) (-log P(x_0))`` of masked entries (docs/MATHS.md 9.2); weight 1 at ``p = 0``."""
         p = tensor(p, x).expand_as(x)
         weight = torch.where(p == 0, 1.0, self.schedule.speed(p) / (1 - p).clamp_min(1e-3))
         return weight * self._cross_entropy(eta, x_0, x)
@@ -103,7 +103,7 @@ class Masked(Process):
     def bound(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """(9.2) per unit of p."""
+        """``-log P(x_0) / (1 - p)`` of masked entries: docs/MATHS.md 9.2 per unit of p."""
         return self._cross_entropy(eta, x_0, x) / (1 - tensor(p, x))
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
@@ -121,14 +121,14 @@ class Masked(Process):
         sigma: float | Tensor = 0.0,
         rng: Rng,
     ) -> Float[Tensor, "b g"]:
-        """Unmask a masked entry with probability beta, mask a seen one with probability sigma (MATHS 9.3).
+        """Unmask with probability beta, mask a seen entry with probability sigma (docs/MATHS.md 9.3).
 
         ``sigma = 0`` is MDLM, else ReMDM.
 
         Raises
         ------
         ValueError
-            ``sigma`` above its cap (4.3) or negative.
+            ``sigma`` above its cap (docs/MATHS.md 4.3) or negative.
         """
         p_t, p_s = tensor(p_t, x), tensor(p_s, x)
         sigma = check_sigma(sigma, p_t, p_s)

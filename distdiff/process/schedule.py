@@ -1,4 +1,4 @@
-"""Survival schedules p(t), the step grid, and the attrition cap shared by every process (MATHS 1, 4.3, 4.4)."""
+"""Survival schedules p(t), the step grid, and the attrition cap shared by every process (docs/MATHS.md 1, 4.3, 4.4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distdiff.types import Float, Tensor
 
 
 class Schedule(ABC):
-    """``p : [0, 1] -> [0, 1]``, differentiable and decreasing, ``p(0) = 1`` (data), ``p(1) = 0`` (MATHS 1.1)."""
+    """``p : [0, 1] -> [0, 1]``, differentiable and falling, ``p(0) = 1`` (data), ``p(1) = 0`` (docs/MATHS.md 1.1)."""
 
     @abstractmethod
     def p(self, t: Tensor) -> Tensor:
@@ -33,44 +33,44 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """``p = cos^2(pi t / 2)``; ``-p' = (pi/2) sin(pi t) = pi sqrt(p (1 - p))`` (MATHS 1.2)."""
+    """``p = cos^2(pi t / 2)``; ``-p' = (pi/2) sin(pi t) = pi sqrt(p (1 - p))`` (docs/MATHS.md 1.2)."""
 
     def p(self, t: Tensor) -> Tensor:
-        """MATHS 1.2."""
+        """``cos^2(pi t / 2)`` (docs/MATHS.md 1.2)."""
         return torch.cos(t * (math.pi / 2)).square()
 
     def speed(self, p: Tensor) -> Tensor:
-        """MATHS 1.2 written in p."""
+        """``pi sqrt(p (1 - p))`` (docs/MATHS.md 1.2)."""
         return math.pi * (p * (1 - p)).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)
 class Fisher(Schedule):
-    """``p = sigmoid((1 - 2t) L)``, uniform in logit p; ``-p' = 2 L p (1 - p)`` (MATHS 1.3, Blackout's schedule).
+    """``p = sigmoid((1 - 2t) L)``, uniform in logit p; ``-p' = 2 L p (1 - p)`` (docs/MATHS.md 1.3).
 
-    Its ends are ``1 - eps`` and ``eps``, ``L = log((1 - eps) / eps)``: :func:`levels` puts the first and the last
-    level at exactly 0 and 1, so that the prior is empty and the last step ends on data.
+    It is Blackout's. Its ends are ``1 - eps`` and ``eps``, ``L = log((1 - eps) / eps)``: :func:`levels` puts the first
+    and the last level at exactly 0 and 1, so that the prior is empty and the last step ends on data.
     """
 
     log_eps: float = -15.0
 
     @property
     def span(self) -> float:
-        """L of MATHS 1.3."""
+        """``L = log((1 - eps) / eps)`` (docs/MATHS.md 1.3)."""
         return math.log1p(-math.exp(self.log_eps)) - self.log_eps
 
     def p(self, t: Tensor) -> Tensor:
-        """MATHS 1.3."""
+        """``sigmoid((1 - 2t) L)`` (docs/MATHS.md 1.3)."""
         return torch.sigmoid((1 - 2 * t) * self.span)
 
     def speed(self, p: Tensor) -> Tensor:
-        """MATHS 1.3 written in p."""
+        """``2 L p (1 - p)`` (docs/MATHS.md 1.3)."""
         return 2 * self.span * p * (1 - p)
 
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """``p = 1 - t``: every survival probability is as likely as any other."""
+    """``p = 1 - t``: every survival probability is as likely as any other (docs/MATHS.md 1.6)."""
 
     def p(self, t: Tensor) -> Tensor:
         """``1 - t``."""
@@ -124,7 +124,7 @@ MOST_TIMES = 1_000_000
 
 @dataclass(frozen=True)
 class Discrete(Schedule):
-    """A schedule at ``times`` points: discrete-time training. With Fisher and 1000 points it is Blackout's (MATHS 1.4).
+    """A schedule at ``times`` points: discrete-time training (docs/MATHS.md 1.4); Fisher at 1000 points is Blackout's.
 
     ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k alike.
     """
@@ -255,7 +255,7 @@ def check_grid(grid: Sequence[float]) -> None:
 
 
 def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float = 0.0) -> list[float]:
-    """Levels where little variance is lost: those that minimise ``sum r^2 (Var d - E d)+`` over the walk (MATHS 4.11).
+    """Levels where a walk loses least variance: they minimise ``sum r^2 (Var d - E d)+`` (docs/MATHS.md 4.11).
 
     Parameters
     ----------
@@ -291,12 +291,12 @@ def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float
 
 
 def sigma_max(p_t: Tensor, p_s: Tensor) -> Tensor:
-    """Largest attrition of a step ``p_t -> p_s``: ``min(1, (1 - p_s) / p_t)`` (MATHS 4.3)."""
+    """Largest attrition of a step ``p_t -> p_s``: ``min(1, (1 - p_s) / p_t)`` (docs/MATHS.md 4.3)."""
     return ((1 - p_s) / p_t.clamp_min(1e-38)).clamp(0, 1)
 
 
 def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
-    """Attrition sigma of a step under a rule (MATHS 4.4): 0, sigma_max, min(eta, sigma_max) or eta sigma_max.
+    """Attrition sigma of a step under a rule (docs/MATHS.md 4.4): 0, sigma_max, min(eta, sigma_max) or eta sigma_max.
 
     Raises
     ------
@@ -322,8 +322,8 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        ``sigma`` negative or above ``sigma_max`` (MATHS 4.3): a larger one would need more births than there are lost
-        molecules.
+        ``sigma`` negative or above ``sigma_max`` (docs/MATHS.md 4.3): a larger one would need more births than there
+        are lost molecules.
     """
     none = not isinstance(sigma, Tensor) and sigma == 0
     sigma = tensor(sigma, p_t)
@@ -339,13 +339,13 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
-    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (MATHS 4.2, 9.3); 0 where nothing was lost (``p_t == 1``)."""
+    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (docs/MATHS.md 4.2, 9.3); 0 where ``p_t == 1``."""
     beta = (p_s - (1 - sigma) * p_t) / (1 - p_t).clamp_min(1e-12)
     return torch.where(p_t < 1, beta.clamp(0, 1), torch.zeros_like(beta))
 
 
 def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
-    """Share ``p_t / p_s`` of what is left at ``p_s`` that is left at ``p_t`` (MATHS 2.3), like ``x``.
+    """Share ``p_t / p_s`` of what is left at ``p_s`` that is left at ``p_t`` (docs/MATHS.md 2.3), like ``x``.
 
     The range is looked at on the CPU only, as on a GPU each look waits for the device.
 

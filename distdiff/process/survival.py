@@ -1,4 +1,4 @@
-"""The mixture of survival probabilities that one model is trained on: one p per gene of each cell (MATHS 5)."""
+"""The mixture of survival probabilities that one model is trained on: one p per gene of each cell (docs/MATHS.md 5)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from distdiff.types import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Survival:
-    """Shares of training cells that meet each pattern of p; they need not add up to 1.
+    """Shares of training cells that meet each pattern of p per gene (docs/MATHS.md 5); they need not add up to 1.
 
     Parameters
     ----------
     hidden
-        Evidence at p = 1, targets at exactly 0: what the posterior mean in one call is asked (MATHS 5.3, 5.6).
+        Evidence at p = 1, targets at exactly 0: what the posterior mean in one call is asked (docs/MATHS.md 5.3, 5.6).
     two_level
-        Evidence at p = 1, targets at p(t): the walk of an imputation (MATHS 5.2).
+        Evidence at p = 1, targets at p(t): the walk of an imputation (docs/MATHS.md 5.2).
     uniform
-        All genes at p(t): generation, denoising, RePaint (MATHS 5.1, 5.4, 6).
+        All genes at p(t): generation, denoising, RePaint (docs/MATHS.md 5.1, 5.4, 6).
     target_share
         Range of the share of genes that are targets in the first two patterns, uniform per cell.
     time

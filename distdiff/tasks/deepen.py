@@ -1,4 +1,4 @@
-"""Deepen: walk a cell on to a multiple of its depth; molecules are added, none removed (MATHS 5.5)."""
+"""Deepen: walk a cell on to a multiple of its depth; molecules are added, none removed (docs/MATHS.md 5.5)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def deepen(
     model: Model, cells: Cells, measured: Bool[Tensor, "b g"], times: float, *, steps: int = 8, seed: int = 0,
     beyond: Literal["refuse", "allow"] = "refuse",
 ) -> Float[Tensor, "b g"]:  # fmt: skip
-    """Whole counts of the same cells at ``times`` their depth: the observed cell is taken as p = 1 / times.
+    """Whole counts of the same cells at ``times`` their depth: a walk from p = 1 / times to 1 (docs/MATHS.md 5.5).
 
     Genes that were not measured start at p = 0. There is no attrition, so no count falls.
 

@@ -1,4 +1,4 @@
-"""Denoise: the rate behind the counts of a cell, in one network call (MATHS 5.4)."""
+"""Denoise: the rate behind the counts of a cell, in one network call (docs/MATHS.md 5.4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from distdiff.model import Model
 
 NEAR = 0.999
-"""Survival of the evidence: the limit p -> 1 (3.4), from the side on which the network was trained."""
+"""Survival of the evidence: the limit p -> 1 (docs/MATHS.md 5.4), from the side on which the network was trained."""
 
 WEIGHTS = np.concatenate((np.geomspace(0.01, 1e4, 25), [np.inf]))
 
@@ -26,7 +26,7 @@ WEIGHTS = np.concatenate((np.geomspace(0.01, 1e4, 25), [np.inf]))
 def rates(
     model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, p: float = NEAR, shrink: bool = True
 ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
-    """Rates ``lambda`` (molecules of the cell at full depth) and log sizes of cells of which a share ``p`` was seen.
+    """Rates ``lambda = f / (1 - p)`` as p -> 1 (docs/MATHS.md 5.4), in molecules at full depth, and log sizes.
 
     Parameters
     ----------
@@ -34,7 +34,8 @@ def rates(
         Genes that were looked for; the others are at p = 0.
     shrink
         Weigh the network's rate with the gene's own count: ``(x + k) / (p + k / lambda)``, the mean of a Gamma of
-        shape k around the rate, given the count. k per gene is fitted on validation cells (:func:`fit_shrink`).
+        shape k around the rate, given the count (docs/MATHS.md 3.6). k per gene is fitted on validation cells
+        (:func:`fit_shrink`).
 
     Raises
     ------
@@ -74,7 +75,7 @@ def fit_shrink(
     model: Model, store: CountStore, rows: np.ndarray, *, p: float = 0.9, repeats: int = 4, seed: int = 0,
     labels: tuple[str, ...] = (), block: int = 256,
 ) -> Tensor:  # fmt: skip
-    """Fit k of :func:`rates` per gene: the best Poisson likelihood of the ``1 - p`` of molecules held back.
+    """Fit k of :func:`rates` per gene: the best Poisson likelihood of the molecules held back (docs/MATHS.md 5.7).
 
     Each gene's likelihood at each of 26 weights (infinite: the network alone) is averaged with that of all genes
     together, at the weight of 200 molecules, so that a gene that is hardly seen follows the others.

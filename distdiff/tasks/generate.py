@@ -1,4 +1,4 @@
-"""Generate: cells from nothing but covariates (MATHS 5.1)."""
+"""Generate: cells from nothing but covariates (docs/MATHS.md 5.1)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate(
     spacing: str | Sequence[float] = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
     guidance: float = 1.0, seed: int = 0, batch_size: int = 256,
 ) -> Iterator[Float[Tensor, "b g"]]:  # fmt: skip
-    """Draw ``n`` cells batch by batch; cell ``i`` depends on ``seed`` and ``i``, not on the batch size.
+    """Draw ``n`` cells, every gene from p = 0 to 1 (docs/MATHS.md 5.1); cell ``i`` depends on ``seed`` and ``i`` alone.
 
     Raises
     ------

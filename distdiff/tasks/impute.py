@@ -1,4 +1,4 @@
-"""Imputation of a user's cells: which counts, which targets, which layers (MATHS 5.2, 5.3, 5.6)."""
+"""Imputation of a user's cells: which counts, which targets, which layers (docs/MATHS.md 5.2, 5.3, 5.6)."""
 
 from __future__ import annotations
 

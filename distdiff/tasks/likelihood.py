@@ -1,4 +1,4 @@
-"""Likelihood: how many nats a cell costs under the model; cells that cost too much are out of distribution (3.3)."""
+"""Likelihood: how many nats a cell costs under the model; cells that cost too much are out of distribution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def nats(
     model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, levels: int = 32, seed: int = 0
 ) -> Float[Tensor, " b"]:
-    """Upper bound of ``-log p(x_0)`` of each cell in nats: (3.3) integrated over p, whatever the schedule.
+    """Upper bound of ``-log p(x_0)`` of each cell in nats: docs/MATHS.md 3.3 integrated over p, whatever the schedule.
 
     With ``p = 1 - u^2`` the integral is a mean over ``levels`` strata of u, one thinning each at a random place of its
     stratum (drawn evenly in p itself, the few molecules lost near p = 1 would make its variance infinite). Genes that

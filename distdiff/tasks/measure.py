@@ -25,9 +25,9 @@ LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0
 def measure(model: Model, store: CountStore, *, labels: tuple[str, ...] = (), seed: int = 0) -> None:
     """Fill in ``info['depth']``, and for a process of counts ``info['excess']``, ``info['nats']`` and ``shrink``.
 
-    ``depth``: quantiles of molecules per training cell, the limit of deepening (MATHS 5.5). ``excess``: where along a
-    walk dispersion is at stake (4.11). ``nats``: quantiles of the likelihood bound on held-out cells, to tell whether
-    another cell is out of distribution. At most 512 cells each (4,096 for the depth).
+    ``depth``: quantiles of molecules per training cell, the limit of deepening (docs/MATHS.md 5.5). ``excess``: where
+    along a walk dispersion is at stake (docs/MATHS.md 4.11). ``nats``: quantiles of the likelihood bound on held-out
+    cells, to tell whether another cell is out of distribution. At most 512 cells each (4,096 for the depth).
     """
     rng = numpy_generator(seed, "measure")
     train, held_out = (_some(store.rows(split), n, rng) for split, n in (("train", 4096), ("val", CELLS)))
@@ -48,7 +48,7 @@ def measure(model: Model, store: CountStore, *, labels: tuple[str, ...] = (), se
 def excess(
     model: Model, store: CountStore, rows: np.ndarray, targets: float, labels: tuple[str, ...], seed: int
 ) -> list[float]:
-    """``(Var d - E d)+`` at each of :data:`LEVELS` (MATHS 4.11), as a share of each gene's variance, summed over genes.
+    """``(Var d - E d)+`` at each of :data:`LEVELS` (docs/MATHS.md 4.11), over each gene's variance, summed over genes.
 
     ``d`` are the lost molecules of a share ``targets`` of the genes, the others being seen whole; the variance is that
     around the network's own answer, so that what the network explains is not counted.

@@ -20,7 +20,7 @@ def test_mcar_hides_the_share_it_is_asked_for():
 
 
 def algorithm_1(x, groups):
-    """ID Algorithm 1 as it is written: loops over groups and genes."""
+    """scIDPMs, algorithm 1, as it is written: loops over groups and genes."""
     sites = np.zeros(x.shape, bool)
     for group in set(groups[groups >= 0].tolist()):
         cells = np.flatnonzero(groups == group)

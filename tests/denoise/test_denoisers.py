@@ -233,7 +233,7 @@ def test_one_bucket_is_full_attention():
 
 
 def test_csdi_has_the_published_number_of_weights():
-    """527,825 there, of which one encoder layer a block is built and never called (REFERENCE 3.1)."""
+    """527,825 there, of which one encoder layer a block is built and never called (counted in its published code)."""
     spec = DataSpec(SPEC.genes, {}, SPEC.gene_mean)
     network = build(Denoiser, {"kind": "csdi"}, spec, 1)
     unused = torch.nn.TransformerEncoderLayer(64, 8, 64)

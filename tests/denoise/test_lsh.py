@@ -1,4 +1,4 @@
-"""Hashed attention against a dense softmax over the same meetings, and what the meetings must obey (MATHS 10.1)."""
+"""Hashed attention against a dense softmax over the same meetings, and the rules of these (docs/MATHS.md 10.1)."""
 
 from __future__ import annotations
 

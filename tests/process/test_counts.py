@@ -1,4 +1,4 @@
-"""MATHS 2-4 for the count process: exact moments and chi-squared at fixed seeds, closed-form answers."""
+"""docs/MATHS.md 2-4 for the count process: exact moments and chi-squared at fixed seeds, closed-form answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from distdiff.process._laws import nb_nll, random_round
+from distdiff.process._laws import nb_mean_log1p, nb_nll, random_round
 from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels, schedule, sigma_max
 from distdiff.rng import generator
@@ -23,7 +23,7 @@ X0 = torch.tensor([[0.0, 1.0, 3.0, 40.0]])
 
 
 @given(p=unit)
-def test_marginal_is_binomial(p):  # MATHS 2.2
+def test_marginal_is_binomial(p):  # docs/MATHS.md 2.2
     x = Counts().forward(torch.full((20_000, 1), 6.0), 1.0, p, rng=generator(0, "marginal", str(p)))
     seen = np.bincount(x.numpy().astype(int).ravel(), minlength=7)
     want = stats.binom.pmf(np.arange(7), 6, p) * len(x)
@@ -35,13 +35,13 @@ def test_marginal_is_binomial(p):  # MATHS 2.2
 
 
 @given(p_s=unit, share=unit)
-def test_thinning_composes(p_s, share):  # MATHS 2.3
+def test_thinning_composes(p_s, share):  # docs/MATHS.md 2.3
     p_t = p_s * share
     laws.forward_composes(Counts(), X0, p_s, p_t, (X0 * p_t)[0], (X0 * p_t * (1 - p_t))[0])
 
 
 @given(p_s=unit, share=unit)
-def test_bridge_keeps_the_marginal(p_s, share):  # MATHS 2.4
+def test_bridge_keeps_the_marginal(p_s, share):  # docs/MATHS.md 2.4
     process, p_t, rng = Counts(), p_s * share, generator(0, "bridge", str(p_s), str(share))
     x_0 = X0.expand(laws.N, -1)
     x_t = process.forward(x_0, 1.0, p_t, rng=rng)
@@ -50,7 +50,7 @@ def test_bridge_keeps_the_marginal(p_s, share):  # MATHS 2.4
 
 @pytest.mark.parametrize("weight", ["paper", "nll", "none"])
 @given(p=st.floats(0.05, 0.95), mean=st.floats(0.2, 8))
-def test_loss_is_least_at_the_posterior_mean(weight, p, mean):  # MATHS 3.1-3.3: a Bregman divergence, any weight
+def test_loss_is_least_at_the_posterior_mean(weight, p, mean):  # docs/MATHS.md 3.1-3.3: a Bregman divergence
     process = Counts(head="mean", weight=weight)
     x_0 = generator(0, "loss", str(p), str(mean)).poisson(torch.full((4000, 1), mean))
     x = process.forward(x_0, 1.0, p, rng=generator(1, "loss", str(p)))
@@ -68,7 +68,7 @@ def test_loss_is_least_at_the_posterior_mean(weight, p, mean):  # MATHS 3.1-3.3:
 
 
 @given(t=unit)
-def test_weights_are_the_ones_of_the_paper(t):  # MATHS 3.2, 3.3
+def test_weights_are_the_ones_of_the_paper(t):  # docs/MATHS.md 3.2, 3.3
     time = torch.tensor(t, dtype=torch.float64)
     p = schedule("cosine").p(time)
     want = torch.pi / 2 * torch.sin(torch.pi * time)
@@ -77,7 +77,7 @@ def test_weights_are_the_ones_of_the_paper(t):  # MATHS 3.2, 3.3
     assert Counts(weight="none").weights(p) == 1
 
 
-def test_nll_integral_does_not_depend_on_the_schedule():  # MATHS 3.3
+def test_nll_integral_does_not_depend_on_the_schedule():  # docs/MATHS.md 3.3
     """``int w_nll(t) l(p(t)) dt`` with the exact answer for Poisson data: a known number, for both schedules."""
     totals = []
     for name in ("cosine", "fisher"):
@@ -89,7 +89,7 @@ def test_nll_integral_does_not_depend_on_the_schedule():  # MATHS 3.3
     assert totals[0] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_the_bound_integrates_half_the_poisson_deviance():  # MATHS 3.3
+def test_the_bound_integrates_half_the_poisson_deviance():  # docs/MATHS.md 3.3
     process = Counts(head="mean")
     d, f = torch.tensor([[0.0, 2.0, 5.0]]), torch.tensor([[0.7, 2.0, 1.5]])
     eta = (f / 0.5).log().unsqueeze(-1)
@@ -98,7 +98,7 @@ def test_the_bound_integrates_half_the_poisson_deviance():  # MATHS 3.3
     assert torch.allclose(got, want, atol=1e-6)
 
 
-def test_nb_likelihood_is_scipys():  # MATHS 3.5
+def test_nb_likelihood_is_scipys():  # docs/MATHS.md 3.5
     d = torch.tensor([0.0, 1.0, 7.0, 0.0])
     mean, log_size = torch.tensor([0.5, 2.0, 3.0, 0.0]), torch.tensor([0.0, 1.0, -1.0, 0.3])
     size = log_size.exp().double().numpy()
@@ -106,7 +106,7 @@ def test_nb_likelihood_is_scipys():  # MATHS 3.5
     assert np.allclose(nb_nll(d, mean, log_size).numpy(), want, atol=1e-5)
 
 
-def test_dispersion_does_not_pull_the_mean():  # MATHS 3.5: the likelihood sees the mean held fixed
+def test_dispersion_does_not_pull_the_mean():  # docs/MATHS.md 3.5: the likelihood sees the mean held fixed
     x_0, x = torch.tensor([[9.0, 0.0]]), torch.zeros(1, 2)
     grads = []
     for head in ("mean", "nb"):
@@ -118,7 +118,7 @@ def test_dispersion_does_not_pull_the_mean():  # MATHS 3.5: the likelihood sees 
 
 
 @given(p_t=unit, gap=unit, share=st.floats(0, 1))
-def test_step_keeps_the_marginal_for_every_allowed_attrition(p_t, gap, share):  # MATHS 4.2, 4.3
+def test_step_keeps_the_marginal_for_every_allowed_attrition(p_t, gap, share):  # docs/MATHS.md 4.2, 4.3
     p_s = p_t + gap * (1 - p_t)
     sigma = share * float(sigma_max(torch.tensor(p_t), torch.tensor(p_s)))
     beta = (p_s - (1 - sigma) * p_t) / (1 - p_t)
@@ -127,7 +127,7 @@ def test_step_keeps_the_marginal_for_every_allowed_attrition(p_t, gap, share):  
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_step_given_the_truth_has_the_binomial_law(share):  # MATHS 4.2 with xhat_0 = x_0
+def test_step_given_the_truth_has_the_binomial_law(share):  # docs/MATHS.md 4.2 with xhat_0 = x_0
     process, p_t, p_s, rng = Counts(head="mean"), 0.3, 0.6, generator(0, "step", str(share))
     x_0 = X0.expand(laws.N, -1)
     x_t = process.forward(x_0, 1.0, p_t, rng=rng)
@@ -138,27 +138,27 @@ def test_step_given_the_truth_has_the_binomial_law(share):  # MATHS 4.2 with xha
 
 
 @given(f=st.floats(0, 30))
-def test_random_rounding_keeps_the_mean(f):  # MATHS 4.5
+def test_random_rounding_keeps_the_mean(f):  # docs/MATHS.md 4.5
     x = random_round(torch.full((laws.N,), f), rng=generator(0, "round", str(f)))
     low = np.floor(f)
     assert set(x.unique().tolist()) <= {low, low + 1}
     assert float(x.double().mean()) == pytest.approx(f, abs=5 * 0.5 / laws.N**0.5)
 
 
-def test_rounding_to_nearest_collapses_small_rates():  # MATHS 4.5, why random rounding
+def test_rounding_to_nearest_collapses_small_rates():  # docs/MATHS.md 4.5, why random rounding
     eta = torch.full((100, 5, 1), 0.4).log()
     x = Counts(head="mean", rounding="nearest").reverse(torch.zeros(100, 5), eta, 0.0, 1.0, rng=generator(0))
     assert x.sum() == 0
 
 
 @given(mean=st.floats(0.1, 20), log_size=st.floats(-1, 3))
-def test_nb_draws_have_the_nb_moments(mean, log_size):  # MATHS 4.8
+def test_nb_draws_have_the_nb_moments(mean, log_size):  # docs/MATHS.md 4.8
     rng = generator(0, "nb", str(mean), str(log_size))
     x = rng.nb(torch.full((laws.N, 1), mean), torch.full((laws.N, 1), log_size))
     laws.moments_close(x, mean, mean + mean**2 / np.exp(log_size), sigmas=6)
 
 
-def test_nb_is_closed_under_thinning():  # MATHS 4.8
+def test_nb_is_closed_under_thinning():  # docs/MATHS.md 4.8
     rng, process = generator(0, "closed"), Counts()
     whole = rng.nb(torch.full((laws.N, 1), 6.0), torch.full((laws.N, 1), 0.5))
     thinned, r = process.forward(whole, 1.0, 0.3, rng=rng), 0.3
@@ -181,7 +181,7 @@ VAR = (MEAN + MEAN**2 / SIZE).double()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
-def test_nb_leap_with_the_exact_answer_samples_the_law_at_any_step_count(steps):  # MATHS 4.8
+def test_nb_leap_with_the_exact_answer_samples_the_law_at_any_step_count(steps):  # docs/MATHS.md 4.8
     grid = levels(schedule("cosine"), steps)
     x = laws.exact_answer_samples_the_law(
         Counts(), _gamma_poisson(MEAN, SIZE, "nb"), 3, grid, MEAN.double(), VAR, tolerance=0.08
@@ -192,7 +192,7 @@ def test_nb_leap_with_the_exact_answer_samples_the_law_at_any_step_count(steps):
 
 
 @pytest.mark.parametrize("name", ["cosine", "fisher"])
-def test_random_rounding_with_the_exact_answer_needs_many_steps(name):  # MATHS 4.7: right in the limit, short of it not
+def test_random_rounding_with_the_exact_answer_needs_many_steps(name):  # docs/MATHS.md 4.7: right in the limit
     grid = levels(schedule(name), 150)
     process = Counts(head="mean", schedule=name)
     laws.exact_answer_samples_the_law(
@@ -205,7 +205,7 @@ def test_random_rounding_with_the_exact_answer_needs_many_steps(name):  # MATHS 
     assert few.var(0)[0] < 0.75 * VAR[0]
 
 
-def test_per_gene_survival():  # MATHS 5: evidence at 1 never moves, targets walk, in one call
+def test_per_gene_survival():  # docs/MATHS.md 5: evidence at 1 never moves, targets walk, in one call
     process = Counts()
     x = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
     eta = torch.zeros(2, 2, 2)
@@ -217,14 +217,14 @@ def test_per_gene_survival():  # MATHS 5: evidence at 1 never moves, targets wal
     laws.entries_with_p_one_never_move(Counts(head="mean"), eta[..., :1], x)
 
 
-def test_rate_is_finite_at_both_ends():  # MATHS 3.4
+def test_rate_is_finite_at_both_ends():  # docs/MATHS.md 3.4
     process = Counts(head="mean")
     eta = torch.zeros(1, 2, 1)
     for p in (0.0, 1.0):
         assert process.loss(eta, torch.ones(1, 2), torch.ones(1, 2), p).isfinite().all()
 
 
-def test_paint_then_mean_is_a_martingale():  # MATHS 4.11: x_t + f keeps its mean along the walk
+def test_paint_then_mean_is_a_martingale():  # docs/MATHS.md 4.11: x_t + f keeps its mean along the walk
     process, predict = Counts(), _gamma_poisson(MEAN, SIZE, "nb")
     x, grid = torch.zeros(laws.N, 3), levels(schedule("cosine"), 4)
     rng = generator(0, "martingale")
@@ -264,7 +264,7 @@ def _loaded(scale=1.5, genes=6, k=3):
     return process, process.natural(raw, torch.zeros(1, genes), 0.0)
 
 
-def test_loadings_divide_the_dispersion_and_do_not_add_to_it():  # MATHS 4.9: mean and variance stay those of the NB
+def test_loadings_divide_the_dispersion_and_do_not_add_to_it():  # docs/MATHS.md 4.9: moments stay those of the NB
     process, eta = _loaded()
     loading, log_size = process.shared(eta)
     length = loading.square().sum(-1)
@@ -274,7 +274,7 @@ def test_loadings_divide_the_dispersion_and_do_not_add_to_it():  # MATHS 4.9: me
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_correlated_births_have_the_moments_of_their_law(beta):  # MATHS 4.9, closed under thinning
+def test_correlated_births_have_the_moments_of_their_law(beta):  # docs/MATHS.md 4.9, closed under thinning
     process, eta = _loaded(scale=0.7)
     f = process.lost(eta, 0.0)
     n = 10 * laws.N
@@ -343,7 +343,7 @@ def test_x0_prediction_has_the_same_minimum_and_no_rate():
         process.rate(eta)
 
 
-def test_trapezoidal_keeps_more_variance_than_plain_for_the_same_calls():  # MATHS 4.10
+def test_trapezoidal_keeps_more_variance_than_plain_for_the_same_calls():  # docs/MATHS.md 4.10
     process, found = Counts(head="mean"), {}
     for solver, steps in (("plain", 15), ("trapezoidal", 8)):  # 15 calls each
         rng, calls = generator(0, solver), []
@@ -432,3 +432,31 @@ def test_births_reinforce_themselves_at_any_number_of_steps(steps):
     assert ((found[True] - 1).abs() < 0.1).all()
     if steps > 1:
         assert found[False][0] < 0.8
+
+
+def test_negative_binomial_scores_of_large_sizes():
+    """Against scipy: a difference of log-gammas keeps no digit of float32 at size 1e7."""
+    for log_size in (-2.0, 3.0, 9.0, 9.5, 13.0, 16.0):
+        size = np.exp(log_size)
+        for mean in (0.01, 1.0, 100.0, 1e4):
+            k = np.unique(stats.nbinom.ppf([0.001, 0.5, 0.999], size, size / (size + mean)))
+            found = nb_nll(torch.tensor(k, dtype=torch.float32), torch.tensor(mean), torch.tensor(log_size))
+            wanted = -stats.nbinom.logpmf(k, size, size / (size + mean))
+            assert found.numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-2 if mean < 1e4 else 1e-1)
+
+
+def test_expected_logarithms_of_laws_of_any_width():
+    """Against the sum over all terms: means of 1e-4 to 1e5, sizes of 1e-2 to 1e6, as counts and per ten thousand."""
+    means, sizes = np.meshgrid(np.geomspace(1e-4, 1e5, 10), np.geomspace(1e-2, 1e6, 5))
+    for base, scale in ((0.0, 1.0), (3.0, 1.0), (0.0, 10.0), (2.0, 200.0)):
+        found = nb_mean_log1p(
+            torch.tensor(base), torch.tensor(means, dtype=torch.float32), torch.tensor(np.log(sizes)).float(),
+            torch.tensor(scale),
+        )  # fmt: skip
+        for mean, size, value in zip(means.flat, sizes.flat, found.flatten().tolist(), strict=True):
+            chance = size / (size + mean)
+            most = stats.nbinom.ppf(1 - 1e-13, size, chance)
+            if most < 1e6:
+                k = np.arange(most + 10)
+                wanted = (stats.nbinom.pmf(k, size, chance) * np.log1p(scale * (base + k))).sum()
+                assert value == pytest.approx(wanted, rel=5e-6), (mean, size, base, scale)

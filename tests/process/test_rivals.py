@@ -75,14 +75,14 @@ def test_every_process_starts_at_its_prior_and_ends_on_data(kind):
 
 
 @given(p_s=unit, share=unit)
-def test_gaussian_forward_composes(p_s, share):  # MATHS 8.1
+def test_gaussian_forward_composes(p_s, share):  # docs/MATHS.md 8.1
     p_t = p_s * share
     laws.forward_composes(Gaussian(), X0 / 10, p_s, p_t, (X0 / 10 * p_t**0.5)[0], torch.full((4,), 1 - p_t))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
 @given(p_t=unit, gap=unit, share=st.floats(0, 1))
-def test_gaussian_step_given_the_truth_keeps_the_marginal(noise, p_t, gap, share):  # MATHS 8.3, DDIM
+def test_gaussian_step_given_the_truth_keeps_the_marginal(noise, p_t, gap, share):  # docs/MATHS.md 8.3, DDIM
     process, p_s, rng = Gaussian(noise=noise), p_t + gap * (1 - p_t), generator(0, "g", str(p_t), str(gap))
     x_0 = (X0 / 10).expand(laws.N, -1)
     x_t = process.forward(x_0, 1.0, p_t, rng=rng)
@@ -91,7 +91,7 @@ def test_gaussian_step_given_the_truth_keeps_the_marginal(noise, p_t, gap, share
     laws.moments_close(x_s, (X0 / 10 * p_s**0.5)[0], torch.full((4,), 1 - p_s))
 
 
-def test_ancestral_step_has_the_ddpm_posterior():  # MATHS 8.3: mean and variance given x_t and x_0
+def test_ancestral_step_has_the_ddpm_posterior():  # docs/MATHS.md 8.3: mean and variance given x_t and x_0
     process, p_t, p_s = Gaussian(noise=1.0), 0.3, 0.5
     x_t, x_0 = torch.full((laws.N, 1), 0.7), torch.full((laws.N, 1), 1.9)
     alpha = p_t / p_s
@@ -131,7 +131,7 @@ def test_multistep_needs_fewer_calls_than_ddim():
     assert errors["multistep"] < 0.5 * errors["plain"]
 
 
-def test_eps_and_x0_are_one_answer():  # MATHS 8.1, 8.2
+def test_eps_and_x0_are_one_answer():  # docs/MATHS.md 8.1, 8.2
     eps_process, x_0, eps = Gaussian(predict="eps"), torch.tensor([[0.5, 2.0]]), torch.tensor([[0.3, -1.0]])
     x = 0.4**0.5 * x_0 + 0.6**0.5 * eps
     eta = eps_process.natural(eps.unsqueeze(-1), x, 0.4)
@@ -148,7 +148,7 @@ def test_eps_and_x0_are_one_answer():  # MATHS 8.1, 8.2
 
 
 @given(p_s=unit, share=unit)
-def test_masking_composes(p_s, share):  # MATHS 9.1
+def test_masking_composes(p_s, share):  # docs/MATHS.md 9.1
     p_t = p_s * share
     laws.forward_composes(
         Masked(), X0, p_s, p_t, (p_t * X0 + (1 - p_t) * MASK)[0], (p_t * (1 - p_t) * (X0 - MASK) ** 2)[0]
@@ -164,7 +164,7 @@ def _classes(x, p):
 
 @pytest.mark.parametrize("rule", [("none", 0.0), ("cap", 0.3), ("max", 1.0)])
 @pytest.mark.parametrize("steps", [1, 6])
-def test_masked_walks_end_on_the_law(steps, rule):  # MATHS 9.3, MDLM and ReMDM, any number of steps
+def test_masked_walks_end_on_the_law(steps, rule):  # docs/MATHS.md 9.3, MDLM and ReMDM, any number of steps
     process, rng = Masked(classes=3), generator(0, "masked", steps)
     x = sample(
         process,
@@ -179,7 +179,7 @@ def test_masked_walks_end_on_the_law(steps, rule):  # MATHS 9.3, MDLM and ReMDM,
 
 
 @given(p_t=unit, gap=unit, share=st.floats(0, 1))
-def test_unmasked_share_is_p_for_every_remasking(p_t, gap, share):  # MATHS 9.3
+def test_unmasked_share_is_p_for_every_remasking(p_t, gap, share):  # docs/MATHS.md 9.3
     process, p_s, rng = Masked(classes=3), p_t + gap * (1 - p_t), generator(0, "share", str(p_t), str(gap))
     x_t = process.forward(torch.ones(laws.N, 2), 1.0, p_t, rng=rng)
     sigma = share * float(sigma_max(torch.tensor(p_t), torch.tensor(p_s)))
@@ -197,7 +197,7 @@ def test_masked_answers_start_as_a_poisson():
 
 
 @pytest.mark.parametrize("process", [Masked(classes=3), Counts(head="mean")])
-def test_bound_of_the_exact_answer_is_the_entropy(process):  # MATHS 3.3, 9.2
+def test_bound_of_the_exact_answer_is_the_entropy(process):  # docs/MATHS.md 3.3, 9.2
     """Integrated over p, the exact answer's bound is ``-log p(x_0)`` on average: the entropy of the data."""
     n, rate = 4000, 1.3
     if isinstance(process, Masked):
@@ -219,7 +219,7 @@ def test_bound_of_the_exact_answer_is_the_entropy(process):  # MATHS 3.3, 9.2
 # -- Blackout, JUMP ---------------------------------------------------------------------------------------------------
 
 
-def test_blackout_weights():  # MATHS 1.4 with the losses of REFERENCE 1.2
+def test_blackout_weights():  # docs/MATHS.md 1.4, with both of its weights
     one, two = Blackout(), Blackout(weight="finite")
     table = one.schedule.table(torch.zeros(1, dtype=torch.float64))
     k = torch.tensor([100, 500, 900])
@@ -237,7 +237,7 @@ def test_blackout_weights():  # MATHS 1.4 with the losses of REFERENCE 1.2
         Blackout(weight="paper")
 
 
-def test_jump_round_trip_keeps_the_mean_with_the_noise_of_its_scale():  # MATHS 7.1, 7.2
+def test_jump_round_trip_keeps_the_mean_with_the_noise_of_its_scale():  # docs/MATHS.md 7.1, 7.2
     process, data = Jump(scale=50.0), torch.tensor([[0.0, 0.3, 7.0]]).expand(laws.N, 3)
     back = process.leave(process.enter(data, rng=generator(0, "jump")))
     laws.moments_close(back, data[0], data[0] / 50)

@@ -24,7 +24,7 @@ unit = st.floats(0.001, 0.999)
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @given(t=unit)
-def test_speed_is_minus_the_slope_of_p(name, t):  # MATHS 1.2, 1.3
+def test_speed_is_minus_the_slope_of_p(name, t):  # docs/MATHS.md 1.2, 1.3
     s = schedule(name)
     point = torch.tensor(t, dtype=torch.float64, requires_grad=True)
     p = s.p(point)
@@ -33,14 +33,14 @@ def test_speed_is_minus_the_slope_of_p(name, t):  # MATHS 1.2, 1.3
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_falls_from_one_to_zero(name):  # MATHS 1.1
+def test_schedule_falls_from_one_to_zero(name):  # docs/MATHS.md 1.1
     p = schedule(name).p(torch.linspace(0, 1, 1001, dtype=torch.float64))
     assert (p.diff() < 0).all()
     assert p[0] > 1 - 1e-6
     assert p[-1] < 1e-6
 
 
-def test_fisher_is_uniform_in_logit_p():  # MATHS 1.3
+def test_fisher_is_uniform_in_logit_p():  # docs/MATHS.md 1.3
     p = schedule("fisher").p(torch.linspace(0.2, 0.8, 7, dtype=torch.float64))
     steps = torch.logit(p).diff()
     assert torch.allclose(steps, steps[0].expand_as(steps), rtol=1e-9)
@@ -57,7 +57,7 @@ def test_levels_run_from_exactly_zero_to_exactly_one(name):
 
 
 @given(p_t=unit, gap=unit, eta=st.floats(0, 1))
-def test_every_attrition_rule_stays_under_the_cap(p_t, gap, eta):  # MATHS 4.3, 4.4
+def test_every_attrition_rule_stays_under_the_cap(p_t, gap, eta):  # docs/MATHS.md 4.3, 4.4
     t, s = torch.tensor(p_t), torch.tensor(p_t + gap * (1 - p_t))
     cap = sigma_max(t, s)
     for rule in ("none", "max", "cap", "rescale"):
@@ -87,7 +87,7 @@ def test_a_table_interpolates_its_values():
     assert torch.allclose(p, torch.tensor([1.0, 0.9, 0.8, 0.55, 0.0], dtype=torch.float64))
 
 
-def test_discrete_time_snaps_and_weighs_by_its_intervals():  # MATHS 1.4
+def test_discrete_time_snaps_and_weighs_by_its_intervals():  # docs/MATHS.md 1.4
     s = schedule({"kind": "fisher", "times": 1000})
     assert s == schedule("fisher@1000")
     t = torch.rand(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_levels_even_in_logit():
     assert levels(schedule("cosine"), 2, [0, 0.4, 1]).tolist() == pytest.approx([0, 0.4, 1])
 
 
-def test_placed_levels_lose_least_variance():  # MATHS 4.11: against every other choice
+def test_placed_levels_lose_least_variance():  # docs/MATHS.md 4.11: against every other choice
     import itertools
 
     p = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
