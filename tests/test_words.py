@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "distdiff"
 
-RIDDLES = frozenset("there said told tells left also place point Job Filled taken odd others asks somebody say".split())
+RIDDLES = {
+    "there", "said", "told", "tells", "left", "also", "place", "point", "Job", "Filled", "taken", "odd", "others",
+    "asks", "somebody", "say",
+}  # fmt: skip
 
 LATER = (
     "batch", "tracking", "training", "tasks", "rng", "model.py", "cli.py", "experiment.py", "imputers", "data/ingest",

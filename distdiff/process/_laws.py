@@ -111,8 +111,8 @@ def nb_mean_log1p(base: Tensor, mean: Tensor, log_size: Tensor, scale: Tensor) -
     low, high = -9.0 - torch.log1p(scale * (1 + base + mean + ratio)), 3.0  # log t: e^(-e^3) is 2e-9
     step = (high - low) / (POINTS - 1)
     total = slope * low.exp() / torch.expm1(step)
-    for point in range(POINTS):
-        t = torch.exp(low + point * step)
+    for number in range(POINTS):
+        t = torch.exp(low + number * step)
         exponent = t * scale * base + size * torch.log1p(ratio * -torch.expm1(-t * scale))
         total = total + torch.exp(-t) * -torch.expm1(-exponent)
     return step * total

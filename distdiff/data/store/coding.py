@@ -130,7 +130,7 @@ def csr(
 def add_dense(
     slots: Slots, slot: np.ndarray, local: np.ndarray, gene_column: np.ndarray, out: np.ndarray, *, clear: bool = False
 ) -> None:
-    """Add some cells of some blocks to ``out``, ``float32 [n, g]``; ``clear`` zeroes it first. Arguments as of `csr`."""
+    """Add some cells of some blocks to ``out``, ``float32 [n, g]``; ``clear`` zeroes it first. The rest as in `csr`."""
     _dense(slots.gaps, slots.values, slots.starts, slot, local, gene_column, _same(gene_column), clear, out)
 
 
