@@ -86,6 +86,15 @@ def explained(scheduler: str) -> Iterator[None]:
     ------
     OSError
         The connection to it was lost.
+
+    Examples
+    --------
+    >>> from distdiff.cluster import explained
+    >>> with explained("tcp://10.0.0.1:8786"):
+    ...     raise OSError("Timed out trying to connect")
+    Traceback (most recent call last):
+        ...
+    OSError: the dask scheduler at tcp://10.0.0.1:8786 is lost; once one is back there, with ...
     """
     from distributed.comm import CommClosedError
 
@@ -101,7 +110,14 @@ def explained(scheduler: str) -> Iterator[None]:
 
 
 def within_reach(workers: Iterable[str]) -> bool:
-    """Whether some workers can be spoken to from here (``tcp://HOST:PORT``), not only through their scheduler."""
+    """Whether some workers can be spoken to from here (``tcp://HOST:PORT``), not only through their scheduler.
+
+    Examples
+    --------
+    >>> from distdiff.cluster import within_reach
+    >>> within_reach(["tcp://127.0.0.1:9"])  # nothing listens there
+    False
+    """
     for address in workers:
         parts = urlsplit(address)
         try:

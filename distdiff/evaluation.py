@@ -32,7 +32,15 @@ MMD_CELLS = 2000
 
 @dataclass(frozen=True)
 class Contestant:
-    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point)."""
+    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point).
+
+    Examples
+    --------
+    >>> from distdiff.baselines.zero import Zero
+    >>> from distdiff.evaluation import Contestant
+    >>> Contestant("no imputation", Zero(), ("mean", "1 draw")).answers
+    ('mean', '1 draw')
+    """
 
     name: str
     imputer: Imputer
@@ -57,6 +65,12 @@ def default_contestants(
         The contestants to compare with.
     rate
         Share of entries that the baselines with options to choose hide while they choose: that of the evaluation.
+
+    Examples
+    --------
+    >>> from distdiff.evaluation import default_contestants
+    >>> [contestant.name for contestant in default_contestants(cell_type=None)]
+    ['kNN pool', 'PCA regression', 'ridge', 'gene mean x depth', 'gene mean', 'none (zero)', 'constant 1', 'perfect']
     """
     from distdiff.baselines import Baseline
 
@@ -84,7 +98,14 @@ CHEAP: tuple[dict[str, Any], ...] = (
 
 
 def cheap() -> dict[str, Imputer]:
-    """The estimators of :data:`CHEAP` by their labels, not yet fitted."""
+    """The estimators of :data:`CHEAP` by their labels, not yet fitted.
+
+    Examples
+    --------
+    >>> from distdiff.evaluation import cheap
+    >>> list(cheap())
+    ['gene mean x depth', 'kNN pool', 'PCA regression', 'ridge']
+    """
     from distdiff.baselines import Baseline
 
     return {b.label: b for b in (build(Baseline, options) for options in CHEAP)}
@@ -93,7 +114,20 @@ def cheap() -> dict[str, Imputer]:
 def deviances(
     imputers: Mapping[str, Imputer], store: CountStore, cells: Cells, hidden: NDArray[np.bool_], *, batch: int = 256
 ) -> dict[str, float]:
-    """Fit imputers on the training cells; mean Poisson deviance of each over the ``hidden`` entries of ``cells``."""
+    """Fit imputers on the training cells; mean Poisson deviance of each over the ``hidden`` entries of ``cells``.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.gene_mean import GeneMean
+    >>> from distdiff.baselines.zero import Zero
+    >>> from distdiff.data.store.store import CountStore
+    >>> from distdiff.evaluation import deviances
+    >>> store = CountStore.open("atlas.zarr")
+    >>> cells = store.cells(store.rows("test"))
+    >>> found = deviances({"mean": GeneMean(), "zero": Zero()}, store, cells, hidden=cells.counts.numpy() >= 0)
+    >>> found["mean"] < found["zero"]  # per entry, lower is better
+    True
+    """
     found = {}
     for name, imputer in imputers.items():
         imputer.fit(store, store.rows("train"))
@@ -139,6 +173,18 @@ def evaluate(
     ------
     ValueError
         No cells, a rate outside (0, 1), an unknown protocol, ``paper`` without groups, no entry to score.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.gene_mean import GeneMean
+    >>> from distdiff.baselines.zero import Zero
+    >>> from distdiff.data.store.store import CountStore
+    >>> from distdiff.evaluation import Contestant, evaluate
+    >>> store = CountStore.open("atlas.zarr")
+    >>> contestants = [Contestant("gene mean", GeneMean()), Contestant("no imputation", Zero())]
+    >>> report = evaluate(store, store.rows("test"), contestants, resamples=(20, 5), progress=False)
+    >>> [row.name for row in sorted(report.rows, key=lambda row: row.values["deviance"])]
+    ['gene mean', 'no imputation']
     """
     if not len(rows):
         raise ValueError("no cells to evaluate on")

@@ -19,7 +19,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 
 def is_url(path: object) -> bool:
-    """Whether this names a place by URL, also where `Path` has made one slash of two."""
+    """Whether this names a place by URL, also where `Path` has made one slash of two.
+
+    Examples
+    --------
+    >>> from distdiff.files import is_url
+    >>> is_url("s3://bucket/atlas.zarr"), is_url("data/atlas.zarr")
+    (True, False)
+    """
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
@@ -30,6 +37,12 @@ def local(path: str | Path) -> Path:
     ------
     ValueError
         It is a URL: only whole stores are sent to those.
+
+    Examples
+    --------
+    >>> from distdiff.files import local
+    >>> local("out/imputed.zarr").name
+    'imputed.zarr'
     """
     if is_url(path):
         raise ValueError(
@@ -54,6 +67,18 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         The disk is full: says where, and that nothing was left behind.
     ValueError
         ``target`` is a URL.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import whole
+    >>> with whole("table.txt") as temporary:
+    ...     temporary.write_text("ready")
+    ...     Path("table.txt").exists()
+    5
+    False
+    >>> Path("table.txt").read_text()
+    'ready'
     """
     target = local(target)
     prefix = f".{target.stem}.tmp-{socket.gethostname()}-"
@@ -86,6 +111,15 @@ def scratch(target: str | Path) -> Iterator[Path]:
     """A hidden folder beside ``target`` for what is needed meanwhile; it goes in the end.
 
     What a killed process of this host left is removed by the next one with the same target.
+
+    Examples
+    --------
+    >>> from distdiff.files import scratch
+    >>> with scratch("imputed.zarr") as folder:
+    ...     (folder / "piece").write_text("needed for a while")
+    18
+    >>> folder.exists()
+    False
     """
     target = Path(target)
     prefix = f".{target.stem}.scratch-{socket.gethostname()}-"
@@ -108,6 +142,16 @@ def workplace(folder: Path) -> Path:
     ------
     FileExistsError
         It is one, or holds one (named); it is a file.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import workplace
+    >>> Path("link").symlink_to("elsewhere")
+    >>> workplace(Path("link"))
+    Traceback (most recent call last):
+        ...
+    FileExistsError: link is a symbolic link, which distdiff does not make, and nothing was written through ...
     """
     if folder.is_file() and not folder.is_symlink():
         raise FileExistsError(f"{folder} is a file, a folder is wanted there; remove it, or give another output")
@@ -123,7 +167,14 @@ def workplace(folder: Path) -> Path:
 
 
 class NoRoom(OSError):
-    """The disk cannot hold what is to be written; told before any of it is."""
+    """The disk cannot hold what is to be written; told before any of it is.
+
+    Examples
+    --------
+    >>> from distdiff.files import NoRoom
+    >>> issubclass(NoRoom, OSError)
+    True
+    """
 
 
 @contextlib.contextmanager
@@ -134,6 +185,17 @@ def explain_full_disk(target: Path, work: Path) -> Iterator[None]:
     ------
     OSError
         The disk is full.
+
+    Examples
+    --------
+    >>> import errno
+    >>> from pathlib import Path
+    >>> from distdiff.files import explain_full_disk
+    >>> with explain_full_disk(Path("imputed.zarr"), Path(".imputed.zarr.building")):
+    ...     raise OSError(errno.ENOSPC, "no space")
+    Traceback (most recent call last):
+        ...
+    OSError: [Errno 28] the disk is full: imputed.zarr is not finished; free space and run the same ...
     """
     try:
         yield
@@ -174,6 +236,15 @@ def resumable(
         link.
     OSError
         The disk is full: says that the same command goes on where this one stopped.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import resumable
+    >>> with resumable("built", identity="inputs and options") as work:
+    ...     (work / "store").mkdir()
+    >>> Path("built").is_dir(), work.exists()
+    (True, False)
     """
     target = Path(target)
     tidy(target, notify)
@@ -317,7 +388,17 @@ def evict_build(target: Path, work: Path, notify: Callable[[str], None]) -> None
 
 
 def remove_at_once(work: Path) -> None:
-    """Remove a work folder under another name, so that no other process finds half of it."""
+    """Remove a work folder under another name, so that no other process finds half of it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import remove_at_once
+    >>> Path(".old.zarr.building").mkdir()
+    >>> remove_at_once(Path(".old.zarr.building"))
+    >>> Path(".old.zarr.building").exists()
+    False
+    """
     old = work.with_name(f"{work.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         os.replace(work, old)
@@ -334,7 +415,17 @@ def tidy(target: Path, notify: Callable[[str], None]) -> None:
 
 
 def restore(target: Path, old: Path) -> None:
-    """Give an older folder its name back, if a process was killed between the two renames of `publish`."""
+    """Give an older folder its name back, if a process was killed between the two renames of `publish`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import restore
+    >>> Path("before").mkdir()
+    >>> restore(Path("result"), old=Path("before"))
+    >>> Path("result").is_dir()
+    True
+    """
     if old.is_dir() and not os.path.lexists(target):
         os.replace(old, target)
 
@@ -343,6 +434,17 @@ def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
     """Give the new one its name; an old folder of that name goes only then.
 
     On Linux the name is never without a whole folder, whenever the process is killed; elsewhere it is for a moment.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import publish
+    >>> for name in ("new", "published"):
+    ...     Path(name).mkdir()
+    >>> (Path("new") / "content").touch()
+    >>> publish(Path("new"), Path("published"))
+    >>> (Path("published") / "content").exists(), Path("new").exists()
+    (True, False)
     """
     if not target.is_dir():
         os.replace(temporary, target)
@@ -397,7 +499,14 @@ def _alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one."""
+    """Remove a file or a folder, if there is one.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import remove
+    >>> remove(Path("nothing"))  # no error
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -411,6 +520,14 @@ def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> 
     ------
     ValueError
         ``out`` is the input, lies in it, or holds it.
+
+    Examples
+    --------
+    >>> from distdiff.files import refuse_nested
+    >>> refuse_nested("atlas/imputed.zarr", "atlas")
+    Traceback (most recent call last):
+        ...
+    ValueError: --out atlas/imputed.zarr lies inside the input atlas; the input is never changed, give ...
     """
     out_path, given_path = Path(out).resolve(), Path(given).resolve()
     if out_path == given_path:
@@ -421,7 +538,16 @@ def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> 
 
 
 def stamp(path: str | Path) -> str:
-    """Which version of a file or folder this is: size and time of change of everything in it."""
+    """Which version of a file or folder this is: size and time of change of everything in it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import stamp
+    >>> before = stamp("counts.h5ad")
+    >>> before == stamp("counts.h5ad")
+    True
+    """
     path = Path(path)
     found = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     stats = [f.stat() for f in found]

@@ -30,23 +30,55 @@ BANDWIDTHS = 5
 
 
 def bootstrap_weights(n_cells: int, replicates: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """How often each cell is drawn when ``n_cells`` cells are drawn with replacement: ``int64 [R b]``."""
+    """How often each cell is drawn when ``n_cells`` cells are drawn with replacement: ``int64 [R b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import bootstrap_weights
+    >>> weights = bootstrap_weights(5, 3, np.random.default_rng(0))
+    >>> weights.shape, weights.sum(axis=1)
+    ((3, 5), array([5, 5, 5]))
+    """
     return rng.multinomial(n_cells, np.full(n_cells, 1.0 / n_cells), size=replicates)
 
 
 def once(n_cells: int) -> NDArray[np.int64]:
-    """The weights of the sample itself: ``int64 [1 b]`` of ones."""
+    """The weights of the sample itself: ``int64 [1 b]`` of ones.
+
+    Examples
+    --------
+    >>> from distdiff.metrics import once
+    >>> once(4)
+    array([[1, 1, 1, 1]])
+    """
     return np.ones((1, n_cells), dtype=np.int64)
 
 
 def pooled(sums: FloatArray, n: NDArray[np.integer], weights: NDArray[np.integer]) -> FloatArray:
-    """Average over all targets of each replicate, ``sum_c w_c sums_c / sum_c w_c n_c``: ``float64 [R]``."""
+    """Average over all targets of each replicate, ``sum_c w_c sums_c / sum_c w_c n_c``: ``float64 [R]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import once, pooled
+    >>> pooled(np.array([6.0, 2.0]), np.array([3, 1]), once(2))  # 8 over 4 targets
+    array([2.])
+    """
     total = weights @ n.astype(np.float64)
     return np.divide(weights @ sums, total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
 def cell_mean(values: FloatArray, weights: NDArray[np.integer]) -> FloatArray:
-    """Average over cells of each replicate, leaving out cells whose value is NaN: ``float64 [R]``."""
+    """Average over cells of each replicate, leaving out cells whose value is NaN: ``float64 [R]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import cell_mean, once
+    >>> cell_mean(np.array([0.5, np.nan, 0.7]), once(3))
+    array([0.6])
+    """
     known = ~np.isnan(values)
     return pooled(np.where(known, values, 0.0), known.astype(np.int64), weights)
 
@@ -81,6 +113,14 @@ def poisson_deviance(
     ------
     ValueError
         ``floor`` is not positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import poisson_deviance
+    >>> truth, targets = np.array([[0.0, 3.0]]), np.array([[True, True]])
+    >>> [poisson_deviance(truth, targets, mean=truth + wrong).round(3) for wrong in (0, 1)]
+    [array([0.]), array([2.274])]
     """
     if not floor > 0:
         raise ValueError(f"poisson_deviance: floor={floor} must be positive, for example {DEVIANCE_FLOOR}")
@@ -92,12 +132,28 @@ def poisson_deviance(
 
 
 def error(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
-    """Signed error ``answer - truth`` summed over each cell's targets (pooled: the bias): ``float64 [b]``."""
+    """Signed error ``answer - truth`` summed over each cell's targets (pooled: the bias): ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import error
+    >>> error(np.array([[0.0, 3.0]]), np.array([[True, True]]), np.array([[1.0, 3.5]]))
+    array([1.5])
+    """
     return _sum(answer.astype(np.float64) - truth, targets)
 
 
 def absolute_error(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
-    """``|answer - truth|`` summed over each cell's targets (pooled: the MAE): ``float64 [b]``."""
+    """``|answer - truth|`` summed over each cell's targets (pooled: the MAE): ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import absolute_error
+    >>> absolute_error(np.array([[0.0, 3.0]]), np.array([[True, True]]), np.array([[1.0, 2.5]]))
+    array([1.5])
+    """
     return _sum(np.abs(answer.astype(np.float64) - truth), targets)
 
 
@@ -105,6 +161,13 @@ def squared_error(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> 
     """``(answer - truth)^2`` summed over each cell's targets (square root of the pooled mean: the RMSE).
 
     CountsDiff's paper averages an RMSE a cell; its code, as here, pools all targets.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import squared_error
+    >>> squared_error(np.array([[0.0, 3.0]]), np.array([[True, False]]), np.array([[2.0, 9.0]]))  # targets only
+    array([4.])
     """
     return _sum((answer.astype(np.float64) - truth) ** 2, targets)
 
@@ -113,6 +176,13 @@ def log1p_squared_error(truth: FloatArray, targets: BoolArray, answer: FloatArra
     """``(log1p(answer) - log1p(truth))^2`` summed over each cell's targets; answers below zero count as zero.
 
     Not proper for means: its optimum is ``exp(E[log1p x]) - 1``, below ``E[x]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import log1p_squared_error
+    >>> log1p_squared_error(np.array([[0.0]]), np.array([[True]]), np.array([[np.e - 1]]))
+    array([1.])
     """
     entries = (np.log1p(np.maximum(answer, 0.0).astype(np.float64)) - np.log1p(truth.astype(np.float64))) ** 2
     return _sum(entries, targets)
@@ -136,6 +206,15 @@ def crps(truth: FloatArray, targets: BoolArray, draws: FloatArray) -> FloatArray
     -------
     numpy.ndarray
         ``float64 [b]`` sums, in molecules.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import crps
+    >>> truth, targets = np.array([[2.0]]), np.array([[True]])
+    >>> draws = np.array([2.0, 2.0, 5.0]).reshape(3, 1, 1)
+    >>> crps(truth, targets, draws), crps(truth, targets, draws[2:])  # three draws, and one
+    (array([0.]), array([3.]))
     """
     if len(draws) == 1:
         return absolute_error(truth, targets, draws[0])
@@ -149,7 +228,15 @@ def crps(truth: FloatArray, targets: BoolArray, draws: FloatArray) -> FloatArray
 
 
 def ranks(values: FloatArray, mask: BoolArray) -> FloatArray:
-    """Average ranks (from 1) within each row among the entries of ``mask``; zero elsewhere: ``float64 [b g]``."""
+    """Average ranks (from 1) within each row among the entries of ``mask``; zero elsewhere: ``float64 [b g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import ranks
+    >>> ranks(np.array([[5.0, 0.0, 0.0, 9.0]]), np.array([[True, True, True, False]]))
+    array([[3. , 1.5, 1.5, 0. ]])
+    """
     kept = np.where(mask, values, np.inf)
     order = np.argsort(kept, axis=1, kind="stable")
     ordered = np.take_along_axis(kept, order, axis=1)
@@ -166,7 +253,16 @@ def ranks(values: FloatArray, mask: BoolArray) -> FloatArray:
 
 
 def pearson(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
-    """Pearson correlation of each cell over its targets; NaN where either side is constant: ``float64 [b]``."""
+    """Pearson correlation of each cell over its targets; NaN where either side is constant: ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import pearson
+    >>> truth, targets = np.array([[0.0, 1.0, 2.0]]), np.ones((1, 3), dtype=bool)
+    >>> pearson(truth, targets, 3 * truth + 1).round(6), pearson(truth, targets, np.ones((1, 3)))
+    (array([1.]), array([nan]))
+    """
     n = np.maximum(targets.sum(axis=1, keepdims=True), 1)
 
     def centred(a: FloatArray) -> FloatArray:
@@ -187,6 +283,14 @@ def spearman(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> Float
     """Spearman correlation of each cell over its targets, average ranks; NaN where either side is constant.
 
     Rewards rounding when many targets are zero (ties), so it is never the headline. Returns ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import spearman
+    >>> truth, targets = np.array([[0.0, 1.0, 2.0]]), np.ones((1, 3), dtype=bool)
+    >>> spearman(truth, targets, truth**5).round(6)  # the same order
+    array([1.])
     """
     return pearson(ranks(truth, targets), targets, ranks(answer, targets))
 
@@ -198,6 +302,14 @@ def energy_distance(
 
     Equal to ``scipy.stats.energy_distance(answer[targets], truth[targets])`` of each replicate, from one global sort.
     It forgets which entry is which: a good value is necessary, not sufficient.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import energy_distance, once
+    >>> truth, targets = np.array([[0.0, 4.0]]), np.ones((1, 2), dtype=bool)
+    >>> energy_distance(truth, targets, truth[:, ::-1], once(1))  # the same values, each on the other gene
+    array([0.])
     """
     from scipy.sparse import csr_array
 
@@ -244,6 +356,14 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     ------
     ValueError
         Fewer than two cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import mmd, once
+    >>> cells = np.random.default_rng(0).normal(size=(50, 3))
+    >>> bool(mmd(cells, cells + 2, once(50))[0] > 0.1)
+    True
     """
     if len(truth) < 2:
         raise ValueError(f"mmd needs two cells or more, got {len(truth)}")
@@ -286,6 +406,14 @@ def sliced_wasserstein(
     -------
     numpy.ndarray
         ``float64 [R]``. The papers use 1000 directions (tables) or 500 (toy data) on raw counts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import once, sliced_wasserstein
+    >>> cells, directions = np.array([[0.0, 0.0], [1.0, 3.0]]), np.eye(2)
+    >>> sliced_wasserstein(cells, cells + 1, once(2), directions)
+    array([1.])
     """
     out = np.empty(len(weights))
     projected = [(a.astype(np.float64) @ directions).T for a in (truth, answer)]
@@ -298,7 +426,15 @@ def sliced_wasserstein(
 
 
 def unit_directions(n_genes: int, n_directions: int, rng: np.random.Generator) -> FloatArray:
-    """Random unit vectors in gene space: ``float64 [g d]``."""
+    """Random unit vectors in gene space: ``float64 [g d]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import unit_directions
+    >>> np.linalg.norm(unit_directions(30, 2, np.random.default_rng(0)), axis=0).round(6)
+    array([1., 1.])
+    """
     v = rng.standard_normal((n_genes, n_directions))
     return v / np.linalg.norm(v, axis=0, keepdims=True)
 
@@ -311,6 +447,14 @@ def correlation_error(
     Over the ``top`` genes of largest mean in ``truth``, pairs of different genes; genes that are constant in either set
     of a replicate are left out. ``truth`` and ``answer`` (``float [b g]``) are on the scale of comparison, log1p of
     counts in `distdiff.evaluation`. Not in the papers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import correlation_error, once
+    >>> together = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
+    >>> correlation_error(together, together[:, [0, 1]] * [1, -1], once(3)).round(6)  # from 1 to -1
+    array([2.])
     """
     genes = np.argsort(-truth.mean(axis=0), kind="stable")[:top]
     x, y = truth[:, genes].astype(np.float64), answer[:, genes].astype(np.float64)
@@ -338,6 +482,15 @@ def pit(truth: FloatArray, targets: BoolArray, draws: FloatArray, rng: np.random
 
     ``u = (#{X_i < y} + V (1 + #{X_i = y})) / (k + 1)`` with ``V`` uniform: exactly uniform, for any number of draws
     ``k`` and any ties, if truth and draws come from one law. Targets come in row-major order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import pit
+    >>> rng = np.random.default_rng(0)
+    >>> draws, truth = rng.poisson(3.0, (20, 1, 5000)), rng.poisson(3.0, (1, 5000))  # one law
+    >>> float(pit(truth, np.ones((1, 5000), dtype=bool), draws, rng).mean().round(1))
+    0.5
     """
     x, y = draws[:, targets], truth[targets]
     below, ties = (x < y).sum(axis=0), (x == y).sum(axis=0)
@@ -349,5 +502,12 @@ def coverage(u: FloatArray, levels: FloatArray) -> FloatArray:
 
     From the randomised PIT, ``|u - 1/2| <= level / 2``, so a calibrated law covers exactly its nominal share; a closed
     interval between whole numbers would always cover more.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import coverage
+    >>> coverage(np.linspace(0, 1, 1001), np.array([0.5, 0.9])).round(2)
+    array([0.5, 0.9])
     """
     return (np.abs(u[None, :] - 0.5) <= np.asarray(levels)[:, None] / 2).mean(axis=1)

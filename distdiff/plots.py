@@ -147,7 +147,14 @@ def _embed(counts: np.ndarray, seed: int) -> np.ndarray:
 
 
 def training_curve(history: Sequence[Mapping[str, float]], path: str | Path, *, judge: str = "val/deviance") -> None:
-    """Draw training loss and the validation number that chooses the best weights, ``judge``, against cells seen."""
+    """Draw training loss and the validation number that chooses the best weights, ``judge``, against cells seen.
+
+    Examples
+    --------
+    >>> from distdiff.plots import training_curve
+    >>> history = [{"cells": n, "loss": 900 / n, "val/deviance": 1 + 100 / n} for n in (1000, 2000, 4000)]
+    >>> training_curve(history, "curve.png")
+    """
     figure = _figure(7, 4)
     axes = figure.subplots()
     seen = [h["cells"] for h in history]

@@ -22,6 +22,15 @@ def check(name: str) -> None:
     ------
     ValueError
         There is not.
+
+    Examples
+    --------
+    >>> from distdiff.readouts import check
+    >>> check("q97.5")
+    >>> check("q101")
+    Traceback (most recent call last):
+        ...
+    ValueError: unknown readout 'q101'; known: log1p, log1p_cp10k, mean, median, q5, q95; a quantile ...
     """
     if name not in NAMED and _quantile(name) is None:
         raise ValueError(
@@ -60,6 +69,15 @@ def readout(
     ------
     ValueError
         Unknown name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.readouts import readout
+    >>> observed, lost = torch.tensor([[1.0]]), torch.tensor([[2.0]])  # 1 molecule is there, 2 more are expected
+    >>> log_size = torch.tensor([[0.5]]).log()
+    >>> [readout(name, observed, lost, log_size).item() for name in ("mean", "median", "q95")]
+    [3.0, 2.0, 9.0]
     """
     check(name)
     if name == "mean":

@@ -41,6 +41,14 @@ def regular(path: Path) -> io.BufferedReader:
     ------
     OSError
         It is not there, or is something else.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import regular
+    >>> with regular(Path("counts.h5ad")) as file:
+    ...     len(file.read(4))
+    4
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would never open
     try:
@@ -59,6 +67,16 @@ def parsed(text: bytes | str) -> dict[str, Any]:
     ------
     ValueError
         No JSON, no mapping, or more than :data:`DEEPEST` levels.
+
+    Examples
+    --------
+    >>> from distdiff.received import parsed
+    >>> parsed('{"genes": 30}')
+    {'genes': 30}
+    >>> parsed("[1, 2]")
+    Traceback (most recent call last):
+        ...
+    ValueError: a mapping is wanted, it holds a list
     """
     try:
         tree = json.loads(text)
@@ -84,6 +102,13 @@ def json_of(path: Path, most: int = LARGEST) -> dict[str, Any]:
         It is not there.
     ValueError
         It cannot be read, is larger than ``most`` bytes, or is not as :func:`parsed` wants it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import json_of
+    >>> json_of(Path("atlas.zarr/manifest.json"))["n_cells"]
+    199
     """
     try:
         with regular(path) as file:
@@ -106,6 +131,16 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         It is not there.
     ValueError
         It is damaged.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import torch
+    >>> from safetensors.torch import save_file
+    >>> from distdiff.received import tensors_of
+    >>> save_file({"weight": torch.ones(2)}, "weights.safetensors")
+    >>> tensors_of(Path("weights.safetensors"))
+    {'weight': tensor([1., 1.])}
     """
     try:
         regular(path).close()
@@ -117,19 +152,48 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def notes_of(path: Path) -> dict[str, str]:
-    """What stands beside the tensors of a safetensors file: text by name."""
+    """What stands beside the tensors of a safetensors file: text by name.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import torch
+    >>> from safetensors.torch import save_file
+    >>> from distdiff.received import notes_of
+    >>> save_file({"weight": torch.ones(2)}, "noted.safetensors", {"genes": "CD3E MS4A1"})
+    >>> notes_of(Path("noted.safetensors"))
+    {'genes': 'CD3E MS4A1'}
+    """
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """SHA-256 of a file, as hexadecimal digits.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import sha256
+    >>> Path("empty").touch()
+    >>> sha256(Path("empty"))[:16]
+    'e3b0c44298fc1c14'
+    """
     with regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record(path: Path) -> Record:
-    """Bytes and CRC-32C of a file, read piece by piece."""
+    """Bytes and CRC-32C of a file, read piece by piece.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import record
+    >>> _ = Path("nine").write_text("123456789")
+    >>> record(Path("nine"))
+    (9, 3808858755)
+    """
     size = found = 0
     with regular(path) as file:
         while piece := file.read(PIECE):
@@ -144,6 +208,15 @@ def check_finite(tensors: Mapping[str, torch.Tensor], but: Collection[str] = ())
     ------
     ValueError
         A tensor that holds some, and is not among ``but`` (named).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.received import check_finite
+    >>> check_finite({"bias": torch.tensor([0.0, float("nan")])})
+    Traceback (most recent call last):
+        ...
+    ValueError: tensor bias holds 1 numbers that are not finite, of 2
     """
     for name, tensor in tensors.items():
         if name in but or not tensor.is_floating_point():
@@ -166,6 +239,13 @@ def check_answer(values: Any, name: str, first: int = 0) -> Any:
     ------
     FloatingPointError
         One is not (row and column named).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.received import check_answer
+    >>> check_answer(np.array([[0.0, 1.5]]), "mean")
+    array([[0. , 1.5]])
     """
     data = values.data if hasattr(values, "indptr") else values
     if data.dtype.kind != "f":
@@ -193,6 +273,15 @@ def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tens
     ------
     ValueError
         The first that is missing, unknown or does not fit (named).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.received import check_fit
+    >>> check_fit({"bias": torch.zeros(3)}, like={"bias": torch.zeros(2)})
+    Traceback (most recent call last):
+        ...
+    ValueError: tensor bias has shape [3], [2] is wanted
     """
     for name, wanted in like.items():
         if name not in tensors:
@@ -207,7 +296,14 @@ def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tens
 
 
 def kind(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """What a value of JSON is, in words.
+
+    Examples
+    --------
+    >>> from distdiff.received import kind
+    >>> kind([1, 2]), kind(None)
+    ('a list', 'nothing')
+    """
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a whole number",
              float: "a number", type(None): "nothing"}  # fmt: skip
     return names.get(type(value), type(value).__name__)

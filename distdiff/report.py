@@ -17,7 +17,14 @@ from distdiff import files, metrics
 
 @dataclass(frozen=True)
 class Column:
-    """One metric: heading, whether the largest, smallest or the nearest to zero is best, and the block it stands in."""
+    """One metric: heading, whether the largest, smallest or the nearest to zero is best, and the block it stands in.
+
+    Examples
+    --------
+    >>> from distdiff.report import COLUMNS
+    >>> COLUMNS["crps"]
+    Column(heading='CRPS', best='low', block='laws')
+    """
 
     heading: str
     best: str
@@ -58,6 +65,12 @@ class Row:
         Metric -> ``float64 [R]``; the same resamples for every row, so differences are paired.
     note
         ``control`` (a yardstick), ``peeks`` (knows something made from the hidden entries) or nothing.
+
+    Examples
+    --------
+    >>> from distdiff.report import Row
+    >>> Row("gene mean", {"deviance": 0.91}, {"deviance": 0.01}, {}, note="").values["deviance"]
+    0.91
     """
 
     name: str
@@ -69,7 +82,19 @@ class Row:
 
 @dataclass
 class Report:
-    """The table and what the figures need."""
+    """The table and what the figures need.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.report import COLUMNS, Report, Row
+    >>> row = Row("gene mean", dict.fromkeys(COLUMNS, 0.5), {}, {})
+    >>> setting = {"cells": 2, "genes": 3, "store": "", "data": "4f2a", "protocol": "mcar", "rate": 0.5, "targets": 3,
+    ...            "zeros_among_targets": 0.0, "seed": 0, "draws": 5}  # fmt: skip
+    >>> report = Report([row], setting, np.zeros((2, 3), np.float32), np.ones((2, 3), dtype=bool))
+    >>> print(report.to_text().splitlines()[0][:45])
+    2 held-out cells x 3 genes of a store (4f2a),
+    """
 
     rows: list[Row]
     setting: dict[str, Any]
@@ -186,7 +211,14 @@ def _cell(row: Row, metric: str, best: float) -> str:
 
 
 def number(value: float, error: float = math.nan) -> str:
-    """``0.9502(31)``: the value and, in brackets, two digits of its standard error in units of the last digits."""
+    """``0.9502(31)``: the value and, in brackets, two digits of its standard error in units of the last digits.
+
+    Examples
+    --------
+    >>> from distdiff.report import number
+    >>> number(0.95023, 0.0031), number(1234.5, 31.0), number(float("nan"))
+    ('0.9502(31)', '1234(31)', '-')
+    """
     if not math.isfinite(value):
         return "-"
     if not math.isfinite(error) or error <= 1e-12 or error < 1e-6 * abs(value):

@@ -31,6 +31,13 @@ class DataSpec:
         Covariate name -> its values in code order (code ``i`` is value ``i``).
     gene_mean
         ``float32 [g]``, mean molecules per training cell.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.types import DataSpec
+    >>> DataSpec(("CD3E", "MS4A1"), {"cell_type": ("B", "T")}, np.array([0.5, 2.0], np.float32)).n_genes
+    2
     """
 
     genes: tuple[str, ...]
@@ -44,7 +51,16 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Condition:
-    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where not given."""
+    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where not given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.types import Condition
+    >>> labels = Condition({"cell_type": torch.tensor([0, 1, 1])})
+    >>> labels.drop(torch.tensor([False, True, False])).labels["cell_type"]  # -1: withheld
+    tensor([ 0, -1,  1])
+    """
 
     labels: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
 
@@ -71,6 +87,14 @@ class Cells:
         The batch's covariates.
     rows
         ``int64 [b]`` row numbers in the store: the identity of each cell.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.types import Cells, Condition
+    >>> batch = Cells(torch.zeros(3, 2), Condition({"cell_type": torch.tensor([0, 1, 1])}), torch.tensor([7, 8, 12]))
+    >>> batch[1:].rows, batch[1:].labels.labels["cell_type"]
+    (tensor([ 8, 12]), tensor([1, 1]))
     """
 
     counts: Float[Tensor, "b g"]

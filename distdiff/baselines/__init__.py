@@ -51,6 +51,21 @@ class Baseline(Imputer, ABC):
         Its rate follows the depth of the evidence, so `denoise` is defined.
     gene_mean
         ``float64 [g]`` molecules of the average training cell, set by `fit`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines import Baseline
+    >>> from distdiff.data.store.store import CountStore
+    >>> class Half(Baseline):
+    ...     label = "half the mean"
+    ...     def rate(self, counts, observed, cells):
+    ...         return np.broadcast_to(self.gene_mean / 2, counts.shape)
+    >>> store, half = CountStore.open("atlas.zarr"), Half()
+    >>> half.fit(store, store.rows("train"))
+    >>> cells = store.cells(store.rows("test")[:3])
+    >>> half.impute(cells, cells.counts > 0, draws=2).draws.shape  # zeros hidden, two draws of each
+    torch.Size([2, 3, 30])
     """
 
     label: str = ""
@@ -180,7 +195,16 @@ class Baseline(Imputer, ABC):
 
 
 def chunks(store: CountStore, rows: np.ndarray, size: int = CHUNK) -> Iterator[tuple[slice, FloatArray]]:
-    """Read cells a few thousand at a time: pairs of the slice of ``rows`` and dense ``float32 [<=size g]`` counts."""
+    """Read cells a few thousand at a time: pairs of the slice of ``rows`` and dense ``float32 [<=size g]`` counts.
+
+    Examples
+    --------
+    >>> from distdiff.baselines import chunks
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> [counts.shape for _, counts in chunks(store, store.rows("train"), size=100)]
+    [(100, 30), (59, 30)]
+    """
     for start in range(0, len(rows), size):
         part = slice(start, min(start + size, len(rows)))
         yield part, store.read(rows[part]).toarray().astype(np.float32)
@@ -200,6 +224,14 @@ def depth(counts: FloatArray, observed: BoolArray, profile: FloatArray) -> Float
         ``bool [b g]``.
     profile
         ``float [g]`` or ``[b g]`` expected molecules at depth 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines import depth
+    >>> counts, observed = np.array([[6.0, 0.0]]), np.array([[True, False]])
+    >>> depth(counts, observed, profile=np.array([2.0, 5.0]))  # three times the profile, on the observed gene
+    array([[3.]])
     """
     seen = counts.sum(axis=1, dtype=np.float64)
     if profile.ndim == 1:

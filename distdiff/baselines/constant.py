@@ -14,6 +14,13 @@ class Constant(Baseline):
     ------
     ValueError
         ``value`` is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines.constant import Constant
+    >>> Constant(2.0).rate(np.zeros((1, 3)), observed=None, cells=None)
+    array([[2., 2., 2.]])
     """
 
     control = True

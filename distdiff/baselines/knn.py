@@ -39,6 +39,15 @@ class Knn(Baseline):
     ------
     ValueError
         ``k`` below 1 or ``prior`` below 0.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.knn import Knn
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Knn(k=10, prior=1.0, scale=(0.1, 1.0))
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.denoise(store.read(store.rows("test")), p=1.0).shape, sorted(baseline.chosen)
+    ((20, 30), ['k', 'prior', 'scale'])
     """
 
     label = "kNN pool"

@@ -65,6 +65,15 @@ class Magic(Baseline):
     ------
     ValueError
         An empty choice, or an option out of range.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.magic import Magic
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, published = CountStore.open("atlas.zarr"), Magic(knn=5, t=2, n_pca=5, smear=False, floor=0.0)
+    >>> published.fit(store, store.rows("train"))
+    >>> published.denoise(store.read(store.rows("test")), p=1.0).shape
+    (20, 30)
     """
 
     label = "MAGIC"

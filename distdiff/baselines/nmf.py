@@ -51,6 +51,15 @@ class Nmf(Baseline):
     ------
     ValueError
         An empty choice, or an option out of range.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.nmf import Nmf
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Nmf(components=2, floor=0.03, iterations=20)
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.programmes.shape
+    (2, 30)
     """
 
     label = "Poisson NMF"

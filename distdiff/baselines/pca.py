@@ -26,6 +26,15 @@ class Pca(LogLinear):
         Multiples of the noise variance to choose from.
     scale, hide, max_cells, seed
         As in `LogLinear`.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.pca import Pca
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Pca(components=(2, 4), scale=(1.0,))
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.chosen["components"] in (2, 4), baseline.loadings.shape[0]
+    (True, 30)
     """
 
     label = "PCA regression"

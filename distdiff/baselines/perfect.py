@@ -8,7 +8,15 @@ from distdiff.types import Bool, Tensor
 
 
 class Perfect(Baseline):
-    """Answer with the hidden counts themselves; it must be handed the truth (``sees_hidden``)."""
+    """Answer with the hidden counts themselves; it must be handed the truth (``sees_hidden``).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines.perfect import Perfect
+    >>> Perfect().rate(np.array([[3.0, 0.0]]), observed=None, cells=None)
+    array([[3., 0.]])
+    """
 
     label = "perfect"
     peeks = True

@@ -32,6 +32,15 @@ class Ridge(LogLinear):
         Ridge penalties to choose from, in units of each gene's variance.
     scale, hide, max_cells, seed
         As in `LogLinear`.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.ridge import Ridge
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Ridge(alpha=(3.0,), scale=(1.0,))
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.coefficients.shape, bool(baseline.coefficients.diagonal().any())  # no gene predicts itself
+    ((30, 30), False)
     """
 
     label = "ridge"

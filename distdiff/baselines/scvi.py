@@ -42,6 +42,14 @@ class Scvi(Baseline):
     ------
     ValueError
         An option below 1.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.scvi import Scvi
+    >>> Scvi(epochs=5, latent=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: scvi: epochs=5, latent=0, hidden=128, layers=1 and max_cells=50000 must each be 1 or ...
     """
 
     label = "scVI"

@@ -24,6 +24,15 @@ class TypeMean(Baseline):
         The covariate whose values are the types.
     depth
         Scale to the depth of the cell's evidence against its type's profile.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.type_mean import TypeMean
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), TypeMean(key="cell_type")
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.mean.shape  # two types, and the gene mean for cells without one
+    (3, 30)
     """
 
     peeks = True

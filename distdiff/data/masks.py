@@ -21,6 +21,14 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
     ------
     ValueError
         A rate that hides nothing or everything.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.masks import mcar
+    >>> hidden = mcar((1000, 50), 0.3, np.random.default_rng(0))
+    >>> hidden.dtype, float(hidden.mean().round(2))
+    (dtype('bool'), 0.3)
     """
     if not 0 < rate < 1:
         raise ValueError(f"the share of entries to hide must lie in (0, 1), got {rate}")
@@ -49,6 +57,16 @@ def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | Non
     ------
     ValueError
         Other than one code a cell, or a code that is no group.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.masks import expressed
+    >>> counts = sparse.csr_matrix([[3, 0], [0, 0], [0, 1]])
+    >>> expressed(counts, groups=np.array([0, 0, 1]))
+    array([[ True, False],
+           [False,  True]])
     """
     groups = np.asarray(groups)
     n_groups = int(groups.max(initial=-1)) + 1 if n_groups is None else n_groups
@@ -81,6 +99,17 @@ def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, ex
     ------
     ValueError
         Shapes that do not fit, or a code that is no group.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.masks import dropout_sites
+    >>> counts, groups = np.array([[3, 0], [0, 0], [0, 1]]), np.array([0, 0, 1])
+    >>> expressed = np.array([[True, False], [False, True]])  # group 0 expresses the first gene
+    >>> dropout_sites(counts, groups, expressed)
+    array([[False, False],
+           [ True, False],
+           [False, False]])
     """
     groups = np.asarray(groups)
     if expressed.ndim != 2 or expressed.shape[1] != counts.shape[1]:
@@ -114,6 +143,14 @@ def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sparse.c
         No such file.
     ValueError
         Another kind of file, another shape, or values other than true and false.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.masks import load_mask
+    >>> np.save("mask.npy", np.array([[True, False]]))
+    >>> load_mask("mask.npy", shape=(1, 2))
+    memmap([[ True, False]])
     """
     path = Path(path)
     if path.suffix not in (".npz", ".npy"):
@@ -145,6 +182,12 @@ def check_indices(mask: sparse.spmatrix, where: str) -> None:
     ------
     ValueError
         There is one.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.masks import check_indices
+    >>> check_indices(sparse.csr_matrix([[True, False]]), "mask.npz")
     """
     try:
         if hasattr(mask, "check_format"):

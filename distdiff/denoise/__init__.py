@@ -16,6 +16,17 @@ class Denoiser(nn.Module, ABC):
 
     Built as ``Denoiser(spec, outputs, **options)`` from a :class:`~distdiff.types.DataSpec`. A gene with ``p = 0`` was
     not looked for: its ``x`` reaches no other gene's answer. Where ``p = 1`` nothing is asked and no answer is read.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.component import build
+    >>> from distdiff.denoise import Denoiser
+    >>> from distdiff.types import Condition, DataSpec
+    >>> spec = DataSpec(("CD3E", "MS4A1"), {}, np.array([0.5, 2.0], np.float32))
+    >>> network = build(Denoiser, {"kind": "mlp", "width": 8}, spec, 2)  # two numbers for each gene
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     relative: bool = True
@@ -46,6 +57,12 @@ def layers(depth: int) -> range:
     ------
     ValueError
         ``depth`` below 0 or above 1,000.
+
+    Examples
+    --------
+    >>> from distdiff.denoise import layers
+    >>> layers(3)
+    range(0, 3)
     """
     if not 0 <= depth <= DEEPEST:
         raise ValueError(f"denoiser: depth must be between 0 and {DEEPEST:,}, got {depth:,}")
@@ -76,6 +93,17 @@ def adopt(
     ------
     ValueError
         Another kind of denoiser, or another shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.denoise import adopt
+    >>> from distdiff.denoise.mlp import MLP
+    >>> from distdiff.types import DataSpec
+    >>> trained = MLP(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8)
+    >>> new = MLP(DataSpec(("B", "C", "D"), {}, np.ones(3, np.float32)), 2, width=8)
+    >>> adopt(new, ("B", "C", "D"), trained.state_dict(), of=("A", "B"))  # one gene is known, every weight fits
+    (1, ())
     """
     mine = to.state_dict()
     if set(mine) != set(weights):

@@ -37,6 +37,16 @@ def attend(
 
     The mask rides in the channel that ``q`` and ``k`` leave free (``sqrt(e)`` against 0 or ``AWAY``): kernels that take
     no mask, flash attention on CUDA first of all, then mask exactly, at any length, without a matrix of n x m.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import attend
+    >>> q = k = torch.zeros(1, 1, 2, 3)
+    >>> v = torch.tensor([1.0, 5.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
+    >>> attend(q, k, v, seen=torch.tensor([[True, False]]))[0, 0]  # the second key is hidden
+    tensor([[1., 1., 1., 1.],
+            [1., 1., 1., 1.]])
     """
     scale = v.shape[-1] ** 0.5
     hidden = torch.where(seen, 0.0, AWAY).to(k.dtype)[:, None, :, None].expand(*k.shape[:-1], 1)
@@ -55,7 +65,17 @@ def _tell_kernel(device: torch.device, dtype: torch.dtype, channels: int) -> Non
 
 
 def no_flash(capability: tuple[int, int], dtype: torch.dtype, channels: int, built: bool = True) -> str:
-    """Why flash attention cannot run on a CUDA device, or ``""``."""
+    """Why flash attention cannot run on a CUDA device, or ``""``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import no_flash
+    >>> no_flash((9, 0), torch.float32, 64)
+    'float32, they need bfloat16 or float16: train.precision=bf16'
+    >>> no_flash((9, 0), torch.bfloat16, 64)
+    ''
+    """
     if not built:
         return "this torch was built without them"
     if capability < (8, 0):
@@ -68,7 +88,17 @@ def no_flash(capability: tuple[int, int], dtype: torch.dtype, channels: int, bui
 
 
 class Whole:
-    """Every token of every cell, ``[b n d]``."""
+    """Every token of every cell, ``[b n d]``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Whole
+    >>> tokens = Whole(torch.tensor([[True, True, False]]))
+    >>> q = k = torch.zeros(1, 3, 2, 3)
+    >>> tokens.attend(q, k, torch.ones(1, 3, 2, 4)).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(self, seen: Bool[Tensor, "b n"]):
         self.seen = seen
@@ -94,6 +124,16 @@ class Packed:
         ``bool [n]``: which tokens are keys.
     cells
         Number of cells.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Packed
+    >>> tokens = Packed(torch.tensor([0, 0, 1]), torch.tensor([True, True, True]), cells=2)
+    >>> q = k = torch.zeros(3, 1, 3)
+    >>> v = torch.tensor([1.0, 3.0, 8.0]).view(3, 1, 1).expand(3, 1, 4)
+    >>> tokens.attend(q, k, v)[:, 0]  # means within cells
+    tensor([2., 2., 8.])
     """
 
     def __init__(self, cell: Int[Tensor, " n"], seen: Bool[Tensor, " n"], cells: int):
@@ -114,6 +154,15 @@ class Ragged:
 
     With a variable-length flash kernel (CUDA, half precision, torch >= 2.10) nothing is padded. Elsewhere cells are
     sorted by length and padded in ``GROUPS`` groups, one call a group.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Ragged
+    >>> q_cell, k_cell = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
+    >>> pairs = Ragged(q_cell, k_cell, cells=2)
+    >>> pairs.attend(torch.zeros(2, 1, 3), torch.zeros(3, 1, 3), torch.ones(3, 1, 4)).shape
+    torch.Size([2, 1, 4])
     """
 
     def __init__(self, q_cell: Int[Tensor, " n"], k_cell: Int[Tensor, " m"], cells: int):
@@ -178,7 +227,15 @@ def _padded(tokens: Float[Tensor, "t h e"], slot: Tensor, cells: int, longest: i
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the tokens of a layout."""
+    """Multi-head attention among the tokens of a layout.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import SelfAttention, Whole
+    >>> SelfAttention(width=8, heads=2)(torch.zeros(1, 3, 8), Whole(torch.ones(1, 3, dtype=torch.bool))).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -193,7 +250,16 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one set of tokens on another; ``look(q, k, v)`` pairs them."""
+    """Multi-head attention of one set of tokens on another; ``look(q, k, v)`` pairs them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import CrossAttention
+    >>> layer = CrossAttention(width=8, heads=2)
+    >>> layer(torch.zeros(3, 8), torch.zeros(5, 8), lambda q, k, v: v[:3].flatten(1)).shape
+    torch.Size([3, 8])
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -208,7 +274,16 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each a branch behind an adaptive norm."""
+    """Attention and a two-layer network, each a branch behind an adaptive norm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Block, SelfAttention, Whole
+    >>> block = Block(8, SelfAttention(8, heads=2))
+    >>> block(torch.zeros(1, 3, 8), torch.zeros(1, 8), Whole(torch.ones(1, 3, dtype=torch.bool))).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(self, width: int, attention: nn.Module):
         super().__init__()
@@ -225,7 +300,17 @@ class Block(nn.Module):
 
 
 def check_heads(kind: str, width: int, heads: int) -> None:
-    """Raise ``ValueError`` where ``heads`` does not divide ``width``, or leaves a head a single channel."""
+    """Raise ``ValueError`` where ``heads`` does not divide ``width``, or leaves a head a single channel.
+
+    Examples
+    --------
+    >>> from distdiff.denoise.attention import check_heads
+    >>> check_heads("transformer", width=64, heads=4)
+    >>> check_heads("transformer", width=64, heads=5)
+    Traceback (most recent call last):
+        ...
+    ValueError: denoiser transformer: heads=5 must divide width=64 and leave a head two channels at ...
+    """
     if heads < 1 or width % heads or width < 2 * heads:
         raise ValueError(
             f"denoiser {kind}: heads={heads} must divide width={width} and leave a head two channels at least"

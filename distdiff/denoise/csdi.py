@@ -46,6 +46,15 @@ class CSDI(Denoiser):
     ------
     ValueError
         Unknown ``attention``, ``heads`` that do not divide ``width``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.csdi import CSDI
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = CSDI(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 1, width=8, depth=1, heads=2).eval()
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 1])
     """
 
     label_tables = "tables"

@@ -17,6 +17,16 @@ class Expectation(nn.Module):
     ``depth = (sum x + c) / (sum p mu + c)`` compares what was seen with what the genes seen would hold in the average
     cell; ``c`` molecules of prior keep a nearly empty cell near depth 1. A denoiser that answers relative to
     ``log(mu depth)`` starts training at this baseline's quality and learns only the excess.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.embed import Expectation
+    >>> from distdiff.types import DataSpec
+    >>> expect = Expectation(DataSpec(("A", "B"), {}, np.array([10.0, 30.0], np.float32)), prior=0.0)
+    >>> log_depth, surprise = expect(torch.tensor([[20.0, 60.0]]).log1p(), torch.ones(1, 2))  # twice the average cell
+    >>> log_depth.exp(), surprise.abs().max() < 1e-5
+    (tensor([[2.0000]]), tensor(True))
     """
 
     mean: Tensor
@@ -55,6 +65,15 @@ def start(bias: Tensor) -> None:
     """Initial bias ``[g k]`` of the answers: 0, but small random numbers from the third on.
 
     The third answer and those after it are loadings or classes; at loadings of 0 their gradient is 0 (a saddle).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.embed import start
+    >>> bias = torch.full((4, 2), 7.0)
+    >>> start(bias)
+    >>> bias.unique()
+    tensor([0.])
     """
     nn.init.zeros_(bias)
     if bias.shape[1] > 2:
@@ -62,7 +81,18 @@ def start(bias: Tensor) -> None:
 
 
 class Conditioning(nn.Module):
-    """Covariates, depth and the level of thinning -> one vector per cell ``[b d]``."""
+    """Covariates, depth and the level of thinning -> one vector per cell ``[b d]``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.embed import Conditioning
+    >>> from distdiff.types import Condition, DataSpec
+    >>> spec = DataSpec(("A", "B"), {"cell_type": ("B", "T")}, np.ones(2, np.float32))
+    >>> labels = Condition({"cell_type": torch.tensor([0, 1, -1])})
+    >>> Conditioning(spec, width=8)(torch.zeros(3, 1), torch.ones(3, 2), labels).shape
+    torch.Size([3, 8])
+    """
 
     freqs: Tensor
 
@@ -85,7 +115,20 @@ class Conditioning(nn.Module):
 
 
 def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.ModuleList, cond: Condition) -> Tensor:
-    """``out`` plus the embedding of every label that is given; code -1 (unknown, withheld) adds nothing."""
+    """``out`` plus the embedding of every label that is given; code -1 (unknown, withheld) adds nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from distdiff.denoise.embed import add_labels
+    >>> from distdiff.types import Condition
+    >>> tables = nn.ModuleList([nn.Embedding.from_pretrained(torch.tensor([[1.0], [2.0]]))])
+    >>> add_labels(torch.zeros(3, 1), ["cell_type"], tables, Condition({"cell_type": torch.tensor([0, 1, -1])}))
+    tensor([[1.],
+            [2.],
+            [0.]])
+    """
     for name, table in zip(names, tables, strict=True):
         if name in cond.labels:
             code = cond.labels[name]
@@ -98,6 +141,15 @@ class Shortcut(nn.Module):
 
     A network of tokens with one read-out for all genes learns slowly what a gene has to itself; with this beside it,
     it starts where the MLP is (docs/ANSWERS.md). The cost is that of two layers of the MLP.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.embed import Shortcut
+    >>> from distdiff.types import DataSpec
+    >>> shortcut = Shortcut(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), outputs=3, width=8)
+    >>> shortcut.answers(shortcut.evidence(torch.ones(5, 2))).shape
+    torch.Size([5, 2, 3])
     """
 
     def __init__(self, spec: DataSpec, outputs: int, width: int):
@@ -116,7 +168,16 @@ SHORTCUT_AXES = {"shortcut.evidence.weight": 1, "shortcut.answer.weight": 0}
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm whose scale, shift and gate come from the conditioning vector, zero at start (adaLN-Zero)."""
+    """Layer norm whose scale, shift and gate come from the conditioning vector, zero at start (adaLN-Zero).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.embed import AdaptiveNorm
+    >>> h, gate = AdaptiveNorm(width=2, cond_width=4)(torch.tensor([[1.0, 3.0]]), torch.ones(1, 4))
+    >>> h.detach().round(), gate.detach()  # before training: a plain layer norm, and a gate of 1
+    (tensor([[-1.,  1.]]), tensor([[1., 1.]]))
+    """
 
     def __init__(self, width: int, cond_width: int):
         super().__init__()

@@ -31,6 +31,15 @@ class Latent(Denoiser):
     ------
     ValueError
         ``heads`` does not divide ``width``, no latent.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.latent import Latent
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = Latent(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8, depth=1, heads=2, latents=4)
+    >>> network(torch.ones(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     ragged = "it reads as many tokens as there are non-zero entries"

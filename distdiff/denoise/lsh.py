@@ -42,6 +42,16 @@ class LSH(Transformer):
     ------
     ValueError
         ``bucket`` or ``rounds`` below 1; ``heads`` does not divide ``width``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.lsh import LSH
+    >>> from distdiff.types import Condition, DataSpec
+    >>> genes = tuple(f"gene{i}" for i in range(40))
+    >>> network = LSH(DataSpec(genes, {}, np.ones(40, np.float32)), 2, width=8, depth=1, heads=2, bucket=8)
+    >>> network(torch.zeros(3, 40), torch.ones(3, 40), Condition()).shape
+    torch.Size([3, 40, 2])
     """
 
     ragged = "its queries fill as many blocks as their places ask"
@@ -61,7 +71,17 @@ class LSH(Transformer):
 
 
 class HashedAttention(nn.Module):
-    """Multi-head :func:`lsh_attention` over ``n`` tokens, its rotations drawn once and saved with the weights."""
+    """Multi-head :func:`lsh_attention` over ``n`` tokens, its rotations drawn once and saved with the weights.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Whole
+    >>> from distdiff.denoise.lsh import HashedAttention
+    >>> layer = HashedAttention(width=8, heads=2, n=40, bucket=8, rounds=2)
+    >>> layer(torch.zeros(1, 40, 8), Whole(torch.ones(1, 40, dtype=torch.bool))).shape
+    torch.Size([1, 40, 8])
+    """
 
     rotations: Tensor
 
@@ -83,7 +103,14 @@ class HashedAttention(nn.Module):
 def rotations(
     channels: int, n: int, bucket: int, rounds: int, *, rng: torch.Generator | None = None
 ) -> Float[Tensor, "r s e k"]:
-    """Random rotations R (docs/MATHS.md 10.1): ``rounds`` of them, in one or two factors, for ``n`` tokens."""
+    """Random rotations R (docs/MATHS.md 10.1): ``rounds`` of them, in one or two factors, for ``n`` tokens.
+
+    Examples
+    --------
+    >>> from distdiff.denoise.lsh import rotations
+    >>> rotations(channels=8, n=1000, bucket=64, rounds=2).shape
+    torch.Size([2, 1, 8, 8])
+    """
     chunks = -(-n // bucket)
     factors = 1 if chunks <= ONE_HASH else 2
     half = max(1, math.ceil(chunks ** (1 / factors) / 2))
@@ -95,6 +122,14 @@ def places(qk: Float[Tensor, "l n e"], rotation: Float[Tensor, "s e k"]) -> Floa
 
     The place is by how far the token points there. Two factors give the two digits of a bucket's number. Nothing
     depends on the order of the tokens. ``float64``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import places
+    >>> one = torch.eye(2).unsqueeze(0)  # two tokens, at a right angle
+    >>> places(one, torch.eye(2).unsqueeze(0)).floor()  # each in a bucket of its own
+    tensor([[0., 1.]], dtype=torch.float64)
     """
     code = strength = torch.zeros(qk.shape[:-1], dtype=torch.float64, device=qk.device)
     for factor in rotation:
@@ -127,6 +162,14 @@ def lsh_attention(
         Of :func:`rotations`.
     bucket
         Keys of a chunk.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import lsh_attention, rotations
+    >>> qk, v, seen = torch.zeros(1, 1, 6, 4), torch.ones(1, 1, 6, 4), torch.ones(1, 6, dtype=torch.bool)
+    >>> lsh_attention(qk, v, seen, rotations(4, 6, bucket=2, rounds=2), bucket=2).unique()
+    tensor([1.])
     """
     b, heads, n, e = qk.shape
     q, k = qk.reshape(b * heads, n, e), F.normalize(qk, dim=-1).reshape(b * heads, n, e)
@@ -153,6 +196,15 @@ class Meetings:
         ``int64 [l n]``: each token's place among the queries ``[B s]``.
     chunk, before
         ``int64 [l B]``: a block's chunk and the one before; equal where there is but one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import meetings
+    >>> pairs = meetings(torch.tensor([[0.3, 2.1, 1.2]]), torch.ones(1, 3, dtype=torch.bool), bucket=2)
+    >>> pairs.key  # two chunks of two tokens, sorted by bucket; 3 marks an empty slot
+    tensor([[[0, 2],
+             [1, 3]]])
     """
 
     key: Tensor
@@ -198,7 +250,17 @@ class Meetings:
 
 
 def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -> Meetings:
-    """Sort and cut one round (see :func:`lsh_attention`) of tokens that belong at those :func:`places`."""
+    """Sort and cut one round (see :func:`lsh_attention`) of tokens that belong at those :func:`places`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import meetings
+    >>> seen = torch.tensor([[True, True, False]])
+    >>> meetings(torch.tensor([[0.3, 2.1, 1.2]]), seen, bucket=2).key  # the unseen token is no key
+    tensor([[[0, 1],
+             [3, 3]]])
+    """
     pairs, n = at.shape
     size = min(bucket, n)
     chunks = -(-n // size)

@@ -28,6 +28,15 @@ class MLP(Denoiser):
         regression have (0: none). It is scaled by the share of molecules seen, as in a regression on masked inputs. It
         helped before the process weighed a gene's own count in; since then it only biases middle p
         (benchmarks/ablation.py).
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.mlp import MLP
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = MLP(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8, depth=1)
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     def __init__(

@@ -35,6 +35,15 @@ class Transformer(Denoiser):
     ------
     ValueError
         ``heads`` does not divide ``width``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.transformer import Transformer
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = Transformer(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8, depth=1, heads=2)
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     def __init__(

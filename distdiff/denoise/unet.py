@@ -36,6 +36,16 @@ class UNet(Denoiser):
         ``shape`` does not hold the data's number of genes, or cannot be halved that often.
     ImportError
         diffusers is not installed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.denoise.unet import UNet
+    >>> from distdiff.types import DataSpec
+    >>> UNet(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 1, shape=(3, 32, 32))
+    Traceback (most recent call last):
+        ...
+    ValueError: denoiser unet: shape=[3, 32, 32] holds 3072 values, the data 2
     """
 
     def __init__(

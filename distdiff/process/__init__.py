@@ -17,6 +17,14 @@ class Process(ABC):
     ``p`` broadcasts against ``[b g]`` everywhere, so each gene of each cell may have its own (docs/MATHS.md 5).
     Data are molecules; a *state* is what the process walks on, from :meth:`prior` (p = 0) to :meth:`enter` of the data
     (p = 1). ``eta`` is the network's answer in the parameters in which guidance is linear, ``[b g k]``.
+
+    Examples
+    --------
+    >>> from distdiff.component import build
+    >>> from distdiff.process import Process
+    >>> law = build(Process, {"kind": "counts", "head": "mean"})  # the class in distdiff/process/counts.py
+    >>> law.outputs, law.entrywise
+    (1, True)
     """
 
     schedule: Any
@@ -105,7 +113,15 @@ class Process(ABC):
 
 
 def tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a tensor of the type and device of ``like``; a number is written there, as copying it would wait."""
+    """``value`` as a tensor of the type and device of ``like``; a number is written there, as copying it would wait.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process import tensor
+    >>> tensor(0.5, torch.zeros(3))
+    tensor(0.5000)
+    """
     if isinstance(value, Tensor):
         return value.to(like)
     return torch.full((), value, dtype=like.dtype, device=like.device)

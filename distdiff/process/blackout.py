@@ -23,6 +23,13 @@ class Blackout(Counts):
     weight
         ``instantaneous``: ``p_k log(p_{k-1} / p_k) / pi_k``, the birth rates at the end of each interval; ``finite``:
         ``(p_{k-1} - p_k) / pi_k``, the births of the whole interval; ``pi_k = 1 / times``. Both tend to ``-p'``.
+
+    Examples
+    --------
+    >>> from distdiff.process.blackout import Blackout
+    >>> law = Blackout()
+    >>> law.schedule.times, law.outputs
+    (1000, 1)
     """
 
     schedule: Any = "fisher@1000"

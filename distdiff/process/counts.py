@@ -61,6 +61,19 @@ class Counts(Process):
     rounding
         How a plain step turns the real ``f`` into molecules: ``random`` (docs/MATHS.md 4.5), ``nearest`` (which
         collapses small rates to 0; kept for comparison), ``poisson`` (births ``Poisson(beta f)``).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.counts import Counts
+    >>> from distdiff.rng import generator
+    >>> law, cells = Counts(head="mean"), torch.full((2, 50_000), 8.0)
+    >>> thinned = law.forward(cells, 1.0, 0.25, rng=generator(0, "example"))  # a quarter of the molecules survive
+    >>> round(thinned.mean().item(), 1)
+    2.0
+    >>> eta = torch.full((2, 50_000, 1), 8.0).log()  # a network that knows the rate: 8 molecules a cell
+    >>> law.lost(eta, 0.25)[0, 0].item()
+    6.0
     """
 
     schedule: Any = "cosine"
@@ -326,6 +339,12 @@ def of_molecules(process: Process, task: str) -> Counts:
     ------
     ValueError
         They are not; ``task`` says what needs them.
+
+    Examples
+    --------
+    >>> from distdiff.process.counts import Counts, of_molecules
+    >>> of_molecules(Counts(), "denoising").molecules
+    True
     """
     if isinstance(process, Counts) and process.molecules:
         return process

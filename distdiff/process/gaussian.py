@@ -33,6 +33,18 @@ class Gaussian(Process):
         0: the deterministic walk (DDIM). 1: the ancestral one (DDPM, docs/MATHS.md 8.3).
     scale
         Log molecules per unit of the state.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.gaussian import Gaussian
+    >>> from distdiff.rng import generator
+    >>> law, cells = Gaussian(), torch.tensor([[0.0, 7.0]])
+    >>> state = law.enter(cells, rng=generator(0, "example"))
+    >>> state
+    tensor([[0.0000, 2.0794]])
+    >>> law.leave(state)
+    tensor([[0., 7.]])
     """
 
     whole: ClassVar[bool] = False

@@ -19,6 +19,14 @@ class Jump(Counts):
     scale
         Molecules per unit of the data (the paper's lambda). The relative noise of the round trip is
         ``1 / sqrt(scale x)``; a larger scale costs longer walks, not larger networks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.jump import Jump
+    >>> law = Jump(scale=100)
+    >>> law.leave(torch.tensor([[250.0]]))  # 250 Poisson counts stand for a measurement of 2.5
+    tensor([[2.5000]])
     """
 
     scale: float = 100.0

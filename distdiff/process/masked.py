@@ -25,6 +25,15 @@ class Masked(Process):
         As for counts; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
     classes
         Counts ``0 ... classes - 1``. Larger ones are held at the last class if ``clamp``, else refused.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.masked import Masked
+    >>> law = Masked(classes=4)
+    >>> encoded, seen = law.encode(torch.tensor([[3.0, -1.0]]), torch.full((1, 2), 0.5))  # -1 marks a masked entry
+    >>> encoded, seen
+    (tensor([[1.3863, 0.0000]]), tensor([[1., 0.]]))
     """
 
     schedule: Any = "cosine"

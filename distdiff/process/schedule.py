@@ -20,7 +20,19 @@ from distdiff.types import Float, Tensor
 
 
 class Schedule(ABC):
-    """``p : [0, 1] -> [0, 1]``, differentiable and falling, ``p(0) = 1`` (data), ``p(1) = 0`` (docs/MATHS.md 1.1)."""
+    """``p : [0, 1] -> [0, 1]``, differentiable and falling, ``p(0) = 1`` (data), ``p(1) = 0`` (docs/MATHS.md 1.1).
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import Schedule, levels
+    >>> class Square(Schedule):
+    ...     def p(self, t):
+    ...         return (1 - t) ** 2
+    ...     def speed(self, p):
+    ...         return 2 * p.sqrt()
+    >>> levels(Square(), 2)
+    tensor([0.0000, 0.2500, 1.0000])
+    """
 
     @abstractmethod
     def p(self, t: Tensor) -> Tensor:
@@ -33,7 +45,15 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """``p = cos^2(pi t / 2)``; ``-p' = (pi/2) sin(pi t) = pi sqrt(p (1 - p))`` (docs/MATHS.md 1.2)."""
+    """``p = cos^2(pi t / 2)``; ``-p' = (pi/2) sin(pi t) = pi sqrt(p (1 - p))`` (docs/MATHS.md 1.2).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Cosine
+    >>> Cosine().p(torch.tensor([0.5])), Cosine().speed(torch.tensor([0.5]))
+    (tensor([0.5000]), tensor([1.5708]))
+    """
 
     def p(self, t: Tensor) -> Tensor:
         """``cos^2(pi t / 2)`` (docs/MATHS.md 1.2)."""
@@ -50,6 +70,13 @@ class Fisher(Schedule):
 
     It is Blackout's. Its ends are ``1 - eps`` and ``eps``, ``L = log((1 - eps) / eps)``: :func:`levels` puts the first
     and the last level at exactly 0 and 1, so that the prior is empty and the last step ends on data.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Fisher
+    >>> Fisher().p(torch.tensor([0.25, 0.5]))
+    tensor([0.9994, 0.5000])
     """
 
     log_eps: float = -15.0
@@ -70,7 +97,15 @@ class Fisher(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """``p = 1 - t``: every survival probability is as likely as any other (docs/MATHS.md 1.6)."""
+    """``p = 1 - t``: every survival probability is as likely as any other (docs/MATHS.md 1.6).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Linear
+    >>> Linear().p(torch.tensor([0.0, 0.25, 1.0]))
+    tensor([1.0000, 0.7500, 0.0000])
+    """
 
     def p(self, t: Tensor) -> Tensor:
         """``1 - t``."""
@@ -95,6 +130,13 @@ class Table(Schedule):
     ----------
     values
         Decreasing, from 1 (``t = 0``) to 0 (``t = 1``).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Table
+    >>> Table((1.0, 0.5, 0.0)).p(torch.tensor([0.25, 0.75]))
+    tensor([0.7500, 0.2500])
     """
 
     values: tuple[float, ...]
@@ -127,6 +169,14 @@ class Discrete(Schedule):
     """A schedule at ``times`` points: discrete-time training (docs/MATHS.md 1.4); Fisher at 1000 points is Blackout's.
 
     ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k alike.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Discrete, Linear
+    >>> coarse = Discrete(Linear(), 4)
+    >>> coarse.p(torch.tensor([0.1, 0.3])), coarse.index(torch.tensor([0.75]))
+    (tensor([0.7500, 0.5000]), tensor([1]))
     """
 
     base: Schedule
@@ -173,6 +223,16 @@ def schedule(given: Any) -> Schedule:
     ------
     ValueError
         Unknown name or option (the nearest one is told), a table that does not fall from 1 to 0.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import schedule
+    >>> schedule("fisher@1000")
+    Discrete(base=Fisher(log_eps=-15.0), times=1000)
+    >>> schedule([1.0, 0.4, 0.0])
+    Table(values=(1.0, 0.4, 0.0))
+    >>> schedule({"kind": "fisher", "log_eps": -10.0})
+    Fisher(log_eps=-10.0)
     """
     if isinstance(given, Schedule):
         return given
@@ -219,6 +279,14 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
     ------
     ValueError
         ``steps`` below 1 or above 100,000, an unknown spacing, levels that do not rise from 0 to 1 in ``steps`` steps.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import Linear, levels
+    >>> levels(Linear(), 4)
+    tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
+    >>> levels(Linear(), 2, "logit")
+    tensor([0.0000, 0.5000, 1.0000])
     """
     if not 1 <= steps <= LONGEST:
         raise ValueError(f"a walk has 1 to {LONGEST:,} steps, got steps={steps:,}")
@@ -246,6 +314,15 @@ def check_grid(grid: Sequence[float]) -> None:
     ------
     ValueError
         They do not; the first offender is named.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import check_grid
+    >>> check_grid([0.0, 0.5, 1.0])
+    >>> check_grid([0.5, 0.2, 1.0])
+    Traceback (most recent call last):
+        ...
+    ValueError: a grid must rise within [0, 1], got 0.5 before 0.2
     """
     if not grid or grid[-1] != 1:
         raise ValueError(f"a grid must end at p = 1 (whole cells), this one ends at {grid[-1] if grid else 'nothing'}")
@@ -270,6 +347,12 @@ def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float
     ------
     ValueError
         More steps than levels.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import placed
+    >>> placed([0.0, 0.25, 0.5, 0.75], [8.0, 4.0, 1.0, 0.2], steps=2)
+    [0.0, 0.5, 1.0]
     """
     v = np.maximum(np.interp([start, *(q for q in p if q > start)], p, excess), 0.0)
     at = np.array([start, *(q for q in p if q > start), 1.0])
@@ -291,7 +374,15 @@ def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float
 
 
 def sigma_max(p_t: Tensor, p_s: Tensor) -> Tensor:
-    """Largest attrition of a step ``p_t -> p_s``: ``min(1, (1 - p_s) / p_t)`` (docs/MATHS.md 4.3)."""
+    """Largest attrition of a step ``p_t -> p_s``: ``min(1, (1 - p_s) / p_t)`` (docs/MATHS.md 4.3).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import sigma_max
+    >>> sigma_max(torch.tensor(0.5), torch.tensor(0.75))
+    tensor(0.5000)
+    """
     return ((1 - p_s) / p_t.clamp_min(1e-38)).clamp(0, 1)
 
 
@@ -302,6 +393,13 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
     ------
     ValueError
         Unknown rule, or ``eta`` outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import attrition
+    >>> attrition("cap", 0.1, torch.tensor([0.5, 0.9]), torch.tensor([0.75, 1.0]))
+    tensor([0.1000, 0.0000])
     """
     rules = {
         "none": lambda cap: torch.zeros_like(cap),
@@ -324,6 +422,17 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
     ValueError
         ``sigma`` negative or above ``sigma_max`` (docs/MATHS.md 4.3): a larger one would need more births than there
         are lost molecules.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import check_sigma
+    >>> check_sigma(0.2, torch.tensor(0.5), torch.tensor(0.75))
+    tensor(0.2000)
+    >>> check_sigma(0.9, torch.tensor(0.5), torch.tensor(0.75))
+    Traceback (most recent call last):
+        ...
+    ValueError: attrition sigma=0.9 is outside [0, 0.5], its range for this step (p_t=0.5, p_s=0.75)
     """
     none = not isinstance(sigma, Tensor) and sigma == 0
     sigma = tensor(sigma, p_t)
@@ -339,7 +448,15 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
-    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (docs/MATHS.md 4.2, 9.3); 0 where ``p_t == 1``."""
+    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (docs/MATHS.md 4.2, 9.3); 0 where ``p_t == 1``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import births_share
+    >>> births_share(torch.tensor(0.5), torch.tensor(0.75), torch.tensor(0.0))
+    tensor(0.5000)
+    """
     beta = (p_s - (1 - sigma) * p_t) / (1 - p_t).clamp_min(1e-12)
     return torch.where(p_t < 1, beta.clamp(0, 1), torch.zeros_like(beta))
 
@@ -353,6 +470,13 @@ def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
     ------
     ValueError
         Not ``0 <= p_t <= p_s <= 1``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import survivors
+    >>> survivors(torch.zeros(1, 2), 0.8, 0.2)
+    tensor(0.2500)
     """
     whole = not isinstance(p_s, torch.Tensor) and p_s == 1
     p_s, p_t = tensor(p_s, x), tensor(p_t, x)

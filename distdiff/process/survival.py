@@ -31,6 +31,17 @@ class Survival:
         How t is drawn: ``uniform`` for each cell; ``stratified``: evenly over the global batch, with one random shift
         a step; ``learned``: stratified and denser where the loss is larger, weighted back, so that the gradient keeps
         its mean and loses variance.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Linear
+    >>> from distdiff.process.survival import Survival
+    >>> from distdiff.rng import generator
+    >>> imputation = Survival(hidden=1, two_level=0, uniform=0)
+    >>> p, timed = imputation.draw(Linear(), torch.full((64, 1), 0.5), 20, rng=generator(0, "example"))
+    >>> p.unique(), bool(timed.any())  # targets at 0, evidence at 1, whatever the time
+    (tensor([0., 1.]), False)
     """
 
     hidden: float = 0.5

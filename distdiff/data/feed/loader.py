@@ -66,6 +66,14 @@ class Loading:
     ------
     ValueError
         A size below 1, ``dask`` without a scheduler, or a scheduler without ``dask``.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.loader import Loading
+    >>> loading = Loading(window=8, strata="cell_type", weights=0.0)  # as many cells of every type
+    >>> store = loading.open("atlas.zarr")
+    >>> loading.plan(store, store.rows("train"), batch=64, seed=0).rows(0).shape
+    (64,)
     """
 
     reader: Literal["auto", "direct", "tensorstore", "zarr", "dask"] = "auto"
@@ -200,6 +208,18 @@ def loader(
     ------
     ValueError
         Plan and index differ in size, the batch does not divide by ``world``, or whatever reading raises.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.loader import loader
+    >>> from distdiff.data.feed.plan import Plan
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> train = store.rows("train")
+    >>> for step, cells in loader(store, Plan(len(train), batch=32), train, start=5, stop=7):
+    ...     print(step, tuple(cells.counts.shape))
+    5 (32, 30)
+    6 (32, 30)
     """
     index = np.asarray(index)
     if plan.n_cells != len(index):
@@ -247,6 +267,18 @@ def batches(
         Makes a batch of rows whose blocks are held; without leases there was no room to hold them.
     ahead
         Batches made before they are asked for.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.loader import batches
+    >>> from distdiff.data.feed.plan import Plan
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> train = store.rows("train")
+    >>> plan = Plan(len(train), batch=32)
+    >>> feed = ((step, train[plan.rows(step)]) for step in range(2))
+    >>> [(step, counts.shape) for step, counts in batches(store, plan, feed, lambda rows, leases: store.read(rows))]
+    [(0, (32, 30)), (1, (32, 30))]
     """
     done: Queue[tuple[int, B] | BaseException | None] = Queue(ahead)
     closed = threading.Event()

@@ -23,7 +23,16 @@ TURNS = 1 << 14
 
 class Order(ABC):
     """What a loader asks of a plan: ``batch`` cells a step, ``n_cells`` cells in all, ``window`` blocks shuffled
-    together."""
+    together.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.plan import Plan
+    >>> plan = Plan(n_cells=100, batch=8)
+    >>> halves = [plan.rank_rows(3, rank, world=2) for rank in (0, 1)]
+    >>> bool((plan.rows(3) == [*halves[0], *halves[1]]).all())  # two ranks share the batch of one
+    True
+    """
 
     batch: int
     n_cells: int
@@ -97,6 +106,15 @@ class Plan(Order):
     ------
     ValueError
         A size below 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.plan import Plan
+    >>> plan = Plan(n_cells=100, batch=10, block=5, window=4)
+    >>> epoch = np.concatenate([plan.rows(step) for step in range(10)])
+    >>> bool((np.sort(epoch) == np.arange(100)).all())  # every cell once
+    True
     """
 
     n_cells: int
@@ -159,6 +177,15 @@ class Mixed(Order):
     ------
     ValueError
         An empty stratum, weights that are negative, not finite, all 0, or too many.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.plan import Mixed
+    >>> codes = np.repeat([0, 1], [90, 10])  # a common and a rare type
+    >>> plan = Mixed.of(codes, ("T", "B"), weights=0.0, batch=10)
+    >>> np.bincount(codes[plan.rows(0)])  # read alike
+    array([5, 5])
     """
 
     def __init__(

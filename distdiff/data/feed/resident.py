@@ -21,6 +21,16 @@ class Resident:
     GB. Batches are cut and decoded there, so training waits for nothing.
 
     Build one with `Resident.load`.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.data.feed.resident import Resident
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> copy, rows = Resident.load(store, torch.device("cpu")), np.array([3, 0])
+    >>> bool((copy.cells(rows).counts == store.cells(rows).counts).all())
+    True
     """
 
     def __init__(self, store: CountStore, device: torch.device, parts: list[tuple[Tensor, Tensor, np.ndarray]]) -> None:
@@ -130,6 +140,15 @@ def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, gene_column: Tensor, 
         ``int64 [genes of the blocks]``: output column of each gene, ``n_genes`` for a gene that is not wanted.
     n_genes
         Columns of the answer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.data.feed.resident import to_dense
+    >>> gaps, values = torch.tensor([0, 2, 1], dtype=torch.uint8), torch.tensor([5, 1, 7], dtype=torch.uint8)
+    >>> to_dense(gaps, values, torch.tensor([0, 2, 3]), torch.arange(3), n_genes=3)  # genes 0 and 2; gene 1
+    tensor([[5., 0., 1.],
+            [0., 7., 0.]])
     """
     n = len(starts) - 1
     run = gaps.cumsum(0, dtype=torch.int64)

@@ -114,6 +114,16 @@ def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels:
     """A worker's task: coded cells of a store with their label codes.
 
     Where the view has all genes of its column groups, cells are cut out of their blocks as they are.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.stream import make
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> coded, as_stored, codes = make((store.url, store.manifest.fingerprint, None), np.array([0, 1]), ["cell_type"])
+    >>> len(coded), as_stored, codes["cell_type"].shape
+    (1, True, (2,))
     """
     store = _store(*how)
     codes = store.labels(rows, labels)
@@ -129,7 +139,16 @@ def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels:
 
 
 def gene_columns(store: CountStore) -> dict[bool, list[np.ndarray]]:
-    """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view."""
+    """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.stream import gene_columns
+    >>> from distdiff.data.store.store import CountStore
+    >>> view = CountStore.open("atlas.zarr").panel(["gene2", "gene0"])
+    >>> gene_columns(view)[True][0][:4]  # gene0 is the view's column 1; -1: not in the view
+    array([ 1, -1,  0, -1], dtype=int32)
+    """
     return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
 
 

@@ -23,7 +23,17 @@ RUN = 64
 
 
 class Coded(NamedTuple):
-    """Coded cells: ``gaps`` uint8 ``[e]``, ``values`` ``[e]``, ``starts`` of the cells in them, int64 ``[n + 1]``."""
+    """Coded cells: ``gaps`` uint8 ``[e]``, ``values`` ``[e]``, ``starts`` of the cells in them, int64 ``[n + 1]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import encode
+    >>> coded = encode(sparse.csr_matrix([[2, 0, 0, 9], [0, 1, 0, 0]]), "uint8")
+    >>> coded.gaps, coded.values, coded.starts
+    (array([0, 3, 1], dtype=uint8), array([2, 9, 1], dtype=uint8), array([0, 2, 3]))
+    """
 
     gaps: np.ndarray
     values: np.ndarray
@@ -31,7 +41,15 @@ class Coded(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Blocks of coded cells: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``."""
+    """Blocks of coded cells: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.coding import Slots
+    >>> slots = Slots.zeros(2, cap=64, block=16, dtype="uint8")
+    >>> slots.gaps.shape, slots.starts.shape
+    ((2, 64), (2, 17))
+    """
 
     gaps: np.ndarray
     values: np.ndarray
@@ -59,6 +77,13 @@ def encode(counts: sparse.csr_matrix, dtype: Any, order: np.ndarray | None = Non
         Of the values: uint8, uint16, uint32, or float32.
     order
         ``int64 [m]``, the cells to code, in this order; None is all as they come.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import encode
+    >>> encode(sparse.csr_matrix([[300]]), "uint8").values  # 300 = 255 + 45, in two entries
+    array([255,  45], dtype=uint8)
     """
     top = _top(dtype)
     order = np.arange(counts.shape[0]) if order is None else order
@@ -82,6 +107,15 @@ def recoded(of: Coded, gene_column: np.ndarray, group: np.ndarray, dtype: Any) -
         the number of that group.
     dtype
         Of the values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import encode, recoded
+    >>> coded = encode(sparse.csr_matrix([[2, 0, 9]]), "uint8")
+    >>> recoded(coded, np.array([0, -1, 1]), np.zeros(3, np.int64), "uint8")  # without the middle gene
+    array([[2]])
     """
     if _same(gene_column) and not group.any() and np.dtype(dtype) == of.values.dtype:
         return np.diff(of.starts)[None]
@@ -91,7 +125,15 @@ def recoded(of: Coded, gene_column: np.ndarray, group: np.ndarray, dtype: Any) -
 
 
 def decode(coded: Coded, n_genes: int, dtype: Any) -> sparse.csr_matrix:
-    """Canonical CSR ``[n, n_genes]`` of `dtype`: the inverse of `encode`."""
+    """Canonical CSR ``[n, n_genes]`` of `dtype`: the inverse of `encode`.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import decode, encode
+    >>> decode(encode(sparse.csr_matrix([[2, 0, 300]]), "uint8"), 3, "int32").toarray()
+    array([[  2,   0, 300]], dtype=int32)
+    """
     n = len(coded.starts) - 1
     slots = Slots(coded.gaps[None], coded.values[None], coded.starts[None])
     return csr(slots, np.zeros(n, np.int64), np.arange(n), np.arange(n_genes, dtype=np.int32), n_genes, dtype)
@@ -112,6 +154,15 @@ def csr(
         ``int32 [genes of the blocks]``: output column of each gene, -1 for a gene that is not wanted.
     n_genes, dtype
         Number of columns and dtype of the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import Slots, csr, encode
+    >>> slots = Slots(*(array[None] for array in encode(sparse.csr_matrix([[2, 0, 9], [0, 4, 0]]), "uint8")))
+    >>> csr(slots, np.array([0]), np.array([1]), np.array([-1, 0, -1]), 1, "int32").toarray()  # row 1, gene 1
+    array([[4]], dtype=int32)
     """
     room, same = int(_room(slots.starts, slot, local)), _same(gene_column)
     indptr = np.zeros(len(slot) + 1, np.int32 if room < 2**31 else np.int64)
@@ -130,7 +181,19 @@ def csr(
 def add_dense(
     slots: Slots, slot: np.ndarray, local: np.ndarray, gene_column: np.ndarray, out: np.ndarray, *, clear: bool = False
 ) -> None:
-    """Add some cells of some blocks to ``out``, ``float32 [n, g]``; ``clear`` zeroes it first. The rest as in `csr`."""
+    """Add some cells of some blocks to ``out``, ``float32 [n, g]``; ``clear`` zeroes it first. The rest as in `csr`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import Slots, add_dense, encode
+    >>> slots = Slots(*(array[None] for array in encode(sparse.csr_matrix([[2, 0, 9]]), "uint8")))
+    >>> out = np.ones((1, 3), np.float32)
+    >>> add_dense(slots, np.array([0]), np.array([0]), np.arange(3), out)
+    >>> out
+    array([[ 3.,  1., 10.]], dtype=float32)
+    """
     _dense(slots.gaps, slots.values, slots.starts, slot, local, gene_column, _same(gene_column), clear, out)
 
 
@@ -141,6 +204,15 @@ def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarra
     ----------
     into
         Buffers to write to, when they are long enough (``gaps``, ``values``), so that pinned memory is reused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import Slots, cut, encode
+    >>> slots = Slots(*(array[None] for array in encode(sparse.csr_matrix([[2, 0, 9], [0, 4, 0]]), "uint8")))
+    >>> cut(slots, np.array([0]), np.array([1])).values
+    array([4], dtype=uint8)
     """
     lengths = slots.starts[slot, local + 1].astype(np.int64) - slots.starts[slot, local]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -164,6 +236,14 @@ def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
         Cells the block holds; those after them must be empty.
     n_genes
         Genes of the blocks.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.coding import Slots, fault
+    >>> slots = Slots.zeros(1, cap=64, block=4, dtype="uint8")
+    >>> slots.starts[0, 1:] = 1
+    >>> fault(slots, 0, n=4, n_genes=10)
+    'its entries are all 0'
     """
     kind = _fault(slots.gaps[slot], slots.values[slot], slots.starts[slot], n, n_genes)
     return ("", "its cell starts make no sense", "its gene numbers make no sense", "its entries are all 0")[kind]
@@ -180,6 +260,12 @@ def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
         ``uint8``, ``uint16`` -> entries that they would need in all.
     largest
         Largest count; one count may take 64 entries at most.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.coding import narrowest
+    >>> narrowest(nnz=1000, sums={"uint8": 1010, "uint16": 1000}, largest=400.0)
+    'uint8'
     """
     needed = {**sums, "uint32": nnz}
     fits = [d for d in needed if largest <= 64 * np.iinfo(d).max]
@@ -203,6 +289,15 @@ def sums(
     float64 [4, g], int64 [g], (int, int, float)
         Sum, sum of squares, number and largest of the training cells' counts of each gene; number over all rows;
         entries needed in values of one and of two bytes, and the largest count.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import sums
+    >>> moments, nnz, _ = sums(sparse.csr_matrix([[2, 0], [4, 1]]), np.arange(2), np.array([True, True]))
+    >>> moments[0], moments[1], nnz  # sums, sums of squares, cells that have the gene
+    (array([6., 1.]), array([20.,  1.]), array([2, 1]))
     """
     g = counts.shape[1]
     moments, nnz, numbers = np.zeros((g, 4)), np.zeros(g, np.int64), np.zeros(3)
@@ -211,7 +306,15 @@ def sums(
 
 
 def totals(counts: sparse.csr_matrix) -> np.ndarray:
-    """Sum of each row, ``float64 [n]``."""
+    """Sum of each row, ``float64 [n]``.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import totals
+    >>> totals(sparse.csr_matrix([[2, 0, 9], [0, 4, 0]]))
+    array([11.,  4.])
+    """
     out = np.zeros(counts.shape[0])
     _totals(counts.indptr, counts.data, out)
     return out

@@ -48,6 +48,15 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
         ``out`` exists and ``overwrite`` is false.
     ValueError
         Another suffix, or a corrupt shard (named).
+
+    Examples
+    --------
+    >>> import anndata
+    >>> from distdiff.data.store.export import export
+    >>> from distdiff.data.store.store import CountStore
+    >>> export(CountStore.open("atlas.zarr"), "back.h5ad", progress=False)
+    >>> anndata.read_h5ad("back.h5ad").shape
+    (199, 30)
     """
     out = named(out)
     if "://" not in store.url:
@@ -92,6 +101,14 @@ def named(out: str | Path) -> Path:
     ------
     ValueError
         It ends neither in ``.h5ad`` nor in ``.zarr``, or is a URL.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.export import named
+    >>> named("cells.loom")
+    Traceback (most recent call last):
+        ...
+    ValueError: --out cells.loom must end in .h5ad or .zarr
     """
     out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
@@ -140,6 +157,19 @@ class CsrOnDisk:
         Group of h5py or zarr, and what the matrix is called there; one of that name is replaced.
     shape, nnz, dtype
         Of the whole matrix.
+
+    Examples
+    --------
+    >>> import anndata, h5py, numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.export import CsrOnDisk
+    >>> with h5py.File("matrix.h5", "w") as file:
+    ...     matrix = CsrOnDisk(file, "X", (2, 3), nnz=2, dtype="float32")
+    ...     matrix.append(sparse.csr_matrix([[0, 1.0, 0]]))
+    ...     matrix.append(sparse.csr_matrix([[0, 0, 2.0]]))
+    ...     print(anndata.io.read_elem(file["X"]).toarray())
+    [[0. 1. 0.]
+     [0. 0. 2.]]
     """
 
     def __init__(self, root: Any, name: str, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
@@ -170,7 +200,16 @@ class CsrOnDisk:
 
 @contextmanager
 def zarr_v3() -> Iterator[None]:
-    """AnnData writes zarr v3, unsharded, whatever the default of its version is."""
+    """AnnData writes zarr v3, unsharded, whatever the default of its version is.
+
+    Examples
+    --------
+    >>> import anndata
+    >>> from distdiff.data.store.export import zarr_v3
+    >>> with zarr_v3():
+    ...     print(anndata.settings.zarr_write_format)
+    3
+    """
     import anndata as ad
 
     options: dict[str, Any] = {"zarr_write_format": 3}

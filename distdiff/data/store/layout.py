@@ -27,7 +27,17 @@ SHARD_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of the counts on disk; the fields are those of `Manifest`."""
+    """Shape of the counts on disk; the fields are those of `Manifest`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.layout import Layout
+    >>> entries = np.full(1000, 30)  # entries of each cell
+    >>> layout = Layout.fit([entries], ["all"], [2000], block=256, blocks_per_shard=2, dtype="uint8", codec="local")
+    >>> layout.n_blocks, layout.n_shards, layout.rows(1)
+    (4, 2, (512, 1000))
+    """
 
     n_cells: int
     groups: tuple[GroupInfo, ...]
@@ -87,7 +97,18 @@ class Layout:
 
 
 def create(root: Path, layout: Layout) -> None:
-    """Make the group and the empty arrays of counts under ``root``; what is there already stays."""
+    """Make the group and the empty arrays of counts under ``root``; what is there already stays.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np, zarr
+    >>> from distdiff.data.store.layout import Layout, create
+    >>> layout = Layout.fit([np.ones(8)], ["all"], [3], block=4, blocks_per_shard=2, dtype="uint8", codec="local")
+    >>> create(Path("empty.zarr"), layout)
+    >>> sorted(zarr.open_group("empty.zarr", mode="r")["counts/all"])
+    ['gaps', 'starts', 'values']
+    """
     group = zarr.open_group(str(root), mode="a", zarr_format=3, use_consolidated=False)
     for info in layout.groups:
         about = {"encoding": "gap-coded counts", "block": layout.block, "n_genes": info.n_genes}
@@ -127,6 +148,18 @@ def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequenc
     ------
     ValueError
         Another number of cells than the shard has, or a block over the cap.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np, zarr
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.layout import Layout, create, write_shard
+    >>> layout = Layout.fit([np.ones(2)], ["all"], [3], block=4, blocks_per_shard=1, dtype="uint8", codec="local")
+    >>> create(Path("one.zarr"), layout)
+    >>> write_shard(Path("one.zarr"), layout, 0, [[sparse.csr_matrix([[0, 7, 0], [0, 0, 9]])]])
+    >>> zarr.open_group("one.zarr", mode="r")["counts/all/values"][0, :2]
+    array([7, 9], dtype=uint8)
     """
     start, stop = layout.rows(shard)
     first, k = start // layout.block, -(-(stop - start) // layout.block)
@@ -163,7 +196,18 @@ def _fill(slots: Slots, counts: sparse.csr_matrix, layout: Layout) -> None:
 
 
 def write_column(root: Path, name: str, values: np.ndarray) -> None:
-    """Write one small array (a value or a row a cell or gene) under ``root``, in place of one that is there."""
+    """Write one small array (a value or a row a cell or gene) under ``root``, in place of one that is there.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np, zarr
+    >>> from distdiff.data.store.layout import write_column
+    >>> _ = zarr.open_group("columns.zarr", mode="w")
+    >>> write_column(Path("columns.zarr"), "labels/cell_type", np.array([0, 1, 1]))
+    >>> zarr.open_group("columns.zarr", mode="r")["labels/cell_type"][:]
+    array([0, 1, 1])
+    """
     group = zarr.open_group(str(root), mode="r+", use_consolidated=False)
     parent, _, leaf = name.rpartition("/")
     if parent:
@@ -177,7 +221,16 @@ def write_column(root: Path, name: str, values: np.ndarray) -> None:
 
 
 def encode_names(names: np.ndarray) -> np.ndarray:
-    """Text ``str [n]`` as UTF-8 rows ``uint8 [n, width]``, padded with zero bytes."""
+    """Text ``str [n]`` as UTF-8 rows ``uint8 [n, width]``, padded with zero bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.layout import encode_names
+    >>> encode_names(np.array(["a", "bc"]))
+    array([[97,  0],
+           [98, 99]], dtype=uint8)
+    """
     fixed = np.char.encode(names, "utf-8")
     width = max(1, fixed.dtype.itemsize)
     return fixed.astype(f"S{width}").view(np.uint8).reshape(len(names), width)

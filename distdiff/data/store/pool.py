@@ -18,7 +18,18 @@ TASK = 8
 
 
 class Lease:
-    """Blocks that stay in memory until they are given back."""
+    """Blocks that stay in memory until they are given back.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> (lease,) = store.lease(np.array([0, 1]))
+    >>> with lease:
+    ...     print(lease.slots().shape)  # one block, in memory until it is released
+    (1,)
+    """
 
     def __init__(self, pool: Pool, blocks: np.ndarray) -> None:
         self.pool, self.blocks = pool, blocks
@@ -70,6 +81,15 @@ class Pool:
         ``(blocks, slots)`` reads and checks blocks into slots, of other memory if it is given as a third.
     threads
         Threads that read and decompress.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.store import CountStore
+    >>> pool = CountStore.open("atlas.zarr").columns[0].pool
+    >>> memory, slots = pool.borrow(np.array([0]))
+    >>> slots, memory.gaps.dtype
+    (array([0]), dtype('uint8'))
     """
 
     def __init__(self, slots: Slots, read: Callable[..., None], threads: ThreadPoolExecutor) -> None:
@@ -154,5 +174,12 @@ class Pool:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.pool import cores
+    >>> cores() >= 1
+    True
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

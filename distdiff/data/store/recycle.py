@@ -57,7 +57,15 @@ class _Lent:
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array as `numpy.empty` gives it."""
+    """An array as `numpy.empty` gives it.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.recycle import empty
+    >>> batch = empty((256, 2000), "float32")
+    >>> batch.shape, batch.dtype
+    ((256, 2000), dtype('float32'))
+    """
     shape = (shape,) if isinstance(shape, int) else shape
     n = math.prod(shape) * np.dtype(dtype).itemsize
     if n < SMALL:

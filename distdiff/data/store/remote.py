@@ -35,7 +35,14 @@ KEYS = {"s3": FOR_S3, "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
 
 class Unreachable(OSError):
-    """A place that cannot be read or written now: no answer, no access, no bucket. Nothing is known of its content."""
+    """A place that cannot be read or written now: no answer, no access, no bucket. Nothing is known of its content.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import Unreachable
+    >>> issubclass(Unreachable, OSError)
+    True
+    """
 
 
 def checked(url: str) -> str:
@@ -45,6 +52,16 @@ def checked(url: str) -> str:
     ------
     ValueError
         It names no host or bucket, or holds a password or a signature: URLs are printed and logged.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import checked
+    >>> checked("s3://bucket/atlas.zarr/")
+    's3://bucket/atlas.zarr'
+    >>> checked("https://user:password@host/atlas.zarr")
+    Traceback (most recent call last):
+        ...
+    ValueError: https://host/atlas.zarr: a URL with a user, a password or a query is refused, as URLs ...
     """
     parts = urlsplit(url)
     if not parts.netloc and parts.scheme != "file":
@@ -77,6 +94,14 @@ def kvstore(url: str) -> dict[str, Any]:
     ------
     ValueError
         A password in the URL or in that of the endpoint, or no kind of URL that is known.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import kvstore
+    >>> kvstore("gs://bucket/atlas.zarr")
+    {'bucket': 'bucket', 'driver': 'gcs', 'path': 'atlas.zarr/'}
+    >>> kvstore("/data/atlas.zarr")
+    {'driver': 'file', 'path': '/data/atlas.zarr/'}
     """
     if not is_url(url):
         return {"driver": "file", "path": f"{url.rstrip('/')}/"}
@@ -104,6 +129,12 @@ def run_request(url: str, request: Callable[[], T]) -> T:
         It was not answered, or not allowed.
     ValueError
         What came cannot be what was written.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import run_request
+    >>> run_request("s3://bucket/atlas.zarr", lambda: b"content")
+    b'content'
     """
     try:
         return request()
@@ -143,6 +174,16 @@ class RemoteFolder:
     ----------
     url
         Folder or URL. Nothing is asked of it before the first call.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.data.store.remote import RemoteFolder
+    >>> Path("bucket").mkdir()
+    >>> folder = RemoteFolder(str(Path("bucket").absolute()))  # or s3://BUCKET/PATH
+    >>> folder.write("note.txt", b"ready")
+    >>> folder.keys(), folder.read("note.txt")
+    ({'note.txt'}, b'ready')
     """
 
     def __init__(self, url: str) -> None:
@@ -176,7 +217,15 @@ class RemoteFolder:
 
 
 def open_array(url: str, name: str, context_: Any = None) -> Any:
-    """One zarr v3 array of a store."""
+    """One zarr v3 array of a store.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.data.store.remote import open_array
+    >>> open_array(str(Path("atlas.zarr").absolute()), "split").shape
+    (199,)
+    """
     kv_spec = kvstore(url)
     kv_spec["path"] += f"{name}/"
     spec = {"driver": "zarr3", "kvstore": kv_spec, "recheck_cached_data": False, "recheck_cached_metadata": False}
@@ -184,12 +233,32 @@ def open_array(url: str, name: str, context_: Any = None) -> Any:
 
 
 def read_array(url: str, array: Any) -> np.ndarray:
-    """All of an array, or of a part of it."""
+    """All of an array, or of a part of it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.data.store.remote import open_array, read_array
+    >>> url = str(Path("atlas.zarr").absolute())  # or s3://BUCKET/PATH
+    >>> read_array(url, open_array(url, "source/row")[:3]).shape
+    (3,)
+    """
     return run_request(url, lambda: array.read().result(LATER))
 
 
 def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.ndarray]:
-    """The same rows of several arrays; neighbours on disk come in one request."""
+    """The same rows of several arrays; neighbours on disk come in one request.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from distdiff.data.store.remote import open_array, read_together
+    >>> url = str(Path("atlas.zarr").absolute())  # or s3://BUCKET/PATH
+    >>> arrays = [open_array(url, name) for name in ("split", "source/row")]
+    >>> [values.shape for values in read_together(url, arrays, np.array([0, 5]))]
+    [(2,), (2,)]
+    """
 
     def read() -> list[np.ndarray]:
         with ts.Batch() as batch:

@@ -37,6 +37,16 @@ def write(
         Largest count, where they are whole numbers in floating point.
     more
         Other arrays to keep beside them, for `load`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store import spill
+    >>> spill.write(Path("spill"), sparse.csr_matrix([[1, 0], [0, 2]]), rank=np.array([5, 3]))
+    >>> spill.load(Path("spill"), "rank")
+    memmap([3, 5])
     """
     order = np.argsort(rank)
     coded = encode(counts, _dtype(counts.data, largest), order if rows is None else rows[order])
@@ -46,7 +56,17 @@ def write(
 
 
 def publish(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays to a folder that appears when all are there; a second writer of the same changes nothing."""
+    """Write arrays to a folder that appears when all are there; a second writer of the same changes nothing.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from distdiff.data.store import spill
+    >>> spill.publish(Path("moments"), {"total": np.array([1.0, 2.0])})
+    >>> spill.load(Path("moments"), "total")
+    memmap([1., 2.])
+    """
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -61,12 +81,34 @@ def publish(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load(folder: Path, name: str) -> np.ndarray:
-    """One array of a spill, mapped from the disk."""
+    """One array of a spill, mapped from the disk.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from distdiff.data.store import spill
+    >>> spill.publish(Path("ranks"), {"rank": np.arange(3)})
+    >>> spill.load(Path("ranks"), "rank")
+    memmap([0, 1, 2])
+    """
     return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
 def coded(folder: Path, first: int | None = None, last: int | None = None) -> tuple[np.ndarray, Coded]:
-    """Cells with ``first <= rank < last`` (None is all): their ranks ascending, and what codes them."""
+    """Cells with ``first <= rank < last`` (None is all): their ranks ascending, and what codes them.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store import spill
+    >>> spill.write(Path("spilled"), sparse.csr_matrix([[1, 0], [0, 2]]), rank=np.array([5, 3]))
+    >>> rank, coded = spill.coded(Path("spilled"), first=4)
+    >>> rank, coded.values
+    (array([5]), array([1], dtype=uint8))
+    """
     rank = load(folder, "rank")
     a = 0 if first is None else int(np.searchsorted(rank, first))
     b = len(rank) if last is None else int(np.searchsorted(rank, last))
@@ -76,7 +118,19 @@ def coded(folder: Path, first: int | None = None, last: int | None = None) -> tu
 
 
 def gather(folders: Sequence[Path], first: int, last: int) -> tuple[np.ndarray, Coded]:
-    """Cells with ``first <= rank < last`` of all spills, spill after spill: their ranks, and what codes them."""
+    """Cells with ``first <= rank < last`` of all spills, spill after spill: their ranks, and what codes them.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store import spill
+    >>> spill.write(Path("first"), sparse.csr_matrix([[1, 0]]), rank=np.array([1]))
+    >>> spill.write(Path("second"), sparse.csr_matrix([[0, 2]]), rank=np.array([0]))
+    >>> spill.gather([Path("first"), Path("second")], 0, 2)[0]
+    array([1, 0])
+    """
     found = [coded(folder, first, last) for folder in folders]
     lengths = np.concatenate([np.diff(c.starts) for _, c in found])
     return np.concatenate([rank for rank, _ in found]), Coded(
@@ -87,7 +141,17 @@ def gather(folders: Sequence[Path], first: int, last: int) -> tuple[np.ndarray, 
 
 
 def cells(of: Coded, which: np.ndarray, gene_column: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    """Some coded cells as canonical CSR: uint32, or float32 for measurements (``gene_column`` as in `coding.csr`)."""
+    """Some coded cells as canonical CSR: uint32, or float32 for measurements (``gene_column`` as in `coding.csr`).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store import coding, spill
+    >>> coded = coding.encode(sparse.csr_matrix([[1, 0], [0, 2]]), "uint8")
+    >>> spill.cells(coded, np.array([1]), np.arange(2), n_genes=2).toarray()
+    array([[0, 2]], dtype=uint32)
+    """
     slots = Slots(of.gaps[None], of.values[None], of.starts[None])
     dtype = np.float32 if of.values.dtype.kind == "f" else np.uint32
     return csr(slots, np.zeros(len(which), np.int64), which, gene_column, n_genes, dtype)
