@@ -12,22 +12,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from distdiff.api import evaluate, shard, train
     from distdiff.batch import impute_file
-    from distdiff.data.ingest.shard import shard
     from distdiff.data.store.store import CountStore
-    from distdiff.evaluation import evaluate
-    from distdiff.experiment import train
     from distdiff.model import Model
     from distdiff.sampling import sample
 
 _HOME = {
     "CountStore": "distdiff.data.store.store",
     "Model": "distdiff.model",
-    "evaluate": "distdiff.evaluation",
+    "evaluate": "distdiff.api",
     "impute_file": "distdiff.batch",
     "sample": "distdiff.sampling",
-    "shard": "distdiff.data.ingest.shard",
-    "train": "distdiff.experiment",
+    "shard": "distdiff.api",
+    "train": "distdiff.api",
 }
 
 

@@ -140,8 +140,21 @@ class Config:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
+def shipped() -> dict[str, Path]:
+    """Configs that come with distdiff, by name: ``default``, ``dev``, ``attention``, ``published`` ..."""
+    for folder in (
+        Path(__file__).parent / "configs",
+        Path(__file__).parents[1] / "configs",
+    ):  # of a wheel, of a checkout
+        if found := {path.stem: path for path in sorted(folder.glob("*.yaml"))}:
+            return found
+    return {}
+
+
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (``None``: defaults), apply ``key.sub=value`` overrides and validate.
+
+    A bare name such as ``default`` is one of the `shipped` configs, unless a file is called so.
 
     Raises
     ------
@@ -152,6 +165,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     text: Any = {}
     if path is not None:
         path = Path(path).expanduser()
+        if path.name == str(path) and not path.suffix and not path.exists():
+            if path.name not in (known := shipped()):
+                raise ValueError(
+                    f"config {path.name!r} is no file and none of {', '.join(known)}{nearest(path.name, known)}"
+                )
+            path = known[path.name]
         try:
             written = path.read_text()
             raw, text = yaml.safe_load(written) or {}, yaml.load(written, yaml.BaseLoader) or {}
