@@ -1,4 +1,4 @@
-"""One number for every hidden entry: the control that a protocol which never hides zeros is kind to."""
+"""One number for every hidden entry: a control that scores well where a protocol hides no zeros."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
 
 
 class Constant(Baseline):
-    """Answer ``value`` molecules everywhere.
+    """Impute ``value`` molecules everywhere.
 
     Raises
     ------

@@ -8,7 +8,7 @@ from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, depth
 
 
 class GeneMean(Baseline):
-    """Answer ``mean_g``, or ``s mean_g`` with ``s`` the depth of the cell's evidence (`distdiff.baselines.depth`).
+    """Impute ``mean_g``, or ``s mean_g`` with ``s`` the depth of the cell's evidence (`distdiff.baselines.depth`).
 
     Examples
     --------
@@ -25,7 +25,7 @@ class GeneMean(Baseline):
         self.label = "gene mean x depth" if depth else "gene mean"
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """Gene means, times the depth of the evidence if asked for."""
+        """Gene means, times the depth of the evidence if ``depth``."""
         if self.depth:
             return depth(counts, observed, self.gene_mean) * self.gene_mean
         return np.broadcast_to(self.gene_mean, counts.shape)

@@ -1,4 +1,4 @@
-"""PCA regression: fit the principal components to the observed genes, read the hidden ones off."""
+"""PCA regression: fit principal components to the observed genes, predict the hidden genes from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Pca(LogLinear):
     Parameters
     ----------
     components
-        Numbers of components to choose from (those above what the data allow are lowered).
+        Numbers of components to choose from (lowered to what the data allow).
     ridge
         Multiples of the noise variance to choose from.
     scale, hide, max_cells, seed

@@ -1,4 +1,4 @@
-"""The truth as an answer: the upper control of every table."""
+"""The true counts: the upper control of every table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distdiff.types import Bool, Tensor
 
 
 class Perfect(Baseline):
-    """Answer with the hidden counts themselves; it must be handed the truth (``sees_hidden``).
+    """Impute the hidden counts themselves; it must be given the truth (``sees_hidden``).
 
     Examples
     --------
@@ -24,7 +24,7 @@ class Perfect(Baseline):
     control = True
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """The counts as given."""
+        """The true counts, unchanged."""
         return counts
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:

@@ -35,7 +35,7 @@ def cifar10(folder: str | Path) -> AnnData:
     Raises
     ------
     FileNotFoundError
-        No such file there (where to get them is told).
+        No such file; the message names the source.
     ValueError
         A file of another length, a class above 9.
 
@@ -69,15 +69,15 @@ def cifar10(folder: str | Path) -> AnnData:
 def folder(path: str | Path, size: int, crop: int | None = None) -> AnnData:
     """All images under a folder: the middle ``crop`` x ``crop`` pixels (None: all), scaled to ``size`` x ``size``, RGB.
 
-    CelebA: ``crop=178, size=64``. Images in sub-folders are labelled with the sub-folder's name. Needs Pillow, which
-    matplotlib brings.
+    CelebA: ``crop=178, size=64``. Images in sub-folders are labelled with the sub-folder's name. Needs Pillow, which is
+    installed with matplotlib.
 
     Raises
     ------
     FileNotFoundError
         No image there.
     ValueError
-        An image that cannot be read (named), or one smaller than ``crop``.
+        An image that cannot be read, or is smaller than ``crop`` (named).
 
     Examples
     --------
@@ -131,7 +131,7 @@ def _anndata(images: np.ndarray, names: list[str], labels: list[str], shape: tup
 
 
 def write(data: AnnData, out: Path, *, overwrite: bool = False) -> None:
-    """Write as h5ad, whole or not at all.
+    """Write as h5ad; the file appears only when it is complete.
 
     Examples
     --------

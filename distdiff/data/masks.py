@@ -1,4 +1,4 @@
-"""Which entries are targets: hidden at random, likely dropouts, or whatever a file says."""
+"""Which entries are imputation targets: hidden at random, likely dropouts, or given by a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
     Raises
     ------
     ValueError
-        A rate that hides nothing or everything.
+        A rate that hides no entry or every entry.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
 def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | None = None) -> np.ndarray:
     """Which genes some cell of each group expresses (first half of scIDPMs, algorithm 1; docs/MATHS.md 8.5).
 
-    For a matrix read in pieces, give ``n_groups`` and join the pieces' answers with ``|``.
+    For a matrix that is read in pieces, give ``n_groups`` and join the results with ``|``.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | Non
     Raises
     ------
     ValueError
-        Other than one code a cell, or a code that is no group.
+        Not one code for each cell, or a code that is no group.
 
     Examples
     --------
@@ -123,19 +123,19 @@ def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, ex
 
 
 def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sparse.csr_matrix:
-    """Read a mask, True where hidden; nothing is unpickled.
+    """Read a mask, True where hidden, without unpickling.
 
     Parameters
     ----------
     path
         ``.npz`` of ``scipy.sparse.save_npz`` or ``.npy`` of a boolean array.
     shape
-        Cells and genes that it must have.
+        Number of cells and genes that the mask must have.
 
     Returns
     -------
     bool [n, g]
-        CSR from ``.npz``; from ``.npy`` an array that stays on disk until its rows are taken.
+        CSR from ``.npz``; from ``.npy`` an array whose rows are read from disk when they are indexed.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def check_indices(mask: sparse.spmatrix, where: str) -> None:
     Raises
     ------
     ValueError
-        There is one.
+        There is such an entry.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Splat: simulated counts whose truth before dropout is known (Zappia, Phipson & Oshlack 2017; docs/MATHS.md 11).
 
 Written from the paper's equations; parameters and defaults are those that the Splatter package documents. Two choices
-are ours: groups are of equal size (Splatter draws each cell's group), and a differential factor is ``exp(+-|z|)`` with
-``z`` normal, so that ``de_down`` is the share of differential genes that are below the base level.
+differ from Splatter: groups are of equal size (Splatter draws each cell's group), and a differential factor is
+``exp(+-|z|)`` with ``z`` normal, so that ``de_down`` is the share of differential genes that are below the base level.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST, LARGEST = 1e-12, 2.0**24  # floor of means: no gene is impossible; flo
 
 
 class Published(NamedTuple):
-    """One published set: the midpoint that gives it here, and the rates it is reported with (see `rates`).
+    """One published set: its midpoint in `splat`, and its reported dropout and zero rates (see `rates`).
 
     Examples
     --------
@@ -162,7 +162,7 @@ def splat(
 ) -> AnnData:
     """Simulate counts with groups of cells, with and without dropout (docs/MATHS.md 11.1-11.5).
 
-    Sets that differ in ``mid`` alone share their truth, and what a lower ``mid`` drops a higher one drops too.
+    Sets that differ only in ``mid`` have the same true counts, and a higher ``mid`` drops all that a lower one drops.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ def splat(
         Common biological coefficient of variation, and degrees of freedom of its scatter (docs/MATHS.md 11.3); ``inf``:
         no scatter.
     seed
-        Address of all noise.
+        Seed of all noise.
 
     Returns
     -------
@@ -228,7 +228,7 @@ def splat(
 
 
 def published(name: str, seed: int = 0) -> AnnData:
-    """One of `SETS` by name; under one seed all six share their truth. ValueError for another name.
+    """One of `SETS` by name; with the same seed all six have the same true counts. ValueError for another name.
 
     Examples
     --------
@@ -246,7 +246,7 @@ def published(name: str, seed: int = 0) -> AnnData:
 def rates(data: AnnData) -> tuple[float, float]:
     """Share of all entries that dropout turned to zero, and of zeros, in a set made by `splat`.
 
-    No other definition fits the published rates if ``mid`` alone moves: their difference, zeros before dropout, stays.
+    This definition fits the published rates: as ``mid`` changes, their difference (zeros before dropout) is constant.
 
     Examples
     --------

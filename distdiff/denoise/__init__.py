@@ -1,4 +1,4 @@
-"""Denoisers: networks that answer for every gene of a thinned cell. They own weights and know no law."""
+"""Denoisers: networks that predict ``k`` numbers for every gene of a thinned cell. They own weights and know no law."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from distdiff.types import Condition, Float, Tensor
 
 
 class Denoiser(nn.Module, ABC):
-    """``[b g]`` encoded counts and their survival probabilities -> ``[b g k]`` raw answers.
+    """``[b g]`` encoded counts and their survival probabilities -> ``[b g k]`` raw outputs.
 
     Built as ``Denoiser(spec, outputs, **options)`` from a :class:`~distdiff.types.DataSpec`. A gene with ``p = 0`` was
-    not looked for: its ``x`` reaches no other gene's answer. Where ``p = 1`` nothing is asked and no answer is read.
+    not measured: its ``x`` must not change the output for any other gene. The output for a gene with ``p = 1`` is not
+    used.
 
     Examples
     --------
@@ -30,28 +31,28 @@ class Denoiser(nn.Module, ABC):
     """
 
     relative: bool = True
-    """Whether answer 0 is added to the log of the cheap expectation (:class:`~distdiff.denoise.embed.Expectation`)."""
+    """Whether output 0 is added to ``log(gene mean x depth)`` (:class:`~distdiff.denoise.embed.Expectation`)."""
 
     ragged: str = ""
-    """Why shapes inside differ from batch to batch, so that ``torch.compile`` has no use here; empty: they do not."""
+    """Why tensor shapes change from batch to batch, so that ``torch.compile`` does not help; empty: they do not."""
 
     gene_axes: Mapping[str, int] = {}
-    """Weights that belong to genes, by name, and the axis that counts the genes (a multiple of them, genes last)."""
+    """Weights that belong to genes, by name, and their gene axis (its length: k x genes, genes fastest)."""
 
     label_tables: str = "condition.tables"
-    """Where the names of weights that belong to label values begin."""
+    """Prefix of the names of weights that belong to label values."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """Answer for every gene; ``x`` is ``log(1 + counts)``, ``p`` lies in [0, 1]."""
+        """Outputs for every gene; ``x`` is ``log(1 + counts)``, ``p`` lies in [0, 1]."""
 
 
 DEEPEST = 1000
-"""Blocks that no network has: a depth beyond them is a slip of the pen, which would be built until memory is full."""
+"""Largest depth; a larger one is a typing error, and building it would fill the memory."""
 
 
 def layers(depth: int) -> range:
-    """0 to ``depth - 1``.
+    """The numbers of the blocks, 0 to ``depth - 1``.
 
     Raises
     ------
@@ -73,12 +74,12 @@ def layers(depth: int) -> range:
 def adopt(
     to: Denoiser, genes: Sequence[str], weights: Mapping[str, Tensor], of: Sequence[str]
 ) -> tuple[int, tuple[str, ...]]:
-    """Give a denoiser the weights of one that was trained on other genes: those of a gene follow its name.
+    """Copy weights from a denoiser that was trained on other genes; weights of a gene are matched by its name.
 
     Parameters
     ----------
     to, genes
-        The denoiser to fill and its genes, in its order. Genes that are not in ``of`` keep what they have.
+        The denoiser to fill and its genes, in its order. Genes that are not in ``of`` keep their initial weights.
     weights, of
         State of the trained denoiser and its genes.
 
@@ -124,7 +125,9 @@ def adopt(
                 tensor.copy_(given)
             elif name.startswith(to.label_tables):
                 unused.append(name)
-            elif name not in buffers:  # a buffer (LSH's rotations) is drawn for its number of genes and taught nothing
+            elif (
+                name not in buffers
+            ):  # a buffer (the rotations of LSH) is random, not trained, and depends on the number of genes
                 raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here")
             continue
         new = tensor.movedim(axis, 0).unflatten(0, (-1, len(genes)))

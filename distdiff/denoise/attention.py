@@ -1,8 +1,8 @@
-"""Attention over genes: which tokens are looked at, tokens laid out whole or packed, one kernel behind both.
+"""Attention over genes: which tokens are keys, tokens of all genes or of some, one kernel for both.
 
-A gene with ``p = 0`` was not looked for: it is a question, not a fact. Its token asks (a query) and is never looked at
-(no key), so hidden, masked or absent genes cannot change what the others are answered. One token a cell, the *cell
-token*, is always a key: a cell of which nothing was seen has something to look at too.
+A gene with ``p = 0`` was not measured. Its token is a query and never a key, so hidden, masked or absent genes cannot
+change the outputs for other genes. One token a cell, the *cell token*, is always a key, so that a cell without any
+measured gene has a key too.
 
 Legend: ``b`` cells, ``n`` tokens, ``m`` keys, ``h`` heads, ``e`` channels of a head, ``d = h e`` width.
 """
@@ -24,10 +24,10 @@ from distdiff.types import Bool, Float, Int, Tensor
 log = logging.getLogger("distdiff")
 
 AWAY = -1e4
-"""Logit of a key that is not seen: its weight underflows to exactly 0 in every dtype."""
+"""Logit of a key that was not measured: its weight underflows to exactly 0 in every dtype."""
 
 GROUPS = 4
-"""Groups of cells of similar length into which ragged tokens are padded where no variable-length kernel runs."""
+"""Number of groups of cells of similar length; without a variable-length kernel tokens are padded within a group."""
 
 
 def attend(
@@ -35,8 +35,8 @@ def attend(
 ) -> Float[Tensor, "b h n e"]:
     """``softmax(q k' / sqrt(e)) v`` over the keys that are seen; ``f = e - 1``.
 
-    The mask rides in the channel that ``q`` and ``k`` leave free (``sqrt(e)`` against 0 or ``AWAY``): kernels that take
-    no mask, flash attention on CUDA first of all, then mask exactly, at any length, without a matrix of n x m.
+    The mask is in the last channel, which ``q`` and ``k`` leave free: ``sqrt(e)`` in q, 0 or ``AWAY`` in k. So kernels
+    that accept no mask, such as flash attention on CUDA, mask exactly, without an ``n x m`` matrix.
 
     Examples
     --------
@@ -114,12 +114,12 @@ class Whole:
 
 
 class Packed:
-    """Only the tokens that matter, those of all cells one after the other, ``[n d]``: no padding in any layer.
+    """Only some tokens of each cell, those of all cells one after the other, ``[n d]``: no padding in any layer.
 
     Parameters
     ----------
     cell
-        ``int64 [n]``, not falling: the cell of each token.
+        ``int64 [n]``, ascending: the cell of each token.
     seen
         ``bool [n]``: which tokens are keys.
     cells
@@ -150,7 +150,7 @@ class Packed:
 
 
 class Ragged:
-    """Attention between queries and keys of which every cell has another number.
+    """Attention between queries and keys whose numbers differ from cell to cell.
 
     With a variable-length flash kernel (CUDA, half precision, torch >= 2.10) nothing is padded. Elsewhere cells are
     sorted by length and padded in ``GROUPS`` groups, one call a group.
@@ -188,7 +188,7 @@ class Ragged:
     def attend(
         self, q: Float[Tensor, "n h f"], k: Float[Tensor, "m h f"], v: Float[Tensor, "m h e"]
     ) -> Float[Tensor, "n h e"]:
-        """See :func:`attend`; each query looks at the keys of its own cell."""
+        """See :func:`attend`; each query attends to the keys of its own cell."""
         if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16) and (varlen := _varlen()) is not None:
             starts = [F.pad(n.cumsum(0), (1, 0)).int() for n in (self.n_q, self.n_k)]
             longest = [int(n.max()) for n in (self.n_q, self.n_k)]
@@ -215,7 +215,7 @@ def _varlen() -> Callable[..., Tensor] | None:
 
 
 def _slots(cell: Tensor, count: Tensor, row: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Tokens of the cells that have a row, and their places when every row is padded to ``longest``."""
+    """Tokens of the cells that have a row, and their positions when every row is padded to ``longest``."""
     at = (row[cell] >= 0).nonzero().squeeze(1)
     within = at - (count.cumsum(0) - count)[cell[at]]
     return at, row[cell[at]] * longest + within
@@ -240,7 +240,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qk = nn.Linear(width, 2 * (width - heads), bias=False)  # a channel a head is left to the mask
+        self.qk = nn.Linear(width, 2 * (width - heads), bias=False)  # one channel a head is reserved for the mask
         self.v, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width)
 
     def forward(self, h: Tensor, tokens: Whole | Packed) -> Tensor:
@@ -250,7 +250,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one set of tokens on another; ``look(q, k, v)`` pairs them.
+    """Multi-head attention from one set of tokens to another; ``look(q, k, v)`` computes it.
 
     Examples
     --------
@@ -300,7 +300,7 @@ class Block(nn.Module):
 
 
 def check_heads(kind: str, width: int, heads: int) -> None:
-    """Raise ``ValueError`` where ``heads`` does not divide ``width``, or leaves a head a single channel.
+    """Raise ``ValueError`` where ``heads`` does not divide ``width``, or a head would have a single channel.
 
     Examples
     --------

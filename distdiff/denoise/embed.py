@@ -1,4 +1,4 @@
-"""What every denoiser shares: evidence against expectation, the conditioning vector, the adaptive norm."""
+"""Parts that all denoisers share: expected counts, the conditioning vector, the adaptive norm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from distdiff.types import UNKNOWN, Condition, DataSpec, Float, Tensor
 
 
 class Expectation(nn.Module):
-    """The cheapest honest answer, gene mean x depth of the evidence, computed from the thinned cell alone.
+    """Expected counts of a cell: gene mean x depth, with the depth estimated from the thinned cell alone.
 
-    ``depth = (sum x + c) / (sum p mu + c)`` compares what was seen with what the genes seen would hold in the average
-    cell; ``c`` molecules of prior keep a nearly empty cell near depth 1. A denoiser that answers relative to
-    ``log(mu depth)`` starts training at this baseline's quality and learns only the excess.
+    ``depth = (sum x + c) / (sum p mu + c)`` divides the observed molecules by those expected of the same genes in the
+    average cell; a prior of ``c`` molecules keeps nearly empty cells near depth 1. A denoiser whose output is relative
+    to ``log(mu depth)`` starts as good as this baseline and learns only the difference.
 
     Examples
     --------
@@ -44,11 +44,11 @@ class Expectation(nn.Module):
     ) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b g"]]:
         """Return log depth ``[b 1]`` and the surprise ``log(1 + x) - log(1 + p mu depth)`` ``[b g]``.
 
-        A gene that is not seen (``p = 0``) has no surprise, whatever its ``x`` holds: its input is exactly 0.
+        The surprise of a gene that was not measured (``p = 0``) is exactly 0, whatever its ``x``.
         """
         x = torch.where(p > 0, x, 0.0)
         seen = p * self.mean
-        molecules = torch.expm1(x).sum(1, keepdim=True).clamp_min(0)  # a Gaussian state may sum to less than nothing
+        molecules = torch.expm1(x).sum(1, keepdim=True).clamp_min(0)  # the sum of a Gaussian state may be negative
         depth = (molecules + self.prior) / (seen.sum(1, keepdim=True) + self.prior)
         return depth.log(), x - torch.log1p(seen * depth)
 
@@ -57,14 +57,14 @@ class Expectation(nn.Module):
         return self.mean.log() + log_depth
 
     def add_to(self, raw: Float[Tensor, "b g k"], log_depth: Float[Tensor, "b 1"]) -> Float[Tensor, "b g k"]:
-        """Answers whose number 0 was given relative to ``log(mu depth)``."""
+        """Outputs with ``log(mu depth)`` added to number 0."""
         return torch.cat((raw[..., :1] + self.log_rate(log_depth).unsqueeze(-1), raw[..., 1:]), -1)
 
 
 def start(bias: Tensor) -> None:
-    """Initial bias ``[g k]`` of the answers: 0, but small random numbers from the third on.
+    """Set the initial bias ``[g k]`` of the outputs: 0, but small random numbers from the third output on.
 
-    The third answer and those after it are loadings or classes; at loadings of 0 their gradient is 0 (a saddle).
+    The third output and those after it are loadings or classes; at loadings of 0 their gradient is 0 (a saddle).
 
     Examples
     --------
@@ -115,7 +115,7 @@ class Conditioning(nn.Module):
 
 
 def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.ModuleList, cond: Condition) -> Tensor:
-    """``out`` plus the embedding of every label that is given; code -1 (unknown, withheld) adds nothing.
+    """``out`` plus the embedding of every given label; code -1 (unknown or withheld) adds nothing.
 
     Examples
     --------
@@ -137,10 +137,10 @@ def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.Modul
 
 
 class Shortcut(nn.Module):
-    """From all evidence to one vector a cell, and from one vector a cell to all answers, each by one matrix.
+    """Two matrices: from all evidence to one vector a cell, and from one vector a cell to all outputs.
 
-    A network of tokens with one read-out for all genes learns slowly what a gene has to itself; with this beside it,
-    it starts where the MLP is (docs/ANSWERS.md). The cost is that of two layers of the MLP.
+    A token network reads all genes out by one matrix, so it learns gene-specific effects slowly. With this in parallel
+    it learns as fast as the MLP (docs/ANSWERS.md). The cost is that of two layers of the MLP.
 
     Examples
     --------
@@ -160,7 +160,7 @@ class Shortcut(nn.Module):
         nn.init.zeros_(self.answer.weight)
 
     def answers(self, h: Float[Tensor, "b d"]) -> Float[Tensor, "b g k"]:
-        """What a vector says of every gene; nothing at the start of training."""
+        """Outputs for every gene from one vector a cell; 0 at the start of training."""
         return self.answer(h).float().unflatten(1, (self.outputs, -1)).transpose(1, 2)
 
 
@@ -191,7 +191,7 @@ class AdaptiveNorm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Normalised ``h`` and the gate of its branch (``1 + gate`` multiplies what the branch adds).
 
-        ``spread`` makes one vector a cell broadcast to the tokens of ``h`` (a layout's; see ``attention``).
+        ``spread`` broadcasts one vector a cell to the tokens of ``h`` (see `distdiff.denoise.attention.Whole`).
         """
         scale, shift, gate = self.modulate(c).chunk(3, -1)
         if spread is not None:

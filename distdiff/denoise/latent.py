@@ -13,24 +13,24 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
 class Latent(Denoiser):
-    """Tokens are the non-zero entries of x_p; ``latents`` of them read the cell, and every gene reads the latents.
+    """A few latents attend to the tokens of the non-zero entries of x_p, and every gene attends to the latents.
 
-    Thinned data are sparser than data, so an encoder over non-zero entries is cheap where attention among all genes is
-    not. What was looked for and not found reaches the latents through depth, the shares of p and the shortcut.
+    Most entries of a thinned cell are 0, so an encoder over non-zero entries is cheap where attention among all genes
+    is not. Measured zeros reach the latents through the depth, the mean p and the shortcut.
 
     Parameters
     ----------
     width, depth, heads
         Width of tokens and latents, blocks of the trunk among latents, attention heads.
     latents
-        m.
+        Number of latents, m.
     shortcut
-        One matrix from all evidence to the latents and one from their mean to all answers, beside the tokens.
+        One matrix from all evidence to the latents and one from their mean to all outputs, in parallel to the tokens.
 
     Raises
     ------
     ValueError
-        ``heads`` does not divide ``width``, no latent.
+        ``heads`` does not divide ``width``, or ``latents`` is below 1.
 
     Examples
     --------
@@ -73,7 +73,7 @@ class Latent(Denoiser):
         nn.init.zeros_(self.answer.weight)
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         if self.shortcut is not None:
@@ -83,7 +83,7 @@ class Latent(Denoiser):
         tokens = Whole(h.new_ones(h.shape[:2], dtype=torch.bool))
         for block in self.blocks:
             h = block(h, c, tokens)
-        # every gene asks the latents with its embedding, the same in all cells; what is known of it comes in after
+        # the query of a gene is its embedding, the same in all cells; its own count is added after the attention
         h, _ = self.norm_tell(h, c, tokens.spread)
         k, v = self.tell(h).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = self.ask.to(k.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1).expand(len(x), -1, -1, -1)
@@ -95,7 +95,7 @@ class Latent(Denoiser):
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def _encode(self, values: Tensor, x: Tensor, p: Tensor, c: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:
-        """The latents of each cell after they read its non-zero entries (and the cell token)."""
+        """The latents of each cell after they attended to its non-zero entries (and the cell token)."""
         cell, token = F.pad((x != 0) & (p > 0), (1, 0), value=True).nonzero(as_tuple=True)
         found = F.pad(values, (0, 0, 1, 0))[cell, token]
         entries = self.value(found) + torch.cat((self.cell, self.gene))[token]

@@ -16,27 +16,27 @@ from distdiff.denoise.transformer import Transformer
 from distdiff.types import Bool, DataSpec, Float, Int, Tensor
 
 ITSELF = -1e5
-"""Logit of a token on itself (queries and keys are shared, so it would look at nothing else): the last resort."""
+"""Logit of a token with itself. Queries and keys are shared, so it would else attend to itself only."""
 
 WORKSPACE = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits computed at once: what stays near a core (2 MiB: faster too), or keeps a GPU busy."""
+"""Logits computed at once: what fits the cache of a CPU core (2 MiB), or keeps a GPU busy."""
 
 ONE_HASH = 64
-"""Buckets up to which one rotation hashes; beyond, two of the square root, so that hashing stays near linear."""
+"""Most buckets for one rotation; more buckets take two rotations of the square root, which keeps hashing cheap."""
 
 
 class LSH(Transformer):
-    """The transformer with hashed attention: each gene looks at about ``2 bucket`` genes a round, those most like it.
+    """The transformer with hashed attention: each gene attends to about ``2 bucket`` similar genes a round.
 
     Parameters
     ----------
     width, depth, heads, shortcut, checkpoint
         As for the transformer.
     bucket
-        Keys in a chunk; a query looks at its chunk and the one before. More than the number of genes: full attention,
-        exactly.
+        Keys in a chunk; a query attends to its chunk and the one before. At or above the number of genes this is exact
+        full attention.
     rounds
-        Independent hashes, whose answers are joined by their normalisers.
+        Independent hashes, joined in one softmax.
 
     Raises
     ------
@@ -54,7 +54,7 @@ class LSH(Transformer):
     torch.Size([3, 40, 2])
     """
 
-    ragged = "its queries fill as many blocks as their places ask"
+    ragged = "its queries fill as many blocks as their hashes need"
 
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, bucket: int = 64,
@@ -118,10 +118,10 @@ def rotations(
 
 
 def places(qk: Float[Tensor, "l n e"], rotation: Float[Tensor, "s e k"]) -> Float[Tensor, "l n"]:
-    """Where a token is sorted to: its bucket ``h(v) = argmax[v R; -v R]`` (docs/MATHS.md 10.1), and a place within it.
+    """Sort key of a token: its bucket ``h(v) = argmax[v R; -v R]`` (docs/MATHS.md 10.1) plus a fraction below 1.
 
-    The place is by how far the token points there. Two factors give the two digits of a bucket's number. Nothing
-    depends on the order of the tokens. ``float64``.
+    The fraction is larger the further the token points in the bucket's direction. Two factors give the two digits of a
+    bucket's number. Nothing depends on the order of the tokens. ``float64``.
 
     Examples
     --------
@@ -145,12 +145,12 @@ def lsh_attention(
 ) -> Float[Tensor, "b h n e"]:  # fmt: skip
     """Shared-QK attention within hashed neighbourhoods (docs/MATHS.md 10.1), over tokens of one cell, not causal.
 
-    In each round the tokens that are seen are sorted by bucket and cut into chunks of ``bucket`` keys. A query looks at
-    the chunk where its own bucket lies and the one before (the last before the first). Tokens that are not seen only
-    ask: neither sort nor chunks depend on them. Rounds are joined by their normalisers: a key met in two rounds counts
-    twice, in one softmax. At most ``bucket`` seen tokens: full attention, exactly.
+    In each round the seen tokens are sorted by bucket and cut into chunks of ``bucket`` keys. A query attends to the
+    chunk of its own bucket and the one before (for the first chunk, the last). Tokens that are not seen are queries
+    only; neither the order nor the chunks depend on them. All rounds share one softmax, in which a key that is met in
+    two rounds counts twice. With at most ``bucket`` seen tokens this is exact full attention.
 
-    Nothing of n x n is made, and no logits are kept: the backward pass makes them again, chunk by chunk.
+    No ``n x n`` matrix is made and no logits are kept; the backward pass computes them again, chunk by chunk.
 
     Parameters
     ----------
@@ -182,20 +182,20 @@ def lsh_attention(
 
 @dataclass(frozen=True)
 class Meetings:
-    """Who meets whom in one round: blocks of queries, each before two chunks of keys.
+    """Which queries meet which keys in one round: blocks of queries, each with two chunks of keys.
 
     Attributes
     ----------
     key
-        ``int64 [l c s]``: token at each place of each chunk; ``n``: the place is empty.
+        ``int64 [l c s]``: token in each slot of each chunk; ``n``: the slot is empty.
     query
-        ``int64 [l B s]``: token at each place of each block; ``n``: the place is empty.
+        ``int64 [l B s]``: token in each slot of each block; ``n``: the slot is empty.
     itself
         ``int64 [l B s]``: where a query meets its own key, among the ``2 s`` keys; -1: nowhere.
     slot
-        ``int64 [l n]``: each token's place among the queries ``[B s]``.
+        ``int64 [l n]``: slot of each token among the queries ``[B s]``.
     chunk, before
-        ``int64 [l B]``: a block's chunk and the one before; equal where there is but one.
+        ``int64 [l B]``: a block's chunk and the one before; equal where there is only one.
 
     Examples
     --------
@@ -215,7 +215,7 @@ class Meetings:
     before: Tensor
 
     def parts(self) -> Iterator[tuple[slice, Meetings]]:
-        """Pieces of the ``l`` (cell, head) pairs whose logits fit the workspace."""
+        """Parts of the ``l`` (cell, head) pairs, each small enough for its logits to fit the workspace."""
         pairs, blocks, size = self.query.shape
         room = WORKSPACE.get(self.query.device.type, WORKSPACE["cuda"])
         some = max(1, room // (blocks * size * 2 * size))
@@ -224,7 +224,7 @@ class Meetings:
             yield at, Meetings(*(getattr(self, field.name)[at] for field in fields(self)))
 
     def keys(self) -> Int[Tensor, "l B t"]:
-        """The tokens that each block looks at; ``n``: none."""
+        """The tokens that each block attends to; ``n``: none."""
         pairs = torch.arange(len(self.key), device=self.key.device).unsqueeze(1)
         second = self.key[pairs, self.before].masked_fill((self.before == self.chunk).unsqueeze(-1), self.slot.shape[1])
         return torch.cat((self.key[pairs, self.chunk], second), -1)
@@ -232,25 +232,25 @@ class Meetings:
     def logits(
         self, q: Float[Tensor, "l n e"], k: Float[Tensor, "l n e"], keys: Int[Tensor, "l B t"]
     ) -> Float[Tensor, "l B s t"]:
-        """``q k'`` of all meetings, ``-inf`` at empty places, ``ITSELF`` where a query meets its own key."""
+        """``q k'`` of all meetings, ``-inf`` at empty slots, ``ITSELF`` where a query meets its own key."""
         empty = torch.where(keys == self.slot.shape[1], -torch.inf, 0.0).to(q.dtype).flatten(0, 1).unsqueeze(1)
         asked, met = _take(q, self.query).flatten(0, 1), _take(k, keys).flatten(0, 1)
         logits = torch.baddbmm(empty, asked, met.transpose(1, 2)).unflatten(0, keys.shape[:2]).float()
         return self.at_itself(logits, ITSELF)
 
     def at_itself(self, matrix: Float[Tensor, "l B s t"], value: float) -> Float[Tensor, "l B s t"]:
-        """Overwrite, in place, what stands where a query meets its own key."""
+        """Overwrite, in place, the entries where a query meets its own key."""
         where = self.itself.clamp_min(0).unsqueeze(-1)
         overwritten = matrix.gather(-1, where).masked_fill_((self.itself >= 0).unsqueeze(-1), value)
         return matrix.scatter_(-1, where, overwritten)
 
     def back(self, values: Float[Tensor, "l B s e"]) -> Float[Tensor, "l n e"]:
-        """From the blocks' places to the tokens."""
+        """From the slots of the blocks back to the tokens."""
         return _take(values.flatten(1, 2), self.slot)
 
 
 def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -> Meetings:
-    """Sort and cut one round (see :func:`lsh_attention`) of tokens that belong at those :func:`places`.
+    """Sort and cut tokens into one round of :func:`lsh_attention`; ``at`` comes from :func:`places`.
 
     Examples
     --------
@@ -269,7 +269,7 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
     position = torch.arange(n, device=at.device).repeat(pairs, 1)
     key = F.pad(torch.where(position < n_seen, order, n), (0, chunks * size - n), value=n).view(pairs, chunks, size)
 
-    # a seen token stands in the line, another where it would
+    # a seen token has its rank among the seen; an unseen one the rank it would have
     own = torch.empty_like(position).scatter_(1, order, position)
     chunk = torch.where(seen, own, torch.minimum(torch.searchsorted(line, at), n_seen - 1)) // size
 
@@ -295,9 +295,9 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
 
 
 class _Hashed(torch.autograd.Function):
-    """One softmax over all meetings of all rounds: forwards online, backwards from the normaliser alone.
+    """One softmax over all rounds: online in the forward pass, from the normaliser in the backward pass.
 
-    Arrays over tokens get a row of zeros behind the last, where empty places read and write.
+    Arrays over tokens get one more row of zeros, which empty slots read and write.
     """
 
     @staticmethod
@@ -354,11 +354,11 @@ def _flat(at: Int[Tensor, "l ..."], n: int) -> Int[Tensor, " places"]:
 
 
 def _take(values: Float[Tensor, "l n e"], at: Int[Tensor, "l ..."]) -> Float[Tensor, "l ... e"]:
-    """Values at those places."""
+    """Values of the tokens ``at``."""
     flat = _flat(at, values.shape[1])
     return values.flatten(0, 1).index_select(0, flat).view(*at.shape, values.shape[-1])
 
 
 def _add(to: Float[Tensor, "l n e"], at: Int[Tensor, "l B t"], values: Float[Tensor, "l B t e"]) -> None:
-    """Add values at those places."""
+    """Add values to the tokens ``at``."""
     to.view(-1, to.shape[-1]).index_add_(0, _flat(at, to.shape[1]), values.flatten(0, 2).float())

@@ -11,7 +11,7 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
 class MLP(Denoiser):
-    """Gene vector -> ``width`` -> residual blocks with adaptive norm -> answers for all genes.
+    """Gene vector -> ``width`` -> residual blocks with adaptive norm -> outputs for all genes.
 
     Parameters
     ----------
@@ -20,14 +20,13 @@ class MLP(Denoiser):
     width, depth
         Width of the trunk and number of residual blocks.
     rank
-        Factorise the two input layers through one embedding of this many numbers a gene (0: a full layer each): for
-        many genes, where they hold most of the weights. (Summing over non-zero entries alone does not pay: on a CPU
-        the dense product is as fast up to 20,000 genes at 3 % non-zero; docs/ANSWERS.md.)
+        Factorise the two input layers through one embedding of this many numbers a gene (0: full layers). Useful with
+        many genes, when these layers hold most weights. (A sum over non-zero entries is no faster: on a CPU the dense
+        product is as fast up to 20,000 genes at 3 % non-zero; docs/ANSWERS.md.)
     linear
-        Rank of a linear path around the trunk, from the evidence to the log rates, which is what PCA and ridge
-        regression have (0: none). It is scaled by the share of molecules seen, as in a regression on masked inputs. It
-        helped before the process weighed a gene's own count in; since then it only biases middle p
-        (benchmarks/ablation.py).
+        Rank of a linear path around the trunk, from the evidence to the log rates, as in PCA and ridge regression (0:
+        none). It is scaled by the share of molecules seen, as in a regression on masked inputs. With ``own: true`` in
+        the process it only adds a bias at middle p; it is of use without (benchmarks/ablation.py).
 
     Examples
     --------
@@ -65,7 +64,7 @@ class MLP(Denoiser):
             self.linear.extend((down, up))
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         h = self.evidence(self.embed(surprise)) + self.survival(self.embed(p - 0.5))

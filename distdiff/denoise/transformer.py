@@ -16,17 +16,18 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 class Transformer(Denoiser):
     """Gene token = gene embedding + projection of (surprise, count, p, seen at all); pre-norm blocks with adaLN.
 
-    Tokens of genes with ``p = 0`` ask and are not looked at (see :mod:`~distdiff.denoise.attention`).
+    Tokens of genes with ``p = 0`` are queries and no keys (see :mod:`~distdiff.denoise.attention`).
 
     Parameters
     ----------
     width, depth, heads
         Token width, number of blocks, attention heads; ``heads`` must divide ``width``.
     shortcut
-        One matrix from all evidence to the cell's vector and one from the cell token to all answers, beside the tokens.
+        One matrix from all evidence to the cell's vector and one from the cell token to all outputs, in parallel to the
+        tokens.
     pack
-        Compute only tokens that matter: what is asked (``p < 1``) and evidence that is not 0. An evidence of 0 is then
-        told by the absence of its token. Saves most where few genes are asked; no use with ``train.compile``.
+        Compute only tokens of genes to predict (``p < 1``) and of evidence that is not 0. Saves most where few genes
+        are predicted; does not help with ``train.compile``.
     checkpoint
         Recompute each block in the backward pass instead of keeping its activations: memory for about a third more
         time.
@@ -55,7 +56,7 @@ class Transformer(Denoiser):
         check_heads(type(self).__name__.lower(), width, heads)
         self.pack, self.checkpoint = pack, checkpoint
         if pack:
-            self.ragged = "denoiser.pack computes as many tokens as matter"
+            self.ragged = "denoiser.pack computes a number of tokens that depends on the cells"
         self.expectation = Expectation(spec)
         self.condition = Conditioning(spec, width)
         self.shortcut = Shortcut(spec, outputs, width) if shortcut else None
@@ -75,12 +76,14 @@ class Transformer(Denoiser):
         return SelfAttention(width, heads)
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         if self.shortcut is not None:
             c = c + self.shortcut.evidence(surprise)
-        values = F.pad(torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1), (0, 0, 1, 0))  # token 0: the cell's
+        values = F.pad(
+            torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1), (0, 0, 1, 0)
+        )  # token 0 is the cell token
         identity = torch.cat((self.cell, self.gene))
         seen = F.pad(p > 0, (1, 0), value=True)
         if self.pack:

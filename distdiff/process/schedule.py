@@ -118,7 +118,7 @@ class Linear(Schedule):
 
 @functools.lru_cache(maxsize=32)
 def _on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Constants on a device, copied there once, as each copy waits for it."""
+    """Constants as a tensor on a device, cached: each copy from the host would stall a GPU."""
     return torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
 
 
@@ -155,7 +155,7 @@ class Table(Schedule):
         return low + (v[k.long() + 1] - low) * (t * n - k)
 
     def speed(self, p: Tensor) -> Tensor:
-        """The slope of the piece that ``p`` lies in."""
+        """``-slope`` of the linear piece that contains ``p``."""
         v, n = _on(self.values, p.dtype, p.device), len(self.values) - 1
         piece = n - torch.searchsorted(v.flip(0), p.contiguous(), right=False).clamp(1, n)
         return (v[piece] - v[piece + 1]) * n
@@ -168,7 +168,8 @@ MOST_TIMES = 1_000_000
 class Discrete(Schedule):
     """A schedule at ``times`` points: discrete-time training (docs/MATHS.md 1.4); Fisher at 1000 points is Blackout's.
 
-    ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k alike.
+    ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k with the same
+    probability.
 
     Examples
     --------
@@ -191,11 +192,11 @@ class Discrete(Schedule):
         object.__setattr__(self, "_values", (1.0, *p[1:]))
 
     def table(self, like: Tensor) -> Tensor:
-        """``p_0 ... p_times`` on the device and in the type of ``like``."""
+        """``p_0 ... p_times`` with the device and dtype of ``like``."""
         return _on(self._values, like.dtype, like.device)  # type: ignore[attr-defined]
 
     def p(self, t: Tensor) -> Tensor:
-        """``p_k`` of the next point after ``t``."""
+        """``p_k`` of the next of the ``times`` times at or after ``t``."""
         return self.table(t)[(t * self.times).ceil().long().clamp(1, self.times)]
 
     def index(self, p: Tensor) -> Tensor:
@@ -217,12 +218,12 @@ def schedule(given: Any) -> Schedule:
     """A schedule from a config: a name, a list of values, or a mapping with ``kind`` and options.
 
     ``{kind: fisher, times: 1000}``, or ``fisher@1000`` for short, is the discrete-time form of any kind;
-    ``kind: module:Class`` is one's own.
+    ``kind: module:Class`` is a class of your own.
 
     Raises
     ------
     ValueError
-        Unknown name or option (the nearest one is told), a table that does not fall from 1 to 0.
+        Unknown name or option (the message names the nearest), or a table that does not fall from 1 to 0.
 
     Examples
     --------
@@ -259,11 +260,11 @@ def schedule(given: Any) -> Schedule:
 
 
 LOGIT_SPAN = math.log(999)
-"""A walk spaced evenly in ``logit p`` spans this to either side: p from .001 to .999, its ends then set to 0 and 1."""
+"""Half the range of ``logit p`` in a walk with ``logit`` spacing: p from .001 to .999, the ends then set to 0 and 1."""
 
 
 LONGEST = 100_000
-"""Steps of a walk; one of more would not end in a lifetime."""
+"""Most steps of a walk."""
 
 
 def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "time") -> Float[Tensor, " n"]:
@@ -272,7 +273,7 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
     Parameters
     ----------
     spacing
-        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. Or the levels themselves, for example of
+        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. Or the levels themselves, for example from
         :func:`placed`.
 
     Raises
@@ -308,12 +309,12 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
 
 
 def check_grid(grid: Sequence[float]) -> None:
-    """Levels must rise and end at 1.
+    """Check that levels rise and end at 1.
 
     Raises
     ------
     ValueError
-        They do not; the first offender is named.
+        They do not; the message names the first level that is wrong.
 
     Examples
     --------
@@ -415,7 +416,7 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
-    """``sigma`` as a tensor, if the step allows it; a plain 0 always is. Looked at on the CPU only, as `survivors`.
+    """``sigma`` as a tensor, checked to be in the range of this step (on the CPU only, as in `survivors`).
 
     Raises
     ------
@@ -462,9 +463,9 @@ def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
 
 
 def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
-    """Share ``p_t / p_s`` of what is left at ``p_s`` that is left at ``p_t`` (docs/MATHS.md 2.3), like ``x``.
+    """Share ``p_t / p_s`` of the molecules present at ``p_s`` that are kept at ``p_t`` (docs/MATHS.md 2.3).
 
-    The range is looked at on the CPU only, as on a GPU each look waits for the device.
+    The range is checked on the CPU only, because each check stalls a GPU. The result broadcasts against ``x``.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The mixture of survival probabilities that one model is trained on: one p per gene of each cell (docs/MATHS.md 5)."""
+"""The mixture of survival probabilities that a model is trained on: one p per gene of each cell (docs/MATHS.md 5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Survival:
     Parameters
     ----------
     hidden
-        Evidence at p = 1, targets at exactly 0: what the posterior mean in one call is asked (docs/MATHS.md 5.3, 5.6).
+        Evidence at p = 1, targets at exactly 0: the input of an imputation in one call (docs/MATHS.md 5.3, 5.6).
     two_level
         Evidence at p = 1, targets at p(t): the walk of an imputation (docs/MATHS.md 5.2).
     uniform
@@ -61,7 +61,7 @@ class Survival:
     def draw(
         self, schedule: Schedule, t: Float[Tensor, "b 1"], genes: int, *, rng: Rng
     ) -> tuple[Float[Tensor, "b g"], Bool[Tensor, "b 1"]]:
-        """Draw p for cells whose times are ``t``: p, and which cells' p depends on t (all but the ``hidden``)."""
+        """Draw p for cells with times ``t``; the second result marks cells whose p depends on t (not ``hidden``)."""
         cells = len(t)
         pattern = rng.uniform(cells, 1) * (self.hidden + self.two_level + self.uniform)
         timed = pattern >= self.hidden

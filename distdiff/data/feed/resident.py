@@ -1,4 +1,4 @@
-"""Batches cut and decoded on the device: from a copy of the whole store there, or from blocks that travel coded."""
+"""Batches decoded on the device: from a copy of the whole store in its memory, or from coded blocks sent to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ READ = 1 << 14
 
 
 class Resident:
-    """A coded copy of a store (of the genes it is looked at through) on one device; 10M cells x 2,000 genes are a few
-    GB. Batches are cut and decoded there, so training waits for nothing.
+    """A coded copy of a store (restricted to the genes of its view) on one device; 10M cells x 2,000 genes take a few
+    GB. Batches are decoded there, so training does not wait for data.
 
     Build one with `Resident.load`.
 
@@ -45,7 +45,7 @@ class Resident:
         Raises
         ------
         ValueError
-            A corrupt shard, or counts that float32 does not hold.
+            A corrupt shard, or counts that float32 cannot hold.
         """
         if not store.exact:
             raise ValueError(f"{store.url} holds counts that float32 does not tell apart; use loader.resident=no")
@@ -64,7 +64,9 @@ class Resident:
         counts: list[Tensor] = []
         for (gaps, values, starts), gene_column in zip(self._parts, self._gene_columns, strict=True):
             lengths = starts[rows + 1] - starts[rows]
-            begin = np.concatenate([[0], np.cumsum(lengths)])  # here, as the device would have to be asked for its end
+            begin = np.concatenate(
+                [[0], np.cumsum(lengths)]
+            )  # on the host: reading its last value from the device would stall it
             offset, long, begun = self._send(starts[rows] - begin[:-1], lengths, begin)
             entry = torch.repeat_interleave(offset, long, output_size=int(begin[-1]))
             entry = entry + torch.arange(len(entry), device=self.device)
@@ -74,7 +76,7 @@ class Resident:
         return Cells(_sum(counts), Condition(codes), torch.from_numpy(rows))
 
     def _send(self, *arrays: np.ndarray) -> list[Tensor]:
-        """Small arrays to the device, which is not waited for."""
+        """Copy small arrays to the device without waiting."""
         return [torch.from_numpy(a.astype(np.int64)).to(self.device, non_blocking=True) for a in arrays]
 
     def _codes(self, label: str) -> Tensor:
@@ -85,7 +87,7 @@ class Resident:
 
 
 class Uploader:
-    """Coded cells through a ring of pinned buffers to a GPU, copied and decoded on a stream of their own."""
+    """Sends coded cells to a GPU through a ring of pinned buffers; a separate stream copies and decodes them."""
 
     def __init__(self, store: CountStore, device: torch.device, slots: int) -> None:
         self.store, self.device, self._gene_columns = store, device, _gene_columns(store, device)
@@ -95,7 +97,7 @@ class Uploader:
         self._turn = 0
 
     def cells(self, rows: np.ndarray, leases: Sequence[Lease], labels: Sequence[str] | None) -> Cells:
-        """A batch on its way to the GPU, ordered before whatever the caller's stream does next."""
+        """A batch on the GPU; the caller's next kernels wait for it, the host does not."""
         slot, self._turn = self._turn, (self._turn + 1) % len(self._ring)
         if (event := self._used[slot]) is not None:
             event.synchronize()  # the copy that used these buffers is done
@@ -117,7 +119,7 @@ class Uploader:
         return Cells(counts, Condition(codes).to(self.device), torch.from_numpy(rows))
 
     def _send(self, slot: int, name: str, array: np.ndarray) -> Tensor:
-        """One array through its pinned buffer of this slot, which grows as needed."""
+        """Copy one array through its pinned buffer of this slot, which grows as needed."""
         buffer = self._ring[slot].get(name)
         if buffer is None or len(buffer) < len(array):
             like = torch.from_numpy(array[:0])
@@ -128,7 +130,7 @@ class Uploader:
 
 
 def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, gene_column: Tensor, n_genes: int) -> Tensor:
-    """Coded cells as float32 ``[n, n_genes]`` on the device they are on, by torch alone.
+    """Coded cells as float32 ``[n, n_genes]``, on the device of the inputs, with torch alone.
 
     Parameters
     ----------
@@ -139,7 +141,7 @@ def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, gene_column: Tensor, 
     gene_column
         ``int64 [genes of the blocks]``: output column of each gene, ``n_genes`` for a gene that is not wanted.
     n_genes
-        Columns of the answer.
+        Number of columns of the result.
 
     Examples
     --------
@@ -166,6 +168,6 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def _gene_columns(store: CountStore, device: torch.device) -> list[Tensor]:
-    """For each column group the column of each gene, one past the last where it is not wanted."""
+    """For each column group the column of each gene; one past the last column for a gene that is not wanted."""
     n = len(store.genes)
     return [torch.from_numpy(np.where(c.place < 0, n, c.place).astype(np.int64)).to(device) for c in store.columns]

@@ -1,8 +1,8 @@
-"""Counts in two bytes: the gap to the next gene, and the count; compiled loops that write and read them.
+"""Counts in two bytes, the gap to the next gene and the count, and compiled loops that write and read them.
 
 A cell is a run of entries ``(gap, value)``. Its gene numbers are the running sums of its gaps from 0, and its counts
-are the sums of the values that fall on one gene: an entry ``(255, 0)`` only moves on, an entry ``(0, value)`` adds to
-the gene before. So any count fits any width of value, without loss, and the sum is all that a reader has to know.
+are the sums of the values that fall on one gene: an entry ``(255, 0)`` only advances the gene number, an entry ``(0,
+value)`` adds to the gene before. So any count fits any width of value without loss, and a reader only has to add up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GAP = 255
 """Largest gap of one entry."""
 
 RUN = 64
-"""Entries that are coded together where each takes one entry."""
+"""Counts that are coded together in a fast loop, if each of them takes one entry."""
 
 
 class Coded(NamedTuple):
@@ -57,12 +57,12 @@ class Slots(NamedTuple):
 
     @classmethod
     def zeros(cls, n: int, cap: int, block: int, dtype: str) -> Slots:
-        """``n`` blocks without cells."""
+        """Memory of ``n`` blocks, all zero."""
         return cls(np.zeros((n, cap), np.uint8), np.zeros((n, cap), dtype), np.zeros((n, block + 1), np.uint32))
 
     @classmethod
     def empty(cls, n: int, cap: int, block: int, dtype: str) -> Slots:
-        """Room for ``n`` blocks; memory is taken when it is first written."""
+        """Memory for ``n`` blocks, not initialised; the system provides it when it is first written."""
         return cls(np.empty((n, cap), np.uint8), np.empty((n, cap), dtype), np.empty((n, block + 1), np.uint32))
 
 
@@ -76,7 +76,7 @@ def encode(counts: sparse.csr_matrix, dtype: Any, order: np.ndarray | None = Non
     dtype
         Of the values: uint8, uint16, uint32, or float32.
     order
-        ``int64 [m]``, the cells to code, in this order; None is all as they come.
+        ``int64 [m]``, the rows to code, in this order; None is all rows.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def recoded(of: Coded, gene_column: np.ndarray, group: np.ndarray, dtype: Any) -
     Parameters
     ----------
     of
-        The cells.
+        The coded cells.
     gene_column, group
         ``int [g]`` each: column of every gene within its column group (ascending within a group; -1: dropped), and
         the number of that group.
@@ -170,7 +170,7 @@ def csr(
     nnz = _csr(slots.gaps, slots.values, slots.starts, slot, local, gene_column, same, indptr, indices, data)
     indices, data = indices[:nnz], data[:nnz]
     made = sparse.csr_matrix((len(slot), n_genes), dtype=dtype)
-    made.data, made.indices, made.indptr = data, indices, indptr  # checked here, not by scipy once more
+    made.data, made.indices, made.indptr = data, indices, indptr  # set directly: scipy would check them once more
     if same or (np.diff(gene_column[gene_column >= 0]) > 0).all():
         made.has_canonical_format = True
     else:
@@ -198,12 +198,12 @@ def add_dense(
 
 
 def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarray, np.ndarray] | None = None) -> Coded:
-    """Some cells of some blocks, still coded, one after the other.
+    """Some cells of some blocks, coded, one after the other.
 
     Parameters
     ----------
     into
-        Buffers to write to, when they are long enough (``gaps``, ``values``), so that pinned memory is reused.
+        Buffers for ``gaps`` and ``values``, used if they are long enough; so pinned memory is reused.
 
     Examples
     --------
@@ -225,8 +225,10 @@ def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarra
 
 
 def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
-    """Why a block cannot be what a build wrote, or ``""``: zarr reads a chunk that is not there as its fill value, and
-    no gene may lie outside of the answer. (Anything else is for the checksums.)
+    """Why a block cannot be what a build wrote, or ``""``.
+
+    It finds missing chunks, which zarr reads as their fill value, and gene numbers out of range. Other damage is found
+    by checksums.
 
     Parameters
     ----------
@@ -250,14 +252,14 @@ def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
 
 
 def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
-    """The width of value that takes the fewest bytes.
+    """The dtype of values that takes the fewest bytes.
 
     Parameters
     ----------
     nnz
         Counts stored.
     sums
-        ``uint8``, ``uint16`` -> entries that they would need in all.
+        ``uint8``, ``uint16`` -> number of entries that each would need.
     largest
         Largest count; one count may take 64 entries at most.
 
@@ -275,7 +277,7 @@ def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
 def sums(
     counts: sparse.csr_matrix, rows: np.ndarray, train: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, float]]:
-    """Everything that a build adds up, in one pass over some rows.
+    """All sums that a build needs, in one pass over some rows.
 
     Parameters
     ----------
@@ -321,12 +323,12 @@ def totals(counts: sparse.csr_matrix) -> np.ndarray:
 
 
 def _same(gene_column: np.ndarray) -> bool:
-    """Whether every gene of the blocks is a column of the answer, in the same order, from 0."""
+    """Whether gene i of the blocks is column i of the result."""
     return bool(np.array_equal(gene_column, np.arange(len(gene_column))))
 
 
 def _top(dtype: Any) -> int:
-    """Largest value of one entry; 0 for floats, of which any fits."""
+    """Largest value of one entry; 0 for floats, which have no limit."""
     return 0 if np.dtype(dtype).kind == "f" else int(np.iinfo(dtype).max)
 
 
@@ -400,7 +402,7 @@ def _recoded(gaps, values, starts, gene_column, group, top, full, out):  # type:
 
 @njit
 def _plain(indices, data, last, top):  # type: ignore[no-untyped-def]
-    """Whether some entries of a cell take one entry each: no gap and no count needs more."""
+    """Whether some counts of a cell take one entry each: no gap and no count is too large."""
     wide = (indices[0] - last > GAP) | (top > 0 and data[0] > top)
     for j in range(1, len(indices)):
         wide |= (indices[j] - indices[j - 1] > GAP) | ((data[j] > top) & (top > 0))
