@@ -1,4 +1,4 @@
-"""A dask cluster that somebody else has started."""
+"""Connections to a dask cluster that is already running."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CONNECT = 30
 """Seconds in which a scheduler must answer."""
 
 ALONE = 600
-"""Seconds without any worker after which none is believed to come."""
+"""Seconds without any worker after which waiting ends."""
 
 REACH = 3
-"""Seconds in which a worker must take a connection."""
+"""Seconds in which a worker must accept a connection."""
 
 
 def connect(scheduler: str) -> Client:
-    """A client of the dask scheduler at an address, once it has a worker.
+    """Connect to the dask scheduler at an address, and wait until it has a worker.
 
     Raises
     ------
     OSError
-        No scheduler with workers answers there.
+        No scheduler with workers answers at this address.
     """
     from dask.distributed import Client
 
@@ -42,12 +42,12 @@ def connect(scheduler: str) -> Client:
 
 
 class WorkerWatch:
-    """Watches that a scheduler has workers: without any, what was asked of it waits for ever.
+    """Watches whether a scheduler has workers; without any, its tasks would wait for ever.
 
     Parameters
     ----------
     client
-        Of the scheduler.
+        Client of the scheduler.
     notify
         Called with one sentence when the last worker has gone.
     """
@@ -62,7 +62,7 @@ class WorkerWatch:
         Raises
         ------
         OSError
-            There has been none for ten minutes of looks.
+            There has been no worker for ten minutes.
         """
         here, now = set(self.client.scheduler_info(n_workers=-1)["workers"]), time.monotonic()
         if here:
@@ -80,7 +80,7 @@ class WorkerWatch:
 
 @contextlib.contextmanager
 def explained(scheduler: str) -> Iterator[None]:
-    """Say in one sentence that a scheduler is gone, for as long as it is asked.
+    """Turn dask's errors of a lost connection into one sentence.
 
     Raises
     ------
@@ -100,17 +100,17 @@ def explained(scheduler: str) -> Iterator[None]:
 
     try:
         yield
-    except (CancelledError, OSError) as error:  # dask cancels what was asked of a scheduler that hangs up
+    except (CancelledError, OSError) as error:  # dask cancels the tasks of a scheduler that closes the connection
         silent = str(error).startswith("Timed out trying to connect")
         if not (silent or isinstance(error, CancelledError | CommClosedError)):
-            raise  # a worker's own, of a file
+            raise  # an error of a worker, about a file
         raise OSError(
             f"the dask scheduler at {scheduler} is lost; once one is back there, with workers, the same command goes on"
         ) from error
 
 
 def within_reach(workers: Iterable[str]) -> bool:
-    """Whether some workers can be spoken to from here (``tcp://HOST:PORT``), not only through their scheduler.
+    """Whether this host can connect to workers (``tcp://HOST:PORT``) directly, not only through their scheduler.
 
     Examples
     --------

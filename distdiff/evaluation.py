@@ -1,4 +1,4 @@
-"""The honest table: hide entries of held-out cells, let every imputer fill the same ones, score all the same way."""
+"""Evaluation: hide entries of held-out cells, impute the same entries by every imputer, score all in the same way."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 ANSWERS = ("mean", "1 draw", "draws")
 
 MMD_CELLS = 2000
-"""MMD compares at most so many cells, chosen at random, the same for every imputer: its matrices are cells x cells."""
+"""Most cells for MMD, whose matrices are cells x cells; chosen at random, the same for every imputer."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point).
+    """An imputer and its rows in the table: ``mean``, ``1 draw``, ``draws`` (an ensemble; its mean is the estimate).
 
     Examples
     --------
@@ -55,16 +55,16 @@ class Contestant:
 def default_contestants(
     cell_type: str | None, *, extra: Sequence[Contestant] = (), rate: float = 0.5
 ) -> list[Contestant]:
-    """The baselines of every table, after ``extra``.
+    """``extra`` and then the baselines of every table.
 
     Parameters
     ----------
     cell_type
-        Label of the cell-type rows; ``None`` leaves them out.
+        Label of the cell-type means; ``None``: no such rows.
     extra
-        The contestants to compare with.
+        The imputers to evaluate.
     rate
-        Share of entries that the baselines with options to choose hide while they choose: that of the evaluation.
+        Share of hidden entries; baselines choose their options at the same share.
 
     Examples
     --------
@@ -94,11 +94,11 @@ CHEAP: tuple[dict[str, Any], ...] = (
     {"kind": "pca"},
     {"kind": "ridge"},
 )
-"""Estimators that any model must beat to be worth its training."""
+"""Baselines that take seconds to fit; a model that does not beat them is not worth its training."""
 
 
 def cheap() -> dict[str, Imputer]:
-    """The estimators of :data:`CHEAP` by their labels, not yet fitted.
+    """The baselines of :data:`CHEAP` by label, not fitted.
 
     Examples
     --------
@@ -157,22 +157,22 @@ def evaluate(
     Parameters
     ----------
     rate, protocol
-        ``mcar``: every entry is hidden with probability ``rate``, zeros included, and scored. ``paper``: the published
-        protocol; zeros of a gene that some cell of the same ``groups`` value expresses count as missing: they are
-        neither evidence nor scored, so that almost every target is a non-zero count.
+        ``mcar``: every entry, zeros included, is hidden with probability ``rate`` and scored. ``paper``: the published
+        protocol, in which zeros of a gene that another cell of the same ``groups`` value expresses count as missing:
+        they are neither evidence nor scored, so almost every target is a non-zero count.
     draws
-        Draws of an ensemble.
+        Number of draws in an ensemble.
     labels
-        Covariates given to the imputers.
+        Labels of the cells that imputers get.
     groups
-        Label of the ``paper`` protocol's groups.
+        Label whose values are the groups of the ``paper`` protocol.
     resamples
-        Bootstrap replicates over cells of per-cell scores, and of scores of distributions.
+        Number of bootstrap replicates over cells, for per-cell scores and for scores of distributions.
 
     Raises
     ------
     ValueError
-        No cells, a rate outside (0, 1), an unknown protocol, ``paper`` without groups, no entry to score.
+        No cells, a rate outside (0, 1), an unknown protocol, ``paper`` without groups, or no entry to score.
 
     Examples
     --------
@@ -245,7 +245,7 @@ def _protocol(
 def _fill(
     imputer: Imputer, cells: Cells, observed: np.ndarray, draws: int, seed: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Impute batch by batch; hidden counts are erased, except for the imputer that is the truth."""
+    """Impute batch by batch. Hidden counts are erased first, except for the control ``perfect``, which returns them."""
     means, drawn, device = [], [], _device(imputer)
     for start in range(0, len(cells), batch):
         part, seen = cells[start : start + batch], torch.from_numpy(observed[start : start + batch])
@@ -285,10 +285,10 @@ def _rows(
 
 
 class _Score:
-    """All metrics of one answer, with the same bootstrap resamples and directions for every imputer.
+    """All metrics of one imputation, with the same bootstrap resamples and directions for every imputer.
 
-    Completed cells are the truth with its targets replaced, as in the papers: entries that are neither evidence nor
-    target (``paper`` protocol) stay as they are.
+    Completed cells are the true cells with the targets replaced, as in the papers: entries that are neither evidence
+    nor target (``paper`` protocol) keep their true counts.
     """
 
     def __init__(self, truth: np.ndarray, targets: np.ndarray, seed: int, resamples: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Whole or invisible: everything distdiff writes appears under its name only once it is complete."""
+"""Safe writing: every file and folder gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 
 def is_url(path: object) -> bool:
-    """Whether this names a place by URL, also where `Path` has made one slash of two.
+    """Whether a path is a URL, also after `Path` has made one slash of two.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def local(path: str | Path) -> Path:
     Raises
     ------
     ValueError
-        It is a URL: only whole stores are sent to those.
+        It is a URL; only complete stores are sent to URLs.
 
     Examples
     --------
@@ -54,17 +54,17 @@ def local(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a hidden temporary sibling path to write a file or folder to; rename it to ``target`` at the end.
+    """Yield a hidden path beside ``target`` to write a file or folder to; rename it to ``target`` at the end.
 
-    On any error, Ctrl-C included, the temporary is removed and an older ``target`` stays as it was. What a killed
-    process of this host left behind is removed by the next one that writes the same target.
+    After any error, Ctrl-C included, the hidden path is removed and an older ``target`` is unchanged. Remains of a
+    killed process of this host are removed by the next process that writes the same target.
 
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false; it may have come meanwhile.
+        ``target`` exists and ``overwrite`` is false; it may have been made meanwhile.
     OSError
-        The disk is full: says where, and that nothing was left behind.
+        The disk is full; the message says where, and that no remains are on the disk.
     ValueError
         ``target`` is a URL.
 
@@ -108,9 +108,9 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(target: str | Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` for what is needed meanwhile; it goes in the end.
+    """Yield a hidden folder beside ``target`` for temporary files; it is removed at the end.
 
-    What a killed process of this host left is removed by the next one with the same target.
+    Remains of a killed process of this host are removed by the next process with the same target.
 
     Examples
     --------
@@ -134,14 +134,15 @@ def scratch(target: str | Path) -> Iterator[Path]:
 
 
 def workplace(folder: Path) -> Path:
-    """Refuse a work folder with a name that anybody can tell before, if it is a link or holds one.
+    """Refuse a work folder that is a symbolic link or contains one.
 
-    What is written to it, or thrown away there, would be written or thrown away elsewhere. distdiff makes no links.
+    The name of a work folder can be predicted. Through a link in it, distdiff would write or delete files elsewhere;
+    distdiff itself makes no links.
 
     Raises
     ------
     FileExistsError
-        It is one, or holds one (named); it is a file.
+        It is a link, contains one (named), or is a file.
 
     Examples
     --------
@@ -167,7 +168,7 @@ def workplace(folder: Path) -> Path:
 
 
 class NoRoom(OSError):
-    """The disk cannot hold what is to be written; told before any of it is.
+    """The disk has too little room for the output; raised before anything is written.
 
     Examples
     --------
@@ -179,7 +180,7 @@ class NoRoom(OSError):
 
 @contextlib.contextmanager
 def explain_full_disk(target: Path, work: Path) -> Iterator[None]:
-    """Say of a disk that fills up that the same command goes on from ``work``.
+    """Add to the error of a full disk that the same command continues from ``work``.
 
     Raises
     ------
@@ -214,28 +215,28 @@ def explain_full_disk(target: Path, work: Path) -> Iterator[None]:
 def resumable(
     target: str | Path, identity: str, *, overwrite: bool = False, notify: Callable[[str], None] = lambda text: None
 ) -> Iterator[Path | None]:
-    """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
+    """Yield a hidden folder beside ``target`` in which an interrupted command is continued by the same command.
 
-    What is to become ``target`` is made in its subfolder ``store``. A killed or interrupted process leaves the folder;
-    one that fails over its input (ValueError) does not. One process at a time may work there. Gives None where this
-    very work was finished by a process that was killed before it could say so: ``target`` is whole then.
+    The caller makes the result in its subfolder ``store``, which becomes ``target`` at the end. The folder stays after
+    a kill or an interruption, and is removed after an error of the input (ValueError). Only one process at a time may
+    work there. Yields None if a killed process had already finished the same work: ``target`` is then complete.
 
     Parameters
     ----------
     target
         Folder to make.
     identity
-        What must be equal for the work to go on; other work that was left is thrown away.
+        Inputs, options and version: work is continued only if this text is equal, otherwise it is removed.
     notify
         Called with a sentence on each thing that is removed.
 
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false, another process is at work on it, or the folder is or holds a
-        link.
+        ``target`` exists and ``overwrite`` is false, another process is writing it, or the folder is or contains
+        a link.
     OSError
-        The disk is full: says that the same command goes on where this one stopped.
+        The disk is full; the message says that the same command continues where this one stopped.
 
     Examples
     --------
@@ -261,7 +262,7 @@ def resumable(
             if _finished(work, target, identity, overwrite):
                 yield None
             else:
-                if os.path.lexists(target) and not (work / IDENTITY).exists():  # remains of what is finished
+                if os.path.lexists(target) and not (work / IDENTITY).exists():  # remains of finished work
                     _clear(work)
                 _refuse_existing(target, overwrite)
                 _begin(work, identity, notify)
@@ -281,13 +282,13 @@ def resumable(
 
 
 SILENT = 60.0
-"""Seconds without a sign of life after which the processes of a task count as dead, as for `distdiff.batch.claims`."""
+"""Seconds without a heartbeat after which the processes of a task count as dead, as in `distdiff.batch.claims`."""
 
 IDENTITY = "identity"
-"""In a work folder: whose work this is. It goes before anything else does, so that no part of it is ever taken up."""
+"""File in a work folder with the identity of its work. It is removed first, so no part of the rest is ever reused."""
 
 READY = "ready"
-"""In a work folder: whose result is whole, and the `stamp` of it, by which it is known under either of its names."""
+"""File in a work folder with the identity of a complete result and its `stamp`, which is the same after the rename."""
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -296,7 +297,7 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def _begin(work: Path, identity: str, notify: Callable[[str], None]) -> None:
-    """Take up what lies in the work folder if it is of this identity, else throw it away."""
+    """Keep the content of the work folder if its identity is this one, else remove it."""
     mark = work / IDENTITY
     if (work / READY).exists() or not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
         if any(leftover.name != "lock" for leftover in work.iterdir()):
@@ -306,7 +307,7 @@ def _begin(work: Path, identity: str, notify: Callable[[str], None]) -> None:
 
 
 def _finished(work: Path, target: Path, identity: str, overwrite: bool) -> bool:
-    """Whether a process that was killed had this result whole; it gets its name if it has not got it yet."""
+    """Whether a killed process had completed this result; if so, it gets its name now."""
     try:
         whose, _, version = (work / READY).read_text(encoding="utf-8").partition("\n")
     except FileNotFoundError:
@@ -324,14 +325,14 @@ def _finished(work: Path, target: Path, identity: str, overwrite: bool) -> bool:
 
 
 def _mark(file: Path, text: str) -> None:
-    """Write a small file that appears whole."""
+    """Write a small file that appears when it is complete."""
     partial = file.with_name(f"{file.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
 
 
 def _clear(work: Path) -> None:
-    """Throw away what is in a work folder, in an order that leaves nothing to be taken up wherever it is cut."""
+    """Empty a work folder, its identity first, so that an interruption leaves nothing that could be reused."""
     remove(work / IDENTITY)
     for leftover in work.iterdir():
         if leftover.name not in ("lock", READY):
@@ -340,12 +341,12 @@ def _clear(work: Path) -> None:
 
 
 def _locked(target: Path, work: Path) -> BaseFileLock:
-    """The lock of a work folder, held.
+    """Acquire the lock of a work folder.
 
     Raises
     ------
     FileExistsError
-        Another process has it, or has just removed the folder with it.
+        Another process holds it, or has just removed the folder.
     """
     lock = FileLock(work / "lock", timeout=0)
     with contextlib.suppress(Timeout, FileNotFoundError):
@@ -357,9 +358,9 @@ def _locked(target: Path, work: Path) -> BaseFileLock:
 
 
 def _refuse_claimed(target: Path, work: Path) -> None:
-    """Leave alone the work folder of a task whose processes share it by claims, if one of them shows signs of life."""
+    """Raise if processes of a task share this work folder by claims and one of them has a recent heartbeat."""
     beats = [path.stat().st_mtime for path in (work / "claims").glob("*")]
-    (work / "lock").touch()  # by the clock of the file system: those of hosts may differ
+    (work / "lock").touch()  # the clock of the file system: clocks of hosts may differ
     if beats and (work / "lock").stat().st_mtime - max(beats) < SILENT:
         raise FileExistsError(
             f"{target} is being written by another process now, or was less than {SILENT:.0f} s ago; wait for it, or "
@@ -368,12 +369,12 @@ def _refuse_claimed(target: Path, work: Path) -> None:
 
 
 def evict_build(target: Path, work: Path, notify: Callable[[str], None]) -> None:
-    """Remove what a killed build left in the work folder that a task wants.
+    """Remove the remains of a killed build from the work folder that a task needs.
 
     Raises
     ------
     FileExistsError
-        The build is at work.
+        The build is still running.
     """
     if not (work / "lock").exists() or (work / "claims").exists():
         return
@@ -388,7 +389,7 @@ def evict_build(target: Path, work: Path, notify: Callable[[str], None]) -> None
 
 
 def remove_at_once(work: Path) -> None:
-    """Remove a work folder under another name, so that no other process finds half of it.
+    """Rename a work folder, then remove it, so that no other process finds a part of it.
 
     Examples
     --------
@@ -406,7 +407,7 @@ def remove_at_once(work: Path) -> None:
 
 
 def tidy(target: Path, notify: Callable[[str], None]) -> None:
-    """Remove work folders of a target that a killed process was about to remove (see `remove_at_once`)."""
+    """Remove work folders of a target that a killed process had renamed but not removed (see `remove_at_once`)."""
     prefix = f".{target.name}.building-"
     for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         if _of_dead(leftover.name.removeprefix(prefix)):
@@ -415,7 +416,7 @@ def tidy(target: Path, notify: Callable[[str], None]) -> None:
 
 
 def restore(target: Path, old: Path) -> None:
-    """Give an older folder its name back, if a process was killed between the two renames of `publish`.
+    """Restore an older folder if a process was killed between the two renames of `publish`.
 
     Examples
     --------
@@ -431,9 +432,9 @@ def restore(target: Path, old: Path) -> None:
 
 
 def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
-    """Give the new one its name; an old folder of that name goes only then.
+    """Rename a new file or folder to ``target``; an old folder of that name is removed afterwards.
 
-    On Linux the name is never without a whole folder, whenever the process is killed; elsewhere it is for a moment.
+    On Linux ``target`` exists at every moment, even if the process is killed; on other systems it is missing briefly.
 
     Examples
     --------
@@ -463,12 +464,12 @@ def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
 
 
 def _appear(temporary: Path, target: Path) -> None:
-    """Give the new one its name, unless somebody else has given it to another meanwhile."""
+    """Rename a new file or folder to ``target``, unless ``target`` was made meanwhile."""
     try:
         if temporary.is_file():
             os.link(temporary, target)
             return
-    except OSError:  # it is there, or a file system without links
+    except OSError:  # it exists, or the file system has no links
         pass
     if not os.path.lexists(target):
         os.rename(temporary, target)
@@ -477,14 +478,14 @@ def _appear(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths swap names at once; false where the system or the file system cannot."""
+    """Swap the names of two paths atomically; false where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(cwd, os.fsencode(one), cwd, os.fsencode(other), exchange) == 0
 
 
 def _of_dead(pid: str) -> bool:
-    """Whether this is the number of a process that is not there any more on this host."""
+    """Whether ``pid`` is the number of a process that has ended on this host."""
     return pid.isdigit() and not _alive(int(pid))
 
 
@@ -493,13 +494,13 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # the process of another user
         return True
     return True
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one.
+    """Remove a file or a folder, if it exists.
 
     Examples
     --------
@@ -514,12 +515,12 @@ def remove(path: Path) -> None:
 
 
 def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> None:
-    """Refuse to write where an input lies, inside of it, or around it.
+    """Refuse an output that is an input, lies inside of it, or contains it.
 
     Raises
     ------
     ValueError
-        ``out`` is the input, lies in it, or holds it.
+        ``out`` is the input, lies in it, or contains it.
 
     Examples
     --------
@@ -538,7 +539,7 @@ def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> 
 
 
 def stamp(path: str | Path) -> str:
-    """Which version of a file or folder this is: size and time of change of everything in it.
+    """A text that changes with a file or folder: total size and latest time of change.
 
     Examples
     --------

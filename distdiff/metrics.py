@@ -10,8 +10,8 @@ entries that are scored. There are two families.
 * *Of distributions*: `energy_distance`, `mmd`, `sliced_wasserstein` and `correlation_error` take ``weights``
   (``int [R b]``, how often each cell is in each replicate) and return ``float64 [R]``.
 
-Sums are accumulated in float64. The published evaluations (CountsDiff, scIDPMs) differ in details; each function says
-where.
+Sums are accumulated in float64. The published evaluations (CountsDiff, scIDPMs) differ in details, noted in each
+function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FloatArray = NDArray[np.floating]
 BoolArray = NDArray[np.bool_]
 
 DEVIANCE_FLOOR = 1e-6
-"""Smallest mean that `poisson_deviance` distinguishes from zero, in molecules."""
+"""Smallest mean in `poisson_deviance`, in molecules; a smaller one counts as this."""
 
 BANDWIDTHS = 5
 """Number of Gaussian bandwidths in `mmd`; each squared bandwidth is twice the one before."""
@@ -70,7 +70,7 @@ def pooled(sums: FloatArray, n: NDArray[np.integer], weights: NDArray[np.integer
 
 
 def cell_mean(values: FloatArray, weights: NDArray[np.integer]) -> FloatArray:
-    """Average over cells of each replicate, leaving out cells whose value is NaN: ``float64 [R]``.
+    """Average over cells of each replicate, without cells whose value is NaN: ``float64 [R]``.
 
     Examples
     --------
@@ -92,8 +92,8 @@ def poisson_deviance(
 ) -> FloatArray:
     """Unit Poisson deviance ``2 (x log(x/m) - x + m)``, summed over each cell's targets.
 
-    Proper for means: its expectation is least at ``m = E[x]``. The mean is floored at ``floor`` molecules, so that a
-    mean of zero for an observed molecule costs a large, finite price (about 25.6 a molecule at the default 1e-6).
+    Proper for means: its expectation is least at ``m = E[x]``. Means below ``floor`` molecules count as ``floor``, so
+    that a mean of zero has a large but finite deviance (about 25.6 for each molecule at the default 1e-6).
 
     Parameters
     ----------
@@ -191,9 +191,9 @@ def log1p_squared_error(truth: FloatArray, targets: BoolArray, answer: FloatArra
 def crps(truth: FloatArray, targets: BoolArray, draws: FloatArray) -> FloatArray:
     """Continuous ranked probability score, fair ensemble estimate, summed over each cell's targets.
 
-    ``mean_i |X_i - y| - sum_{i<j} |X_i - X_j| / (k (k-1))``, whose expectation over draws is the score of the law they
-    come from for every ``k >= 2`` (Ferro 2014). The pair sum comes from the sorted draws,
-    ``sum_i (2i - k - 1) X_(i)``, in memory O(k b g). A point answer, or a single draw, scores ``|x - y|``.
+    ``mean_i |X_i - y| - sum_{i<j} |X_i - X_j| / (k (k-1))``, whose expectation over draws is the score of their law
+    for every ``k >= 2`` (Ferro 2014). The pair sum comes from the sorted draws,
+    ``sum_i (2i - k - 1) X_(i)``, in memory O(k b g). A point estimate, or a single draw, scores ``|x - y|``.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ def pearson(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatA
 def spearman(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
     """Spearman correlation of each cell over its targets, average ranks; NaN where either side is constant.
 
-    Rewards rounding when many targets are zero (ties), so it is never the headline. Returns ``float64 [b]``.
+    With many zeros among the targets (ties) it rewards rounding, so it is not a main score. Returns ``float64 [b]``.
 
     Examples
     --------
@@ -301,7 +301,7 @@ def energy_distance(
     """Energy distance of the pooled targets in one dimension, ``sqrt(2 int (F - G)^2)``: ``float64 [R]``.
 
     Equal to ``scipy.stats.energy_distance(answer[targets], truth[targets])`` of each replicate, from one global sort.
-    It forgets which entry is which: a good value is necessary, not sufficient.
+    It ignores which value belongs to which entry: a good value is necessary, not sufficient.
 
     Examples
     --------
@@ -339,9 +339,9 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     """Unbiased squared maximum mean discrepancy of completed cells: ``float64 [R]`` (it can be slightly negative).
 
     With ``h_ij = k(x_i,x_j) + k(y_i,y_j) - k(x_i,y_j) - k(x_j,y_i)`` (Gretton et al. 2012, eq. 3),
-    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are left out everywhere,
-    so the estimate stays unbiased though ``y_i`` shares its observed entries with ``x_i``, and the copies of a cell in
-    a bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
+    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are excluded, so
+    the estimate is unbiased although ``y_i`` shares its observed entries with ``x_i``, and copies of a cell in a
+    bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
     the median squared distance between cells of the truth. CountsDiff's paper reports the log of such a five-scale
     estimate on raw counts; its code uses one bandwidth and divides by m^2.
 
@@ -373,7 +373,7 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     unit = float(np.median(off)) or float(off.mean()) or 1.0
 
     def kernel(d: FloatArray) -> FloatArray:
-        k = np.exp(-d / (2.0 * 4.0 * unit))  # the widest; squaring halves the squared bandwidth
+        k = np.exp(-d / (2.0 * 4.0 * unit))  # the widest kernel; squaring it halves the squared bandwidth
         total = k.copy()
         for _ in range(BANDWIDTHS - 1):
             k *= k
@@ -398,7 +398,7 @@ def sliced_wasserstein(
     truth, answer
         ``float [b g]`` completed cells on the scale of comparison.
     weights
-        ``int [R b]``, every row of the same sum as a resample has.
+        ``int [R b]``, every row with the same sum, as in a resample.
     directions
         ``float [g d]`` unit columns (`unit_directions`); the same for every imputer.
 
@@ -445,7 +445,7 @@ def correlation_error(
     """Mean absolute difference of the gene-gene Pearson correlations of two sets of completed cells: ``float64 [R]``.
 
     Over the ``top`` genes of largest mean in ``truth``, pairs of different genes; genes that are constant in either set
-    of a replicate are left out. ``truth`` and ``answer`` (``float [b g]``) are on the scale of comparison, log1p of
+    of a replicate are excluded. ``truth`` and ``answer`` (``float [b g]``) are on the scale of comparison, log1p of
     counts in `distdiff.evaluation`. Not in the papers.
 
     Examples
@@ -481,7 +481,7 @@ def pit(truth: FloatArray, targets: BoolArray, draws: FloatArray, rng: np.random
     """Randomised probability integral transform of each target among its draws: ``float64 [n]`` in [0, 1].
 
     ``u = (#{X_i < y} + V (1 + #{X_i = y})) / (k + 1)`` with ``V`` uniform: exactly uniform, for any number of draws
-    ``k`` and any ties, if truth and draws come from one law. Targets come in row-major order.
+    ``k`` and any ties, if truth and draws have the same law. Targets come in row-major order.
 
     Examples
     --------
@@ -500,8 +500,8 @@ def pit(truth: FloatArray, targets: BoolArray, draws: FloatArray, rng: np.random
 def coverage(u: FloatArray, levels: FloatArray) -> FloatArray:
     """Share of targets inside their central interval of each nominal level: ``float64 [levels]``.
 
-    From the randomised PIT, ``|u - 1/2| <= level / 2``, so a calibrated law covers exactly its nominal share; a closed
-    interval between whole numbers would always cover more.
+    From the randomised PIT, ``|u - 1/2| <= level / 2``, so a calibrated law covers exactly its nominal share (a closed
+    interval between whole numbers would cover more).
 
     Examples
     --------

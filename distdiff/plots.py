@@ -1,4 +1,4 @@
-"""The pictures. Figures are objects (no pyplot state), written by temporary name and rename."""
+"""Figures of calibration, UMAPs and training curves: matplotlib objects without pyplot state, written as PNG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INK, ACCENT, PALE = "#22303c", "#1f77b4", "#c9d6df"
 def calibration(
     truth: np.ndarray, targets: np.ndarray, mean: np.ndarray, draws: np.ndarray, path: str | Path, *, seed: int = 0
 ) -> None:
-    """Draw whether the predictive law is honest: PIT histogram, interval coverage, mean against truth.
+    """Draw the calibration of the predictive law: PIT histogram, interval coverage, mean against truth.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def calibration(
 
     Notes
     -----
-    The band around the uniform PIT is for independent entries; those of one cell share its depth, so it is narrow.
+    The band around the uniform PIT assumes independent entries; entries of one cell share its depth, so it is too
+    narrow.
     """
     figure = _figure(13, 4.2)
     pit_axes, coverage_axes, reliability_axes = figure.subplots(1, 3)
@@ -97,14 +98,14 @@ def umap(
     *,
     seed: int = 0,
 ) -> None:
-    """Draw true, half-hidden and imputed counts in one UMAP of all three together, one panel each.
+    """Draw true, half-hidden and imputed counts, one panel each, in one UMAP of all three.
 
     Parameters
     ----------
     before, after, truth
         ``[b g]`` counts: hidden entries as zeros, imputed, true.
     labels
-        Value of each cell to colour by, or ``None``. More than 30 values are coloured without a legend.
+        Value of each cell that sets its colour, or ``None``. More than 30 values get no legend.
     """
     embedding = _embed(np.concatenate((truth, before, after)), seed)
     figure = _figure(14, 4.6)
@@ -137,7 +138,7 @@ def _embed(counts: np.ndarray, seed: int) -> np.ndarray:
 
     data = ad.AnnData(sp.csr_matrix(counts, dtype=np.float32))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scanpy's and umap's own; nothing a reader of the figure can act on
+        warnings.simplefilter("ignore")  # from scanpy and umap; of no use to the reader of the figure
         sc.pp.normalize_total(data, target_sum=1e4)
         sc.pp.log1p(data)
         sc.pp.pca(data, n_comps=min(30, min(data.shape) - 1), random_state=seed)

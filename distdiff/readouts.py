@@ -1,7 +1,8 @@
-"""Point answers that match a declared loss, read from the predictive law and not from its mean (docs/MATHS.md 5.8).
+"""Point estimates for a given loss, computed from the predictive law and not from its mean (docs/MATHS.md 5.8).
 
-The posterior mean is best for Poisson deviance and squared error of molecules; a loss of logarithms wants the mean of
-the logarithm, an absolute loss the median. Each read-out names its loss; none is a hidden transform.
+The posterior mean is best for Poisson deviance and squared error of molecules; for a squared error of logarithms the
+mean of the logarithm is best, for an absolute error the median. Each read-out names its loss; nothing is transformed
+silently.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ NAMED = ("mean", "log1p", "log1p_cp10k", "median")
 
 
 def check(name: str) -> None:
-    """Whether there is such a read-out.
+    """Check the name of a read-out.
 
     Raises
     ------
     ValueError
-        There is not.
+        There is no read-out of this name.
 
     Examples
     --------
@@ -53,7 +54,7 @@ def readout(
     log_size: Float[Tensor, "b g"],
     library: Float[Tensor, "b 1"] | None = None,
 ) -> Float[Tensor, "b g"]:
-    """Read ``y = base + NB(mean, size)`` out: ``E[y]``, ``E[log(1 + y)]`` or a quantile (docs/MATHS.md 5.8).
+    """A statistic of ``y = base + NB(mean, size)``: ``E[y]``, ``E[log(1 + y)]`` or a quantile (docs/MATHS.md 5.8).
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def readout(
         ``mean`` (molecules); ``log1p``: ``E[log(1 + x)]``; ``log1p_cp10k``: ``E[log(1 + 10^4 x / library)]``;
         ``median``, ``q5``, ``q97.5`` ...: quantiles (molecules).
     base, mean, log_size
-        Molecules that are there, expected molecules to come, log size.
+        Observed molecules, expected further molecules, log size.
     library
         Molecules of each cell; by default the sum of the means.
 

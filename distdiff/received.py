@@ -1,6 +1,6 @@
-"""Files that somebody else may have written and a disk may have damaged: bounded, compared, named where they fail.
+"""Reading of files of unknown origin: sizes are limited, content is checked, errors name the file.
 
-Nothing is unpickled and nothing is imported. What is no regular file (a pipe, a device) is not opened.
+Nothing is unpickled or imported. Only regular files are opened, no pipes or devices.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Record = tuple[int, int]
 """Bytes and CRC-32C of a file."""
 
 LARGEST = 64 << 20
-"""Bytes of a JSON file, at most: the names of a million genes and labels take less."""
+"""Most bytes of a JSON file; the names of a million genes and labels take less."""
 
 DEEPEST = 64
-"""Levels of a JSON file, at most."""
+"""Most nested levels of a JSON file."""
 
 PIECE = 4 << 20
-"""Bytes that are read and summed at a time."""
+"""Bytes that are read at one time for a checksum."""
 
 
 def regular(path: Path) -> io.BufferedReader:
@@ -40,7 +40,7 @@ def regular(path: Path) -> io.BufferedReader:
     Raises
     ------
     OSError
-        It is not there, or is something else.
+        It does not exist, or is no regular file.
 
     Examples
     --------
@@ -61,12 +61,12 @@ def regular(path: Path) -> io.BufferedReader:
 
 
 def parsed(text: bytes | str) -> dict[str, Any]:
-    """The mapping that JSON text holds.
+    """The mapping in a JSON text.
 
     Raises
     ------
     ValueError
-        No JSON, no mapping, or more than :data:`DEEPEST` levels.
+        The text is no JSON, or no mapping, or has more than :data:`DEEPEST` levels.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def json_of(path: Path, most: int = LARGEST) -> dict[str, Any]:
     FileNotFoundError
         It is not there.
     ValueError
-        It cannot be read, is larger than ``most`` bytes, or is not as :func:`parsed` wants it.
+        It cannot be read, is larger than ``most`` bytes, or :func:`parsed` refuses it.
 
     Examples
     --------
@@ -147,12 +147,12 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors has its own, for each thing that a header can lie about
+    except Exception as error:  # safetensors has an error class for each kind of damage
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def notes_of(path: Path) -> dict[str, str]:
-    """What stands beside the tensors of a safetensors file: text by name.
+    """Metadata of a safetensors file: text by name.
 
     Examples
     --------
@@ -207,7 +207,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], but: Collection[str] = ())
     Raises
     ------
     ValueError
-        A tensor that holds some, and is not among ``but`` (named).
+        A tensor that holds such numbers and is not among ``but`` (named).
 
     Examples
     --------
@@ -221,24 +221,24 @@ def check_finite(tensors: Mapping[str, torch.Tensor], but: Collection[str] = ())
     for name, tensor in tensors.items():
         if name in but or not tensor.is_floating_point():
             continue
-        if math.isfinite(float(tensor.sum(dtype=torch.float32))):  # five times as fast as a look at each number
+        if math.isfinite(float(tensor.sum(dtype=torch.float32))):  # five times as fast as a check of each number
             continue
         if bad := int((~tensor.isfinite()).sum()):
             raise ValueError(f"tensor {name} holds {bad} numbers that are not finite, of {tensor.numel()}")
 
 
 def check_answer(values: Any, name: str, first: int = 0) -> Any:
-    """``values`` that a model gave, array or CSR ``[n, ...]``, if all are finite numbers (or no real numbers).
+    """Return ``values`` of a model (array or CSR ``[n, ...]``) if all are finite, or of a dtype without NaN.
 
     Parameters
     ----------
     name, first
-        What they are, and the row of the first, for the message.
+        Name of the values, and the row number of the first, for the message.
 
     Raises
     ------
     FloatingPointError
-        One is not (row and column named).
+        A value is not finite (row and column named).
 
     Examples
     --------
@@ -267,7 +267,7 @@ def check_answer(values: Any, name: str, first: int = 0) -> Any:
 
 
 def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not those of ``like`` by name, shape, and whether they hold real numbers.
+    """Refuse tensors that differ from ``like`` in names, shapes, or in being floating point.
 
     Raises
     ------
@@ -296,7 +296,7 @@ def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tens
 
 
 def kind(value: Any) -> str:
-    """What a value of JSON is, in words.
+    """The kind of a JSON value, in words.
 
     Examples
     --------

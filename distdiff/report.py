@@ -1,4 +1,4 @@
-"""What an evaluation says: a tidy table, aligned text, Markdown, JSON, and plain sentences on who is first."""
+"""Results of an evaluation: a tidy table, aligned text, Markdown, JSON, and sentences on which imputer is first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distdiff import files, metrics
 
 @dataclass(frozen=True)
 class Column:
-    """One metric: heading, whether the largest, smallest or the nearest to zero is best, and the block it stands in.
+    """One metric: its heading, which value is best (``low``, ``high``, ``zero`` or ``none``), and its block.
 
     Examples
     --------
@@ -64,7 +64,7 @@ class Row:
     replicates
         Metric -> ``float64 [R]``; the same resamples for every row, so differences are paired.
     note
-        ``control`` (a yardstick), ``peeks`` (knows something made from the hidden entries) or nothing.
+        ``control``, ``peeks`` (it uses something made from the hidden entries) or nothing.
 
     Examples
     --------
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass
 class Report:
-    """The table and what the figures need.
+    """The table, and the arrays that its figures need.
 
     Examples
     --------
@@ -118,7 +118,7 @@ class Report:
         )
 
     def claims(self) -> list[str]:
-        """Plain sentences on the headline metrics: who is first, and whether resampling cells could undo it."""
+        """Sentences on the main metrics: which imputer is first, and whether the order is stable under resampling."""
         k = self.setting["draws"]
         wanted = (("deviance", "mean"), ("crps", f"{k} draws"), ("energy", "1 draw"))
         names = {"deviance": "Poisson deviance", "crps": "CRPS", "energy": "energy distance"}
@@ -151,7 +151,7 @@ class Report:
         return self._render(_markdown_block)
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers of our own rows, for a tracker: ``test/<metric>/<row>``."""
+        """Metrics of the rows of ``ours``, for tracking: ``test/<metric>/<row>``."""
         mine = (r for r in self.rows if r.name.startswith(self.ours))
         return {f"test/{m}/{r.name}": r.values[m] for r in mine for m in COLUMNS}
 
@@ -163,7 +163,7 @@ class Report:
             temporary.write_text(text)
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``table.md``, ``table.json`` and ``calibration.png`` into ``folder``, whole or not at all."""
+        """Write ``table.md``, ``table.json`` and ``calibration.png`` into ``folder``; it appears when complete."""
         from distdiff.plots import calibration
 
         with files.whole(folder, overwrite=True) as temporary:
@@ -223,7 +223,7 @@ def number(value: float, error: float = math.nan) -> str:
         return "-"
     if not math.isfinite(error) or error <= 1e-12 or error < 1e-6 * abs(value):
         return f"{value:.3g}"
-    places = 1 - math.floor(math.log10(float(f"{error:.1e}")))  # rounded first: .00999 has the digits of .010
+    places = 1 - math.floor(math.log10(float(f"{error:.1e}")))  # rounded first: .00999 is shown as .010
     if places <= 0:
         return f"{value:.0f}({error:.0f})"
     return f"{value:.{places}f}({round(error * 10**places)})"

@@ -1,4 +1,4 @@
-"""The nouns that travel between rooms: a batch of cells, what conditions it, what a model is built for.
+"""Types that all packages share: a batch of cells, its labels, and the description of the data.
 
 Shape legend used everywhere: ``b`` cells, ``g`` genes, ``k`` numbers per gene (outputs) or draws.
 """
@@ -21,12 +21,12 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a denoiser must know about the data it is built for.
+    """What a denoiser needs to know of its data: genes, label values, mean counts.
 
     Attributes
     ----------
     genes
-        Gene names in column order; the identity of every column.
+        Gene names in column order.
     labels
         Covariate name -> its values in code order (code ``i`` is value ``i``).
     gene_mean
@@ -51,7 +51,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Condition:
-    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where not given.
+    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where missing.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class Condition:
     labels: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
 
     def drop(self, where: Bool[Tensor, " b"]) -> Condition:
-        """Withhold every label of the cells in ``where`` (label dropout; CountsDiff, section 3.4)."""
+        """Set every label of the cells in ``where`` to unknown (label dropout; CountsDiff, section 3.4)."""
         return Condition({k: v.masked_fill(where, UNKNOWN) for k, v in self.labels.items()})
 
     def to(self, device: torch.device | str) -> Condition:
@@ -86,7 +86,7 @@ class Cells:
     labels
         The batch's covariates.
     rows
-        ``int64 [b]`` row numbers in the store: the identity of each cell.
+        ``int64 [b]`` row of each cell in the store.
 
     Examples
     --------

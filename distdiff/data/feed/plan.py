@@ -151,7 +151,7 @@ class Plan(Order):
         return np.concatenate(parts)
 
     def _window_at(self, epoch: int, offset: int) -> tuple[int, np.ndarray]:
-        """Start, within its epoch, of the window that covers ``offset``, and the cells of that window in reading order."""
+        """Start (within its epoch) and cells, in reading order, of the window that covers ``offset``."""
         size = self.block * self.window
         missing = -self.n_cells % self.block  # cells by which the last block is short
         short = _short_block_window(self, epoch)

@@ -1,4 +1,4 @@
-"""A store back as AnnData: the cells in the order of their sources, every count as it was."""
+"""Write a store as AnnData: cells in the order of their sources, counts unchanged."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PIECE = 16 << 20
-"""Counts in memory at a time."""
+"""Counts in memory at one time."""
 
 CHUNK = 1 << 20
-"""Numbers of a chunk on disk."""
+"""Numbers in a chunk on disk."""
 
 
 def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
-    """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read back in that order.
+    """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read in that order.
 
-    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, and of each cell ``distdiff_split``,
-    ``distdiff_source`` (the file), ``n_counts`` and ``n_genes`` (before genes were chosen), which get another name
-    where a label is called so; ``var`` which genes are in the panel; ``uns['distdiff']`` the fingerprint. Cells and
-    genes that the build dropped are not in it, nor the columns of obs that were not kept as labels.
+    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, and for each cell
+    ``distdiff_split``, ``distdiff_source`` (the file), ``n_counts`` and ``n_genes`` (before genes were chosen); these
+    get another name if a label has the same name. ``var`` says which genes are in the panel; ``uns['distdiff']`` has
+    the fingerprint. Cells and genes that the build dropped are missing, and so are columns of obs that were not kept as
+    labels.
 
     Parameters
     ----------
     store
-        Whole or seen through a panel.
+        The store, whole or restricted to a panel.
     out
-        ``.h5ad`` or ``.zarr``; needs as much room beside it for a while as the counts take coded.
+        ``.h5ad`` or ``.zarr``; the disk needs room for the coded counts as well, until it is written.
 
     Raises
     ------
@@ -95,12 +96,12 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
 
 
 def named(out: str | Path) -> Path:
-    """The path of an AnnData to write.
+    """Check the path of an AnnData to write.
 
     Raises
     ------
     ValueError
-        It ends neither in ``.h5ad`` nor in ``.zarr``, or is a URL.
+        It does not end in ``.h5ad`` or ``.zarr``, or is a URL.
 
     Examples
     --------
@@ -117,7 +118,7 @@ def named(out: str | Path) -> Path:
 
 
 def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> str:
-    """Everything but the counts; what to tell of obs."""
+    """Write everything but the counts; returns a sentence on the columns of obs."""
     import anndata as ad
     import pandas as pd
 
@@ -149,14 +150,14 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
 
 
 class CsrOnDisk:
-    """A matrix on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row.
+    """A CSR matrix on disk that is filled row by row (AnnData's own sparse append makes a chunk for every row).
 
     Parameters
     ----------
     root, name
-        Group of h5py or zarr, and what the matrix is called there; one of that name is replaced.
+        Group of h5py or zarr, and the name of the matrix in it; an older matrix of that name is replaced.
     shape, nnz, dtype
-        Of the whole matrix.
+        Shape, number of counts and dtype of the whole matrix.
 
     Examples
     --------
@@ -190,7 +191,7 @@ class CsrOnDisk:
         self._rows = self._nnz = 0
 
     def append(self, counts: sparse.csr_matrix) -> None:
-        """Write the next rows."""
+        """Write the next rows, ``[n, g]``."""
         rows, nnz = self._rows + counts.shape[0], self._nnz + counts.nnz
         self._data[self._nnz : nnz] = counts.data
         self._indices[self._nnz : nnz] = counts.indices
@@ -200,7 +201,7 @@ class CsrOnDisk:
 
 @contextmanager
 def zarr_v3() -> Iterator[None]:
-    """AnnData writes zarr v3, unsharded, whatever the default of its version is.
+    """In this context AnnData writes zarr v3, unsharded, whatever the default of its version.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""How counts lie on disk: coded blocks of cells in plain zarr v3, one inner chunk a block (docs/STORE.md).
+"""Counts on disk: coded blocks of cells in plain zarr v3, one inner chunk a block (docs/STORE.md).
 
-One task writes one shard, whole: two writers in one shard lose data in silence.
+One task writes one whole shard: two writers in one shard would lose data without an error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from distdiff.data.store.coding import Slots, encode
 from distdiff.data.store.manifest import CODECS, GroupInfo
 
 CHUNK = 1 << 18
-"""Cells a chunk of the per-cell arrays."""
+"""Cells in a chunk of the per-cell arrays."""
 
 SHARD_BYTES = 32 << 20
-"""Bytes of coded counts that a shard holds by default, before compression."""
+"""Bytes of coded counts in a shard by default, before compression."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Layout:
         names, n_genes
             Name and number of genes of each group.
         block, blocks_per_shard
-            Cells a block; blocks a shard (None aims at 32 MiB of coded counts).
+            Cells in a block; blocks in a shard (None: about 32 MiB of coded counts).
         dtype, codec
-            Of the values; ``local`` or ``compact``.
+            Dtype of the values; ``local`` or ``compact``.
         """
         caps = []
         for each in entries:
@@ -97,7 +97,7 @@ class Layout:
 
 
 def create(root: Path, layout: Layout) -> None:
-    """Make the group and the empty arrays of counts under ``root``; what is there already stays.
+    """Make the group and the empty arrays of counts under ``root``; existing arrays are kept.
 
     Examples
     --------
@@ -127,12 +127,12 @@ def create(root: Path, layout: Layout) -> None:
                     compressors=_codecs(layout.codec, dtypes[name], name),
                     fill_value=0
                     if name != "starts"
-                    else np.iinfo(np.uint32).max,  # a chunk that is gone makes no sense
+                    else np.iinfo(np.uint32).max,  # start offsets of a missing chunk are then invalid
                 )
 
 
 def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequence[sparse.csr_matrix]]) -> None:
-    """Write one whole shard; doing it again gives the same files.
+    """Write one whole shard; a repetition gives the same files.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequenc
     Raises
     ------
     ValueError
-        Another number of cells than the shard has, or a block over the cap.
+        The number of cells differs from that of the shard, or a block has more entries than the cap.
 
     Examples
     --------
@@ -176,7 +176,7 @@ def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequenc
     for info, slots in zip(layout.groups, whole, strict=True):
         for name, blocks in zip(Slots._fields, slots, strict=True):
             array: Any = group[f"counts/{info.name}/{name}"]
-            array = array.with_config({"write_empty_chunks": True})  # a shard that is absent is then always a fault
+            array = array.with_config({"write_empty_chunks": True})  # so that a missing shard is always an error
             array[first : first + k] = blocks
 
 
@@ -196,7 +196,7 @@ def _fill(slots: Slots, counts: sparse.csr_matrix, layout: Layout) -> None:
 
 
 def write_column(root: Path, name: str, values: np.ndarray) -> None:
-    """Write one small array (a value or a row a cell or gene) under ``root``, in place of one that is there.
+    """Write one small array (one value or row per cell or gene) under ``root``; replaces an older one.
 
     Examples
     --------
@@ -242,7 +242,7 @@ def _codecs(codec: str, dtype: str, part: str = "") -> list[Any]:
         raise ValueError(f"codec {codec!r}: {' or '.join(CODECS)} is wanted")
     if codec == "compact":
         return [ZstdCodec(level=1), Crc32cCodec()]
-    if part == "values" and np.dtype(dtype).itemsize == 1:  # small numbers: their high bits are runs of zeros
+    if part == "values" and np.dtype(dtype).itemsize == 1:  # small numbers have runs of zero bits
         return [BloscCodec(cname="lz4", clevel=3, shuffle="bitshuffle", blocksize=1 << 17), Crc32cCodec()]
     shuffle = "noshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle"
     return [BloscCodec(cname="lz4", clevel=3, shuffle=shuffle, blocksize=1 << 20), Crc32cCodec()]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sums over cells from which each gene's mean and variance follow."""
+"""Sums over cells that give the mean and variance of each gene."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import sparse
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over training cells, each ``float64 [g]``, exact for whole numbers below 2^53.
+    """Sums over training cells, each ``float64 [g]``, exact for whole numbers below 2^53; ``+`` adds cells.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Folders and URLs behind one face, by tensorstore: ``s3://``, ``gs://``, ``http://`` and local paths.
+"""Folders and URLs behind one interface, by tensorstore: ``s3://``, ``gs://``, ``http://`` and local paths.
 
-S3 finds its keys as the AWS tools do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE with ``~/.aws``, the
-machine's role), another server than Amazon's by AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL. Whoever does not answer is
-asked again for some minutes; then an `Unreachable` says who it was and what to do.
+Keys for S3 are found as by the AWS tools (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE with ``~/.aws``, the
+machine's role); AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names a server other than Amazon's. A request that gets no
+answer is repeated for some minutes; then `Unreachable` names the URL and says what to do.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from distdiff.files import is_url
 T = TypeVar("T")
 
 RETRIES = {"max_retries": 10, "initial_delay": "1s", "max_delay": "16s"}
-"""Of one request: 1 + 2 + 4 + 8 + 5 x 16 s, so a minute and a half with a second of jitter each."""
+"""Retries of one request: 1 + 2 + 4 + 8 + 5 x 16 s, about a minute and a half, each with a second of jitter."""
 
 FIRST, LATER = 150, 600
-"""Seconds for a small file, all tries together, and for the content of arrays: where packets go nowhere, each try
-alone would take five minutes."""
+"""Most seconds for a small file, with all retries, and for the content of arrays: where packets are lost, a single try
+takes five minutes."""
 
 MUTE = 20
-"""Seconds without a byte after which a request counts as failed; tensorstore would wait for ever."""
+"""Seconds without a byte after which a request counts as failed; without it tensorstore waits for ever."""
 
 FOR_S3 = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE"
 KEYS = {"s3": FOR_S3, "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
 
 class Unreachable(OSError):
-    """A place that cannot be read or written now: no answer, no access, no bucket. Nothing is known of its content.
+    """A URL that cannot be read or written now: no answer, no access, or no bucket. Its content is unknown.
 
     Examples
     --------
@@ -46,7 +46,7 @@ class Unreachable(OSError):
 
 
 def checked(url: str) -> str:
-    """The URL without a slash at its end.
+    """Check a URL and remove a slash at its end.
 
     Raises
     ------
@@ -75,25 +75,27 @@ def checked(url: str) -> str:
 
 
 def context(cache_bytes: int = 0) -> Any:
-    """How requests are made: retries, keys, and memory for what is read again and again."""
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(MUTE))  # there is no other way to say it
+    """Tensorstore context of all requests: retries, keys, and ``cache_bytes`` of memory for what is read repeatedly."""
+    os.environ.setdefault(
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(MUTE)
+    )  # tensorstore has no other setting for it
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     about: dict[str, Any] = {f"{kind}_request_retries": RETRIES for kind in ("s3", "gcs", "http")}
     about["cache_pool"] = {"total_bytes_limit": cache_bytes}
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # first in the usual order anyway; the others complain of missing files
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # these come first anyway; the other ways log missing files
         about["aws_credentials"] = {"type": "environment"}
-    else:  # left out, the name is empty and no profile is read (tensorstore 0.1.86)
+    else:  # without a name no profile is read (tensorstore 0.1.86)
         about["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE", "default")}
     return ts.Context(about)
 
 
 def kvstore(url: str) -> dict[str, Any]:
-    """What tensorstore wants to hear of a folder, local path or URL.
+    """The tensorstore specification of a folder: a local path or a URL.
 
     Raises
     ------
     ValueError
-        A password in the URL or in that of the endpoint, or no kind of URL that is known.
+        A password in the URL or in that of the endpoint, or an unknown kind of URL.
 
     Examples
     --------
@@ -111,7 +113,7 @@ def kvstore(url: str) -> dict[str, Any]:
         spec = {"driver": "s3", "bucket": bucket, "path": f"{path}/" if path else ""}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         if not endpoint:
-            return spec  # Amazon tells the bucket's region
+            return spec  # the region of the bucket is found by a request to Amazon
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         return spec | {"endpoint": checked(endpoint), "aws_region": region}
     try:
@@ -121,14 +123,14 @@ def kvstore(url: str) -> dict[str, Any]:
 
 
 def run_request(url: str, request: Callable[[], T]) -> T:
-    """What a request gives.
+    """Run a request and return its result; failures of the network become `Unreachable`.
 
     Raises
     ------
     Unreachable
-        It was not answered, or not allowed.
+        There was no answer, or no permission.
     ValueError
-        What came cannot be what was written.
+        The content is damaged.
 
     Examples
     --------
@@ -147,12 +149,12 @@ def run_request(url: str, request: Callable[[], T]) -> T:
 
 
 def _unreachable(url: str, text: str) -> str | None:
-    """The sentence for an answer that says nothing of the content; None where it does."""
+    """The message for an error of the network or of access; None for an error of the content."""
     if not is_url(url):
         return None
     code, _, rest = text.partition(": ")
     status = found[1] if (found := re.search(r"http_response_code='(\d+)'", text)) else ""
-    reason = rest.split(" [")[0].strip()  # what follows may quote the request
+    reason = rest.split(" [")[0].strip()  # the rest may quote the request
     reason = (reason if reason not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
     if "NoSuchBucket" in text:
         return f"{url}: there is no such bucket ({reason}); make it first, or look for a mistake in the name"
@@ -160,7 +162,7 @@ def _unreachable(url: str, text: str) -> str | None:
         scheme = urlsplit(url).scheme
         return f"{url}: access denied ({reason}); check {KEYS.get(scheme, 'who may read it')} and the bucket's policy"
     if "aws_region" in text:
-        return f"{url}: no such bucket, or its region is not told ({reason}); check the name, or set AWS_ENDPOINT_URL"
+        return f"{url}: no such bucket, or its region is unknown ({reason}); check the name, or set AWS_ENDPOINT_URL"
     if code in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED") or status:
         where = "the network and AWS_ENDPOINT_URL" if url.startswith("s3://") else "the network"
         return f"{url}: no useful answer ({reason}); check {where}, then run the same command again"
@@ -173,7 +175,7 @@ class RemoteFolder:
     Parameters
     ----------
     url
-        Folder or URL. Nothing is asked of it before the first call.
+        Folder or URL. The first request is made by the first call of a method.
 
     Examples
     --------
@@ -194,12 +196,12 @@ class RemoteFolder:
             raise error if url in str(error) else ValueError(f"{url}: {error}") from None
 
     def read(self, key: str) -> bytes | None:
-        """Content of one file, None where there is none."""
+        """Content of one file, None if it does not exist."""
         found = run_request(self.url, lambda: self._store.read(key).result(FIRST))
         return found.value if found.state == "value" else None
 
     def holds(self, key: str, md5: bytes) -> bool:
-        """Whether a file with this MD5 is there already; false also where the place does not tell."""
+        """Whether a file with this MD5 exists; false as well where the server gives no MD5."""
         stamp = b'\0"' + md5.hex().encode() + b'"'  # tensorstore's form of an entity tag
         answer = run_request(
             self.url, lambda: self._store.read(key, if_not_equal=stamp, byte_range=slice(0, 1)).result(FIRST)
@@ -207,7 +209,7 @@ class RemoteFolder:
         return answer.state == "unspecified"
 
     def keys(self, prefix: str = "") -> set[str]:
-        """Names of all files, or of those that begin so."""
+        """Names of all files, or of those that begin with ``prefix``."""
         of = ts.KvStore.KeyRange(prefix, f"{prefix}\x7f" if prefix else "")
         return {key.decode() for key in run_request(self.url, lambda: self._store.list(of).result(LATER))}
 
@@ -217,7 +219,7 @@ class RemoteFolder:
 
 
 def open_array(url: str, name: str, context_: Any = None) -> Any:
-    """One zarr v3 array of a store.
+    """Open one zarr v3 array of a store.
 
     Examples
     --------
@@ -233,7 +235,7 @@ def open_array(url: str, name: str, context_: Any = None) -> Any:
 
 
 def read_array(url: str, array: Any) -> np.ndarray:
-    """All of an array, or of a part of it.
+    """Read an array, or a part of one.
 
     Examples
     --------
@@ -247,7 +249,7 @@ def read_array(url: str, array: Any) -> np.ndarray:
 
 
 def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.ndarray]:
-    """The same rows of several arrays; neighbours on disk come in one request.
+    """Read the same rows of several arrays; neighbours on disk share a request.
 
     Examples
     --------
@@ -272,4 +274,4 @@ def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.
     except ValueError:
         if not is_url(url):
             raise
-        return run_request(url, read)  # what was damaged on its way is not the next time
+        return run_request(url, read)  # damage on the network does not repeat

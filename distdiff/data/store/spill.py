@@ -1,7 +1,7 @@
-"""Cells on their way from one order to another: rows written as they come, read back by their place in the new order.
+"""Temporary files that bring cells into another order: rows are written as they come and read by their new rank.
 
-Pass 1 of a build writes one spill a piece of a source; pass 2 takes from every spill the cells of one shard. A spill is
-a folder of ``.npy`` files that appears under its name when it is whole, so a task that is run again finds it done.
+Pass 1 of a build writes one spill for each piece of a source; pass 2 reads the cells of one shard from all spills. A
+spill is a folder of ``.npy`` files that gets its name when it is complete, so a repeated task finds it finished.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ def write(
     folder: Path, counts: sparse.csr_matrix, rank: np.ndarray, *, rows: np.ndarray | None = None,
     largest: float | None = None, **more: np.ndarray,
 ) -> None:  # fmt: skip
-    """Write cells and whatever else is to be known of them.
+    """Write coded cells, and other arrays about them.
 
     Parameters
     ----------
     folder
-        To make; its parent must exist.
+        Folder to make; its parent must exist.
     counts
         ``[n, g]`` canonical; whole numbers in any dtype, or float32 for measurements if ``largest`` is None.
     rank
-        ``int64 [m]``, place of each cell in the new order, none twice.
+        ``int64 [m]``, rank of each cell in the new order, all different.
     rows
         ``int64 [m]``, their rows in ``counts``; None is all.
     largest
-        Largest count, where they are whole numbers in floating point.
+        Largest count, if they are whole numbers in floating point.
     more
-        Other arrays to keep beside them, for `load`.
+        Other arrays to write, for `load`.
 
     Examples
     --------
@@ -56,7 +56,7 @@ def write(
 
 
 def publish(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays to a folder that appears when all are there; a second writer of the same changes nothing.
+    """Write arrays to a folder that appears when it is complete; if it exists already, it is kept.
 
     Examples
     --------
@@ -74,14 +74,14 @@ def publish(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.save(temporary / f"{name}.npy", array, allow_pickle=False)
     try:
         os.rename(temporary, folder)
-    except OSError:  # another run of this task was first, with the same content
+    except OSError:  # another run of this task was faster, with the same content
         if not folder.is_dir():
             raise
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(folder: Path, name: str) -> np.ndarray:
-    """One array of a spill, mapped from the disk.
+    """One array of a spill, memory-mapped.
 
     Examples
     --------
@@ -96,7 +96,7 @@ def load(folder: Path, name: str) -> np.ndarray:
 
 
 def coded(folder: Path, first: int | None = None, last: int | None = None) -> tuple[np.ndarray, Coded]:
-    """Cells with ``first <= rank < last`` (None is all): their ranks ascending, and what codes them.
+    """Cells with ``first <= rank < last`` (None is all): their ranks, ascending, and the coded cells.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def coded(folder: Path, first: int | None = None, last: int | None = None) -> tu
 
 
 def gather(folders: Sequence[Path], first: int, last: int) -> tuple[np.ndarray, Coded]:
-    """Cells with ``first <= rank < last`` of all spills, spill after spill: their ranks, and what codes them.
+    """Cells with ``first <= rank < last`` of all spills, one spill after the other: their ranks, and the coded cells.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A store from a folder to an object store: whole or invisible there too, as its manifest goes last."""
+"""Copy a store from a folder to an object store; its manifest comes last, so an incomplete copy cannot be opened."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from distdiff.data.store.store import UPLOADING, CountStore
 from distdiff.files import is_url
 
 THREADS = 4
-"""Files on their way at once; each is in memory meanwhile (a shard has 32 MiB or less by default)."""
+"""Files sent at the same time; each is in memory as a whole (a shard has 32 MiB or less by default)."""
 
 
 def upload(folder: str | Path, url: str, *, overwrite: bool = False, progress: bool = True) -> tuple[Manifest, int]:
-    """Copy a store to a URL; the same call goes on with one that was cut.
+    """Copy a store to a URL; the same call continues an interrupted one.
 
-    A file that is there already with the same MD5 is not sent again. Until the last file is there nothing opens the
-    copy: ``upload.json`` says whose it will be, and ``manifest.json`` comes last.
+    A file that exists at the URL with the same MD5 is not sent again. An incomplete copy cannot be opened:
+    ``upload.json`` has the fingerprint of the store to come, and ``manifest.json`` is written last.
 
     Parameters
     ----------
     folder
         The store.
     url
-        Where to, ``s3://BUCKET/PATH`` or ``gs://BUCKET/PATH``; the bucket must exist.
+        Target, ``s3://BUCKET/PATH`` or ``gs://BUCKET/PATH``; the bucket must exist.
     overwrite
-        Replace another store there. Whoever reads that one meanwhile fails.
+        Replace another store at the URL. Processes that read that store meanwhile fail.
     progress
-        Show a bar.
+        Show a progress bar.
 
     Returns
     -------
     (Manifest, int)
-        Of the store, and the bytes that were sent.
+        The manifest of the store, and the bytes that were sent.
 
     Raises
     ------
     FileExistsError
-        Another store, a part of one, or other files are there.
+        The URL holds another store, a part of one, or other files.
     FileNotFoundError, ValueError
-        ``folder`` is no whole store, or ``url`` cannot be one.
+        ``folder`` is no complete store, or ``url`` cannot hold one.
     OSError
-        The place cannot be written.
+        The URL cannot be written.
     """
     url = checked(url)
     if is_url(folder) or url.startswith("http"):
@@ -73,12 +73,12 @@ def upload(folder: str | Path, url: str, *, overwrite: bool = False, progress: b
 
 
 def _claimed(remote: RemoteFolder, fingerprint: str, whole: bool, overwrite: bool) -> set[str]:
-    """Write down whose the place will be; the keys that are there.
+    """Mark the URL with the fingerprint of the store to come; returns the names of the files that exist there.
 
     Raises
     ------
     FileExistsError
-        It is someone else's.
+        It holds another store, or other files.
     """
     existing_keys, begun = remote.keys(), remote.read(UPLOADING)
     if existing_keys and not whole and begun is None:
@@ -93,7 +93,7 @@ def _claimed(remote: RemoteFolder, fingerprint: str, whole: bool, overwrite: boo
 
 
 def _send(remote: RemoteFolder, files: dict[str, Path], existing_keys: set[str], progress: bool) -> int:
-    """Write the files that are not there yet, a few at once; bytes sent."""
+    """Write the missing files, a few at the same time; returns the bytes sent."""
 
     def send(key: str) -> tuple[int, int]:
         content = files[key].read_bytes()
