@@ -46,8 +46,8 @@ def local(path: str | Path) -> Path:
     """
     if is_url(path):
         raise ValueError(
-            f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy what is ready "
-            "there (a store: distdiff store upload FOLDER URL)"
+            f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy it to the URL "
+            "afterwards (a store: distdiff store upload FOLDER URL)"
         )
     return Path(path)
 
@@ -98,8 +98,8 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
-                errno.ENOSPC, f"the disk is full: {target} could not be written and nothing of it was left; free space "
-                "or write elsewhere",
+                errno.ENOSPC, f"the disk is full: {target} could not be written, and its remains were removed; free "
+                "space or write elsewhere",
             ) from error  # fmt: skip
         raise
     finally:
@@ -535,7 +535,7 @@ def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> 
         raise ValueError(f"{option} {out} is the input itself; the input is never changed, give another name")
     if out_path.is_relative_to(given_path) or given_path.is_relative_to(out_path):
         where = "lies inside" if out_path.is_relative_to(given_path) else "holds"
-        raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another place")
+        raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another folder")
 
 
 def stamp(path: str | Path) -> str:

@@ -292,7 +292,7 @@ def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tens
         if found.is_floating_point() != wanted.is_floating_point():
             raise ValueError(f"tensor {name} holds {found.dtype}, {wanted.dtype} is wanted")
     if unknown := sorted(set(tensors) - set(like)):
-        raise ValueError(f"tensor {unknown[0]} belongs to nothing here")
+        raise ValueError(f"tensor {unknown[0]} is not part of this model")
 
 
 def kind(value: Any) -> str:

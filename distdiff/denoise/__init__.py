@@ -128,11 +128,13 @@ def adopt(
             elif (
                 name not in buffers
             ):  # a buffer (the rotations of LSH) is random, not trained, and depends on the number of genes
-                raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here")
+                raise ValueError(f"weight {name} has shape {list(given.shape)}, {list(tensor.shape)} is wanted")
             continue
         new = tensor.movedim(axis, 0).unflatten(0, (-1, len(genes)))
         old = given.movedim(axis, 0).unflatten(0, (-1, len(of)))
         if new[:, :0].shape != old[:, :0].shape:
-            raise ValueError(f"{name} has shape {list(given.shape)} there, {list(tensor.shape)} here, apart from genes")
+            raise ValueError(
+                f"weight {name} has shape {list(given.shape)}, {list(tensor.shape)} is wanted (apart from genes)"
+            )
         new[:, to_column] = old[:, from_column]
     return len(pairs), tuple(unused)

@@ -104,8 +104,9 @@ class Counts(Process):
         for field, allowed in self.ALLOWED.items():
             if (value := getattr(self, field)) not in allowed:
                 raise ValueError(f"process {name}: {field}={value!r}{nearest(value, allowed)}")
-        if {"nb": 1, "correlated": 2}.get(self.leap, 0) > ("mean", "nb", "loadings").index(self.head):
-            raise ValueError(f"process {name}: leap={self.leap!r} needs more than head={self.head!r} gives")
+        heads = ("mean", "nb", "loadings")
+        if (needed := {"nb": 1, "correlated": 2}.get(self.leap, 0)) > heads.index(self.head):
+            raise ValueError(f"process {name}: leap={self.leap!r} needs head={heads[needed]!r}, got {self.head!r}")
         if self.head == "loadings" and self.loadings < 1:
             raise ValueError(f"process {name}: loadings must be at least 1, got {self.loadings}")
         object.__setattr__(self, "schedule", schedule(self.schedule))
@@ -348,7 +349,7 @@ def of_molecules(process: Process, task: str) -> Counts:
     """
     if isinstance(process, Counts) and process.molecules:
         return process
-    raise ValueError(f"{task} needs a law of molecules, which process {type(process).__name__} has not; use counts")
+    raise ValueError(f"{task} needs a process whose states are molecules, got {type(process).__name__}; use counts")
 
 
 def _with_own(log_rate: Tensor, log_size: Tensor, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

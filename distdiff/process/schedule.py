@@ -240,7 +240,7 @@ def schedule(given: Any) -> Schedule:
     if isinstance(given, str):
         name, at, times = given.partition("@")
         if at and not times.isdigit():
-            raise ValueError(f"schedule {given!r}: after @ stands the number of times, for example fisher@1000")
+            raise ValueError(f"schedule {given!r}: the number of times is wanted after @, for example fisher@1000")
         given = {"kind": name, "times": int(times)} if at else {"kind": name}
     elif not isinstance(given, Mapping):
         given = {"kind": "table", "values": tuple(given)}
@@ -356,22 +356,22 @@ def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float
     [0.0, 0.5, 1.0]
     """
     v = np.maximum(np.interp([start, *(q for q in p if q > start)], p, excess), 0.0)
-    at = np.array([start, *(q for q in p if q > start), 1.0])
-    n = len(at)
+    grid = np.array([start, *(q for q in p if q > start), 1.0])
+    n = len(grid)
     if steps > n - 1:
         raise ValueError(f"{steps} steps cannot be placed on {n - 1} measured levels")
-    gap = (at[None, :] - at[:, None]) / (1 - at[:, None]).clip(1e-12)
+    gap = (grid[None, :] - grid[:, None]) / (1 - grid[:, None]).clip(1e-12)
     cost = np.where(gap > 0, gap**2 * np.append(v, 0.0)[:, None], np.inf)
-    best, came = cost[0], []
+    best, predecessors = cost[0], []
     for _ in range(steps - 1):
-        through = best[:, None] + cost
-        came.append(through.argmin(0))
-        best = through.min(0)
+        totals = best[:, None] + cost
+        predecessors.append(totals.argmin(0))
+        best = totals.min(0)
     node, path = n - 1, [n - 1]
-    for back in reversed(came):
-        node = int(back[node])
+    for predecessor in reversed(predecessors):
+        node = int(predecessor[node])
         path.append(node)
-    return [float(at[i]) for i in [0, *reversed(path)]]
+    return [float(grid[i]) for i in [0, *reversed(path)]]
 
 
 def sigma_max(p_t: Tensor, p_s: Tensor) -> Tensor:

@@ -261,17 +261,17 @@ def _cycle(share: np.ndarray) -> list[np.ndarray]:
     quota[np.argsort(quota - exact, kind="stable")[: TURNS - int(quota.sum())]] += 1
     quota[(quota == 0) & (share > 0)] += 1  # every positive share gets a position, at the cost of the largest
     quota[np.argmax(quota)] -= int(quota.sum()) - TURNS
-    taking = np.flatnonzero(quota)
-    rate = quota[taking] / TURNS
-    slack = 1 / max(1, 2 * len(taking) - 2)
-    behind, whose = np.zeros(len(taking)), np.empty(TURNS, np.int64)
-    for turn in range(TURNS):
-        behind += rate
-        wait = np.where(behind >= slack - 1e-9, (1 - slack - behind) / rate, np.inf)
-        who = int(np.argmin(wait))
-        whose[turn] = taking[who]
-        behind[who] -= 1
-    return [np.flatnonzero(whose == i) for i in range(len(quota))]
+    present = np.flatnonzero(quota)
+    rate = quota[present] / TURNS
+    slack = 1 / max(1, 2 * len(present) - 2)
+    lag, stratum = np.zeros(len(present)), np.empty(TURNS, np.int64)
+    for position in range(TURNS):
+        lag += rate
+        deadline = np.where(lag >= slack - 1e-9, (1 - slack - lag) / rate, np.inf)
+        first = int(np.argmin(deadline))
+        stratum[position] = present[first]
+        lag[first] -= 1
+    return [np.flatnonzero(stratum == i) for i in range(len(quota))]
 
 
 def _seed(seed: int, stratum: int) -> int:

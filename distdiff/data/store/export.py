@@ -139,7 +139,7 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
         while free in labels:
             free = f"{free}_of_store" if free == name else f"{free}_"
         obs[free] = values
-        renamed += [f"{name} of the store stands in {free}, for {name} is a label"] if free != name else []
+        renamed += [f"{name} of the store is in obs column {free}, because {name} is a label"] if free != name else []
     var = pd.DataFrame(index=pd.Index(np.array(store.genes, dtype=object)[columns].astype(str)))
     var["panel"] = columns < about.groups[0].n_genes if len(about.groups) > 1 else True
     uns = {"distdiff": {"fingerprint": about.fingerprint, "layer": about.layer or "X", "chosen_by": about.chosen_by}}

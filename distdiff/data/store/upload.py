@@ -82,12 +82,12 @@ def _claimed(remote: RemoteFolder, fingerprint: str, whole: bool, overwrite: boo
     """
     existing_keys, begun = remote.keys(), remote.read(UPLOADING)
     if existing_keys and not whole and begun is None:
-        raise FileExistsError(f"{remote.url} holds files that are no distdiff store, so they are left alone; "
-                              "choose another place")  # fmt: skip
+        raise FileExistsError(f"{remote.url} holds files that are no distdiff store; nothing was written; "
+                              "choose another URL")  # fmt: skip
     of = json.loads(begun)["fingerprint"] if begun else fingerprint
     if not overwrite and (whole or of != fingerprint):
         what = "another store" if whole else f"a part of another store (fingerprint {of[:12]})"
-        raise FileExistsError(f"{remote.url} holds {what}; give --overwrite to replace it, or another place")
+        raise FileExistsError(f"{remote.url} holds {what}; give --overwrite to replace it, or another URL")
     remote.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
     return existing_keys
 

@@ -127,7 +127,7 @@ def test_nothing_is_replaced_unasked(folder, dense, url, tmp_path):
     foreign = url.replace("atlas.zarr", "foreign")
     remote.RemoteFolder(foreign).write("notes.txt", b"mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="holds files that are no distdiff store, so they are left alone"):
+        with pytest.raises(FileExistsError, match="holds files that are no distdiff store; nothing was written"):
             upload(other, foreign, overwrite=overwrite, progress=False)
     begun = url.replace("atlas.zarr", "begun")
     remote.RemoteFolder(begun).write("upload.json", b'{"fingerprint": "0123456789abcdef"}')
