@@ -55,6 +55,15 @@ class CountStore:
     ----------
     url, manifest
         Where it is and what it says about itself.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> store.read(store.rows("test")[::-1]).shape  # CSR, rows in any order
+    (20, 30)
+    >>> store.panel(["gene4", "gene2"]).cells(store.rows("val")[:2]).counts.shape  # dense, two genes
+    torch.Size([2, 2])
     """
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int, reader: str, threads: int) -> None:
