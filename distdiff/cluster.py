@@ -50,6 +50,15 @@ class WorkerWatch:
         Client of the scheduler.
     notify
         Called with one sentence when the last worker has gone.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from distdiff.cluster import WorkerWatch
+    >>> client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {}})  # a scheduler without workers
+    >>> WorkerWatch(client, notify=print).workers()
+    no worker is left; waiting 600 s for one
+    set()
     """
 
     def __init__(self, client: Client, notify: Callable[[str], None]) -> None:

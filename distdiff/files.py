@@ -375,6 +375,16 @@ def evict_build(target: Path, work: Path, notify: Callable[[str], None]) -> None
     ------
     FileExistsError
         The build is still running.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import evict_build
+    >>> work = Path(".imputed.zarr.building")
+    >>> work.mkdir()
+    >>> (work / "lock").touch()
+    >>> evict_build(Path("imputed.zarr"), work, notify=print)
+    .imputed.zarr.building: removed, it was left by a distdiff shard that was killed
     """
     if not (work / "lock").exists() or (work / "claims").exists():
         return
@@ -407,7 +417,16 @@ def remove_at_once(work: Path) -> None:
 
 
 def tidy(target: Path, notify: Callable[[str], None]) -> None:
-    """Remove work folders of a target that a killed process had renamed but not removed (see `remove_at_once`)."""
+    """Remove work folders of a target that a killed process had renamed but not removed (see `remove_at_once`).
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import tidy
+    >>> Path(".out.zarr.building-999999999").mkdir()  # left by process 999999999, which has ended
+    >>> tidy(Path("out.zarr"), notify=print)
+    .out.zarr.building-999999999: removed, it was left by a process that was killed
+    """
     prefix = f".{target.name}.building-"
     for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         if _of_dead(leftover.name.removeprefix(prefix)):

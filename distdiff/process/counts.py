@@ -48,7 +48,7 @@ class Counts(Process):
         genes pull the mean.
     predict
         ``rate``: output 0 of the network is ``log lambda``. ``x0``: it is ``log xhat_0``, and f is ``xhat_0 - x``, kept
-        positive by a softplus that scales with ``xhat_0`` (the published ``softplus(xhat_0 - x)`` never falls below .69
+        positive by a softplus that scales with ``xhat_0`` (the published ``softplus(xhat_0 - x)`` is .69 molecules
         where ``xhat_0 = x``). With ``x0`` there is no rate at p = 1, so a model cannot denoise.
     own
         Whether each gene's own observed count enters by Bayes' rule. The network's rate and size are then a Gamma
@@ -72,7 +72,7 @@ class Counts(Process):
     >>> thinned = law.forward(cells, 1.0, 0.25, rng=generator(0, "example"))  # a quarter of the molecules survive
     >>> round(thinned.mean().item(), 1)
     2.0
-    >>> eta = torch.full((2, 50_000, 1), 8.0).log()  # a network that knows the rate: 8 molecules a cell
+    >>> eta = torch.full((2, 50_000, 1), 8.0).log()  # output of a perfect network: a rate of 8
     >>> law.lost(eta, 0.25)[0, 0].item()
     6.0
     """

@@ -75,7 +75,14 @@ def checked(url: str) -> str:
 
 
 def context(cache_bytes: int = 0) -> Any:
-    """Tensorstore context of all requests: retries, keys, and ``cache_bytes`` of memory for what is read repeatedly."""
+    """Tensorstore context of all requests: retries, keys, and ``cache_bytes`` of memory for what is read repeatedly.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import context
+    >>> sorted(context(cache_bytes=1 << 20).spec.to_json())[:2]
+    ['aws_credentials', 'cache_pool']
+    """
     os.environ.setdefault(
         "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(MUTE)
     )  # tensorstore has no other setting for it

@@ -48,6 +48,14 @@ def upload(folder: str | Path, url: str, *, overwrite: bool = False, progress: b
         ``folder`` is no complete store, or ``url`` cannot hold one.
     OSError
         The URL cannot be written.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.upload import upload
+    >>> upload("atlas.zarr", "https://host/atlas.zarr")
+    Traceback (most recent call last):
+        ...
+    ValueError: upload to https://host/atlas.zarr: a local folder, then s3://BUCKET/PATH or ...
     """
     url = checked(url)
     if is_url(folder) or url.startswith("http"):
