@@ -64,16 +64,19 @@ def method(mixture: str, shrink: bool) -> Any:
     def run(counts: sparse.csr_matrix, p: float, seed: int) -> dict[str, np.ndarray]:
         model = _trained(_Key(counts), mixture, seed)
         more = (1 - p) / p
-        place = [int(name) for name in model.spec.genes]  # the store drops genes that hold nothing
+        columns = [int(name) for name in model.spec.genes]  # the store drops genes that hold nothing
         found = {"rate": np.zeros(counts.shape, np.float32), "log1p_cp10k": np.zeros(counts.shape, np.float32)}
         for start in range(0, counts.shape[0], 256):
-            x = torch.from_numpy(counts[start : start + 256].toarray()[:, place].astype(np.float32))
+            x = torch.from_numpy(counts[start : start + 256].toarray()[:, columns].astype(np.float32))
             cells = Cells(x, Condition(), torch.arange(start, start + len(x)))
             seen = torch.ones(x.shape, dtype=torch.bool)
-            rate = denoise(model, cells, seen, shrink=shrink) / p
-            log = denoise(model, cells, seen, readout="log1p_cp10k", depth=more, shrink=shrink)
-            found["rate"][start : start + len(x), place] = rate.numpy()
-            found["log1p_cp10k"][start : start + len(x), place] = log.numpy()
+            of = functools.partial(
+                denoise, model.process, model.denoiser, cells, seen, shrink=model.shrink if shrink else None
+            )
+            rate = of() / p
+            log = of(readout="log1p_cp10k", depth=more)
+            found["rate"][start : start + len(x), columns] = rate.numpy()
+            found["log1p_cp10k"][start : start + len(x), columns] = log.numpy()
         return found
 
     return run

@@ -66,7 +66,8 @@ def trained(
     from distdiff.process._laws import nb_nll
     from distdiff.rng import numpy_generator
     from distdiff.sampling import predictor
-    from distdiff.training.loop import train
+    from distdiff.training.loop import Hooks, train
+    from distdiff.training.settings import Recipe
 
     store, device = CountStore.open(store_path), torch.device(device)
     batch = batch or (128 if denoiser["kind"] == "mlp" else 32)
@@ -105,8 +106,8 @@ def trained(
 
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16")
-        train(store, model.process, model.denoiser, parsed.survival, parsed.optim, parsed.train, accelerator,
-              identity={}, save_best=best, on_log=log)  # fmt: skip
+        recipe = Recipe(store, model.process, model.denoiser, parsed.survival, parsed.optim, parsed.train)
+        train(recipe, accelerator, Hooks(best, on_log=log), identity={})
         return curve, model
 
     rate = batch * 2 / run(batch * 2)[0][-1]["seconds"]  # the first steps are slow ones

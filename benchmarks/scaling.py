@@ -37,11 +37,13 @@ from accelerate.utils import gather_object
 from step import made
 
 from distdiff import config
-from distdiff.data.feed.loader import Loading, loader
+from distdiff.data.feed.loader import loader
 from distdiff.data.feed.plan import Plan
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
-from distdiff.training import checkpoint, engine, fit, loop
+from distdiff.rng import generator
+from distdiff.training import checkpoint, engine, fit, loop, losses
+from distdiff.training.settings import Recipe
 
 SIZES = (32, 64, 128, 256, 512)
 """Cells of the steps that are timed alone."""
@@ -78,10 +80,9 @@ class Bench:
         over processes, and of the slower of them)."""
         m, c = self.model()
         ends: list[float] = []
-        done = loop.train(
-            self.store, m.process, m.denoiser, c.survival, c.optim, c.train, self.accelerator, identity={},
-            loading=Loading(), save_best=lambda *_: None, on_step=lambda *_: ends.append(time.perf_counter()),
-        )  # fmt: skip
+        recipe = Recipe(self.store, m.process, m.denoiser, c.survival, c.optim, c.train)
+        hooks = loop.Hooks(lambda *_: None, on_step=lambda *_: ends.append(time.perf_counter()))
+        done = loop.train(recipe, self.accelerator, hooks, identity={})
         took = np.array(gather_object([np.diff(ends[self.steps :]).tolist()]))
         means = {"step": float(took.mean()), "slowest": float(took.max(0).mean())}
         return {name: done.history[-1][name] for name in ("cells_per_second", "data_wait")} | means
@@ -91,14 +92,14 @@ class Bench:
         m, c = self.model()
         network, cells = m.denoiser.to(self.device), self.batch // self.world
         x_0 = self.store.cells(np.arange(cells), ()).to(self.device)
-        rng = loop.generator(0, "scaling", device=self.device)
+        rng = generator(0, "scaling", device=self.device)
         p, _ = c.survival.draw(m.process.schedule, rng.uniform(cells, 1), len(self.store.genes), rng=rng)
         x = m.process.forward(x_0.counts, 1.0, p, rng=rng)
 
         def passes() -> None:
             with self.accelerator.autocast():
-                losses = loop._of_cells(m.process, network, x_0.counts, x, p, x_0.labels)
-            losses.mean().backward()
+                found = losses.of_states(m.process, network, x_0.counts, x, p, x_0.labels)
+            found.mean().backward()
 
         return self.timed(passes, 12)
 

@@ -35,10 +35,11 @@ from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator, numpy_generator
 from distdiff.rng.rows import Rows
-from distdiff.training import noise
 from distdiff.training.compiled import compile_denoiser, compile_law
 from distdiff.training.ema import Ema
-from distdiff.training.loop import Training, _law
+from distdiff.training.losses import law_of
+from distdiff.training.noise import Noise
+from distdiff.training.settings import Training
 from distdiff.training.times import Times
 
 
@@ -61,7 +62,7 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
     settings = config.parse(raw)
     model = Model.new(store.spec(()), settings.process, settings.denoiser)
     process, network, survival = model.process, model.denoiser, settings.survival
-    law: Any = partial(_law, process)
+    law: Any = law_of(process)
     if compiled:
         if not compile_denoiser(network, batch, len(store.genes)):
             raise SystemExit("torch.compile cannot run here")
@@ -77,9 +78,8 @@ def parts(store: CountStore, kind: str, batch: int, compiled: bool) -> dict[str,
         state["step"], state["cells"] = next(feed)
 
     def thinned(source: Any) -> None:
-        training = Training(batch=batch, noise=source)
-        step = state["step"]
-        state["noised"] = noise.draw(process, survival, times, state["cells"], training, step, step * batch)
+        noise, step = Noise(process, survival, times, Training(batch=batch, noise=source)), state["step"]
+        state["noised"] = noise.draw(state["cells"], step, step * batch)
 
     def forward() -> None:
         noised = state["noised"]

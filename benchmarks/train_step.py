@@ -30,12 +30,12 @@ from accelerate import Accelerator
 from step import made
 
 from distdiff import config
-from distdiff.data.feed.loader import Loading
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import generator
 from distdiff.training import loop
 from distdiff.training.compiled import compile_denoiser
+from distdiff.training.settings import Recipe
 from distdiff.types import Condition
 
 Turn = Callable[[], None]
@@ -111,10 +111,8 @@ def race(store: CountStore, c: config.Config, steps: int, rounds: int) -> dict[s
             took[name].append(clock.lap() / steps)
 
     model = Model.new(store.spec(()), c.process, c.denoiser)
-    loop.train(
-        store, model.process, model.denoiser, c.survival, c.optim, c.train, accelerator, identity={},
-        loading=Loading(), save_best=lambda *_: None, on_step=on_step,
-    )  # fmt: skip
+    recipe = Recipe(store, model.process, model.denoiser, c.survival, c.optim, c.train)
+    loop.train(recipe, accelerator, loop.Hooks(lambda *_: None, on_step=on_step), identity={})
     return {name: np.array(values[max(1, rounds // 10) : rounds]) for name, values in took.items()}
 
 

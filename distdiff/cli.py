@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,26 +167,56 @@ def train(
 ModelName = Annotated[str, typer.Option("--model", help="models:/NAME@champion, or a model folder.")]
 Data = Annotated[str, typer.Option("--data", help="h5ad, AnnData zarr, 10x, or a distdiff store (folder or URL).")]
 Out = Annotated[Path, typer.Option("--out", help="Output: .zarr for any size, .h5ad for small ones.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="Layer with raw counts (default: X).")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 Keep = Annotated[str | None, typer.Option("--genes", help="Genes to write: A,B,C, or a file with one a line.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of layers that are no draws: float32, float16, int32, int16.")]
 Sparse = Annotated[bool | None, typer.Option("--sparse/--dense", help="Layers as CSR or dense (default: the smaller).")]
-Batch = Annotated[int | None, typer.Option("--batch-size", help="Cells of a network call (default: by trial).")]
-ShardCells = Annotated[int | None, typer.Option("--shard-cells", help="Cells of an output shard.")]
-Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16; auto: the second on a GPU.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda:0; auto: the GPU, if there is one.")]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", help="Address of a dask scheduler: its workers do it.")]
-UseLabels = Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on the model's obs columns.")]
-Unseen = Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")]
-Repair = Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")]
 LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
 
 
+def _on_cells(
+    *,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    use_labels: Annotated[bool, typer.Option("--use-labels/--no-labels", help="Condition on obs labels.")] = False,
+    unseen: Annotated[str, typer.Option(help="Label values that the model never saw: unknown, or refuse.")] = "unknown",
+) -> None:
+    """Options of every task on measured cells."""
+
+
+def _job(
+    *,
+    batch_size: Annotated[int | None, typer.Option(help="Cells of a network call (default: by trial).")] = None,
+    shard_cells: Annotated[int | None, typer.Option(help="Cells of an output shard.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16; auto: the second on a GPU.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0; auto: the GPU, if there is one.")] = "auto",
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler: its workers do it.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")] = False,
+    overwrite: Overwrite = False,
+    trust: Trust = None,
+) -> None:
+    """Options of every task on files."""
+
+
+def _with(*declared: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of ``declared`` besides its own; it takes them as ``**shared``."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for options in declared:
+            parameters += inspect.signature(options, eval_str=True).parameters.values()
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return add
+
+
 @app.command()
+@_with(_on_cells, _job)
 def impute(
-    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file.")] = None,
     sites: Annotated[str | None, typer.Option(help="'dropout': zeros that scIDPMs' Algorithm 1 suspects.")] = None,
     groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
@@ -193,107 +225,85 @@ def impute(
     layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,mask,ood",
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
-    seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
     _batch(
-        context, "impute", model, data, out, layer=layer, mask=mask, sites=sites, groups=groups, draws=draws,
-        mean_only=mean_only, layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype,
-        sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
-        trust=trust,
+        context, "impute", model, data, out, mask=mask, sites=sites, groups=groups, draws=draws, mean_only=mean_only,
+        layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype, sparse=sparse,
+        **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_on_cells, _job)
 def complete(
-    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
     layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,ood",
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
-    seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
-        context, "complete", model, data, out, layer=layer, append=_genes(genes), draws=draws, layers=_words(layers),
-        ood=ood, steps=steps, seed=seed, dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells,
-        precision=precision, device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify,
-        repair=repair, overwrite=overwrite, trust=trust,
+        context, "complete", model, data, out, append=_genes(genes), draws=draws, layers=_words(layers), ood=ood,
+        steps=steps, seed=seed, dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_on_cells, _job)
 def denoise(
-    context: typer.Context, model: ModelName, data: Data, out: Out, layer: Layer = None,
+    context: typer.Context, model: ModelName, data: Data, out: Out,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
-    depth: Annotated[float, typer.Option(help="Depth of the other measurement that is told.")] = 1.0,
+    depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
-    genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
     _batch(
-        context, "denoise", model, data, out, layer=layer, readout=readout, depth=depth, ood=ood, keep=_genes(genes),
-        dtype=dtype, sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device,
-        scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair, overwrite=overwrite,
-        trust=trust,
+        context, "denoise", model, data, out, readout=readout, depth=depth, ood=ood, keep=_genes(genes), dtype=dtype,
+        sparse=sparse, **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_on_cells, _job)
 def deepen(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     times: Annotated[float, typer.Option(help="How many times the depth.")],
-    layer: Layer = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 8,
     beyond: Annotated[str, typer.Option(help="refuse or allow cells deeper than those of training.")] = "refuse",
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
-    seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, batch_size: Batch = None,
-    shard_cells: ShardCells = None, precision: Precision = "auto", device: Device = "auto",
-    scheduler: Scheduler = None, use_labels: UseLabels = False, unseen: Unseen = "unknown", verify: Verify = False,
-    repair: Repair = False, overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, **shared: Any,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
-        context, "deepen", model, data, out, layer=layer, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
-        keep=_genes(genes), sparse=sparse, batch_size=batch_size, shard_cells=shard_cells, precision=precision,
-        device=device, scheduler=scheduler, use_labels=use_labels, unseen=unseen, verify=verify, repair=repair,
-        overwrite=overwrite, trust=trust,
+        context, "deepen", model, data, out, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
+        keep=_genes(genes), sparse=sparse, **shared,
     )  # fmt: skip
 
 
 @app.command()
+@_with(_job)
 def generate(
     context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
-    seed: Seed = 0, batch_size: Batch = None, shard_cells: ShardCells = None, precision: Precision = "auto",
-    device: Device = "auto", scheduler: Scheduler = None, verify: Verify = False, repair: Repair = False,
-    overwrite: Overwrite = False, trust: Trust = None,
+    seed: Seed = 0, **shared: Any,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
-    asked = {}
+    labels = {}
     for word in obs or []:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--obs {word!r}: label=value is wanted")
-        asked[key] = value
+        labels[key] = value
     _batch(
-        context, "generate", model, None, out, n=n, obs=asked, steps=steps, guidance=guidance, seed=seed,
-        batch_size=batch_size, shard_cells=shard_cells, precision=precision, device=device, scheduler=scheduler,
-        verify=verify, repair=repair, overwrite=overwrite,
-        trust=trust,
+        context, "generate", model, None, out, n=n, obs=labels, steps=steps, guidance=guidance, seed=seed, **shared
     )  # fmt: skip
 
 
@@ -315,17 +325,17 @@ def _batch(
         typer.echo(found)
         return
     first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
-    said = typer.echo if first else lambda text: None
+    echo = typer.echo if first else lambda text: None
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
     if scheduler is not None:
-        there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
-        filled = batch.on_cluster(scheduler, kind, there, data, out, say=said, **options)
+        load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
+        filled = batch.on_cluster(scheduler, kind, load_there, data, out, say=echo, **options)
     else:
-        filled = batch.run(kind, load(model), data, out, progress=first, say=said, **options)
-    said(f"{out}: {filled.line()}")
+        filled = batch.run(kind, load(model), data, out, progress=first, say=echo, **options)
+    echo(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
-        said(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
+        echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
     notes = {
         "cells without evidence left as they were": filled.cells_without_evidence,
         "genes unknown to the model left as they were": filled.genes_unknown_to_model,
@@ -334,7 +344,7 @@ def _batch(
     }
     for text, number in notes.items():
         if number:
-            said(f"  {number} {text}")
+            echo(f"  {number} {text}")
 
 
 def _genes(text: str | None) -> list[str] | None:

@@ -22,8 +22,8 @@ from distdiff.data.feed.loader import Loading
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
-from distdiff.training.loop import Training
 from distdiff.training.optim import Optim
+from distdiff.training.settings import Training
 
 
 @dataclass(frozen=True)

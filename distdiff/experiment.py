@@ -29,7 +29,7 @@ from distdiff.config import Config, Evaluation
 from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser, adopt
 from distdiff.imputers import Imputer
-from distdiff.imputers.labels import Told
+from distdiff.imputers.labels import WithLabels
 from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
 from distdiff.process.counts import Counts
@@ -37,10 +37,12 @@ from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint
 from distdiff.training.fit import settled
 from distdiff.training.launched import check_world
-from distdiff.training.loop import Progress
+from distdiff.training.loop import Hooks
 from distdiff.training.loop import train as fit
 from distdiff.training.owner import owned
 from distdiff.training.peers import Peers
+from distdiff.training.progress import Progress
+from distdiff.training.settings import Recipe
 from distdiff.training.stop import EXCHANGE
 from distdiff.training.trace import NAME as TRACE
 
@@ -123,10 +125,11 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
     going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
     model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     model.check_store(store.manifest, config.data.store)
-    config = replace(config, train=settled(
-        config.train, store, model.process, model.denoiser, config.survival, config.optim, accelerator,
+    recipe = Recipe(
+        store, model.process, model.denoiser, config.survival, config.optim, config.train, config.loader,
         config.data.labels,
-    ))  # fmt: skip
+    )  # fmt: skip
+    config = replace(config, train=settled(recipe, accelerator))
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
@@ -149,12 +152,13 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
         def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:
             Model(model.process, denoiser, model.spec, model.options, {**model.info, "validation": numbers}).save(best)
 
+        hooks = Hooks(
+            save_best, _existing_scores(best, fingerprint), on_log=lambda seen, numbers: run.metrics(numbers, seen),
+            peers=peers,
+        )  # fmt: skip
         progress = fit(
-            store, model.process, model.denoiser, config.survival, config.optim, config.train, accelerator,
-            identity={"config": config.identity(), "data": fingerprint}, loading=config.loader,
-            labels=config.data.labels,
-            save_best=save_best, standing=_standing(best, fingerprint),
-            on_log=lambda seen, numbers: run.metrics(numbers, seen), peers=peers,
+            replace(recipe, settings=config.train), accelerator, hooks,
+            identity={"config": config.identity(), "data": fingerprint},
         )  # fmt: skip
         accelerator.wait_for_everyone()
         peers.close()
@@ -164,7 +168,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
         _after_training(progress, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
-        if _standing(best, fingerprint).get(progress.judge) != progress.best:
+        if _existing_scores(best, fingerprint).get(progress.judge) != progress.best:
             raise RuntimeError(
                 f"{best} is not the model that this run saved at step {progress.best_step} ({progress.judge} "
                 f"{progress.best}), so it is neither measured nor registered: "
@@ -176,7 +180,11 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
             )
         finished = Model.load(best, trust=trust)
         finished.denoiser.to(accelerator.device)
-        measure(finished, store, labels=finished.always_told, seed=config.train.seed)
+        measured = measure(
+            finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
+        )
+        finished.info |= measured.info
+        finished.shrink = measured.shrink
         finished.save(best)
         report = None
         if config.evaluate.enabled:
@@ -205,7 +213,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
     return Outcome(best, progress, report, run.run_id, run.registered)
 
 
-def _standing(model: Path, fingerprint: str) -> dict[str, float]:
+def _existing_scores(model: Path, fingerprint: str) -> dict[str, float]:
     """Validation numbers of the model that stands there, if it was trained on these data; else none."""
     try:
         info = received.json_of(model / "model.json")["info"]
@@ -255,7 +263,7 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
     for model in (ours, theirs):
         on = _on(store, model)
         ours_too = {k: tuple(v) for k, v in store.manifest.labels.items()}
-        known = tuple(k for k in model.always_told if ours_too.get(k) == tuple(model.spec.labels[k]))
+        known = tuple(k for k in model.required_labels if ours_too.get(k) == tuple(model.spec.labels[k]))
         cells = store.cells(store.rows("val")[:VALIDATED], known)
         hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "champion"))
         found.append(deviances({OURS: on(model.imputer())}, store, cells, hidden)[OURS])
@@ -266,10 +274,10 @@ def _start(model: Model, address: str, trust: Sequence[str]) -> str:
     """Take over the weights of a trained model, those of genes by name; returns what to say about it."""
     trained = Model.load(tracking.fetch(address), trust=trust)
     try:
-        known, left = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
+        known, fresh_labels = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
     except ValueError as error:
         raise ValueError(f"train.start={address}: {error}") from None
-    fresh = f"; labels with other values start fresh ({', '.join(left)})" if left else ""
+    fresh = f"; labels with other values start fresh ({', '.join(fresh_labels)})" if fresh_labels else ""
     total = model.spec.n_genes
     return f"distdiff train: {known} of {total} genes start from {address}, {total - known} are new to it{fresh}"
 
@@ -288,8 +296,8 @@ def evaluate_model(
     store = _shared(store, model)
     on = _on(store, model)
 
-    def ours(imputer: Imputer, told: bool = bool(model.always_told)) -> Imputer:
-        return on(Told(imputer, told) if model.spec.labels else imputer)
+    def ours(imputer: Imputer, use_labels: bool = bool(model.required_labels)) -> Imputer:
+        return on(WithLabels(imputer, use_labels) if model.spec.labels else imputer)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
@@ -299,8 +307,8 @@ def evaluate_model(
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
-    if model.spec.labels and not model.always_told:
-        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), told=True)))
+    if model.spec.labels and not model.required_labels:
+        mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), use_labels=True)))
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild with another --split")
@@ -355,7 +363,7 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
     from distdiff.evaluation import cheap, deviances
     from distdiff.rng import numpy_generator
 
-    cells = store.cells(store.rows("val")[:limit], model.always_told)
+    cells = store.cells(store.rows("val")[:limit], model.required_labels)
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "cheap"))
     return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 

@@ -29,9 +29,9 @@ from distdiff.process.schedule import placed
 from distdiff.tasks import Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
-from distdiff.tasks.frame import framed, tell_left
+from distdiff.tasks.frame import framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes
-from distdiff.tasks.impute import Job, mask_of, ours
+from distdiff.tasks.impute import ImputationPlan, check_draws, is_imputation_layer, mask_of
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec, Tensor
 
@@ -81,8 +81,8 @@ class Model:
         return cls(law, network, spec, options)
 
     @property
-    def always_told(self) -> tuple[str, ...]:
-        """Labels that it never went without in training (``train.label_dropout=0``): its answers need them."""
+    def required_labels(self) -> tuple[str, ...]:
+        """Labels that every training cell came with (``train.label_dropout=0``): the model has no answer without."""
         train = self.info.get("config", {}).get("train", {})
         return tuple(self.spec.labels) if train.get("label_dropout", 1.0) == 0 else ()
 
@@ -159,8 +159,8 @@ class Model:
         except (saved.WrongFormat, Untrusted, ImportError):
             raise
         except Exception as error:  # whatever the file made of a constructor's arguments
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the model in {folder} is damaged: {said[:300]}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the model in {folder} is damaged: {reason[:300]}") from error
         model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
         model.shrink, model.info = tensors.get("shrink"), card["info"]
@@ -187,7 +187,7 @@ class Model:
         kinds: dict[str, Any] = {"conditional": Conditional, "repaint": RePaint}
         if method not in kinds:
             raise ValueError(f"unknown imputation method {method!r}{nearest(method, kinds)}")
-        check_guidance(self, options.get("guidance", 1.0))
+        check_guidance(self.spec, self.required_labels, options.get("guidance", 1.0))
         made = kinds[method](self.process, self.denoiser, **self.spaced(options, "impute"))
         return Graphed(made) if graph else made
 
@@ -202,6 +202,31 @@ class Model:
             measured = self.info["excess"]
             options["spacing"] = placed(measured["p"], measured[task], options.get("steps", 1))
         return options
+
+    def plan_imputation(
+        self, rows: Any, *, method: Literal["conditional", "repaint"] = "conditional", use_labels: bool = False,
+        unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int = 256, device: str = "auto",
+        mask: np.ndarray | sp.spmatrix | None = None, sites: str | None = None, groups: str | None = None,
+        genes: Sequence[str] | None = None, draws: int = 1, mean_only: bool = False, seed: int = 0, **options: Any,
+    ) -> ImputationPlan:  # fmt: skip
+        """Check an imputation of ``rows`` (see :class:`~distdiff.tasks.Reader`) and move the network to its device.
+
+        Options as for :meth:`impute`; ``mask`` is in the order of the rows, ``options`` are those of :meth:`imputer`.
+
+        Raises
+        ------
+        ValueError
+            An option that does not fit the model or the input, or nothing to impute.
+        """
+        check_draws(draws, mean_only)
+        reader = Reader(self.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
+        check_labels(reader, self.required_labels, options.get("guidance", 1.0))
+        plan = ImputationPlan.of(
+            reader, self.imputer(method, **options), mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
+            mean_only=mean_only, seed=seed, provenance=self.provenance(method=method),
+        )  # fmt: skip
+        self.denoiser.to(reader.device).eval()
+        return plan
 
     def impute(
         self,
@@ -233,8 +258,8 @@ class Model:
             so that their groups can be compared in it (:class:`~distdiff.tasks.Reader`). ``unseen``: values that the
             model never saw are ``unknown``, or refused.
         **options
-            The rest of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>` and of :meth:`imputer`: ``method``,
-            ``steps``, ``guidance``, ``readout``, ``batch_size``, ``device`` ...
+            The rest of :meth:`plan_imputation` and of :meth:`imputer`: ``method``, ``steps``, ``guidance``,
+            ``readout``, ``batch_size``, ``device`` ...
 
         Returns
         -------
@@ -243,15 +268,17 @@ class Model:
             the input; ``uns["distdiff"]`` says what was done.
         """
         rows = Source.from_anndata(adata, layer=layer)
-        job = Job.plan(self, rows, mask=mask_of(adata, mask, rows), **options)
-        out, left = framed(adata, layer, job.added)
-        for name in filter(ours, layer_names(out)):  # of an earlier imputation
+        plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), **options)
+        out, left_out = framed(adata, layer, plan.added)
+        for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
-        layers = {name: np.zeros(out.shape, dtype=np.float32) for name in job.layers}
-        filled = job.run(layers, progress=progress)
+        layers = {name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers}
+        counts = plan.run(layers, progress=progress)
         for name, values in layers.items():
             out.layers[name] = values
-        out.uns["distdiff"] = {**job.provenance, **dataclasses.asdict(filled), **tell_left(left, "impute")}
+        out.uns["distdiff"] = {
+            **plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")
+        }  # fmt: skip
         return out
 
     def complete(self, adata: AnnData, genes: Sequence[str] | None = None, **options: Any) -> AnnData:
@@ -285,11 +312,11 @@ class Model:
 
         if n < 1:
             raise ValueError(f"generate: n must be at least 1, got {n}")
+        check_guidance(self.spec, self.required_labels, options.get("guidance", 1.0))
+        labels, options = label_codes(self.spec, obs or {}, n), self.spaced({"steps": 16, **options}, "generate")
         made = []
         with tqdm(total=n, unit=" cells", desc="generate", disable=not progress) as bar:
-            for part in generate(
-                self, n, label_codes(self.spec, obs or {}, n), **self.spaced({"steps": 16, **options}, "generate")
-            ):
+            for part in generate(self.process, self.denoiser, self.spec, n, labels, **options):
                 made.append(sp.csr_matrix(received.check_answer(part.cpu().numpy(), "X", int(bar.n))))
                 bar.update(part.shape[0])
         index = pd.Index([f"generated{i}" for i in range(n)])
@@ -316,16 +343,19 @@ class Model:
         """
         reader = self._reader(adata, layer, reading)
         name = "denoised" if readout == "mean" else f"denoised_{readout}"
-        out, left = framed(adata, layer)
+        out, left_out = framed(adata, layer)
         values = np.zeros(out.shape, dtype=np.float32)
         for block in reader.blocks(progress=progress, desc="denoise"):
-            new = denoise(self, block.cells, block.observed, readout=readout, depth=depth, shrink=shrink)
+            new = denoise(
+                self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
+                shrink=self.shrink if shrink else None,
+            )  # fmt: skip
             answer = reader.widen(block.given, new).cpu().numpy()
             values[block.start : block.stop] = received.check_answer(answer, name, block.start)
         out.layers[name] = values
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.told(),
-            **tell_left(left, "denoise"),
+            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
+            **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         return out
 
@@ -339,14 +369,22 @@ class Model:
         than the cells the model was trained on, unless ``beyond="allow"``.
         """
         reader = self._reader(adata, layer, reading)
-        (out, left), parts = framed(adata, layer), []
+        (out, left_out), parts = framed(adata, layer), []
         for block in reader.blocks(progress=progress, desc="deepen"):
-            new = deepen(self, block.cells, block.observed, times, steps=steps, seed=seed, beyond=beyond)
+            new = deepen(
+                self.process, self.denoiser, self.spec, block.cells, block.observed, times=times, steps=steps,
+                seed=seed, depth=self.info.get("depth"), beyond=beyond,
+            )  # fmt: skip
             answer = reader.widen(block.given, new).cpu().numpy()
             parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
         out.uns["distdiff"] = self.provenance(
-            task="deepen", times=times, steps=steps, seed=seed, **reader.told(), **tell_left(left, "deepen")
+            task="deepen",
+            times=times,
+            steps=steps,
+            seed=seed,
+            **reader.provenance(),
+            **warn_left_out(left_out, "deepen"),
         )
         return out
 
@@ -365,7 +403,12 @@ class Model:
 
         reader = self._reader(adata, layer, reading)
         found = [
-            torch.stack((nats(self, b.cells, b.observed, levels=levels, seed=seed), b.cells.counts.sum(1)))
+            torch.stack(
+                (
+                    nats(self.process, self.denoiser, b.cells, b.observed, levels=levels, seed=seed),
+                    b.cells.counts.sum(1),
+                )
+            )
             for b in reader.blocks(progress=progress, desc="likelihood")
         ]
         cost, molecules = torch.cat(found, 1).cpu().double().numpy()
@@ -375,7 +418,7 @@ class Model:
 
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
-        check_labels(self, reader)
+        check_labels(reader, self.required_labels)
         self.denoiser.to(reader.device).eval()
         return reader
 

@@ -173,32 +173,34 @@ def _trapezoidal(process: Process, predict: Predict, theta: float = 0.5) -> Step
     return step
 
 
-def _multistep(process: Process, predict: Predict) -> Step:
+class _Multistep:
     """DPM-Solver++ 2M (Lu et al. 2022): a DDIM step towards ``xhat_0`` extrapolated from the last two answers.
 
     ``D = xhat_i + (xhat_i - xhat_{i-1}) / (2 r)`` (docs/MATHS.md 8.8), r the ratio of the last two steps in half
     log signal-to-noise. The first step and the last are of first order.
     """
-    if not isinstance(process, Gaussian):
-        raise ValueError(f"solver 'multistep' walks Gaussian processes, not {type(process).__name__}")
-    last: list[tuple[Tensor, Tensor]] = []
 
-    def step(x: Tensor, p_t: Tensor, p_s: Tensor, sigma: Any, rng: Rng) -> Tensor:
-        eta = predict(x, p_t)
+    def __init__(self, process: Process, predict: Predict) -> None:
+        if not isinstance(process, Gaussian):
+            raise ValueError(f"solver 'multistep' walks Gaussian processes, not {type(process).__name__}")
+        self.process, self.predict = process, predict
+        self.previous: tuple[Tensor, Tensor] | None = None
+        """Network answer and width (in log signal-to-noise) of the last step."""
+
+    def __call__(self, x: Tensor, p_t: Tensor, p_s: Tensor, sigma: Any, rng: Rng) -> Tensor:
+        eta = self.predict(x, p_t)
         width = torch.logit(p_s.double()) - torch.logit(p_t.double())
         ahead = eta
-        if last:
-            before, width_before = last.pop()
+        if self.previous is not None:
+            eta_before, width_before = self.previous
             share = torch.where(width.isfinite() & width_before.isfinite(), width / (2 * width_before), 0.0)
-            ahead = eta + share.to(eta.dtype).expand_as(x).unsqueeze(-1) * (eta - before)
-        last.append((eta, width))
-        return process.reverse(x, ahead, p_t, p_s, sigma=sigma, rng=rng)
-
-    return step
+            ahead = eta + share.to(eta.dtype).expand_as(x).unsqueeze(-1) * (eta - eta_before)
+        self.previous = eta, width
+        return self.process.reverse(x, ahead, p_t, p_s, sigma=sigma, rng=rng)
 
 
 SOLVERS: dict[str, Callable[[Process, Predict], Step]] = {
     "plain": _plain,
     "trapezoidal": _trapezoidal,
-    "multistep": _multistep,
+    "multistep": _Multistep,
 }

@@ -154,7 +154,7 @@ def test_an_imputers_graph_is_refused_where_there_can_be_none(atlas):
     with pytest.raises(ValueError, match="graph=True: CUDA graphs need a GPU, these cells are on cpu"):
         model.imputer(graph=True).impute(cells, cells.counts > 0)
     for options, words in (
-        ({"readout": "log1p"}, "the read-out 'log1p'"), ({"also": ("q5", "sd")}, "the read-out 'q5'"),
+        ({"readout": "log1p"}, "the read-out 'log1p'"), ({"statistics": ("q5", "sd")}, "the read-out 'q5'"),
         ({"solver": "trapezoidal"}, "solver 'trapezoidal'"), ({"method": "repaint"}, "method RePaint"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"graph=True: {words}"):
@@ -176,8 +176,8 @@ def same_answers(graph, plain, store: CountStore, device: str = "cpu") -> None:
         for draws in (0, 2):
             a, b = (of.impute(cells, observed, draws=draws, seed=3) for of in (graph, plain))
             assert torch.allclose(a.mean, b.mean, rtol=1e-4)
-            assert a.also.keys() == b.also.keys() == {"sd"}
-            assert torch.allclose(a.also["sd"], b.also["sd"], rtol=1e-4)
+            assert a.statistics.keys() == b.statistics.keys() == {"sd"}
+            assert torch.allclose(a.statistics["sd"], b.statistics["sd"], rtol=1e-4)
             assert (a.draws is None) == (draws == 0)
             if draws:
                 assert (a.draws != b.draws).float().mean() < 1e-3
@@ -186,10 +186,10 @@ def same_answers(graph, plain, store: CountStore, device: str = "cpu") -> None:
 
 def test_an_imputers_graph_gives_its_answers(atlas, monkeypatch, stand_in):
     model, store = imputer_of(atlas)
-    graph = model.imputer(graph=True, also=("sd",), steps=2)
+    graph = model.imputer(graph=True, statistics=("sd",), steps=2)
     assert isinstance(graph, Graphed)
     monkeypatch.setattr("distdiff.imputers.graphed._check", lambda device, draws: None)
-    same_answers(graph, model.imputer(also=("sd",), steps=2), store)
+    same_answers(graph, model.imputer(statistics=("sd",), steps=2), store)
     assert len(stand_in) == 2  # with draws and without
 
 
@@ -209,4 +209,4 @@ def test_on_a_gpu_imputation_is_the_same(atlas, monkeypatch):
     monkeypatch.setenv("DISTDIFF_FUSED", "1")
     model, store = imputer_of(atlas)
     model.denoiser.cuda().eval()
-    same_answers(model.imputer(graph=True, also=("sd",)), model.imputer(also=("sd",)), store, "cuda")
+    same_answers(model.imputer(graph=True, statistics=("sd",)), model.imputer(statistics=("sd",)), store, "cuda")

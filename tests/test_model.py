@@ -242,7 +242,7 @@ def test_a_model_that_never_went_without_labels_is_not_asked_without(model, coun
     tasks = (lambda **o: told.impute(counts, mask=mask, **o), lambda **o: told.denoise(counts, **o),
              lambda **o: told.likelihood(counts, **o))  # fmt: skip
     for task in tasks:
-        with pytest.raises(ValueError, match=r"always told cell_type.*use_labels=True"):
+        with pytest.raises(ValueError, match=r"trained with cell_type in every cell.*use_labels=True"):
             task()
         task(use_labels=True)
     with pytest.raises(ValueError, match="guidance=2 weighs labels, which are not used"):

@@ -29,6 +29,7 @@ from distdiff.process.survival import Survival
 from distdiff.rng import generator
 from distdiff.training import loop
 from distdiff.training.fit import settled
+from distdiff.training.settings import Recipe
 from distdiff.training.trace import NAME as TRACE
 from distdiff.types import Condition
 
@@ -158,14 +159,13 @@ def _measured(
         model.denoiser.to(DEVICE)
         some = store.cells(store.rows("train")[:4], ()).counts.to(DEVICE)
         flops = flops_a_cell(model, some)
-    train = settled(c.train, store, model.process, model.denoiser, c.survival, c.optim, accelerator, ())
+    recipe = Recipe(store, model.process, model.denoiser, c.survival, c.optim, c.train, c.loader)
+    train = settled(recipe, accelerator)
     train = replace(train, cells=2 * steps * train.batch, eval_cells=steps * train.batch)
     logs: list[dict[str, float]] = []
     release()
-    loop.train(
-        store, model.process, model.denoiser, c.survival, c.optim, train, accelerator, identity={}, loading=c.loader,
-        save_best=lambda *_: None, on_log=lambda seen, numbers: logs.append(numbers),
-    )  # fmt: skip
+    hooks = loop.Hooks(lambda *_: None, on_log=lambda seen, numbers: logs.append(numbers))
+    loop.train(replace(recipe, settings=train), accelerator, hooks, identity={})
     rate = logs[-1]["cells_per_second"]
     found |= {
         "batch": train.batch, "cells/s": rate, "ms a step": 1000 * train.batch / rate,

@@ -45,8 +45,8 @@ def impute_file(
     mask
         A layer of the input, or a ``.npz``/``.npy`` file.
     **options
-        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.job.run`, and of :meth:`Job.plan
-        <distdiff.tasks.impute.Job.plan>`.
+        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.job.run`, and of
+        :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`.
 
     Raises
     ------

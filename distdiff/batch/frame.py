@@ -18,7 +18,7 @@ from distdiff.data.ingest import legacy
 from distdiff.data.ingest.scan import select
 from distdiff.data.ingest.source import rows_of
 from distdiff.data.store.export import CsrOnDisk, zarr_v3
-from distdiff.tasks.frame import taken, var_of
+from distdiff.tasks.frame import reindex_genes, var_of
 
 PIECE = 8 << 20
 """Values copied at a time."""
@@ -179,7 +179,7 @@ def _by_gene(root: Any, task: Task, source: Any, genes: Any, ours: set[str]) -> 
             values = ad.io.read_elem(parent[key][name])
             axes, fill = ((0,), np.nan) if key == "varm" else ((0, 1), 0)
             with zarr_v3():
-                ad.io.write_elem(root[key], name, taken(values, at, axes, fill, task.genes))
+                ad.io.write_elem(root[key], name, reindex_genes(values, at, axes, fill, task.genes))
 
 
 def _in_genes(elem: Any, target: Any, name: str, at: np.ndarray) -> None:

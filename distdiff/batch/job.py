@@ -29,7 +29,7 @@ from distdiff.batch.summary import Summary, peak_mib, summed, together
 from distdiff.batch.tasks import Task
 from distdiff.data.store.export import named
 from distdiff.data.store.pool import cores
-from distdiff.tasks.impute import Filled
+from distdiff.tasks.impute import FillCounts
 
 AHEAD, BEHIND = 2, 4
 """Batches read before they are computed, and computed before they are written."""
@@ -355,7 +355,7 @@ class _Job:
                 yield unit, a, min(a + self.plan.batch, stop)
 
     def _keep(
-        self, unit: str, a: int, b: int, values: Values, filled: Callable[[], Filled], record: dict[str, Any]
+        self, unit: str, a: int, b: int, values: Values, filled: Callable[[], FillCounts], record: dict[str, Any]
     ) -> None:
         """Take one batch's answer from the device; write the shard when it is whole."""
         layout = self.plan.layout

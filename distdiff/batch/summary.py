@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from distdiff.tasks.impute import Filled
+from distdiff.tasks.impute import FillCounts
 
 
 @dataclass
-class Summary(Filled):
+class Summary(FillCounts):
     """What a job did, over all its processes.
 
     Attributes
@@ -54,7 +54,7 @@ class Summary(Filled):
 
 def summed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What can be added up of the records of batches or shards."""
-    filled = {f.name: sum(record["filled"][f.name] for record in records) for f in fields(Filled)}
+    filled = {f.name: sum(record["filled"][f.name] for record in records) for f in fields(FillCounts)}
     return {"filled": filled, **{key: sum(record[key] for record in records) for key in ("calls", "passes")}}
 
 

@@ -26,9 +26,9 @@ from distdiff.sampling import predictor, sample
 from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
-from distdiff.tasks.frame import tell_left
+from distdiff.tasks.frame import warn_left_out
 from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import Filled, Job, MaskLayer, check_names, ours
+from distdiff.tasks.impute import FillCounts, MaskLayer, check_names, is_imputation_layer
 from distdiff.tasks.likelihood import nats
 from distdiff.types import Cells, Condition
 
@@ -73,7 +73,7 @@ class Task(ABC):
         """Rows of the input, on the CPU; called in a thread of its own."""
 
     @abstractmethod
-    def compute(self, block: Any) -> tuple[Values, Callable[[], Filled]]:
+    def compute(self, block: Any) -> tuple[Values, Callable[[], FillCounts]]:
         """The fields of a block that was read, still on the device, and what tells what was done (and waits for it)."""
 
     def provenance(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class OnCells(Task):
     ) -> None:  # fmt: skip
         self.model, self.rows, self.reader, self.ood, self.seed = model, rows, reader, ood, seed
         self.device = reader.device
-        check_labels(model, reader)
+        check_labels(reader, model.required_labels)
         self.at: np.ndarray | None = None
         self.genes = genes
         if keep is not None:
@@ -140,7 +140,7 @@ class OnCells(Task):
             self.genes, self.at = tuple(keep), np.array([place[g] for g in keep], dtype=np.int64)
         self.inherits = rows.frame is not None and rows.whole(self.genes)
         self.left = [] if self.inherits or rows.frame is None else rows.left_out()
-        tell_left(self.left, rows.where)
+        warn_left_out(self.left, rows.where)
         self.fields = [*self.label_fields(), *([] if self.inherits else [Field("X", "float32", len(self.genes), True)])]
         if ood:
             self.fields.append(Field(NATS, "float32"))
@@ -174,7 +174,7 @@ class OnCells(Task):
         self.whole = getattr(self.rows, "expressed", None) is None
         return Field(path, "int32" if self.whole else "float32", width, sparse)
 
-    def compute(self, block: Block) -> tuple[Values, Callable[[], Filled]]:
+    def compute(self, block: Block) -> tuple[Values, Callable[[], FillCounts]]:
         """See :class:`Task`."""
         block = block.to(self.device)
         layers, filled = self.answer(block)
@@ -182,11 +182,13 @@ class OnCells(Task):
         if not self.inherits:
             found["X"] = self._counts(block.counts)
         if self.ood:
-            found[NATS] = nats(self.model, block.cells, block.observed, levels=self.ood, seed=self.seed)
+            found[NATS] = nats(
+                self.model.process, self.model.denoiser, block.cells, block.observed, levels=self.ood, seed=self.seed
+            )
         return found, filled
 
     @abstractmethod
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """The layers ``layers/NAME`` of a block, all genes of the result."""
 
     def about(self) -> dict[str, Any]:
@@ -222,7 +224,7 @@ class Impute(OnCells):
     append
         Genes that the input lacks and that are to be appended (``complete``).
     mask, sites, groups, draws, **options
-        Of :meth:`Job.plan <distdiff.tasks.impute.Job.plan>`; a mask is named, not given.
+        Of :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`; a mask is named, not given.
     """
 
     name = "impute"
@@ -246,7 +248,7 @@ class Impute(OnCells):
         if also:
             if options.get("method", "conditional") != "conditional":
                 raise ValueError(f"layer {also[0]!r} needs method 'conditional', which knows its predictive law")
-            options["also"] = also
+            options["statistics"] = also
         asked = None if keep is None or mask is not None or options.get("sites") is not None else keep
         if append is None and asked is not None:  # of a panel's absent genes only those that are written
             have = set(rows.genes)
@@ -255,8 +257,8 @@ class Impute(OnCells):
         self.options = {**told, "mask": _named(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
                         "mean_only": self.mean_only}  # fmt: skip
-        self.job = Job.plan(
-            model, rows, mask=_mask(rows, data, mask), draws=draws, mean_only=self.mean_only, seed=seed, genes=append,
+        self.job = model.plan_imputation(
+            rows, mask=_mask(rows, data, mask), draws=draws, mean_only=self.mean_only, seed=seed, genes=append,
             **options,
         )  # fmt: skip
         self.layers, self.added = layers, self.job.added
@@ -266,7 +268,7 @@ class Impute(OnCells):
         _check_dtype(dtype, sparse)
         width = len(self.genes)
         for name in self.job.layers:
-            if not ("mean" in layers or name != f"imputed_{self.job.point}"):
+            if not ("mean" in layers or name != f"imputed_{self.job.imputer.readout}"):
                 continue
             drawn = name == "imputed" or name.startswith("imputed_draw")
             field = self.drawn if drawn else partial(Field, dtype=dtype)
@@ -280,20 +282,20 @@ class Impute(OnCells):
 
     def stale(self, path: str) -> bool:
         """See :class:`Task`."""
-        return super().stale(path) or (path.startswith("layers/") and ours(path.removeprefix("layers/")))
+        return super().stale(path) or (path.startswith("layers/") and is_imputation_layer(path.removeprefix("layers/")))
 
     def read(self, start: int, stop: int) -> Block:
         """See :class:`Task`."""
         return self._fitting(self.reader.block(start, stop, self.job.hidden))
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
         answer = self.job.answer(block)
         found = {f"layers/{k}": v for k, v in answer.layers.items()}
         if "mask" in self.layers:
             found["layers/imputed_mask"] = answer.filled
         wanted = {f.path for f in self.fields}
-        return {k: v for k, v in found.items() if k in wanted}, lambda: Filled().add(answer)
+        return {k: v for k, v in found.items() if k in wanted}, lambda: FillCounts().add(answer)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -323,14 +325,15 @@ class Denoise(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options, "dtype": self.fields[-1].dtype, "sparse": self.fields[-1].sparse}
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
-        new = denoise(self.model, block.cells, block.observed, **self.options)
+        m, options = self.model, {**self.options, "shrink": self.model.shrink if self.options["shrink"] else None}
+        new = denoise(m.process, m.denoiser, block.cells, block.observed, **options)
         return {self.layer: self.reader.widen(block.given, new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options, **self.reader.conditioned())
+        return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
 
 
 class Deepen(OnCells):
@@ -352,14 +355,15 @@ class Deepen(OnCells):
         """See :class:`Task`."""
         return {**super().identity(), **self.options, "sparse": self.fields[-1].sparse}
 
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], Filled]]:
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
-        new = deepen(self.model, block.cells, block.observed, **self.options)
+        m, depth = self.model, self.model.info.get("depth")
+        new = deepen(m.process, m.denoiser, m.spec, block.cells, block.observed, depth=depth, **self.options)
         return {"layers/deepened": self.reader.widen(block.given, new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options, **self.reader.conditioned())
+        return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
 
 
 class Generate(Task):
@@ -382,7 +386,7 @@ class Generate(Task):
     ) -> None:  # fmt: skip
         if n < 1:
             raise ValueError(f"generate: n must be at least 1, got {n}")
-        check_guidance(model, guidance)
+        check_guidance(model.spec, model.required_labels, guidance)
         self.model, self.seed, self.genes = model, seed, model.spec.genes
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.all_codes = {k: v.numpy() for k, v in label_codes(model.spec, obs or {}, n).items()}
@@ -406,7 +410,7 @@ class Generate(Task):
         return Cells(torch.zeros(stop - start, 0), Condition(labels), torch.arange(start, stop))
 
     @torch.no_grad()
-    def compute(self, block: Cells) -> tuple[Values, Callable[[], Filled]]:
+    def compute(self, block: Cells) -> tuple[Values, Callable[[], FillCounts]]:
         """See :class:`Task`."""
         cells, process, o = block.to(self.device), self.model.process, self.options
         rng = by_row(cells, 1, self.seed, "generate")
@@ -420,8 +424,8 @@ class Generate(Task):
         return self.model.provenance(task=self.name, **{k: str(v) for k, v in self.options.items()})
 
 
-def _all_of(new: torch.Tensor) -> Callable[[], Filled]:
-    return lambda: Filled(cells=len(new), targets=new.numel())
+def _all_of(new: torch.Tensor) -> Callable[[], FillCounts]:
+    return lambda: FillCounts(cells=len(new), targets=new.numel())
 
 
 def _check_dtype(dtype: str, sparse: bool | None) -> None:

@@ -28,20 +28,30 @@ class Imputed:
         ``float32 [b g]`` expected molecules.
     draws
         ``float32 [k b g]`` whole-number draws from the predictive law, or ``None`` for a point estimate.
-    also
-        What else was asked of the predictive law, by name (``sd``, ``q5`` ...), each ``float32 [b g]``.
+    statistics
+        Others of the predictive law, by name (``sd``, ``q5`` ...), each ``float32 [b g]``.
     """
 
     mean: Float[Tensor, "b g"]
     draws: Float[Tensor, "k b g"] | None = None
-    also: Mapping[str, Float[Tensor, "b g"]] = field(default_factory=dict)
+    statistics: Mapping[str, Float[Tensor, "b g"]] = field(default_factory=dict)
 
 
 class Imputer(ABC):
     """Fills hidden entries of cells.
 
     ``impute`` may look at ``cells.counts`` only where ``observed`` is true; a test feeds garbage elsewhere.
+
+    Attributes
+    ----------
+    readout
+        What :attr:`Imputed.mean` holds (see :mod:`~distdiff.readouts`).
+    statistics
+        Names of :attr:`Imputed.statistics`, in order.
     """
+
+    readout: str = "mean"
+    statistics: tuple[str, ...] = ()
 
     def fit(self, store: CountStore, rows: np.ndarray) -> None:  # noqa: B027 (many imputers need no fit)
         """Learn from the training cells ``rows`` (``int64``) of ``store``. Default: nothing to learn."""

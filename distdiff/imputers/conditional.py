@@ -32,11 +32,10 @@ class Conditional(Imputer):
     solver
         Of :func:`~distdiff.sampling.sample`.
     readout
-        The point answer, in molecules (see :mod:`~distdiff.readouts`): ``mean``; ``log1p``, the molecules whose
+        The point estimate, in molecules (see :mod:`~distdiff.readouts`): ``mean``; ``log1p``, the molecules whose
         logarithm is ``E[log(1 + x)]``, best for squared error of log1p; ``median`` or a quantile such as ``q5``.
-    also
-        What else to tell of the predictive law, of the same network call: ``sd`` (standard deviation, molecules) and
-        read-outs.
+    statistics
+        Others of the predictive law, of the same network call: ``sd`` (standard deviation, molecules) and read-outs.
     """
 
     def __init__(
@@ -49,9 +48,9 @@ class Conditional(Imputer):
         spacing: str | Sequence[float] = "time",
         solver: str = "plain",
         readout: str = "mean",
-        also: Sequence[str] = (),
+        statistics: Sequence[str] = (),
     ):
-        for name in (readout, *(name for name in also if name != "sd")):
+        for name in (readout, *(name for name in statistics if name != "sd")):
             check(name)
             if name != "mean":
                 of_molecules(process, f"readout={name!r}")
@@ -59,9 +58,9 @@ class Conditional(Imputer):
                 raise ValueError(
                     "readout='log1p_cp10k' is no number of molecules: denoise reads it out, imputation does not"
                 )
-        if "sd" in also:
+        if "sd" in statistics:
             of_molecules(process, "a standard deviation")
-        self.also = tuple(also)
+        self.statistics = tuple(statistics)
         self.readout = readout
         self.process, self.denoiser, self.guidance, self.solver = process, denoiser, guidance, solver
         self.levels = levels(process.schedule, steps, spacing)
@@ -80,11 +79,13 @@ class Conditional(Imputer):
         x = torch.where(observed.repeat(many, 1), known, prior)
         predict = predictor(self.process, self.denoiser, cells.labels, guidance=self.guidance)
         eta = predict(x[: len(p)], p)
-        mean = torch.where(observed, counts, self._point(self.readout, eta, x[: len(p)], p))
-        also = {name: torch.where(observed, 0.0 if name == "sd" else counts, self._point(name, eta, x[: len(p)], p))
-                for name in self.also}  # fmt: skip
+        mean = torch.where(observed, counts, self._read_out(self.readout, eta, x[: len(p)], p))
+        statistics = {
+            name: torch.where(observed, 0.0 if name == "sd" else counts, self._read_out(name, eta, x[: len(p)], p))
+            for name in self.statistics
+        }
         if draws == 0:
-            return Imputed(mean, also=also)
+            return Imputed(mean, statistics=statistics)
         answers = [eta.repeat(many, 1, 1)] if many == 1 or not rng.call else []  # nothing was drawn yet: all alike
 
         def ahead(x: Tensor, p: Tensor) -> Tensor:  # draws that begin alike share their first call
@@ -93,14 +94,14 @@ class Conditional(Imputer):
         grid = [p.repeat(many, 1).clamp_min(level) for level in self.levels.tolist()]
         x = sample(self.process, ahead, x, grid, solver=self.solver, rng=rng, only=~observed.repeat(many, 1))
         drawn = torch.where(observed, counts, self.process.leave(x).unflatten(0, (many, -1)))
-        return Imputed(mean, drawn, also)
+        return Imputed(mean, drawn, statistics)
 
-    def _point(self, name: str, eta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+    def _read_out(self, name: str, eta: Tensor, x: Tensor, p: Tensor) -> Tensor:
         if name == "mean":
             return self.process.mean(eta, x, p)
         process = of_molecules(self.process, "a read-out")
         lost, log_size = process.lost(eta, p), process.log_size(eta)
         if name == "sd":
             return (lost + lost.square() * torch.exp(-log_size)).sqrt()
-        point = readout(name, x, lost, log_size)
-        return torch.expm1(point) if name == "log1p" else point
+        value = readout(name, x, lost, log_size)
+        return torch.expm1(value) if name == "log1p" else value

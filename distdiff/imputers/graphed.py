@@ -25,11 +25,11 @@ class Graphed(Imputer):
     def __init__(self, imputer: Imputer):
         if not isinstance(imputer, Conditional):
             raise ValueError(f"graph=True: method {type(imputer).__name__} looks at its walk on the host; leave it out")
-        self.imputer, self.readout, self.also = imputer, imputer.readout, imputer.also
+        self.imputer, self.readout, self.statistics = imputer, imputer.readout, imputer.statistics
         self.graphs: dict[object, Captured] = {}
         why = imputer.denoiser.ragged and f"shapes differ from batch to batch ({imputer.denoiser.ragged})"
-        if odd := {self.readout, *self.also} - {"mean", "sd"}:
-            why = f"the read-out {min(odd)!r} is computed on the host in part; means, sd and draws are not"
+        if on_host := {self.readout, *self.statistics} - {"mean", "sd"}:
+            why = f"the read-out {min(on_host)!r} is computed on the host in part; means, sd and draws are not"
         if imputer.solver != "plain":
             why = f"solver {imputer.solver!r} looks at the walk on the host; use solver='plain'"
         if why:
@@ -50,12 +50,12 @@ class Graphed(Imputer):
         def flat(counts: Tensor, rows: Tensor, observed: Tensor, *codes: Tensor) -> tuple[Tensor, ...]:
             these = Cells(counts, Condition(dict(zip(names, codes, strict=True))), rows)
             found = self.imputer.impute(these, observed, draws=draws, seed=seed)
-            return (found.mean, *found.also.values(), *(() if found.draws is None else (found.draws,)))
+            return (found.mean, *found.statistics.values(), *(() if found.draws is None else (found.draws,)))
 
         key = tuple(observed.shape), names, draws, seed
         captured = self.graphs.setdefault(key, Captured(flat, "graph=True"))
         mean, *rest = captured(cells.counts, cells.rows, observed, *cells.labels.labels.values())
-        return Imputed(mean, rest[-1] if draws else None, dict(zip(self.also, rest, strict=False)))
+        return Imputed(mean, rest[-1] if draws else None, dict(zip(self.statistics, rest, strict=False)))
 
 
 def _check(device: torch.device, draws: int) -> None:

@@ -17,11 +17,11 @@ class OnPanel(Imputer):
     """
 
     def __init__(self, imputer: Imputer, genes: Sequence[str], panel: Sequence[str]):
-        place = {gene: i for i, gene in enumerate(genes)}
+        column_of = {gene: i for i, gene in enumerate(genes)}
         self.imputer, self.n_genes = imputer, len(genes)
         self.denoiser = getattr(imputer, "denoiser", None)  # whoever asks sends cells to its device
         self.peeks = getattr(imputer, "peeks", False)
-        self.at = torch.tensor([place[gene] for gene in panel])
+        self.at = torch.tensor([column_of[gene] for gene in panel])
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
         """See :class:`~distdiff.imputers.Imputer`."""

@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distdiff.rng import rows
+from distdiff.rng import splitmix
+from distdiff.rng.splitmix import Address
 
 BLOCK = 256
-GOLDEN, MIX_1, MIX_2 = (tl.constexpr(c) for c in (rows.GOLDEN, rows.MIX_1, rows.MIX_2))
-SMALL, NB_TAIL, TRIES, MOST = (tl.constexpr(c) for c in (rows.SMALL, rows.NB_TAIL, rows.TRIES, rows.MOST))
+GOLDEN, MIX_1, MIX_2 = (tl.constexpr(c) for c in (splitmix.GOLDEN, splitmix.MIX_1, splitmix.MIX_2))
+SMALL, NB_TAIL, TRIES, MOST = (
+    tl.constexpr(c) for c in (splitmix.SMALL, splitmix.NB_TAIL, splitmix.TRIES, splitmix.MOST)
+)
 ROOT_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 TWO_PI = tl.constexpr(2 * math.pi)
 
@@ -34,9 +37,9 @@ def _mix(z):
 
 
 @triton.jit
-def _pair(start, place, call, attempt):
-    turn = tl.full(place.shape, 1 << 24, tl.int64) * (call * 256 + attempt)  # (a number alone would have 32 bits)
-    bits = _mix(start + (place + turn + 1) * GOLDEN)
+def _pair(start, column, call, attempt):
+    turn = tl.full(column.shape, 1 << 24, tl.int64) * (call * 256 + attempt)  # (a number alone would have 32 bits)
+    bits = _mix(start + (column + turn + 1) * GOLDEN)
     low, high = bits & ((1 << 23) - 1), (bits >> 41) & ((1 << 23) - 1)
     scale = 1.1920928955078125e-07  # 2^-23
     return (high.to(tl.float32) + 0.5) * scale, (low.to(tl.float32) + 0.5) * scale
@@ -87,8 +90,8 @@ def _invert(u, first, a, b, LAW: tl.constexpr):
 
 
 @triton.jit
-def _poisson_of(rate, start, place, call):
-    u, _ = _pair(start, place, call, 0)
+def _poisson_of(rate, start, column, call):
+    u, _ = _pair(start, column, call, 0)
     small = rate < SMALL
     out = _invert(u, tl.where(small, tl.exp(-rate), 2.0), rate, rate, 1)
     big, mean = small == 0, tl.where(small, SMALL * 1.0, rate).to(tl.float64)
@@ -97,7 +100,7 @@ def _poisson_of(rate, start, place, call):
     a = -0.059 + 0.02483 * b
     attempt = 1
     while _any(big) & (attempt < TRIES):
-        first, second = _pair(start, place, call, 2 * attempt)
+        first, second = _pair(start, column, call, 2 * attempt)
         h, v = first.to(tl.float64) - 0.5, second.to(tl.float64)
         us = 0.5 - tl.abs(h)
         k = tl.floor((2 * a / us + b) * h + mean + 0.43)
@@ -115,30 +118,30 @@ def _poisson_of(rate, start, place, call):
 
 
 @triton.jit
-def _entry(start, COLUMNS: tl.constexpr, place, wide, size, BLOCK: tl.constexpr):
+def _entry(start, COLUMNS: tl.constexpr, columns, wide, size, BLOCK: tl.constexpr):
     """Flat places of a block's entries, which are in range, and the start and column of each."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     within = at < size
     column = at % wide
     if COLUMNS:
-        column = tl.load(place + at, within, 0)
+        column = tl.load(columns + at, within, 0)
     return at, within, tl.load(start + at // wide, within, 0), column
 
 
 @triton.jit(do_not_specialize=["call"])
-def _uniform(out, start, place, wide, size, call, COLUMNS: tl.constexpr, LAW: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
-    u, v = _pair(start, place, call, 0)
+def _uniform(out, start, columns, wide, size, call, COLUMNS: tl.constexpr, LAW: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
+    u, v = _pair(start, column, call, 0)
     if LAW == 1:
         u = _normal_of(u, v)
     tl.store(out + at, u, within)
 
 
 @triton.jit(do_not_specialize=["call"])
-def _binomial(out, n, p, start, place, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
+def _binomial(out, n, p, start, columns, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
     n, p = tl.load(n + at, within, 0.0), tl.load(p + at, within, 0.0)
-    u, _ = _pair(start, place, call, 0)
+    u, _ = _pair(start, column, call, 0)
     flip = p > 0.5
     q = tl.where(flip, 1 - p, p)
     small = n * q < SMALL
@@ -154,7 +157,7 @@ def _binomial(out, n, p, start, place, wide, size, call, COLUMNS: tl.constexpr, 
     top = _log_factorial(mode) + _log_factorial(m - mode)
     attempt = 1
     while _any(big) & (attempt < TRIES):
-        first, second = _pair(start, place, call, 2 * attempt)
+        first, second = _pair(start, column, call, 2 * attempt)
         h, v = first.to(tl.float64) - 0.5, second.to(tl.float64)
         us = 0.5 - tl.abs(h)
         k = tl.floor((2 * a / us + b) * h + m * r + 0.5)
@@ -172,16 +175,16 @@ def _binomial(out, n, p, start, place, wide, size, call, COLUMNS: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["call"])
-def _poisson(out, rate, start, place, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
-    tl.store(out + at, _poisson_of(tl.load(rate + at, within, 0.0), start, place, call), within)
+def _poisson(out, rate, start, columns, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
+    tl.store(out + at, _poisson_of(tl.load(rate + at, within, 0.0), start, column, call), within)
 
 
 @triton.jit(do_not_specialize=["call"])
-def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    at, within, start, place = _entry(start, COLUMNS, place, wide, size, BLOCK)
+def _nb(out, mean, log_size, start, columns, wide, size, call, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    at, within, start, column = _entry(start, COLUMNS, columns, wide, size, BLOCK)
     mean, r = tl.load(mean + at, within, 0.0), tl.exp(tl.load(log_size + at, within, 0.0))
-    u, _ = _pair(start, place, call, 0)
+    u, _ = _pair(start, column, call, 0)
     small = (mean < SMALL) & (r > mean * NB_TAIL)
     none = tl.exp(-r.to(tl.float64) * tl.log(1 + (mean / r).to(tl.float64))).to(tl.float32)
     x = _invert(u, tl.where(small, none, 2.0), r, mean / (mean + r), 2)
@@ -191,8 +194,8 @@ def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constex
     rate = tl.zeros_like(mean)
     attempt = 1
     while _any(big) & (attempt < TRIES):
-        g, h = _pair(start, place, call + 1, 2 * attempt)
-        w, z = _pair(start, place, call + 1, 2 * attempt + 1)
+        g, h = _pair(start, column, call + 1, 2 * attempt)
+        w, z = _pair(start, column, call + 1, 2 * attempt + 1)
         y = _normal_of(g.to(tl.float64), h.to(tl.float64))
         cube = tl.maximum(1 + y / tl.sqrt(9 * d), 1e-12)
         cube = cube * cube * cube
@@ -204,27 +207,27 @@ def _nb(out, mean, log_size, start, place, wide, size, call, COLUMNS: tl.constex
         attempt += 1
     rate = tl.where(big, float("nan"), rate)
     if _any(small == 0):
-        x = tl.where(small, x, _poisson_of(rate, start, place, call + 2))
+        x = tl.where(small, x, _poisson_of(rate, start, column, call + 2))
     tl.store(out + at, x, within)
 
 
-def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], rng: rows.Rows, **laws: int) -> Tensor:
-    """Run a kernel over all entries of ``shape``, at the generator's current call."""
-    out = torch.empty(shape, device=rng.device)
+def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], address: Address, **laws: int) -> Tensor:
+    """Run a kernel over all entries of ``shape``, at an address."""
+    out = torch.empty(shape, device=address.start.device)
     if not out.numel():
         return out
     given = tuple(g.expand(shape).contiguous() for g in given)
-    place = rng.start if rng.columns is None else rng.columns
+    columns = address.start if address.columns is None else address.columns
     wide = out.numel() // len(out)
     kernel[(triton.cdiv(out.numel(), BLOCK),)](
         out,
         *given,
-        rng.start,
-        place,
+        address.start,
+        columns,
         wide,
         out.numel(),
-        rng.call,
-        COLUMNS=rng.columns is not None,
+        address.call,
+        COLUMNS=address.columns is not None,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
         **laws,
@@ -232,26 +235,26 @@ def _launch(kernel, given: tuple[Tensor, ...], shape: tuple[int, ...], rng: rows
     return out
 
 
-def uniform(rng: rows.Rows, *shape: int) -> Tensor:
+def uniform(address: Address, *shape: int) -> Tensor:
     """See :meth:`Rows.uniform <distdiff.rng.rows.Rows.uniform>`; the same bits."""
-    return _launch(_uniform, (), shape, rng, LAW=0)
+    return _launch(_uniform, (), shape, address, LAW=0)
 
 
-def normal(rng: rows.Rows, *shape: int) -> Tensor:
+def normal(address: Address, *shape: int) -> Tensor:
     """See :meth:`Rows.normal <distdiff.rng.rows.Rows.normal>`."""
-    return _launch(_uniform, (), shape, rng, LAW=1)
+    return _launch(_uniform, (), shape, address, LAW=1)
 
 
-def binomial(rng: rows.Rows, n: Tensor, p: Tensor) -> Tensor:
+def binomial(address: Address, n: Tensor, p: Tensor) -> Tensor:
     """See :meth:`Rows.binomial <distdiff.rng.rows.Rows.binomial>`."""
-    return _launch(_binomial, (n, p), tuple(n.shape), rng)
+    return _launch(_binomial, (n, p), tuple(n.shape), address)
 
 
-def poisson(rng: rows.Rows, rate: Tensor) -> Tensor:
+def poisson(address: Address, rate: Tensor) -> Tensor:
     """See :meth:`Rows.poisson <distdiff.rng.rows.Rows.poisson>`."""
-    return _launch(_poisson, (rate,), tuple(rate.shape), rng)
+    return _launch(_poisson, (rate,), tuple(rate.shape), address)
 
 
-def nb(rng: rows.Rows, mean: Tensor, log_size: Tensor) -> Tensor:
+def nb(address: Address, mean: Tensor, log_size: Tensor) -> Tensor:
     """See :meth:`Rows.nb <distdiff.rng.rows.Rows.nb>`."""
-    return _launch(_nb, (mean, log_size), tuple(mean.shape), rng)
+    return _launch(_nb, (mean, log_size), tuple(mean.shape), address)

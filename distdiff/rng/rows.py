@@ -15,37 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from distdiff.rng import Rng, key
-
-SMALL = 10.0
-"""Laws of a mean below this are drawn by inversion."""
-
-NB_TAIL = 0.07
-"""... of a negative binomial: only if also ``size / mean`` is above this, so that 256 terms reach the last of 2^23."""
-
-MOST = 512
-"""Largest count that inversion reaches."""
-
-TRIES = 64
-"""A rejected entry tries again at most so often; the chance that one is rejected each time is below 1e-30."""
-
-
-def _signed(value: int) -> int:
-    value %= 1 << 64
-    return value - (1 << 64) if value >> 63 else value
-
-
-GOLDEN, MIX_1, MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser on ``int64`` (wrapping products; shifts made logical by a mask). Works in place."""
-    z = z ^ ((z >> 30) & ((1 << 34) - 1))
-    z *= MIX_1
-    z ^= (z >> 27) & ((1 << 37) - 1)
-    z *= MIX_2
-    z ^= (z >> 31) & ((1 << 33) - 1)
-    return z
+from distdiff.rng.source import Rng, key
+from distdiff.rng.splitmix import GOLDEN, MOST, NB_TAIL, SMALL, TRIES, Address, mix, signed
 
 
 class Rows(Rng):
@@ -64,7 +35,7 @@ class Rows(Rng):
 
     def __init__(self, rows: Tensor, draws: Tensor, seed: int, *address: int | str, fused: bool = False):
         self.device, self.fused = rows.device, fused
-        start = mix(rows.long() * GOLDEN + _signed(key(seed, *address)))
+        start = mix(rows.long() * GOLDEN + signed(key(seed, *address)))
         self.start = mix(start + draws.long() * GOLDEN).unsqueeze(1)
         self.call = 0
         self.columns: Tensor | None = None
@@ -114,7 +85,7 @@ class Rows(Rng):
         from distdiff.rng import fused
 
         self._begin(shape)
-        return getattr(fused, law)(self, *(given or shape))
+        return getattr(fused, law)(Address(self.start, self.columns, self.call), *(given or shape))
 
     def _next(self, *shape: int) -> tuple[Tensor, Tensor]:
         _, columns = self._begin(shape)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distdiff.rng import Rng
+from distdiff.rng.source import Rng
 
 
 class Stream(Rng):

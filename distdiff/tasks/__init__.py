@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,9 +17,6 @@ from distdiff.data.counts import LAST_EXACT, as_counts, check_counts, dense, fir
 from distdiff.data.ingest.source import codes
 from distdiff.imputers.targets import Hidden
 from distdiff.types import Cells, Condition, DataSpec
-
-if TYPE_CHECKING:
-    from distdiff.model import Model
 
 log = logging.getLogger("distdiff")
 
@@ -92,7 +89,7 @@ class Reader:
         Condition on the obs columns that the model was trained with. Then the answer holds what they say: whoever
         compares their groups in it afterwards finds, in part, the labels again.
     unseen
-        What a value that the model never saw is: ``unknown``, as a missing one (their number is told), or refused.
+        What a value that the model never saw is: ``unknown``, as a missing one (``uns`` has their number), or refused.
     device
         ``auto``: the GPU where there is one.
 
@@ -107,10 +104,10 @@ class Reader:
         self, spec: DataSpec, rows: Any, *, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
         batch_size: int = 256, device: str = "auto",
     ) -> None:  # fmt: skip
-        where = {gene: i for i, gene in enumerate(spec.genes)}
+        column_of = {gene: i for i, gene in enumerate(spec.genes)}
         self.spec, self.rows, self.batch_size = spec, rows, at_least_one(batch_size)
-        self.columns = np.array([where.get(g, -1) for g in rows.genes], dtype=np.int64)
-        """Place in the model of each input gene, -1 where it has none (no gene expression has)."""
+        self.columns = np.array([column_of.get(g, -1) for g in rows.genes], dtype=np.int64)
+        """Column in the model of each input gene, -1 where it has none (no gene expression has)."""
         if (expressed := getattr(rows, "expressed", None)) is not None:
             self.columns[~expressed] = -1
         self.known = self.columns >= 0
@@ -138,12 +135,15 @@ class Reader:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device
 
-    def told(self) -> dict[str, Any]:
-        """What stands in ``uns`` about genes that only one of input and model knows, and about labels."""
-        return {"genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent, **self.conditioned()}
+    def provenance(self) -> dict[str, Any]:
+        """Entries of ``uns``: numbers of genes that only one of input and model has, and the labels that are used."""
+        return {
+            "genes_unknown_to_model": self.unknown, "genes_absent_from_input": self.absent,
+            **self.label_provenance(),
+        }  # fmt: skip
 
-    def conditioned(self) -> dict[str, Any]:
-        """What stands in ``uns`` about labels: those that the answer is conditioned on, and values never seen."""
+    def label_provenance(self) -> dict[str, Any]:
+        """Entries of ``uns``: the labels that the answer is conditioned on, and the number of values never seen."""
         return {"conditioned_on": ",".join(self.labels), "labels_unseen": self.unseen}
 
     def blocks(self, hidden: Hidden | None = None, *, progress: bool = False, desc: str = "") -> Iterator[Block]:
@@ -173,11 +173,11 @@ class Reader:
             x = evidence
             observed = np.ones(x.shape, dtype=bool) if away is None else ~away
         else:
-            place = self.columns[self.known]
+            columns = self.columns[self.known]
             x = np.zeros((stop - start, self.spec.n_genes), dtype=np.float32)
             observed = np.zeros(x.shape, dtype=bool)
-            observed[:, place] = True if away is None else ~away[:, self.known]
-            x[:, place] = evidence[:, self.known]
+            observed[:, columns] = True if away is None else ~away[:, self.known]
+            x[:, columns] = evidence[:, self.known]
         labels = {k: torch.from_numpy(v[start:stop]) for k, v in self.labels.items()}
         cells = Cells(torch.from_numpy(x), Condition(labels), torch.arange(start, stop))
         gone = None if away is None else torch.from_numpy(away)
@@ -235,18 +235,24 @@ def _labels(spec: DataSpec, rows: Any, unseen: str) -> tuple[dict[str, np.ndarra
     return found, total
 
 
-def check_labels(model: Model, reader: Reader, guidance: float = 1.0) -> None:
-    """Refuse answers without labels of a model that never went without, and guidance by labels that are not used.
+def check_labels(reader: Reader, required: Sequence[str], guidance: float = 1.0) -> None:
+    """Refuse cells without the labels that a model requires, and guidance by labels that are not used.
+
+    Parameters
+    ----------
+    required
+        Labels that the model was trained with in every cell (:attr:`Model.required_labels
+        <distdiff.model.Model.required_labels>`).
 
     Raises
     ------
     ValueError
-        As said.
+        A required label is not used or has unseen values, or ``guidance`` is not 1 without labels.
     """
-    if model.always_told and (reader.unseen or not reader.labels):
+    if required and (reader.unseen or not reader.labels):
         raise ValueError(
-            f"this model was always told {', '.join(model.always_told)} (train.label_dropout=0) and knows no cell "
-            "without: use the labels (use_labels=True, --use-labels), with values that it saw, or train another one"
+            f"this model was trained with {', '.join(required)} in every cell (train.label_dropout=0) and has no "
+            "answer without: use the labels (use_labels=True, --use-labels), with values that it saw, or train another"
         )
     if guidance != 1 and not reader.labels:
         raise ValueError(

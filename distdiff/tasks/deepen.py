@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
+from distdiff.denoise import Denoiser
 from distdiff.imputers import by_row
+from distdiff.process import Process
 from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
-from distdiff.types import Bool, Cells, Float, Tensor
-
-if TYPE_CHECKING:
-    from distdiff.model import Model
+from distdiff.types import Bool, Cells, DataSpec, Float, Tensor
 
 MOST = 1000
 """Times the depth: a cell of 2,000 molecules would have more than a cell holds."""
@@ -21,12 +21,18 @@ MOST = 1000
 
 @torch.no_grad()
 def deepen(
-    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], times: float, *, steps: int = 8, seed: int = 0,
+    process: Process, denoiser: Denoiser, spec: DataSpec, cells: Cells, measured: Bool[Tensor, "b g"], *, times: float,
+    steps: int = 8, seed: int = 0, depth: Mapping[str, float] | None = None,
     beyond: Literal["refuse", "allow"] = "refuse",
 ) -> Float[Tensor, "b g"]:  # fmt: skip
     """Whole counts of the same cells at ``times`` their depth: a walk from p = 1 / times to 1 (docs/MATHS.md 5.5).
 
     Genes that were not measured start at p = 0. There is no attrition, so no count falls.
+
+    Parameters
+    ----------
+    depth
+        Quantiles of the training cells' molecules, of which ``q99`` is the limit; ``None``: they were not measured.
 
     Raises
     ------
@@ -36,23 +42,25 @@ def deepen(
     """
     if not 1 <= times <= MOST:
         raise ValueError(f"deepen: times must be between 1 and {MOST:,}, got {times:,g}")
-    of_molecules(model.process, "deepening")
+    of_molecules(process, "deepening")
     if beyond == "refuse":
-        _check_depth(model, cells, measured, times)
+        _check_depth(spec, cells, measured, times, depth)
     rng = by_row(cells, 1, seed, "deepen")
     x = torch.where(measured, cells.counts, 0.0)
     first = measured.to(x.dtype) / times
-    grid = [first + (1 - first) * level for level in levels(model.process.schedule, steps).tolist()]
-    return sample(model.process, predictor(model.process, model.denoiser, cells.labels), x, grid, rng=rng)
+    grid = [first + (1 - first) * level for level in levels(process.schedule, steps).tolist()]
+    return sample(process, predictor(process, denoiser, cells.labels), x, grid, rng=rng)
 
 
-def _check_depth(model: Model, cells: Cells, measured: Tensor, times: float) -> None:
-    if (depth := model.info.get("depth")) is None:
+def _check_depth(
+    spec: DataSpec, cells: Cells, measured: Tensor, times: float, depth: Mapping[str, float] | None
+) -> None:
+    if depth is None:
         raise ValueError(
             "this model does not say how deep its training cells were (info['depth']), so it cannot tell how far; "
             "give beyond='allow' to deepen all the same"
         )
-    mean = torch.as_tensor(model.spec.gene_mean, device=measured.device)
+    mean = torch.as_tensor(spec.gene_mean, device=measured.device)
     share = (measured * mean).sum(1) / mean.sum().clamp_min(1e-12)
     asked, most = torch.where(measured, cells.counts, 0.0).sum(1) * times, depth["q99"] * share
     if bool((asked > most).any()):  # (waits for a GPU: a refusal must come before the answer)

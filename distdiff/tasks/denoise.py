@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from distdiff import readouts
+from distdiff.denoise import Denoiser
+from distdiff.process import Process
 from distdiff.process.counts import of_molecules
 from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
 
 if TYPE_CHECKING:
     from distdiff.data.store.store import CountStore
-    from distdiff.model import Model
 
 NEAR = 0.999
 """Survival of the evidence: the limit p -> 1 (docs/MATHS.md 5.4), from the side on which the network was trained."""
@@ -24,8 +25,9 @@ WEIGHTS = np.concatenate((np.geomspace(0.01, 1e4, 25), [np.inf]))
 
 @torch.no_grad()
 def rates(
-    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, p: float = NEAR, shrink: bool = True
-) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
+    process: Process, denoiser: Denoiser, cells: Cells, measured: Bool[Tensor, "b g"], *, p: float = NEAR,
+    shrink: Float[Tensor, " g"] | None = None,
+) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:  # fmt: skip
     """Rates ``lambda = f / (1 - p)`` as p -> 1 (docs/MATHS.md 5.4), in molecules at full depth, and log sizes.
 
     Parameters
@@ -33,47 +35,48 @@ def rates(
     measured
         Genes that were looked for; the others are at p = 0.
     shrink
-        Weigh the network's rate with the gene's own count: ``(x + k) / (p + k / lambda)``, the mean of a Gamma of
-        shape k around the rate, given the count (docs/MATHS.md 3.6). k per gene is fitted on validation cells
-        (:func:`fit_shrink`).
+        k per gene, as fitted on validation cells (:func:`fit_shrink`), to weigh the network's rate with the gene's own
+        count: ``(x + k) / (p + k / lambda)``, the mean of a Gamma of shape k around the rate, given the count
+        (docs/MATHS.md 3.6); ``None`` for the network's rate alone.
 
     Raises
     ------
     ValueError
-        The model's process has no rates.
+        The process has no rates.
     """
-    process = of_molecules(model.process, "denoising")
+    law = of_molecules(process, "denoising")
     x = torch.where(measured, cells.counts, 0.0)
     survival = p * measured.to(x.dtype)
-    eta = predictor(process, model.denoiser, cells.labels)(x, survival)
-    rate = process.rate(eta)
-    if shrink and model.shrink is not None:
-        k = model.shrink.to(rate)
+    eta = predictor(law, denoiser, cells.labels)(x, survival)
+    rate = law.rate(eta)
+    if shrink is not None:
+        k = shrink.to(rate)
         with_own = (x + k) / (survival + k / rate.clamp_min(1e-12))
         rate = torch.where(measured & k.isfinite(), with_own, rate)
-    return rate, process.log_size(eta)
+    return rate, law.log_size(eta)
 
 
 @torch.no_grad()
 def denoise(
-    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, readout: str = "mean", depth: float = 1.0,
-    shrink: bool = True,
+    process: Process, denoiser: Denoiser, cells: Cells, measured: Bool[Tensor, "b g"], *, readout: str = "mean",
+    depth: float = 1.0, shrink: Float[Tensor, " g"] | None = None,
 ) -> Float[Tensor, "b g"]:  # fmt: skip
     """Read out what another measurement of the same cells, ``depth`` times as deep, would hold.
 
-    ``mean`` is the rate times ``depth``. For the read-outs see :func:`~distdiff.readouts.readout`.
+    ``mean`` is the rate times ``depth``. For the read-outs see :func:`~distdiff.readouts.readout`, for ``shrink``
+    :func:`rates`.
     """
     readouts.check(readout)
     if not depth > 0:
         raise ValueError(f"denoise: depth must be positive, got {depth}")
-    rate, log_size = rates(model, cells, measured, shrink=shrink)
+    rate, log_size = rates(process, denoiser, cells, measured, shrink=shrink)
     return readouts.readout(readout, torch.zeros_like(rate), depth * rate, log_size)
 
 
 @torch.no_grad()
 def fit_shrink(
-    model: Model, store: CountStore, rows: np.ndarray, *, p: float = 0.9, repeats: int = 4, seed: int = 0,
-    labels: tuple[str, ...] = (), block: int = 256,
+    process: Process, denoiser: Denoiser, store: CountStore, rows: np.ndarray, *, p: float = 0.9, repeats: int = 4,
+    seed: int = 0, labels: tuple[str, ...] = (), block: int = 256,
 ) -> Tensor:  # fmt: skip
     """Fit k of :func:`rates` per gene: the best Poisson likelihood of the molecules held back (docs/MATHS.md 5.7).
 
@@ -88,16 +91,16 @@ def fit_shrink(
     from distdiff.rng import generator
 
     k = torch.as_tensor(WEIGHTS, dtype=torch.float32).view(-1, 1, 1)
-    device = next(model.denoiser.parameters()).device
-    loss = torch.zeros(len(WEIGHTS), model.spec.n_genes, dtype=torch.float64)
-    held_back = torch.zeros(model.spec.n_genes, dtype=torch.float64)
+    device = next(denoiser.parameters()).device
+    loss = torch.zeros(len(WEIGHTS), len(store.genes), dtype=torch.float64)
+    held_back = torch.zeros(len(store.genes), dtype=torch.float64)
     for repeat in range(repeats):
         for start in range(0, len(rows), block):
             whole = store.cells(rows[start : start + block], labels)
             x = generator(seed, "shrink", repeat, start).binomial(whole.counts, torch.tensor(p))
             cells = Cells(x, whole.labels, whole.rows).to(device)
             measured = torch.ones(x.shape, dtype=torch.bool, device=device)
-            rate, _ = rates(model, cells, measured, p=p, shrink=False)
+            rate, _ = rates(process, denoiser, cells, measured, p=p)
             rate, d = rate.cpu().clamp_min(1e-10), whole.counts - x
             with_own = torch.where(k.isfinite(), (x + k) / (p + k / rate), rate).clamp_min(1e-10)
             f = (1 - p) * with_own

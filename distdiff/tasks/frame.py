@@ -43,9 +43,9 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
     if not added and not raw:
         return adata.copy(), []
-    table, left = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
+    table, left_out = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
     if not raw and layer is not None and adata.X is not None:
-        left = [*left, "X"]
+        left_out = [*left_out, "X"]
     at = np.r_[np.arange(len(table)), np.full(len(added), -1)]
     genes = [*table.index, *added]
     frame = var_of(table, genes)
@@ -54,21 +54,21 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     source = adata.raw if raw else adata
     layers = {k: adata.layers[k] for k in layer_names(adata)}
     if not raw:
-        left += [f"{key}/{k}" for key, found in (("layers", layers), ("varm", adata.varm), ("varp", adata.varp))
-                 for k, v in found.items() if not by_columns(v)]  # fmt: skip
+        left_out += [f"{key}/{k}" for key, found in (("layers", layers), ("varm", adata.varm), ("varp", adata.varp))
+                     for k, v in found.items() if not by_columns(v)]  # fmt: skip
     kept = {} if raw else {
-        "layers": {k: taken(v, at, (1,)) for k, v in layers.items() if by_columns(v)},
-        "varp": {k: taken(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
+        "layers": {k: reindex_genes(v, at, (1,)) for k, v in layers.items() if by_columns(v)},
+        "varp": {k: reindex_genes(v, at, (0, 1)) for k, v in adata.varp.items() if by_columns(v)},
     }  # fmt: skip
-    varm = {k: taken(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}
+    varm = {k: reindex_genes(v, at, (0,), np.nan, genes) for k, v in source.varm.items() if by_columns(v)}
     around = ad.AnnData(obs=adata.obs, obsm=adata.obsm, obsp=adata.obsp, uns=adata.uns).copy()
     out = ad.AnnData(
-        taken(x, at, (1,)), obs=around.obs, var=frame, obsm=around.obsm, obsp=around.obsp, uns=around.uns, varm=varm,
-        **kept,
+        reindex_genes(x, at, (1,)), obs=around.obs, var=frame, obsm=around.obsm, obsp=around.obsp, uns=around.uns,
+        varm=varm, **kept,
     )  # fmt: skip
     if adata.raw is not None:
         out.raw = adata.raw.to_adata()
-    return out, left
+    return out, left_out
 
 
 def by_gene(adata: AnnData) -> list[str]:
@@ -86,12 +86,12 @@ def by_columns(values: Any) -> bool:
     return isinstance(values, pd.DataFrame) or sp.issparse(values)
 
 
-def tell_left(left: Sequence[str], where: str) -> dict[str, list[str]]:
-    """Warn of what a result does not keep of its input, and what stands in ``uns`` about it."""
-    if not left:
+def warn_left_out(names: Sequence[str], where: str) -> dict[str, list[str]]:
+    """Warn of the elements of the input that the result does not hold, and return their entry of ``uns``."""
+    if not names:
         return {}
-    log.warning("%s: not in the result, which has other genes or another X: %s", where, ", ".join(left))
-    return {"left_out": list(left)}
+    log.warning("%s: not in the result, which has other genes or another X: %s", where, ", ".join(names))
+    return {"left_out": list(names)}
 
 
 def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
@@ -105,7 +105,7 @@ def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
     return table.astype(wide).reindex(list(genes))
 
 
-def taken(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:
+def reindex_genes(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:
     """A copy of a matrix or table in the genes of a result.
 
     Parameters

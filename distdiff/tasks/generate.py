@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from distdiff.component import nearest
+from distdiff.denoise import Denoiser
 from distdiff.imputers import by_row
+from distdiff.process import Process
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
 from distdiff.tasks import at_least_one
 from distdiff.types import UNKNOWN, Cells, Condition, DataSpec, Float, Tensor
-
-if TYPE_CHECKING:
-    from distdiff.model import Model
 
 
 def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) -> dict[str, torch.Tensor]:
@@ -42,45 +40,49 @@ def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) 
 
 @torch.no_grad()
 def generate(
-    model: Model, n: int, labels: Mapping[str, torch.Tensor], *, steps: int = 16,
-    spacing: str | Sequence[float] = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
-    guidance: float = 1.0, seed: int = 0, batch_size: int = 256,
+    process: Process, denoiser: Denoiser, spec: DataSpec, n: int, labels: Mapping[str, torch.Tensor], *,
+    steps: int = 16, spacing: str | Sequence[float] = "time", solver: str = "plain",
+    sigma: tuple[str, float] = ("none", 0.0), guidance: float = 1.0, seed: int = 0, batch_size: int = 256,
 ) -> Iterator[Float[Tensor, "b g"]]:  # fmt: skip
     """Draw ``n`` cells, every gene from p = 0 to 1 (docs/MATHS.md 5.1); cell ``i`` depends on ``seed`` and ``i`` alone.
 
     Raises
     ------
     ValueError
-        Guidance of a model trained without labels, or without label dropout; ``batch_size`` below 1.
+        ``batch_size`` below 1, or steps that are no walk.
     """
-    check_guidance(model, guidance)
-    device = next(model.denoiser.parameters()).device
-    grid = levels(model.process.schedule, steps, spacing).to(device)
+    device = next(denoiser.parameters()).device
+    grid = levels(process.schedule, steps, spacing).to(device)
     for start in range(0, n, at_least_one(batch_size)):
         rows = torch.arange(start, min(start + batch_size, n))
         cond = Condition({k: v[rows] for k, v in labels.items()}).to(device)
-        counts = torch.zeros(len(rows), model.spec.n_genes, device=device)
+        counts = torch.zeros(len(rows), spec.n_genes, device=device)
         cells = Cells(counts, cond, rows.to(device, non_blocking=True))
         rng = by_row(cells, 1, seed, "generate")
-        x = model.process.prior(tuple(cells.counts.shape), rng=rng)  # type: ignore[arg-type]
-        predict = predictor(model.process, model.denoiser, cond, guidance=guidance)
-        yield model.process.leave(sample(model.process, predict, x, list(grid), sigma=sigma, solver=solver, rng=rng))
+        x = process.prior(tuple(cells.counts.shape), rng=rng)  # type: ignore[arg-type]
+        predict = predictor(process, denoiser, cond, guidance=guidance)
+        yield process.leave(sample(process, predict, x, list(grid), sigma=sigma, solver=solver, rng=rng))
 
 
-def check_guidance(model: Model, guidance: float) -> None:
-    """A weight other than 1 needs a model that knows both branches.
+def check_guidance(spec: DataSpec, required: Sequence[str], guidance: float) -> None:
+    """A weight other than 1 needs a model that was trained with labels and without.
+
+    Parameters
+    ----------
+    required
+        Labels that the model was trained with in every cell.
 
     Raises
     ------
     ValueError
-        It does not.
+        The model has no labels, or requires them.
     """
     if guidance == 1:
         return
-    if not model.spec.labels:
+    if not spec.labels:
         raise ValueError(f"guidance={guidance:g} needs a model trained with labels (data.labels); this one has none")
-    if model.always_told:
+    if required:
         raise ValueError(
-            f"guidance={guidance:g} needs a model trained with label dropout (train.label_dropout > 0); this one was "
-            "always told the labels"
+            f"guidance={guidance:g} needs a model trained with label dropout (train.label_dropout > 0); this one had "
+            "the labels in every cell"
         )

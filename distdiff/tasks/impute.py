@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,19 +20,18 @@ from distdiff.data.ingest.source import codes, layer_names
 from distdiff.data.masks import check_indices
 from distdiff.imputers import Imputer, targets
 from distdiff.received import check_answer
-from distdiff.tasks import Block, Reader, check_labels
-from distdiff.tasks.frame import taken
+from distdiff.tasks import Block, Reader
+from distdiff.tasks.frame import reindex_genes
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
     from distdiff.data.ingest.source import Source
-    from distdiff.model import Model
 
 
 @dataclass
-class Filled:
+class FillCounts:
     """What an imputation did; stands in ``uns['distdiff']`` of the output."""
 
     cells: int = 0
@@ -44,7 +44,7 @@ class Filled:
     targets_of_unknown_genes: int = 0
     seconds: float = 0.0
 
-    def add(self, answer: Answer) -> Filled:
+    def add(self, answer: Answer) -> FillCounts:
         """Count one block's answer, and return itself."""
         self.cells += len(answer.filled)
         mean = next(iter(answer.layers.values()))
@@ -76,10 +76,10 @@ def mask_of(
 
     if isinstance(mask, pd.DataFrame):
         for what, names, known in (("cell", mask.index, rows.obs_names), ("gene", mask.columns, rows.genes)):
-            if (odd := ~names.isin(known) | names.duplicated()).any():
+            if (wrong := ~names.isin(known) | names.duplicated()).any():
                 raise ValueError(
-                    f"mask: {what} {str(names[odd.argmax()])!r} is not among the input's {what}s, or is named twice; a "
-                    "DataFrame is taken by its names, give mask.to_numpy() to have it taken by position"
+                    f"mask: {what} {str(names[wrong.argmax()])!r} is not among the input's {what}s, or is named twice; "
+                    "a DataFrame is taken by its names, give mask.to_numpy() to have it taken by position"
                 )
         return mask.reindex(index=rows.obs_names, columns=list(rows.genes), fill_value=False).to_numpy() != 0
     if not isinstance(mask, str):
@@ -90,7 +90,7 @@ def mask_of(
     if tuple(adata.var_names) == tuple(rows.genes):
         return layer
     at = adata.var_names.get_indexer(list(rows.genes))
-    return taken(layer, at, (1,))
+    return reindex_genes(layer, at, (1,))
 
 
 class MaskLayer:
@@ -98,8 +98,8 @@ class MaskLayer:
     target."""
 
     def __init__(self, source: Source, genes: Sequence[str]) -> None:
-        place = {gene: i for i, gene in enumerate(genes)}
-        self.columns = np.array([place.get(gene, -1) for gene in source.genes], dtype=np.int32)
+        column_of = {gene: i for i, gene in enumerate(genes)}
+        self.columns = np.array([column_of.get(gene, -1) for gene in source.genes], dtype=np.int32)
         self.source, self.shape = source, (source.n_cells, len(genes))
 
     def __getitem__(self, rows: slice) -> sp.csr_matrix:
@@ -107,30 +107,36 @@ class MaskLayer:
 
 
 @dataclass
-class Job:
-    """One imputation. :meth:`plan` checks all before anything is written."""
+class ImputationPlan:
+    """One imputation, checked before anything is written.
+
+    Attributes
+    ----------
+    reader, imputer
+        The input, and what fills its entries.
+    hidden
+        Which of the input's entries are targets.
+    added
+        Genes that are appended to the input's.
+    draws, seed
+        Draws of each target (0: the mean alone), and the seed of their noise.
+    provenance
+        Entries of ``uns['distdiff']``.
+    """
 
     reader: Reader
     imputer: Imputer
     hidden: targets.Hidden
     added: tuple[str, ...]
-    point: str
     draws: int
     seed: int
-    also: tuple[str, ...]
     provenance: dict[str, Any]
 
-    @cached_property
-    def place(self) -> np.ndarray:
-        """Place in the model of each gene of the answer, -1 where it has none."""
-        where = {gene: i for i, gene in enumerate(self.reader.spec.genes)}
-        return np.r_[self.reader.columns, np.array([where[gene] for gene in self.added], dtype=np.int64)]
-
     @classmethod
-    def plan(
+    def of(
         cls,
-        model: Model,
-        rows: Any,
+        reader: Reader,
+        imputer: Imputer,
         *,
         mask: np.ndarray | sp.spmatrix | None = None,
         sites: str | None = None,
@@ -139,62 +145,62 @@ class Job:
         draws: int = 1,
         mean_only: bool = False,
         seed: int = 0,
-        use_labels: bool = False,
-        unseen: Literal["unknown", "refuse"] = "unknown",
-        method: Literal["conditional", "repaint"] = "conditional",
-        batch_size: int = 256,
-        device: str = "auto",
-        **options: Any,
-    ) -> Job:
-        """Resolve targets, genes and labels.
+        provenance: Mapping[str, Any] = MappingProxyType({}),
+    ) -> ImputationPlan:
+        """Resolve targets and genes.
+
+        Parameters
+        ----------
+        provenance
+            Entries of ``uns['distdiff']`` about the model and the method.
 
         Raises
         ------
         ValueError
-            No gene in common, nothing to impute, a mask of another shape, ``draws < 1``, labels that cannot be used as
-            asked, sites without groups, mask and sites together, genes that the model does not know.
+            Nothing to impute, a mask of another shape, ``draws < 1``, sites without groups, mask and sites together,
+            genes that the model does not know.
         """
-        if draws < 1 and not mean_only:
-            raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give --mean-only")
-        draws = 0 if mean_only else draws
-        reader = Reader(model.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
-        check_labels(model, reader, options.get("guidance", 1.0))
+        check_draws(draws, mean_only)
+        draws, rows = 0 if mean_only else draws, reader.rows
         kind, hidden = _targets(rows, mask, sites, groups, seed)
-        added = _absent(model.spec.genes, set(rows.genes), genes) if kind == "panel" else ()
-        model.denoiser.to(reader.device).eval()
-        imputer = model.imputer(method, **options)
-        point = getattr(imputer, "readout", "mean")
-        provenance = model.provenance(
-            targets=kind, groups=groups or "", method=method, readout=point, draws=draws, seed=seed,
-            **reader.conditioned(),
-        )  # fmt: skip
-        return cls(reader, imputer, hidden, added, point, draws, seed, getattr(imputer, "also", ()), provenance)
+        added = _absent(reader.spec.genes, set(rows.genes), genes) if kind == "panel" else ()
+        entries = {
+            **provenance, "targets": kind, "groups": groups or "", "readout": imputer.readout, "draws": draws,
+            "seed": seed, **reader.label_provenance(),
+        }  # fmt: skip
+        return cls(reader, imputer, hidden, added, draws, seed, entries)
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """Column in the model of each gene of the answer ``int64 [g]``, -1 where the model does not know it."""
+        column_of = {gene: i for i, gene in enumerate(self.reader.spec.genes)}
+        return np.r_[self.reader.columns, np.array([column_of[gene] for gene in self.added], dtype=np.int64)]
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers that :meth:`run` fills."""
-        drawn = ["imputed", *(f"imputed_draw{i}" for i in range(2, self.draws + 1))]
-        return [f"imputed_{self.point}", *(drawn if self.draws else []), *(f"imputed_{name}" for name in self.also)]
+        drawn = ["imputed", *(f"imputed_draw{i}" for i in range(2, self.draws + 1))] if self.draws else []
+        return [f"imputed_{self.imputer.readout}", *drawn, *(f"imputed_{name}" for name in self.imputer.statistics)]
 
     @property
     def genes(self) -> tuple[str, ...]:
         """Genes of the answer: the input's, then those that are appended."""
         return (*self.reader.rows.genes, *self.added)
 
-    def run(self, layers: Mapping[str, Any], *, progress: bool = True) -> Filled:
+    def run(self, layers: Mapping[str, Any], *, progress: bool = True) -> FillCounts:
         """Fill ``layers`` (array-likes ``[cells, genes]``) block by block."""
-        began, filled = time.perf_counter(), self.filled()
+        began, counts = time.perf_counter(), self.initial_counts()
         for block in self.reader.blocks(self.hidden, progress=progress, desc="impute"):
             answer = self.answer(block)
-            filled.add(answer)
+            counts.add(answer)
             for name, values in answer.layers.items():
                 layers[name][block.start : block.stop] = check_answer(values.cpu().numpy(), name, block.start)
-        filled.seconds = time.perf_counter() - began
-        return filled
+        counts.seconds = time.perf_counter() - began
+        return counts
 
-    def filled(self) -> Filled:
-        """What is known before the first cell is."""
-        return Filled(
+    def initial_counts(self) -> FillCounts:
+        """The counts before the first cell is imputed."""
+        return FillCounts(
             genes=len(self.genes),
             genes_unknown_to_model=self.reader.unknown,
             genes_absent_from_input=self.reader.absent,
@@ -206,24 +212,24 @@ class Job:
         given, device = block.given, block.given.device
         if self.added:
             given = torch.cat((given, given.new_zeros(len(given), len(self.added))), 1)
-        place = torch.from_numpy(self.place).to(device, non_blocking=True)
+        columns = torch.from_numpy(self.columns).to(device, non_blocking=True)
         some = block.cells.counts.sum(1, keepdim=True) > 0
         wanted = torch.zeros(given.shape, dtype=torch.bool, device=device)
         if block.hidden is not None:
             wanted[:, : block.hidden.shape[1]] = block.hidden
         wanted[:, len(self.reader.columns) :] = True
-        fill = wanted & some & (place >= 0)
-        order = None if self.reader.same and not self.added else place.clamp_min(0)
+        fill = wanted & some & (columns >= 0)
+        order = None if self.reader.same and not self.added else columns.clamp_min(0)
 
         def whole(values: torch.Tensor, elsewhere: torch.Tensor | float) -> torch.Tensor:
             return torch.where(fill, values if order is None else values[:, order], elsewhere)
 
         parts = [imputed.mean, *(imputed.draws if imputed.draws is not None else ())]
         layers = [whole(values, given) for values in parts]
-        layers += [whole(imputed.also[name], 0.0 if name == "sd" else given) for name in self.also]
-        at = slice(len(self.reader.columns))
+        layers += [whole(values, 0.0 if name == "sd" else given) for name, values in imputed.statistics.items()]
+        of_input = slice(len(self.reader.columns))
         none = torch.zeros((), dtype=torch.int64, device=device)
-        unknown = none if block.hidden is None else (block.hidden & (place[at] < 0)).sum()
+        unknown = none if block.hidden is None else (block.hidden & (columns[of_input] < 0)).sum()
         return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown)
 
 
@@ -249,6 +255,18 @@ class Answer:
     unknown: torch.Tensor
 
 
+def check_draws(draws: int, mean_only: bool) -> None:
+    """Refuse a number of draws below 1, except for the mean alone.
+
+    Raises
+    ------
+    ValueError
+        ``draws`` is below 1.
+    """
+    if draws < 1 and not mean_only:
+        raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give --mean-only")
+
+
 def check_names(genes: Sequence[str]) -> None:
     """Refuse a list of genes that names none, or one twice.
 
@@ -266,12 +284,12 @@ def check_names(genes: Sequence[str]) -> None:
         seen.add(gene)
 
 
-def ours(layer: str) -> bool:
+def is_imputation_layer(layer: str) -> bool:
     """Whether an imputation writes a layer of that name, with any options."""
-    return bool(_OURS.fullmatch(layer))
+    return bool(_LAYER.fullmatch(layer))
 
 
-_OURS = re.compile(r"imputed(_(draw\d+|mean|mask|sd|median|log1p|log1p_cp10k|q\d+(\.\d+)?))?")
+_LAYER = re.compile(r"imputed(_(draw\d+|mean|mask|sd|median|log1p|log1p_cp10k|q\d+(\.\d+)?))?")
 
 
 def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -> tuple[str, ...]:

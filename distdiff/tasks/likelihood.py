@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from distdiff.denoise import Denoiser
 from distdiff.imputers import by_row
+from distdiff.process import Process
 from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
-
-if TYPE_CHECKING:
-    from distdiff.model import Model
 
 
 @torch.no_grad()
 def nats(
-    model: Model, cells: Cells, measured: Bool[Tensor, "b g"], *, levels: int = 32, seed: int = 0
-) -> Float[Tensor, " b"]:
+    process: Process, denoiser: Denoiser, cells: Cells, measured: Bool[Tensor, "b g"], *, levels: int = 32,
+    seed: int = 0,
+) -> Float[Tensor, " b"]:  # fmt: skip
     """Upper bound of ``-log p(x_0)`` of each cell in nats: docs/MATHS.md 3.3 integrated over p, whatever the schedule.
 
     With ``p = 1 - u^2`` the integral is a mean over ``levels`` strata of u, one thinning each at a random place of its
@@ -25,13 +23,13 @@ def nats(
     were not measured stay at p = 0 and count for nothing.
     """
     rng = by_row(cells, 1, seed, "likelihood")
-    x_0 = model.process.enter(torch.where(measured, cells.counts, 0.0), rng=rng)
-    predict = predictor(model.process, model.denoiser, cells.labels)
+    x_0 = process.enter(torch.where(measured, cells.counts, 0.0), rng=rng)
+    predict = predictor(process, denoiser, cells.labels)
     total = torch.zeros(len(cells), device=x_0.device)
     for stratum in range(levels):
         u = (stratum + rng.uniform(len(cells), 1)) / levels
         p = torch.where(measured, (1 - u.square()).clamp_max(1 - 2**-20), 0.0)  # float32 tells it from 1
-        x = model.process.forward(x_0, 1.0, p, rng=rng)
-        entries = model.process.bound(predict(x, p), x_0, x, p)
+        x = process.forward(x_0, 1.0, p, rng=rng)
+        entries = process.bound(predict(x, p), x_0, x, p)
         total += torch.where(measured, 2 * u * entries, 0.0).sum(1) / levels
     return total

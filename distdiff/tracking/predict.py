@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from distdiff.data.ingest.source import Source
-from distdiff.tasks.impute import Job, MaskLayer, mask_of
+from distdiff.tasks.impute import MaskLayer, mask_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -77,10 +77,10 @@ def predict(
 def _cells(model: Model, rows: Source, masked: Any, options: dict[str, Any]) -> DataFrame:
     import pandas as pd
 
-    job = Job.plan(model, rows, mask=masked, **options)
-    values = np.zeros((rows.n_cells, len(rows.genes) + len(job.added)), dtype=np.float32)
-    job.run({job.layers[0]: values}, progress=False)
-    return pd.DataFrame(values, index=rows.obs_names, columns=[*rows.genes, *job.added])
+    plan = model.plan_imputation(rows, mask=masked, **options)
+    values = np.zeros((rows.n_cells, len(rows.genes) + len(plan.added)), dtype=np.float32)
+    plan.run({plan.layers[0]: values}, progress=False)
+    return pd.DataFrame(values, index=rows.obs_names, columns=[*rows.genes, *plan.added])
 
 
 def _frame(model: Model, frame: DataFrame, options: dict[str, Any]) -> DataFrame:
@@ -108,9 +108,9 @@ def _frame(model: Model, frame: DataFrame, options: dict[str, Any]) -> DataFrame
     index = frame.index.astype(str) if frame.index.is_unique else pd.RangeIndex(len(frame)).astype(str)
     obs, var = frame[labels].set_axis(index), pd.DataFrame(index=genes + absent)
     cells = ad.AnnData(sp.csr_matrix(np.where(hidden, 0, out)), obs=obs, var=var)
-    job = Job.plan(model, Source.from_anndata(cells), mask=hidden, **options)
+    plan = model.plan_imputation(Source.from_anndata(cells), mask=hidden, **options)
     values = np.zeros(out.shape, dtype=np.float32)
-    job.run({job.layers[0]: values}, progress=False)
+    plan.run({plan.layers[0]: values}, progress=False)
     # a cell without any count, or a gene that the model does not know, has no answer
     known = var.index.isin(model.spec.genes)
     answered = known & (np.nansum(out[:, known], axis=1) > 0)[:, None]

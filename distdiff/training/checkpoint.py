@@ -181,15 +181,15 @@ class Writer:
                 _flush(target.with_suffix(".part"))
                 sums[target.name] = received.record(target.with_suffix(".part"))
                 os.replace(target.with_suffix(".part"), target)
-            told = hidden / f"sums{_part(self.process, self.writers)}.json"
-            told.with_suffix(".part").write_text(json.dumps(sums))
-            os.replace(told.with_suffix(".part"), told)
+            record = hidden / f"sums{_part(self.process, self.writers)}.json"
+            record.with_suffix(".part").write_text(json.dumps(sums))
+            os.replace(record.with_suffix(".part"), record)
         if self.process == 0:
             self._wait_for_others(hidden, tensors)
-            told_by = [hidden / f"sums{_part(i, self.writers)}.json" for i in range(self.writers)]
-            state = {**json.loads(body), "files": {k: v for told in told_by for k, v in received.json_of(told).items()}}
-            for told in told_by:
-                told.unlink()
+            records = [hidden / f"sums{_part(i, self.writers)}.json" for i in range(self.writers)]
+            state = {**json.loads(body), "files": {k: v for path in records for k, v in received.json_of(path).items()}}
+            for path in records:
+                path.unlink()
             (hidden / "state.json").write_text(json.dumps({**state, SEAL: _seal(state)}, indent=1))
             _flush(hidden / "state.json")
 
@@ -226,16 +226,17 @@ def share(accelerator: Accelerator, folder: Path, resume: str) -> tuple[Path | N
     (Path or None, str)
         The checkpoint to go on with, and the launch's name; the same on all processes.
     """
-    told: list[Any] = ["", ""]
+    start_and_launch: list[str] = ["", ""]
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f".{PREFIX}*"):
-            files.remove(left)
+        for unfinished in folder.glob(f".{PREFIX}*"):
+            files.remove(unfinished)
         found = find(resume, folder)
         _set_aside(folder, found)
-        told = [str(found or ""), os.urandom(4).hex()]
-    broadcast_object_list(told)
-    return Path(told[0]) if told[0] else None, told[1]
+        start_and_launch = [str(found or ""), os.urandom(4).hex()]
+    broadcast_object_list(start_and_launch)
+    start, launch = start_and_launch
+    return Path(start) if start else None, launch
 
 
 def _set_aside(folder: Path, start: Path | None) -> None:
@@ -321,15 +322,15 @@ def load(
             "MODEL takes over the weights of the run's best model)"
         )
     for name, value in expect.items():
-        there = state.get(name)
-        if name == "config" and isinstance(there, dict) and isinstance(there.get("train"), dict):
-            known = value.get("train", there["train"])  # what no longer counts may differ
-            there = {**there, "train": {k: v for k, v in there["train"].items() if k in known}}
-        if changed and name == "config" and isinstance(there, dict):
-            value = {**value, "optim": there.get("optim")}
-        if there != json.loads(json.dumps(value)):
+        existing = state.get(name)
+        if name == "config" and isinstance(existing, dict) and isinstance(existing.get("train"), dict):
+            known = value.get("train", existing["train"])  # what no longer counts may differ
+            existing = {**existing, "train": {k: v for k, v in existing["train"].items() if k in known}}
+        if changed and name == "config" and isinstance(existing, dict):
+            value = {**value, "optim": existing.get("optim")}
+        if existing != json.loads(json.dumps(value)):
             raise ValueError(
-                f"checkpoint {path} was made with another {name}: {_difference(there, value)}; continue with "
+                f"checkpoint {path} was made with another {name}: {_difference(existing, value)}; continue with "
                 "the old setting, or start anew with train.resume=never or another train.out"
             )
     try:

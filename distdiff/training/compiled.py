@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 
 from distdiff.denoise import Denoiser
-from distdiff.types import Condition, Tensor
+from distdiff.training.losses import Law
+from distdiff.types import Condition
 
 log = logging.getLogger("distdiff")
 
@@ -41,16 +41,12 @@ def compile_denoiser(denoiser: Denoiser, cells: int, genes: int, labels: tuple[s
             denoiser(x, p, cond).sum().backward()
     except Exception as error:  # whatever the compiler cannot do here: no C++ compiler, an operation, a device
         denoiser._compiled_call_impl = None
-        _tell(error, "network")
+        _warn(error, "network")
         return False
     finally:
         for name, w in denoiser.named_parameters():
             w.grad = kept[name]
     return True
-
-
-Law = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(raw [b g k], x_0, x, p [b g]) -> losses [b]``: a process's loss of a network's answers."""
 
 
 def compile_law(law: Law, outputs: int, cells: int, genes: int, device: torch.device) -> Law:
@@ -75,11 +71,11 @@ def compile_law(law: Law, outputs: int, cells: int, genes: int, device: torch.de
         compiled = torch.compile(law)
         compiled(raw.transpose(1, 2), x + 1, x, p).sum().backward()
     except Exception as error:  # see above
-        _tell(error, "loss")
+        _warn(error, "loss")
         return law
     return compiled
 
 
-def _tell(error: Exception, what: str) -> None:
+def _warn(error: Exception, what: str) -> None:
     first = str(error).strip().splitlines() or [""]
     log.warning("train.compile: %s: %s; the %s runs uncompiled", type(error).__name__, first[0], what)

@@ -19,12 +19,9 @@ from accelerate.utils import broadcast_object_list
 
 from distdiff import files, received
 from distdiff.data.feed.loader import SHARE, memory_allowed
-from distdiff.data.store.store import CountStore
-from distdiff.denoise import Denoiser
-from distdiff.process import Process
-from distdiff.process.survival import Survival
-from distdiff.training import loop
-from distdiff.training.optim import Optim
+from distdiff.training import losses
+from distdiff.training.noise import Noise
+from distdiff.training.settings import Recipe, Training
 from distdiff.training.times import Times
 from distdiff.training.trouble import OutOfMemory, ran_out
 from distdiff.types import Condition, Tensor
@@ -42,11 +39,8 @@ TRIES = 3
 """Steps timed at each size, after one that is not; the fastest counts."""
 
 
-def settled(
-    settings: loop.Training, store: CountStore, process: Process, denoiser: Denoiser, survival: Survival, optim: Optim,
-    accelerator: Accelerator, labels: tuple[str, ...],
-) -> loop.Training:  # fmt: skip
-    """``settings`` with the batch size in numbers, the same on every process; the weights are not touched.
+def settled(recipe: Recipe, accelerator: Accelerator) -> Training:
+    """The recipe's settings with the batch size in numbers, the same on every process; no weight is touched.
 
     The number is written to ``batch.json`` in the run's folder, where a run that goes on finds it again. A number that
     was given stays.
@@ -56,6 +50,7 @@ def settled(
     OutOfMemory
         Not even the smallest batch fits.
     """
+    settings = recipe.settings
     if settings.batch:
         return settings
     known = _record(settings)
@@ -65,14 +60,14 @@ def settled(
             number = received.json_of(known).get("batch")
             if type(number) is not int or number < 1:
                 raise ValueError(f"{known}: batch must be a number of cells, is {number!r}; remove the file")
-            found, said = [number], f"as this run began with ({known})"
+            found, why = [number], f"as this run began with ({known})"
         else:
             with _margin(accelerator.device):
-                speeds, said = _Trial(settings, store, process, denoiser, survival, optim, accelerator, labels).search()
+                speeds, why = _Trial(recipe, accelerator).search()
             found = [best(speeds) * settings.accumulate * accelerator.num_processes]
             with files.whole(Path(settings.out) / RECORD, overwrite=True) as temporary:
                 temporary.write_text(json.dumps({"batch": found[0], "cells_per_second": speeds}, indent=1))
-        accelerator.print(f"distdiff train: train.batch={found[0]}, {said}")
+        accelerator.print(f"distdiff train: train.batch={found[0]}, {why}")
     broadcast_object_list(found)
     return replace(settings, batch=found[0])
 
@@ -111,8 +106,8 @@ def search(seconds: Callable[[int], float], start: int, most: int) -> tuple[dict
             f"train.batch=auto: not even {start} cells a pass (train.grain) fit: give a smaller train.grain, "
             "denoiser.checkpoint=true where the denoiser has it, or train.precision=bf16"
         )
-    told = ", ".join(f"{n}: {speed:,.0f}" for n, speed in speeds.items())
-    return speeds, f"after a search (cells a pass: cells/s on one process: {told}; {why})"
+    measured = ", ".join(f"{n}: {speed:,.0f}" for n, speed in speeds.items())
+    return speeds, f"after a search (cells a pass: cells/s on one process: {measured}; {why})"
 
 
 def best(speeds: dict[int, float]) -> int:
@@ -123,22 +118,18 @@ def best(speeds: dict[int, float]) -> int:
 class _Trial:
     """Whole training steps of any size on a copy of the network: noise, both passes, clipping, optimiser."""
 
-    def __init__(
-        self, settings: loop.Training, store: CountStore, process: Process, denoiser: Denoiser, survival: Survival,
-        optim: Optim, accelerator: Accelerator, labels: tuple[str, ...],
-    ) -> None:  # fmt: skip
-        self.settings, self.process, self.survival, self.accelerator = settings, process, survival, accelerator
-        self.store, self.labels, self.clip = store, labels, optim.clip
-        self.rows = store.rows("train")
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        self.recipe, self.accelerator = recipe, accelerator
+        settings, self.rows = recipe.settings, recipe.store.rows("train")
         passes = accelerator.num_processes * settings.accumulate
         self.most = max(settings.grain, min(settings.cells // FEWEST, len(self.rows)) // passes)
-        self.denoiser = copy.deepcopy(denoiser).to(accelerator.device)
-        self.optimizer = optim.build(self.denoiser)
+        self.denoiser = copy.deepcopy(recipe.denoiser).to(accelerator.device)
+        self.optimizer = recipe.optim.build(self.denoiser)
         self.before = psutil.Process().memory_info().rss
 
     def search(self) -> tuple[dict[int, float], str]:
         """See :func:`search`."""
-        return search(self.seconds, self.settings.grain, self.most)
+        return search(self.seconds, self.recipe.settings.grain, self.most)
 
     def seconds(self, cells: int) -> float:
         """The fastest of a few steps of so many cells."""
@@ -147,9 +138,10 @@ class _Trial:
             torch.cuda.empty_cache()
         else:
             self._would_fit()
-        batch = self.store.cells(np.resize(self.rows, cells), self.labels).to(device)
-        settings = replace(self.settings, batch=cells)
-        times = Times(self.survival.time, cells, settings.seed, device)
+        recipe, settings = self.recipe, replace(self.recipe.settings, batch=cells)
+        batch = recipe.store.cells(np.resize(self.rows, cells), recipe.labels).to(device)
+        times = Times(recipe.survival.time, cells, settings.seed, device)
+        noise = Noise(recipe.process, recipe.survival, times, settings)
 
         def network(x: Tensor, p: Tensor, cond: Condition) -> Tensor:
             with self.accelerator.autocast():
@@ -158,9 +150,8 @@ class _Trial:
         took = []
         for step in range(1 + TRIES):
             began = time.perf_counter()
-            losses = loop._loss(self.process, network, self.survival, times, batch, settings, step, step * cells)
-            losses.mean().backward()
-            torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.clip)
+            losses.of_cells(noise, network, batch, step, step * cells).mean().backward()
+            torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), recipe.optim.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
@@ -193,7 +184,7 @@ def _margin(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _record(settings: loop.Training) -> Path:
+def _record(settings: Training) -> Path:
     """Where the number of the run that would be continued stands."""
     elsewhere = settings.resume not in ("auto", "never")
     return (Path(settings.resume).parent.parent if elsewhere else Path(settings.out)) / RECORD

@@ -1,16 +1,15 @@
-"""The training loop. Everything random is a function of (seed, step, place in the global batch)."""
+"""The training loop. Everything random is a function of (seed, step, position in the global batch)."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,181 +17,101 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from distdiff.data.feed.loader import Loading, loader
-from distdiff.data.masks import mcar
-from distdiff.data.store.store import CountStore
+from distdiff.data.feed.loader import loader
 from distdiff.denoise import Denoiser
-from distdiff.process import Process
-from distdiff.process.survival import Survival
-from distdiff.rng import borrowed, generator, numpy_generator
-from distdiff.sampling import predictor
-from distdiff.training import checkpoint, graphed, noise
-from distdiff.training import engine as engines
-from distdiff.training.compiled import Law, compile_denoiser, compile_law
+from distdiff.rng import borrowed
+from distdiff.training import checkpoint, engine, graphed, losses
+from distdiff.training.compiled import compile_denoiser, compile_law
 from distdiff.training.ema import Ema
-from distdiff.training.optim import Optim
+from distdiff.training.engine import Engine
+from distdiff.training.losses import Law
+from distdiff.training.noise import Noise
 from distdiff.training.peers import Peers
-from distdiff.training.stop import LEAVE, Stop, Stopped
+from distdiff.training.progress import Progress
+from distdiff.training.settings import Recipe
+from distdiff.training.stop import GO_ON, LEAVE, Stop, Stopped
 from distdiff.training.times import Times
 from distdiff.training.trace import NAME as TRACE
 from distdiff.training.trace import trace
 from distdiff.training.trouble import memory_explained
+from distdiff.training.validation import scores
 from distdiff.training.window import Waited, Window, read
-from distdiff.types import Cells, Condition, Tensor
-
-MOST = 10**15
-"""Cells of a run, at most: its steps are counted in 64 bits, and in the floating-point numbers of the schedule."""
+from distdiff.types import Cells, Tensor
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a run does, in cells.
+class Hooks:
+    """What a run calls, and what it finds where the best model goes.
 
     Parameters
     ----------
-    out
-        Folder of the run: checkpoints, the best model.
-    cells
-        Training cells to see in all (with repeats).
-    batch
-        Cells of a step over all processes; ``auto`` in YAML, 0 here: found by a search (see
-        :mod:`~distdiff.training.fit`), and part of the config from then on.
-    grain
-        Cells that share a noise generator; it divides each process's share of the batch, so that any number of
-        processes sees the same noise.
-    accumulate
-        Passes that a process's share of a step is cut into, to need less memory; the result is the same.
-    eval_cells, checkpoint_cells
-        Validate, and save, each time this many cells have been seen.
-    checkpoint_minutes
-        Save also when this many minutes have passed since the last save; training waits for a copy alone.
-    keep
-        Newest checkpoints that stay, besides the first one since the best validation.
-    minutes
-        Save and leave after so many minutes of training (0: a SLURM job leaves before its end, others never).
-    patience
-        Validations without a better score after which training stops; it and ``cells`` may change when a run is
-        continued, and the learning rate then follows the new length.
-    label_dropout
-        Share of cells trained without their labels (guidance needs some; CountsDiff, section 3.4).
-    precision
-        ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses; ``tf32`` is
-        float32 whose matrix products a GPU may round to 10 bits.
-    compile
-        ``torch.compile`` the network and the loss, where it can be (see :mod:`~distdiff.training.compiled`).
-    graph
-        Replay the step as one CUDA graph (see :mod:`~distdiff.training.graphed`): one GPU, networks of one shape.
-    noise
-        ``streams``: torch's generators, one for ``grain`` cells. ``rows``: numbers by the cell's place in the run, the
-        same for any ``grain``; on a GPU by one kernel a draw instead of one for ``grain`` cells (needs triton).
-    trace
-        Write a profiler's trace of a few steps of the main process to ``out`` (see :mod:`~distdiff.training.trace`).
-    start
-        A trained model (folder, ``models:/`` address) whose weights to start from; those of genes follow their names.
-    resume
-        ``auto`` continues the newest checkpoint in ``out``; ``never``; or the path of one, where ``optim`` may differ.
+    save_best
+        Called on the main process with the averaged weights whenever validation improves.
+    existing_scores
+        Validation numbers of the weights that ``save_best`` would replace; empty: there are none. If they are not the
+        best ones of a run that is continued (in another folder, or from an older checkpoint), its next validation
+        counts as the best so far. Those of the main process count.
+    on_log, on_step
+        ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
+    peers
+        Watches the other machines; its message when one is lost names the step and the last checkpoint.
     """
 
-    out: str = "runs/distdiff"
-    cells: int = 50_000
-    batch: int = 128
-    grain: int = 32
-    accumulate: int = 1
-    eval_cells: int = 5_000
-    checkpoint_cells: int = 20_000
-    checkpoint_minutes: float = 10.0
-    keep: int = 2
-    minutes: float = 0.0
-    patience: int = 5
-    label_dropout: float = 0.2
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    compile: bool = False
-    graph: bool = False
-    noise: Literal["streams", "rows"] = "streams"
-    trace: bool = False
-    start: str = ""
-    resume: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch < 0:
-            raise ValueError(f"train.batch must be a number of cells or auto, got {self.batch}")
-        for name in ("cells", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.out or not self.resume:
-            raise ValueError("train.out must be a folder, and train.resume auto, never or a checkpoint; got nothing")
-        if self.cells > MOST or not 0 <= self.seed < 2**63:
-            raise ValueError(
-                f"train.cells must be at most {MOST:,} and train.seed in [0, 2^63), got {self.cells} and {self.seed}"
-            )
-        if not (self.checkpoint_minutes > 0 and self.minutes >= 0):
-            raise ValueError(
-                f"train.checkpoint_minutes must be above 0 and train.minutes not below, got {self.checkpoint_minutes} "
-                f"and {self.minutes}"
-            )
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"train.label_dropout must lie in [0, 1], got {self.label_dropout}")
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return math.ceil(self.cells / self.batch)
+    save_best: Callable[[Denoiser, dict[str, float]], None]
+    existing_scores: Mapping[str, float] = field(default_factory=dict)
+    on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None
+    on_step: Callable[[int, Tensor], None] = lambda step, loss: None
+    peers: Peers | None = None
 
 
 @dataclass
-class Progress:
-    """What a resumed run must know besides weights.
+class Run:
+    """A run between its first step and its last: network, optimiser, batches, and what is measured on the way."""
 
-    ``judge`` names the validation number that chooses the best weights: the deviance of hidden entries; the loss for a
-    mixture that hides none, or a process that cannot answer for them in one call (noise prediction).
-    """
+    recipe: Recipe
+    accelerator: Accelerator
+    hooks: Hooks
+    identity: Mapping[str, Any]
+    held_out: np.ndarray
+    progress: Progress
+    ema: Ema
+    engine: Engine
+    noise: Noise
+    law: Law
+    graph: graphed.Step | None
+    waited: Waited
+    writer: checkpoint.Writer
+    stop: Stop
+    window: Window
+    bar: tqdm[Any]
 
-    judge: str = "val/deviance"
-    step: int = 0
-    best: float = math.inf
-    best_step: int = 0
-    bad: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    times: dict[str, Any] = field(default_factory=dict)
+    @property
+    def cells_seen(self) -> int:
+        """Training cells seen so far, by all processes."""
+        return self.progress.step * self.recipe.settings.batch
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Callable[[], None]]:
+        """Watch signals, write checkpoints and the trace, explain errors; yields what ends a step in the trace."""
+        settings, device = self.recipe.settings, self.accelerator.device
+        path = Path(settings.out) / TRACE if settings.trace and self.accelerator.is_main_process else None
+        explained = memory_explained(settings, settings.share(self.accelerator.num_processes), device)
+        batches, traced = contextlib.closing(self.waited.batches), trace(path, device)
+        with batches, self.bar, self.stop, self.writer, explained, traced as end_of_step:
+            yield end_of_step
 
 
-def train(
-    store: CountStore,
-    process: Process,
-    denoiser: Denoiser,
-    survival: Survival,
-    optim: Optim,
-    settings: Training,
-    accelerator: Accelerator,
-    *,
-    identity: dict[str, Any],
-    loading: Loading | None = None,
-    labels: tuple[str, ...] = (),
-    save_best: Callable[[Denoiser, dict[str, float]], None],
-    standing: Mapping[str, float] = MappingProxyType({}),
-    on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None,
-    on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
-    peers: Peers | None = None,
-) -> Progress:
+def train(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, *, identity: Mapping[str, Any]) -> Progress:
     """Train until ``settings.cells`` or until validation stops improving.
 
     Parameters
     ----------
+    recipe
+        Cells, law, network and settings.
+    hooks
+        What to call on the way.
     identity
         What must be equal for a checkpoint to be continued (config, data fingerprint).
-    loading
-        How cells come in, and in which proportions.
-    save_best
-        Called on the main process with the averaged weights whenever validation improves.
-    standing
-        Validation numbers of the weights that stand where ``save_best`` puts them; empty: there are none. If they are
-        not the best ones of a run that is continued (it goes on in another folder, or from an older checkpoint), its
-        next validation counts as the best so far. The main process decides.
-    on_log, on_step
-        ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
-    peers
-        Is told how far training is.
 
     Raises
     ------
@@ -203,251 +122,203 @@ def train(
     OutOfMemory
         A step does not fit (what would help is named).
     Stopped
-        Asked to leave, and saved.
+        Stopped by a signal or a time limit, and saved.
     """
-    share = _share(settings, accelerator.num_processes)
-    index, held_out = _splits(store)
+    settings, run = recipe.settings, prepare(recipe, accelerator, hooks, identity)
+    progress, request = run.progress, GO_ON
+    with run.running() as end_of_step:
+        for number, cells in run.waited:
+            if progress.bad >= settings.patience:
+                break
+            loss, norm = step(run, number, cells)
+            run.window.add(loss, norm, cells.rows)
+            hooks.on_step(number, loss.mean())
+            progress.step = number + 1
+            run.bar.update(settings.batch)
+            end_of_step()
+
+            request, last = run.stop.agreed(), progress.step == settings.steps
+            if last or settings.crosses(progress.step, settings.eval_cells):
+                validate(run)
+            last = last or progress.bad >= settings.patience
+            if last or request != GO_ON or settings.crosses(progress.step, settings.checkpoint_cells):
+                save(run)
+            if request == LEAVE:
+                break
+    accelerator.wait_for_everyone()
+    _report_end(run, request)
+    return progress
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, identity: Mapping[str, Any]) -> Run:
+    """Put network, optimiser and batches where the newest checkpoint left them, or where a run begins."""
+    settings, optim = recipe.settings, recipe.optim
+    share = settings.share(accelerator.num_processes)
+    index, held_out = _splits(recipe)
     folder = Path(settings.out) / "checkpoints"
     found, launch = checkpoint.share(accelerator, folder, settings.resume)
-    imputes = survival.hidden + survival.two_level > 0 and process.relative
-    progress = Progress("val/deviance" if imputes else "val/loss")
-    ema = Ema(denoiser.to(accelerator.device), optim.ema)
-    like, changed = denoiser.state_dict(), settings.resume != "auto"
-    saved = checkpoint.load(found, identity, changed=changed, like=like) if found else None
-    if saved:
-        denoiser.load_state_dict(saved.weights)
-        ema.model.load_state_dict(saved.ema)
-        progress = saved.progress(Progress)
-        if not broadcast_object_list([standing.get(progress.judge) == progress.best])[0]:
-            progress.best, progress.bad = math.inf, 0
-        accelerator.print(f"continuing {found} at step {progress.step} of {settings.steps}")
-    law: Law = partial(_law, process)
-    if peers is not None:
-        peers.where = lambda: (
-            f"after step {progress.step} of {settings.steps}; the last checkpoint is "
-            f"{checkpoint.latest(folder) or 'not written yet'}"
-        )
-    if settings.compile:
-        shape = share // settings.accumulate, len(store.genes)
-        compile_denoiser(denoiser, *shape, labels)
-        law = compile_law(law, process.outputs, *shape, accelerator.device)
+    ema = Ema(recipe.denoiser.to(accelerator.device), optim.ema)
+    saved, progress = _restore(recipe, accelerator, hooks, identity, found, ema)
+    if hooks.peers is not None:
+        hooks.peers.where = partial(_progress_text, progress, settings.steps, folder)
+    law = _compiled(recipe, accelerator, share)
     if settings.graph:
-        graphed.check(accelerator, denoiser, settings.accumulate)
-    engine = engines.prepare(accelerator, denoiser, optim, share=share, accumulate=settings.accumulate)
-    times = Times(survival.time, settings.batch, settings.seed, accelerator.device)
+        graphed.check(accelerator, recipe.denoiser, settings.accumulate)
+    prepared = engine.prepare(accelerator, recipe.denoiser, optim, share=share, accumulate=settings.accumulate)
+    times = Times(recipe.survival.time, settings.batch, settings.seed, accelerator.device)
     if saved:
-        engine.load(saved.optimizer)
+        prepared.load(saved.optimizer)
         times.load(progress.times, accelerator)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
     saved = None  # all in place: its tensors are not needed twice
-    losses_of = partial(_of_cells, process, engine.network, law=law)
-    graph = graphed.Step(engine, losses_of, labels) if settings.graph else None
-
-    loading = loading or Loading()
-    plan = loading.plan(store, index, settings.batch, settings.seed)
-    store, resident, said = loading.keep(store, accelerator.device, _local_ranks())
-    if said:
-        accelerator.print(f"distdiff train: {said}")
-    batches = loader(
-        store, plan, index, start=progress.step, stop=settings.steps, rank=accelerator.process_index,
-        world=accelerator.num_processes, labels=labels, ahead=loading.ahead, device=accelerator.device,
-        resident=resident, scheduler=loading.scheduler,
+    of_states = partial(losses.of_states, recipe.process, prepared.network, law=law)
+    return Run(
+        recipe, accelerator, hooks, identity, held_out, progress, ema, prepared,
+        noise=Noise(recipe.process, recipe.survival, times, settings), law=law,
+        graph=graphed.Step(prepared, of_states, recipe.labels) if settings.graph else None,
+        waited=Waited(_batches(recipe, accelerator, index, progress.step), named=settings.trace),
+        writer=checkpoint.Writer(
+            folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
+            launch=launch,
+        ),
+        stop=Stop(settings.checkpoint_minutes, settings.minutes),
+        window=Window(progress.step, accelerator.device),
+        bar=tqdm(
+            total=settings.steps * settings.batch, initial=progress.step * settings.batch, unit=" cells",
+            unit_scale=True, desc="train", disable=not accelerator.is_main_process, mininterval=1.0,
+        ),
     )  # fmt: skip
-    total = settings.steps * settings.batch
-    bar = tqdm(
-        total=total, initial=progress.step * settings.batch, unit=" cells", unit_scale=True, desc="train",
-        disable=not accelerator.is_main_process, mininterval=1.0,
+
+
+def step(run: Run, number: int, cells: Cells) -> tuple[Tensor, Tensor]:
+    """Take step ``number`` on this process's cells: their weighted losses ``[b]``, and the gradient's norm."""
+    recipe, settings, accelerator = run.recipe, run.recipe.settings, run.accelerator
+    counts, labels = cells.counts.to(accelerator.device, non_blocking=True), cells.labels.to(accelerator.device)
+    cells = Cells(counts, labels, cells.rows)  # (row numbers are needed on the CPU alone)
+    run.engine.rate(recipe.optim.rate(number * settings.batch, settings.steps * settings.batch))
+    first = number * settings.batch + accelerator.process_index * len(cells)
+    if run.graph is not None:
+        noised = run.noise.draw(cells, number, first)
+        unweighted, norm = run.graph(noised)
+        loss = noised.weighted(unweighted, run.noise.times)
+    else:
+        parts, size = [], len(cells) // settings.accumulate
+        for start in range(0, len(cells), size):
+            part, position = cells[start : start + size], first + start
+            with run.engine.one_pass(), borrowed(counts.device, settings.seed, "dropout", position):
+                loss = losses.of_cells(run.noise, run.engine.network, part, number, position, law=run.law)
+                accelerator.backward(loss.mean())
+            parts.append(loss.detach())
+        loss, norm = torch.cat(parts), run.engine.step()
+    if run.ema.due(number):
+        with run.engine.weights() as weights:
+            run.ema.update(weights, number)
+    return loss, norm
+
+
+def validate(run: Run) -> None:
+    """Score the averaged weights on held-out cells, log all numbers since the last log, keep the best weights."""
+    progress, accelerator = run.progress, run.accelerator
+    means = run.window.means(accelerator, run.waited.lap())
+    run.noise.times.update(accelerator)
+    scored = scores(run.recipe, run.held_out, run.ema.model, accelerator)
+    numbers = read({**means, **scored})  # nowhere else between two logs the device is waited for
+    if numbers.pop("bad"):
+        run.window.check(accelerator, run.writer.folder)
+    numbers["cells_per_second"] = run.window.speed(run.recipe.settings.batch)
+    run.window = Window(progress.step, accelerator.device)
+    progress.record(numbers, run.cells_seen)
+    if accelerator.is_main_process:
+        run.hooks.on_log(run.cells_seen, numbers)
+        if progress.bad == 0:
+            run.hooks.save_best(run.ema.model, numbers)
+    run.bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers[progress.judge]:.4f}")
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, unless a loss or a gradient since the last log is not finite."""
+    accelerator, progress = run.accelerator, run.progress
+    run.window.check(accelerator, run.writer.folder)
+    progress.times = run.noise.times.state(accelerator)
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    run.writer.save(
+        progress.step, checkpoint.snapshot(run.engine, run.ema.model, run.writer),
+        {**run.identity, "progress": vars(progress), "scaler": scaler}, progress.best_step,
     )  # fmt: skip
-    stop = Stop(settings.checkpoint_minutes, settings.minutes)
-    writer = checkpoint.Writer(
-        folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
-        launch=launch,
-    )  # fmt: skip
-    waited = Waited(batches, named=settings.trace)
-    window, asked = Window(progress.step, accelerator.device), 0
-    explained = memory_explained(settings, share, accelerator.device)
-    traced = trace(
-        Path(settings.out) / TRACE if settings.trace and accelerator.is_main_process else None, accelerator.device
-    )
-    with contextlib.closing(batches), bar, stop, writer, explained, traced as stepped:
-        for step, cells in waited:
-            if progress.bad >= settings.patience:
-                break
-            counts, named = cells.counts.to(accelerator.device, non_blocking=True), cells.labels.to(accelerator.device)
-            cells = Cells(counts, named, cells.rows)  # which rows they are is asked on the CPU alone
-            engine.rate(optim.rate(step * settings.batch, total))
-            first = step * settings.batch + accelerator.process_index * share
-            if graph is not None:
-                noised = noise.draw(process, survival, times, cells, settings, step, first)
-                losses, norm = graph(noised)
-                losses = noised.weighted(losses, times)
-            else:
-                parts = []
-                for start in range(0, share, share // settings.accumulate):
-                    part = cells[start : start + share // settings.accumulate]
-                    with engine.one_pass(), borrowed(cells.counts.device, settings.seed, "dropout", first + start):
-                        loss = _loss(
-                            process, engine.network, survival, times, part, settings, step, first + start, law=law
-                        )
-                        accelerator.backward(loss.mean())
-                    parts.append(loss.detach())
-                losses, norm = torch.cat(parts), engine.step()
-            if ema.due(step):
-                with engine.weights() as weights:
-                    ema.update(weights, step)
-            window.add(losses, norm, cells.rows)
-            on_step(step, window.losses[-1].mean())
-            progress.step = step + 1
-            bar.update(settings.batch)
-            stepped()
-
-            done, asked = progress.step == settings.steps, stop.agreed()
-            if done or _crossed(progress.step, settings.batch, settings.eval_cells):
-                means = window.means(accelerator, waited.lap())
-                times.update(accelerator)
-                scores = validate(store, held_out, process, ema.model, survival, accelerator, labels, settings)
-                numbers = read({**means, **scores})  # nowhere else between two logs the device is waited for
-                if numbers.pop("bad"):
-                    window.check(accelerator, folder)
-                numbers["cells_per_second"] = window.speed(settings.batch)
-                window = Window(progress.step, accelerator.device)
-                _judge(progress, numbers, progress.step * settings.batch)
-                if accelerator.is_main_process:
-                    on_log(progress.step * settings.batch, numbers)
-                    if progress.bad == 0:
-                        save_best(ema.model, numbers)
-                bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers[progress.judge]:.4f}")
-            done = done or progress.bad >= settings.patience
-            if done or asked or _crossed(progress.step, settings.batch, settings.checkpoint_cells):
-                window.check(accelerator, folder)  # weights after a loss that is not finite are not worth keeping
-                progress.times = times.state(accelerator)
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                writer.save(
-                    progress.step, checkpoint.snapshot(engine, ema.model, writer),
-                    {**identity, "progress": vars(progress), "scaler": scaler}, progress.best_step,
-                )  # fmt: skip
-                stop.saved()
-            if asked == LEAVE:
-                break
-    accelerator.wait_for_everyone()
-    if progress.bad >= settings.patience:
-        accelerator.print(
-            f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was not "
-            f"better than {progress.best:.4f}, that of step {progress.best_step}, in {progress.bad} validations "
-            f"(train.patience={settings.patience}; the same command with a larger one goes on)"
-        )
-    if asked == LEAVE:
-        raise Stopped(
-            f"stopped by {stop.reason or 'another process'} after step {progress.step} of {settings.steps}; saved in "
-            f"{checkpoint.latest(folder)}, the same command goes on"
-        )
-    return progress
+    run.stop.saved()
 
 
-def _splits(store: CountStore) -> tuple[np.ndarray, np.ndarray]:
-    index, held_out = store.rows("train"), store.rows("val")
+def _splits(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    index, held_out = recipe.store.rows("train"), recipe.store.rows("val")
     if not len(index) or not len(held_out):
         raise ValueError(f"{len(index)} training and {len(held_out)} validation cells: rebuild with another --split")
     return index, held_out
 
 
-def _local_ranks() -> int:
-    """Processes on this machine, as the launcher tells."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def _restore(
+    recipe: Recipe, accelerator: Accelerator, hooks: Hooks, identity: Mapping[str, Any], found: Path | None, ema: Ema
+) -> tuple[checkpoint.Saved | None, Progress]:
+    """Read the checkpoint that is continued, if there is one, and take its weights and its progress."""
+    imputes = recipe.survival.hidden + recipe.survival.two_level > 0 and recipe.process.relative
+    if found is None:
+        return None, Progress("val/deviance" if imputes else "val/loss")
+    like, changed = recipe.denoiser.state_dict(), recipe.settings.resume != "auto"
+    saved = checkpoint.load(found, identity, changed=changed, like=like)
+    recipe.denoiser.load_state_dict(saved.weights)
+    ema.model.load_state_dict(saved.ema)
+    progress = saved.progress(Progress)
+    if not broadcast_object_list([hooks.existing_scores.get(progress.judge) == progress.best])[0]:
+        progress.best, progress.bad = math.inf, 0
+    accelerator.print(f"continuing {found} at step {progress.step} of {recipe.settings.steps}")
+    return saved, progress
 
 
-def _share(settings: Training, world: int) -> int:
-    if not settings.batch:
-        raise ValueError("train.batch=auto must be settled before training (distdiff.training.fit.settled)")
-    if settings.batch % (world * settings.accumulate * settings.grain):
-        passes = f" in {settings.accumulate} passes" if settings.accumulate > 1 else ""
-        raise ValueError(
-            f"train.batch={settings.batch} cannot be shared by {world} processes{passes} in groups of train.grain="
-            f"{settings.grain} cells; use a multiple of {world * settings.accumulate * settings.grain}, or a smaller "
-            "grain"
+def _compiled(recipe: Recipe, accelerator: Accelerator, share: int) -> Law:
+    """The process's loss; it and the network are compiled where the settings want it."""
+    law = losses.law_of(recipe.process)
+    if not recipe.settings.compile:
+        return law
+    shape = share // recipe.settings.accumulate, len(recipe.store.genes)
+    compile_denoiser(recipe.denoiser, *shape, recipe.labels)
+    return compile_law(law, recipe.process.outputs, *shape, accelerator.device)
+
+
+def _batches(
+    recipe: Recipe, accelerator: Accelerator, index: np.ndarray, start: int
+) -> Generator[tuple[int, Cells], None, None]:
+    """This process's cells of each step from ``start`` on."""
+    settings, loading = recipe.settings, recipe.loading
+    plan = loading.plan(recipe.store, index, settings.batch, settings.seed)
+    processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # (the launcher sets it)
+    store, resident, message = loading.keep(recipe.store, accelerator.device, processes_here)
+    if message:
+        accelerator.print(f"distdiff train: {message}")
+    return loader(
+        store, plan, index, start=start, stop=settings.steps, rank=accelerator.process_index,
+        world=accelerator.num_processes, labels=recipe.labels, ahead=loading.ahead, device=accelerator.device,
+        resident=resident, scheduler=loading.scheduler,
+    )  # fmt: skip
+
+
+def _progress_text(progress: Progress, steps: int, folder: Path) -> str:
+    return (
+        f"after step {progress.step} of {steps}; the last checkpoint is "
+        f"{checkpoint.latest(folder) or 'not written yet'}"
+    )
+
+
+def _report_end(run: Run, request: int) -> None:
+    """Say why training ended before its last step."""
+    progress, settings = run.progress, run.recipe.settings
+    if progress.bad >= settings.patience:
+        run.accelerator.print(
+            f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was not "
+            f"better than {progress.best:.4f}, that of step {progress.best_step}, in {progress.bad} validations "
+            f"(train.patience={settings.patience}; the same command with a larger one goes on)"
         )
-    return settings.batch // world
-
-
-def _crossed(steps: int, batch: int, every: int) -> bool:
-    """Whether the last of ``steps`` steps took the cells seen over a multiple of ``every``."""
-    return steps * batch // every > (steps - 1) * batch // every
-
-
-def _loss(
-    process: Process, network: Callable[..., Tensor], survival: Survival, times: Times, cells: Cells,
-    settings: Training, step: int, first: int, *, law: Law | None = None,
-) -> Tensor:  # fmt: skip
-    """Loss of each cell ``[b]``, weighted mean over thinned genes; each ``grain`` cells have noise of their own."""
-    noised = noise.draw(process, survival, times, cells, settings, step, first)
-    losses = _of_cells(process, network, noised.x_0, noised.x, noised.p, noised.cond, law=law)
-    return noised.weighted(losses, times)
-
-
-def _of_cells(
-    process: Process, network: Callable[..., Tensor], x_0: Tensor, x: Tensor, p: Tensor, cond: Condition, *,
-    law: Law | None = None,
-) -> Tensor:  # fmt: skip
-    """Loss of each cell ``[b]``: the mean over its thinned genes; ``law`` is `_law`, maybe compiled."""
-    return (law or partial(_law, process))(network(*process.encode(x, p), cond), x_0, x, p)
-
-
-def _law(process: Process, raw: Tensor, x_0: Tensor, x: Tensor, p: Tensor) -> Tensor:
-    entries = process.loss(process.natural(raw, x, p), x_0, x, p)
-    return entries.sum(1) / (p < 1).sum(1).clamp_min(1)
-
-
-@torch.no_grad()
-def validate(
-    store: CountStore,
-    rows: np.ndarray,
-    process: Process,
-    denoiser: Denoiser,
-    survival: Survival,
-    accelerator: Accelerator,
-    labels: tuple[str, ...],
-    settings: Training,
-    *,
-    block: int = 256,
-    limit: int = 8192,
-) -> dict[str, Tensor]:
-    """Score held-out cells, no labels withheld.
-
-    ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden outright (one call); ``val/loss``:
-    the training loss under the mixture of ``survival``, times even. Masks and noise depend on the seed and the rows
-    alone; blocks of rows go round the processes; sums are reduced, then divided. The answer stays on the device.
-    """
-    rows = rows[:: max(1, -(-len(rows) // limit))]
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for turn, start in enumerate(range(0, len(rows), block)):
-        if turn % accelerator.num_processes != accelerator.process_index:
-            continue
-        cells = store.cells(rows[start : start + block], labels)
-        hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(settings.seed, "validate", start))
-        device = accelerator.device
-        cells, p = cells.to(device), torch.from_numpy(~hidden).to(device, non_blocking=True).float()
-        rng = generator(settings.seed, "validate", start, device=device)
-        x_0, prior = process.enter(cells.counts, rng=rng), process.prior(tuple(p.shape), rng=rng)  # type: ignore[arg-type]
-        x = torch.where(p == 1, x_0, prior)
-        eta = predictor(process, denoiser, cells.labels)(x, p)
-        target = torch.from_numpy(np.flatnonzero(hidden)).to(device, non_blocking=True)
-        mean = process.mean(eta, x, p).flatten()[target].clamp_min(1e-6).double()
-        truth = cells.counts.flatten()[target].double()
-        deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
-        t = ((torch.arange(len(cells), device=rng.device) + 0.5) / len(cells)).unsqueeze(1)
-        p, _ = survival.draw(process.schedule, t, p.shape[1], rng=rng)
-        losses = _of_cells(process, denoiser, x_0, process.forward(x_0, 1.0, p, rng=rng), p, cells.labels)
-        entries, n = (torch.full_like(sums[0], number) for number in (len(target), len(cells)))
-        sums += torch.stack((deviance.sum(), entries, losses.double().sum(), n))
-    deviance, targets, loss, n = accelerator.reduce(sums, "sum")
-    return {"val/deviance": deviance / targets, "val/loss": loss / n}
-
-
-def _judge(progress: Progress, numbers: dict[str, float], seen: int) -> None:
-    score = numbers[progress.judge]
-    progress.history.append({"cells": seen, **numbers})
-    if score < progress.best:
-        progress.best, progress.best_step, progress.bad = score, progress.step, 0
-    else:
-        progress.bad += 1
+    if request == LEAVE:
+        raise Stopped(
+            f"stopped by {run.stop.reason or 'another process'} after step {progress.step} of {settings.steps}; saved "
+            f"in {checkpoint.latest(run.writer.folder)}, the same command goes on"
+        )

@@ -59,7 +59,7 @@ class Stop:
         self.asked = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
         self.before: dict[signal.Signals, Any] = {}
-        self.told: dict[int, float] = {}
+        self.received: dict[int, float] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python knows no other place for handlers
@@ -77,9 +77,9 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         """The first signal is a request; one that comes after `REPEAT` seconds does what it always did."""
         now = time.monotonic()
-        if number not in self.told:
-            self.reason, self.told[number] = signal.Signals(number).name, now
-        elif now - self.told[number] > REPEAT:
+        if number not in self.received:
+            self.reason, self.received[number] = signal.Signals(number).name, now
+        elif now - self.received[number] > REPEAT:
             signal.signal(number, self.before[signal.Signals(number)])
             os.kill(os.getpid(), number)
 

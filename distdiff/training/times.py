@@ -18,7 +18,7 @@ FLOOR = 0.1
 
 
 class Times:
-    """Times of a batch, as a pure function of (seed, step, place in the global batch) and of the learned density.
+    """Times of a batch, as a pure function of (seed, step, position in the global batch) and of the learned density.
 
     ``learned`` keeps the mean square of the loss in 32 bins of t and draws t with the density that minimises the
     variance of the estimate, its root (Nichol & Dhariwal 2021); the loss is weighted by one over it. The density moves
@@ -30,14 +30,16 @@ class Times:
         self.density = torch.ones(BINS, device=device)
         self.sums = torch.zeros(2, BINS, device=device)
 
-    def draw(self, step: int, place: int, cells: int, *, rng: Rng) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
-        """Times and loss weights of ``cells`` cells from ``place`` of the global batch on."""
+    def draw(
+        self, step: int, position: int, cells: int, *, rng: Rng
+    ) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+        """Times and loss weights of ``cells`` cells from ``position`` in the global batch on."""
         if self.kind == "uniform":
             u = rng.uniform(cells, 1)
             return u, torch.ones_like(u)
         shift = numpy_generator(self.seed, "time", step).random()
-        places = torch.arange(place, place + cells, device=rng.device, dtype=torch.float64)
-        u = ((places / self.batch + shift) % 1).float().unsqueeze(1)
+        positions = torch.arange(position, position + cells, device=rng.device, dtype=torch.float64)
+        u = ((positions / self.batch + shift) % 1).float().unsqueeze(1)
         if self.kind == "stratified":
             return u, torch.ones_like(u)
         edges = torch.cat((self.density.new_zeros(1), self.density.cumsum(0) / BINS))

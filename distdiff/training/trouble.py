@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from distdiff.training import checkpoint
+from distdiff.training.settings import Training
 from distdiff.types import Tensor
-
-if TYPE_CHECKING:
-    from distdiff.training.loop import Training
 
 _ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
 

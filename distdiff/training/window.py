@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def read(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
 class Waited:
     """Batches, and how long they were waited for; ``named`` in a profiler's trace."""
 
-    def __init__(self, batches: Iterator[tuple[int, Cells]], *, named: bool) -> None:
+    def __init__(self, batches: Generator[tuple[int, Cells], None, None], *, named: bool) -> None:
         self.batches, self.named, self.seconds = batches, named, 0.0
 
     def __iter__(self) -> Iterator[tuple[int, Cells]]:

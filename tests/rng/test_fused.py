@@ -89,7 +89,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(law):
     kernel = getattr(fused, f"_{law}")
     constants = {"COLUMNS": law == "nb", "BLOCK": fused.BLOCK, **({"LAW": 1} if law == "uniform" else {})}
     floats = ("out", "n", "p", "rate", "mean", "log_size")
-    kinds = {"start": "*i64", "place": "*i64", **dict.fromkeys(("wide", "size", "call"), "i32")}
+    kinds = {"start": "*i64", "columns": "*i64", **dict.fromkeys(("wide", "size", "call"), "i32")}
     kinds |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature={k: kinds[k] for k in kernel.arg_names}, constexprs=constants)
     assert (

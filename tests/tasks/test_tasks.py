@@ -135,11 +135,11 @@ def cells_of(x):
 def test_denoised_is_the_rate_and_the_shrink_is_the_gamma_posterior():
     model = known([2.0, 5.0], [1.0, 1.0])
     cells, seen = cells_of([[0.0, 9.0]])
-    assert torch.allclose(denoising.denoise(model, cells, seen), torch.tensor([[2.0, 5.0]]))
-    model.shrink = torch.tensor([3.0, torch.inf])
-    rate, _ = denoising.rates(model, cells, seen, p=0.8)
+    assert torch.allclose(denoising.denoise(model.process, model.denoiser, cells, seen), torch.tensor([[2.0, 5.0]]))
+    shrink = torch.tensor([3.0, torch.inf])
+    rate, _ = denoising.rates(model.process, model.denoiser, cells, seen, p=0.8, shrink=shrink)
     assert torch.allclose(rate, torch.tensor([[(0 + 3.0) / (0.8 + 3.0 / 2.0), 5.0]]))
-    rate, _ = denoising.rates(model, cells, ~seen, p=0.8)
+    rate, _ = denoising.rates(model.process, model.denoiser, cells, ~seen, p=0.8, shrink=shrink)
     assert torch.allclose(rate, torch.tensor([[2.0, 5.0]]))  # a gene that was not looked for has no count
 
 
@@ -153,7 +153,8 @@ def test_shrink_finds_the_gamma_shape_of_the_data(tmp_path):  # rates Gamma(k) a
     ad.AnnData(sp.csr_matrix(x), var=names).write_h5ad(tmp_path / "x.h5ad")
     shard([tmp_path / "x.h5ad"], tmp_path / "x.zarr", workers=0, progress=False)
     store = CountStore.open(tmp_path / "x.zarr")
-    fit = denoising.fit_shrink(known(list(rate), [1.0, 1.0, 1.0]), store, store.rows("all"))
+    model = known(list(rate), [1.0, 1.0, 1.0])
+    fit = denoising.fit_shrink(model.process, model.denoiser, store, store.rows("all"))
     assert 1 <= fit[0] <= 4
     assert 15 <= fit[1] <= 300
     assert fit[2] > 100
@@ -294,15 +295,17 @@ def test_the_bound_of_the_exact_rate_is_the_entropy():  # docs/MATHS.md 3.3: Poi
     model = known(rate, [1.0, 1.0, 1.0], head="nb")
     x = np.random.default_rng(0).poisson(rate, (4000, 3))
     cells, seen = cells_of(x)
-    cost = nats(model, cells, seen, levels=32)
+    cost = nats(model.process, model.denoiser, cells, seen, levels=32)
     want = -stats.poisson(rate).logpmf(x).sum(1)
     assert float(cost.mean()) == pytest.approx(want.mean(), rel=0.02)
-    fine = nats(model, cells, seen, levels=512)  # one thinning a stratum: a cell's own bound needs more of them
+    fine = nats(
+        model.process, model.denoiser, cells, seen, levels=512
+    )  # one thinning a stratum: a cell's own bound needs more of them
     assert np.corrcoef(fine, want)[0, 1] > 0.9
     part = seen.clone()
     part[:, 2] = False
     two = -stats.poisson(rate).logpmf(x)[:, :2].sum(1).mean()
-    assert float(nats(model, cells, part).mean()) == pytest.approx(two, rel=0.02)
+    assert float(nats(model.process, model.denoiser, cells, part).mean()) == pytest.approx(two, rel=0.02)
 
 
 def test_strange_cells_cost_more(model, counts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import multiprocessing
@@ -43,8 +44,9 @@ def train(config, log: str, environment: Mapping[str, str], prepare: Callable[..
     losses: list[float] = []
     real = loop.train
 
-    def fit(*args, **kwargs):
-        return real(*args, **kwargs, on_step=lambda step, loss: losses.append(float(loss)))
+    def fit(recipe, accelerator, hooks, **kwargs):
+        hooks = dataclasses.replace(hooks, on_step=lambda step, loss: losses.append(float(loss)))
+        return real(recipe, accelerator, hooks, **kwargs)
 
     experiment.fit = fit
     if prepare is not None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from distdiff import config, experiment, received
 from distdiff.training import checkpoint, engine
 from distdiff.training.ema import Ema
-from distdiff.training.loop import Progress
 from distdiff.training.optim import Optim
+from distdiff.training.progress import Progress
 
 ONE = {"weights": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}, "optimizer": {"a/step": torch.ones(())}}
 

@@ -6,7 +6,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from distdiff.component import build
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.training.compiled import compile_denoiser, compile_law
-from distdiff.training.loop import _law
+from distdiff.training.losses import law_of
 from distdiff.types import Condition, DataSpec
 
 SPEC = DataSpec(tuple("abcdef"), {"type": ("x", "y")}, np.linspace(0.2, 2, 6, dtype=np.float32))
@@ -50,7 +49,7 @@ def same(options: dict) -> None:
 
 
 def same_law(options: dict) -> None:
-    law = partial(_law, build(Process, options))
+    law = law_of(build(Process, options))
     outputs, (x, p, _) = law.args[0].outputs, inputs()
     compiled = compile_law(law, outputs, 2, 6, torch.device("cpu"))
     assert compiled is not law
@@ -110,7 +109,7 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
         raise RuntimeError("no C++ compiler here\nand a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    law = partial(_law, build(Process, {"kind": "counts"}))
+    law = law_of(build(Process, {"kind": "counts"}))
     with caplog.at_level(logging.WARNING, "distdiff"):
         assert compile_law(law, 2, 2, 6, torch.device("cpu")) is law
     assert "no C++ compiler here; the loss runs uncompiled" in caplog.text

@@ -12,6 +12,7 @@ from distdiff import config, experiment
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.training import fit
+from distdiff.training.settings import Recipe
 from distdiff.training.trouble import OutOfMemory
 from tests.training import processes
 from tests.training.test_loop import assert_equal, final, make
@@ -83,9 +84,10 @@ def test_a_real_search_leaves_the_network_as_it_was(atlas, tmp_path):
     store = CountStore.open(atlas)
     model = Model.new(store.spec(("cell_type",)), c.process, c.denoiser)
     before = [w.clone() for w in model.denoiser.parameters()]
-    found = fit.settled(
-        c.train, store, model.process, model.denoiser, c.survival, c.optim, Accelerator(cpu=True), ("cell_type",)
-    )
+    recipe = Recipe(
+        store, model.process, model.denoiser, c.survival, c.optim, c.train, labels=("cell_type",)
+    )  # fmt: skip
+    found = fit.settled(recipe, Accelerator(cpu=True))
     assert found.batch in (8, 16, 32)
     assert all(torch.equal(w, v) and w.grad is None for w, v in zip(model.denoiser.parameters(), before, strict=True))
 
@@ -113,6 +115,6 @@ def test_a_size_that_is_no_number_is_refused(atlas):
 
 
 def test_a_size_that_was_not_settled_is_refused(atlas, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "settled", lambda settings, *_: settings)
+    monkeypatch.setattr(experiment, "settled", lambda recipe, _: recipe.settings)
     with pytest.raises(ValueError, match=r"train\.batch=auto must be settled before training"):
         experiment.train(make(atlas, tmp_path, batch="auto"))

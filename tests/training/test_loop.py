@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import torch
 from distdiff import config, experiment
 from distdiff.data.store.store import CountStore
 from distdiff.process.survival import Survival
-from distdiff.training import checkpoint, loop
+from distdiff.training import checkpoint, loop, losses, validation
+from distdiff.training.noise import Noise
+from distdiff.training.settings import Recipe, Training
 
 SETTINGS = {
     "denoiser": {"kind": "mlp", "width": 16, "depth": 1},
@@ -55,12 +58,12 @@ def test_twenty_and_twenty_steps_are_forty_bit_for_bit(atlas, tmp_path, monkeypa
     assert (len(set(first.times["density"])) > 1) == (times == "learned")
     real = loop.train
 
-    def stops(*args, **kwargs):
+    def stops(recipe, accelerator, hooks, **kwargs):
         def on_step(step, loss):
             if step == 20:
                 raise KeyboardInterrupt
 
-        return real(*args, **kwargs, on_step=on_step)
+        return real(recipe, accelerator, dataclasses.replace(hooks, on_step=on_step), **kwargs)
 
     monkeypatch.setattr(experiment, "fit", stops)
     torch.manual_seed(1)  # torch's own generator is nobody's
@@ -131,8 +134,8 @@ def test_labels_that_the_store_lacks_are_named_before_training(atlas, tmp_path, 
 
 def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
     """As the message of an early stop, and of a model that a regression beats, says: more patience, more cells."""
-    real = loop.validate
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": 1.0, "val/loss": 1.0})
+    real = loop.scores
+    monkeypatch.setattr(loop, "scores", lambda *a, **k: {"val/deviance": 1.0, "val/loss": 1.0})
     short = experiment.train(make(atlas, tmp_path / "run", patience=1, eval_cells=320))
     assert short.progress.step == 20
     said = capsys.readouterr().out
@@ -140,7 +143,7 @@ def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
     more = experiment.train(make(atlas, tmp_path / "run", patience=100, eval_cells=320))
     assert more.progress.step == 40
     assert "stopped early" not in capsys.readouterr().out
-    monkeypatch.setattr(loop, "validate", real)
+    monkeypatch.setattr(loop, "scores", real)
     longer = experiment.train(make(atlas, tmp_path / "run", cells=1920))
     assert longer.progress.step == 60
     with pytest.raises(ValueError, match=r"made with another config: train.seed was 0, is 1"):
@@ -155,7 +158,7 @@ def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
 
 def test_early_stop(atlas, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})
+    monkeypatch.setattr(loop, "scores", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})
     outcome = experiment.train(make(atlas, tmp_path / "run", patience=2))
     assert outcome.progress.step == 40
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
@@ -164,13 +167,13 @@ def test_early_stop(atlas, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(atlas, tmp_path, monkeypatch):
-    real = loop._loss
+    real = losses.of_cells
 
     def bad(*args, **law):
         loss = real(*args, **law)
         return loss * float("nan") if args[-1] >= 5 * 32 else loss
 
-    monkeypatch.setattr(loop, "_loss", bad)
+    monkeypatch.setattr(losses, "of_cells", bad)
     with pytest.raises(FloatingPointError, match=r"loss is not finite at step 5, rows \d+, .*resume=never"):
         experiment.train(make(atlas, tmp_path / "run"))
 
@@ -185,14 +188,17 @@ def test_a_changed_store_or_config_is_not_continued(atlas, tmp_path):
         experiment.train(make(atlas, tmp_path / "other", grain=7))
 
 
-def test_validation_shards_by_blocks_and_adds_up(atlas, tmp_path):
+def test_validation_shards_by_blocks_and_adds_up(atlas, monkeypatch):
     """The sums of two ranks are the sums of one, uneven last block included."""
     from accelerate import Accelerator
 
     from distdiff.model import Model
+    from distdiff.training.optim import Optim
 
     store = CountStore.open(atlas)
     model = Model.new(store.spec(()), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+    recipe = Recipe(store, model.process, model.denoiser, Survival(), Optim(), Training())
+    monkeypatch.setattr(validation, "BLOCK", 10)
 
     class Rank:
         device = torch.device("cpu")
@@ -207,7 +213,7 @@ def test_validation_shards_by_blocks_and_adds_up(atlas, tmp_path):
     def sums(index, world):
         rank = Rank(index, world)
         rows = store.rows("all")[:37]
-        loop.validate(store, rows, model.process, model.denoiser, Survival(), rank, (), loop.Training(), block=10)
+        validation.scores(recipe, rows, model.denoiser, rank)
         return rank.sums
 
     assert torch.allclose(sums(0, 1), sums(0, 2) + sums(1, 2))
@@ -284,7 +290,7 @@ def test_what_the_network_sees_is_the_same_for_any_number_of_ranks(atlas, proces
     from distdiff.model import Model
     from distdiff.training.times import Times
 
-    store, settings = CountStore.open(atlas), loop.Training(batch=48, grain=8, label_dropout=0.5, noise=source)
+    store, settings = CountStore.open(atlas), Training(batch=48, grain=8, label_dropout=0.5, noise=source)
     cells = store.cells(np.arange(48), ("cell_type",))
     model = Model.new(store.spec(("cell_type",)), process, {"kind": "mlp", "width": 8, "depth": 1})
 
@@ -299,7 +305,8 @@ def test_what_the_network_sees_is_the_same_for_any_number_of_ranks(atlas, proces
             first, n = 5 * 48 + rank * 48 // world, 48 // world
             drawn = Times(times, 48, 0, torch.device("cpu"))
             mine = cells[slice(first - 5 * 48, first - 5 * 48 + n)]
-            loop._loss(model.process, network, Survival(time=times), drawn, mine, settings, 5, first)
+            noise = Noise(model.process, Survival(time=times), drawn, settings)
+            losses.of_cells(noise, network, mine, 5, first)
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     one = seen(1)
@@ -313,7 +320,7 @@ def test_a_run_that_goes_on_elsewhere_has_a_best_model_all_the_same(atlas, tmp_p
     """Its best weights stayed in the first folder, and no later validation is better."""
     experiment.train(make(atlas, tmp_path / "first"))
     middle = sorted((tmp_path / "first" / "checkpoints").iterdir())[0]
-    monkeypatch.setattr(loop, "validate", lambda *_: {"val/deviance": 1e6, "val/loss": 1e6})
+    monkeypatch.setattr(loop, "scores", lambda *_: {"val/deviance": 1e6, "val/loss": 1e6})
     outcome = experiment.train(make(atlas, tmp_path / "second", resume=str(middle)))
     assert outcome.progress.step == 40
     assert (tmp_path / "second" / "model" / "model.json").exists()

@@ -16,7 +16,7 @@ from distdiff import config as configs
 from distdiff import experiment
 from distdiff.data.feed.loader import Loading
 from distdiff.data.store.store import CountStore
-from distdiff.training import loop
+from distdiff.training import losses
 from tests.training import processes
 from tests.training.test_loop import make
 
@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[2]
 
 def poisons(step: int) -> None:
     """Make one loss of the second process nan."""
-    real = loop._loss
+    real = losses.of_cells
 
     def loss(*args, **law):
-        losses = real(*args, **law)
+        found = real(*args, **law)
         if os.environ["RANK"] == "1" and args[-2] == step:
-            losses = losses.masked_fill(torch.arange(len(losses)) == 3, float("nan"))
-        return losses
+            found = found.masked_fill(torch.arange(len(found)) == 3, float("nan"))
+        return found
 
-    loop._loss = loss
+    losses.of_cells = loss
 
 
 @pytest.mark.distributed
@@ -70,7 +70,7 @@ def test_out_of_memory_says_what_would_help(atlas, tmp_path, monkeypatch, words)
             raise torch.OutOfMemoryError(words)
         return torch.empty(1 << 60)  # what a CPU says
 
-    monkeypatch.setattr(loop, "_loss", full)
+    monkeypatch.setattr(losses, "of_cells", full)
     with pytest.raises(RuntimeError, match=r"32 cells a pass; train\.accumulate=2 \(16 cells\) goes on from the last"):
         experiment.train(make(atlas, tmp_path / "a"))
     with pytest.raises(RuntimeError, match=r"a pass cannot be smaller than train\.grain=8 cells"):
@@ -81,7 +81,7 @@ def test_other_errors_keep_their_words(atlas, tmp_path, monkeypatch):
     def wrong(*args, **law):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "_loss", wrong)
+    monkeypatch.setattr(losses, "of_cells", wrong)
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         experiment.train(make(atlas, tmp_path / "a"))
 
@@ -90,13 +90,13 @@ DIES = """
 import os, signal, sys
 from torch.distributed.elastic.multiprocessing.errors import record
 from distdiff.cli import main
-from distdiff.training import loop
-real = loop._loss
+from distdiff.training import losses
+real = losses.of_cells
 def loss(*args, **law):
     if os.environ["RANK"] == "1" and args[-2] == 3:
         raise RuntimeError("the cat sat on the cable")
     return real(*args, **law)
-loop._loss = loss
+losses.of_cells = loss
 record(main)(["train", *sys.argv[1:]])
 """
 

@@ -14,8 +14,9 @@ from distdiff import config
 from distdiff.data.feed.resident import Resident
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
-from distdiff.training import loop, noise
+from distdiff.training import loop, noise, validation
 from distdiff.training.optim import Optim
+from distdiff.training.settings import Recipe
 from tests.waits import DEVICE, NoNumbers, Waits
 
 
@@ -49,11 +50,11 @@ def train(atlas: Path, out: Path, waits: Waits, device: torch.device, **sections
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Stop", Ends)
         with waits:
-            loop.train(
-                store, model.process, model.denoiser, c.survival, c.optim, c.train,
-                Imagined(cpu=True) if device == DEVICE else Accelerator(), identity={}, labels=c.data.labels,
-                save_best=lambda *_: None,
+            recipe = Recipe(
+                store, model.process, model.denoiser, c.survival, c.optim, c.train, labels=c.data.labels
             )  # fmt: skip
+            accelerator = Imagined(cpu=True) if device == DEVICE else Accelerator()
+            loop.train(recipe, accelerator, loop.Hooks(lambda *_: None), identity={})
     assert len(ends) == 9
     return [waits.seen[a:b] for a, b in itertools.pairwise(ends)]
 
@@ -75,7 +76,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_waits_for_nothing_and_a_log_once(atlas, tmp_path, monkeypatch, case):
     monkeypatch.setattr(Optim, "build", unfused)  # (`meta` has no fused kernel)
-    monkeypatch.setattr(loop, "generator", lambda *address, device: NoNumbers())
+    monkeypatch.setattr(validation, "generator", lambda *address, device: NoNumbers())
     monkeypatch.setattr(noise, "source", lambda settings, first, cells, device: NoNumbers())
     steps = train(atlas, tmp_path, Waits(), DEVICE, **case)
     found = [len(step) for step in steps]
@@ -122,7 +123,7 @@ def test_a_batch_of_the_resident_copy_waits_for_nothing(atlas):
 @pytest.mark.parametrize("case", [*CASES[:4], {"train": {"noise": "rows"}}, {"train": {"graph": True}}], ids=str)
 def test_on_a_gpu_a_step_waits_for_nothing(atlas, tmp_path, monkeypatch, case):
     """Under torch's own watch over what synchronises, from the noise to the norm of the gradient."""
-    real, watched = noise.draw, []
+    real, watched = noise.Noise.draw, []
 
     def draw(*args):
         if args[-2] == 4:  # past what a first step sets up, before the log of the sixth
@@ -135,7 +136,7 @@ def test_on_a_gpu_a_step_waits_for_nothing(atlas, tmp_path, monkeypatch, case):
             super().add(*args)
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(noise, "draw", draw)
+    monkeypatch.setattr(noise.Noise, "draw", draw)
     monkeypatch.setattr(loop, "Window", Watched)
     try:
         train(atlas, tmp_path, Waits(), torch.device("cuda"), **case)

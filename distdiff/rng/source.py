@@ -1,0 +1,54 @@
+"""What every source of draws is: an address hashed to a key, and the laws that it can draw from."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def key(seed: int, *address: int | str) -> int:
+    """Hash an address to 63 bits.
+
+    Parameters
+    ----------
+    seed
+        The run's seed.
+    *address
+        Stream name and counters, for example ``("thin", step, group)``.
+    """
+    text = "/".join([str(int(seed)), *map(str, address)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Rng(ABC):
+    """A source of draws; every method moves it on.
+
+    Parameters of laws are float tensors of the shape of the answer; counts come as whole numbers in floating point.
+    """
+
+    device: torch.device
+
+    @abstractmethod
+    def uniform(self, *shape: int) -> Tensor:
+        """``float32`` in [0, 1)."""
+
+    @abstractmethod
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, ``float32``."""
+
+    @abstractmethod
+    def binomial(self, n: Tensor, p: Tensor) -> Tensor:
+        """``Binomial(n, p)``; ``n`` whole numbers."""
+
+    @abstractmethod
+    def poisson(self, rate: Tensor) -> Tensor:
+        """``Poisson(rate)``."""
+
+    @abstractmethod
+    def nb(self, mean: Tensor, log_size: Tensor) -> Tensor:
+        """Negative binomial of this mean and size (variance ``mean + mean^2 / size``): a Poisson with a Gamma rate."""

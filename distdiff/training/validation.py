@@ -1,0 +1,57 @@
+"""Scores of held-out cells: the numbers that choose a run's best weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from distdiff.data.masks import mcar
+from distdiff.denoise import Denoiser
+from distdiff.rng import generator, numpy_generator
+from distdiff.sampling import predictor
+from distdiff.training import losses
+from distdiff.training.settings import Recipe
+from distdiff.types import Cells, Tensor
+
+BLOCK, LIMIT = 256, 8192
+"""Cells of a network call, and most cells that are scored."""
+
+
+@torch.no_grad()
+def scores(recipe: Recipe, rows: np.ndarray, denoiser: Denoiser, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Score held-out cells ``rows``, no labels withheld; the numbers stay on the device.
+
+    ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden outright (one call); ``val/loss``:
+    the training loss under the mixture of ``survival``, times even. Masks and noise depend on the seed and the rows
+    alone; blocks of rows go round the processes; sums are reduced, then divided.
+    """
+    rows = rows[:: max(1, -(-len(rows) // LIMIT))]
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for turn, start in enumerate(range(0, len(rows), BLOCK)):
+        if turn % accelerator.num_processes == accelerator.process_index:
+            cells = recipe.store.cells(rows[start : start + BLOCK], recipe.labels)
+            sums += _sums(recipe, denoiser, cells, start, accelerator.device)
+    deviance, targets, loss, n = accelerator.reduce(sums, "sum")
+    return {"val/deviance": deviance / targets, "val/loss": loss / n}
+
+
+def _sums(recipe: Recipe, denoiser: Denoiser, cells: Cells, start: int, device: torch.device) -> Tensor:
+    """Of a block: summed deviance, hidden entries, summed loss, cells; ``float64 [4]``."""
+    process, seed = recipe.process, recipe.settings.seed
+    hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "validate", start))
+    cells, p = cells.to(device), torch.from_numpy(~hidden).to(device, non_blocking=True).float()
+    rng = generator(seed, "validate", start, device=device)
+    x_0, prior = process.enter(cells.counts, rng=rng), process.prior(tuple(p.shape), rng=rng)  # type: ignore[arg-type]
+    x = torch.where(p == 1, x_0, prior)
+    eta = predictor(process, denoiser, cells.labels)(x, p)
+    target = torch.from_numpy(np.flatnonzero(hidden)).to(device, non_blocking=True)
+    mean = process.mean(eta, x, p).flatten()[target].clamp_min(1e-6).double()
+    truth = cells.counts.flatten()[target].double()
+    deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
+    t = ((torch.arange(len(cells), device=rng.device) + 0.5) / len(cells)).unsqueeze(1)
+    p, _ = recipe.survival.draw(process.schedule, t, p.shape[1], rng=rng)
+    x = process.forward(x_0, 1.0, p, rng=rng)
+    loss = losses.of_states(process, denoiser, x_0, x, p, cells.labels).double().sum()
+    entries, n = (torch.full_like(loss, number) for number in (len(target), len(cells)))
+    return torch.stack((deviance.sum(), entries, loss, n))
