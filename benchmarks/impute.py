@@ -26,9 +26,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from distdiff import batch
-from distdiff.batch import job, output
-from distdiff.batch.output import Layout
+from distdiff import batch, files
+from distdiff.batch import local, output
+from distdiff.batch.layout import Layout, fetched
 from distdiff.batch.summary import peak_mib
 from distdiff.data.ingest.shard import shard
 from distdiff.data.store.store import CountStore
@@ -116,19 +116,20 @@ def parts(
     with torch.no_grad():
         values, _ = task.compute(block)
     layout = Layout.fit(size, fields, size)
-    done = {f.path: output.fetched(values[f.path], f) for f in fields if f.path in values}
+    done = {f.path: fetched(values[f.path], f) for f in fields if f.path in values}
     labels = task.labels(0, size)
     calls = {
         "network": lambda: model.denoiser(*evidence, block.cells.labels),
         "read": lambda: task.read(0, size),
         "compute": lambda: task.compute(block),
-        "write": lambda: output.write(layout, 0, [done], labels, folder / "store", folder / "parts"),
+        "write": lambda: output.write_shard(layout, 0, [done], labels, folder / "shard", {}),
     }
     took: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     with torch.no_grad():
         while len(took["write"]) < 3 or (len(took["write"]) < 15 and time.perf_counter() - began < patience):
             for name, call in calls.items():
+                files.remove(folder / "shard")
                 took[name].append(cpu(call) / size * 1e6)
             if time.perf_counter() - began > 4 * patience:
                 break
@@ -144,7 +145,7 @@ def parts(
 def end_to_end(model: Model, store: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     task = task_of(model, store, out, options)
     wall, used = time.perf_counter(), time.process_time()
-    filled = job.run(task, out, progress=False)
+    filled = local.run(task, out, progress=False)
     wall, used = time.perf_counter() - wall, time.process_time() - used
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return {
@@ -156,7 +157,7 @@ def end_to_end(model: Model, store: Path, out: Path, options: dict[str, Any]) ->
 def _peak(model: str, store: str, out: str, answer: Any) -> None:
     torch.set_num_threads(1)
     task = task_of(Model.load(model), Path(store), Path(out), {"layers": ("mean",)})
-    job.run(task, out, progress=False, shard_cells=1024, batch_size=256)
+    local.run(task, out, progress=False, shard_cells=1024, batch_size=256)
     answer.put(peak_mib())
 
 

@@ -21,7 +21,7 @@ app = typer.Typer(
 stores = typer.Typer(no_args_is_help=True, help="Look at a store, check it, turn it back into AnnData.")
 app.add_typer(stores, name="store")
 
-server = typer.Typer(no_args_is_help=True, help="What MLflow was told, and was not.")
+server = typer.Typer(no_args_is_help=True, help="Send to MLflow what runs could not send.")
 app.add_typer(server, name="mlflow")
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
@@ -129,11 +129,11 @@ def sync(
     anew: Annotated[bool, typer.Option("--anew", help="Begin a run anew that the server does not know.")] = False,
     trust: Trust = None,
 ) -> None:
-    """Send what runs kept while their MLflow server was away; metrics, files, the model and its registration."""
+    """Send what runs kept while their MLflow server could not be reached: metrics, files, the model."""
     from distdiff import experiment, tracking
 
-    judge = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
-    lines = tracking.sync(folder, judge=judge, uri=uri, anew=anew)
+    compare = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
+    lines = tracking.sync(folder, compare=compare, uri=uri, anew=anew)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 
 
@@ -190,6 +190,7 @@ def _job(
     precision: Annotated[str, typer.Option(help="float32, bfloat16; auto: the second on a GPU.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda:0; auto: the GPU, if there is one.")] = "auto",
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler: its workers do it.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Dask workers to start here, one a GPU.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")] = False,
     overwrite: Overwrite = False,
@@ -227,7 +228,7 @@ def impute(
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
-    """Impute a file of any size; observed counts come back unchanged. The same command goes on, or joins in."""
+    """Impute a file of any size; observed counts come back unchanged. The same command continues a job."""
     _batch(
         context, "impute", model, data, out, mask=mask, sites=sites, groups=groups, draws=draws, mean_only=mean_only,
         layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype, sparse=sparse,
@@ -309,7 +310,7 @@ def generate(
 
 def _batch(
     context: typer.Context, kind: str, model: str, data: str | None, out: Path, *, scheduler: str | None,
-    verify: bool, repair: bool, trust: list[str] | None, **options: Any,
+    workers: int | None, verify: bool, repair: bool, trust: list[str] | None, **options: Any,
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
     import distdiff
@@ -328,11 +329,13 @@ def _batch(
     echo = typer.echo if first else lambda text: None
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
-    if scheduler is not None:
+    if scheduler is not None or workers is not None:
         load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
-        filled = batch.on_cluster(scheduler, kind, load_there, data, out, say=echo, **options)
+        filled = batch.on_cluster(
+            scheduler, kind, load_there, data, out, workers=workers, progress=first, notify=echo, **options
+        )
     else:
-        filled = batch.run(kind, load(model), data, out, progress=first, say=echo, **options)
+        filled = batch.run(kind, load(model), data, out, progress=first, notify=echo, **options)
     echo(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
         echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")

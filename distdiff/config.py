@@ -77,10 +77,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Tracking:
-    """MLflow names; ``enabled: false`` logs nothing. The store is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite)."""
+    """MLflow names; ``enabled: false`` logs nothing. The server is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite).
+
+    ``experiment``: by default MLFLOW_EXPERIMENT_NAME, else distdiff; ``model``: name in MLflow's registry.
+    """
 
     enabled: bool = True
-    experiment: str = "distdiff"
+    experiment: str = field(default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME") or "distdiff")
     model: str = "distdiff"
 
     def __post_init__(self) -> None:
@@ -104,10 +107,26 @@ class Config:
     loader: Loading = field(default_factory=Loading)
     evaluate: Evaluation = field(default_factory=Evaluation)
     tracking: Tracking = field(default_factory=Tracking)
+    overrides: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """The ``key=value`` words that :func:`load` applied; no key of the YAML file."""
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain dict, as it would stand in YAML."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        tree = json.loads(json.dumps(dataclasses.asdict(self)))
+        del tree["overrides"]
+        return tree
+
+    def run_name(self) -> str:
+        """Name of the MLflow run: the model's name and the overrides, so that the runs of a sweep differ.
+
+        Examples
+        --------
+        >>> load(None, ["data.store=a.zarr", "tracking.model=pbmc", "optim.lr=1e-4"]).run_name()
+        'pbmc data.store=a.zarr optim.lr=1e-4'
+        """
+        shown = [word for word in self.overrides if not word.startswith(("tracking.", "train.out="))]
+        name = " ".join((self.tracking.model, *shown))
+        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 13]} {self.digest()}"
 
     def identity(self) -> dict[str, Any]:
         """The settings that shape the weights: what a checkpoint must share to be continued."""
@@ -196,12 +215,15 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
                 if not isinstance(node, dict):
                     raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
             node[last] = leaf
-    return parse(_as_text(typing.get_type_hints(Config), raw, text), where=str(path) if path else "config")
+    config = parse(_as_text(typing.get_type_hints(Config), raw, text), where=str(path) if path else "config")
+    return dataclasses.replace(config, overrides=tuple(overrides))
 
 
 def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     """Validate a nested mapping into a :class:`Config`, the components' options included."""
     _check_keys(Config, raw, where)
+    if "overrides" in raw:
+        raise ValueError(f"{where}: unknown key 'overrides'; they are given as key=value behind the config file")
     raw = _at_home(raw)
     for section, base, kind, given in SECTIONS:
         options = raw.get(section, {})
@@ -214,7 +236,7 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        location = ".".join(str(part) for part in first["loc"])
         value, message = first["input"], first["msg"]
         if first["type"] == "literal_error":
             allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ",").split(",")]
@@ -222,8 +244,8 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
         if first["type"] == "value_error":  # of the section's own checks, which name the key
             raise ValueError(f"{where}: {first['ctx']['error']}") from None
         if first["type"] == "missing":
-            raise ValueError(f"{where}: {place} is missing") from None
-        raise ValueError(f"{where}: {place}={value!r}: {message}") from None
+            raise ValueError(f"{where}: {location} is missing") from None
+        raise ValueError(f"{where}: {location}={value!r}: {message}") from None
     build(Process, config.process)
     return config
 
@@ -236,6 +258,9 @@ def _check_keys(cls: type, raw: Mapping[str, Any], where: str) -> None:
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             _check_keys(typing.cast(type, hints[key]), value, f"{where}: {key}")
 
+
+LONGEST_NAME = 250
+"""Characters of an MLflow run's name, at most."""
 
 PATHS = (("data", "store"), ("train", "out"), ("train", "start"), ("train", "resume"))
 """Values in which ``~`` is the home folder."""

@@ -142,11 +142,11 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, config {config.digest()}"
     )
     with tracking.run(
-        experiment=config.tracking.experiment, name=config.tracking.model, params=config.as_dict(),
+        experiment=config.tracking.experiment, name=config.run_name(), params=config.as_dict(),
         tags={"data_fingerprint": fingerprint, "config_digest": config.digest(), "store": config.data.store},
         folder=out, dataset=tracking.Dataset(store.path.name, store.url, fingerprint, profile),
-        judge=partial(compare, trust=trust),
-        again=going_on, enabled=main and config.tracking.enabled,
+        compare=partial(compare, trust=trust),
+        resume=going_on, enabled=main and config.tracking.enabled,
     ) as run:  # fmt: skip
 
         def save_best(denoiser: Denoiser, numbers: dict[str, float]) -> None:

@@ -257,7 +257,6 @@ def resumable(
     lock = _locked(target, work)
     try:
         with explain_full_disk(target, work):
-            _refuse_claimed(target, work)
             restore(target, work / "old")
             if _finished(work, target, identity, overwrite):
                 yield None
@@ -280,9 +279,6 @@ def resumable(
             remove(work)
         lock.release()
 
-
-SILENT = 60.0
-"""Seconds without a heartbeat after which the processes of a task count as dead, as in `distdiff.batch.claims`."""
 
 IDENTITY = "identity"
 """File in a work folder with the identity of its work. It is removed first, so no part of the rest is ever reused."""
@@ -334,6 +330,7 @@ def _mark(file: Path, text: str) -> None:
 def _clear(work: Path) -> None:
     """Empty a work folder, its identity first, so that an interruption leaves nothing that could be reused."""
     remove(work / IDENTITY)
+    remove(work / "job.json")  # the same for a task on files (distdiff.batch.workplace)
     for leftover in work.iterdir():
         if leftover.name not in ("lock", READY):
             remove(leftover)
@@ -357,67 +354,8 @@ def _locked(target: Path, work: Path) -> BaseFileLock:
     raise FileExistsError(f"{target} is being written by another process now; wait for it, or choose another name")
 
 
-def _refuse_claimed(target: Path, work: Path) -> None:
-    """Raise if processes of a task share this work folder by claims and one of them has a recent heartbeat."""
-    beats = [path.stat().st_mtime for path in (work / "claims").glob("*")]
-    (work / "lock").touch()  # the clock of the file system: clocks of hosts may differ
-    if beats and (work / "lock").stat().st_mtime - max(beats) < SILENT:
-        raise FileExistsError(
-            f"{target} is being written by another process now, or was less than {SILENT:.0f} s ago; wait for it, or "
-            "choose another name"
-        )
-
-
-def evict_build(target: Path, work: Path, notify: Callable[[str], None]) -> None:
-    """Remove the remains of a killed build from the work folder that a task needs.
-
-    Raises
-    ------
-    FileExistsError
-        The build is still running.
-
-    Examples
-    --------
-    >>> from pathlib import Path
-    >>> from distdiff.files import evict_build
-    >>> work = Path(".imputed.zarr.building")
-    >>> work.mkdir()
-    >>> (work / "lock").touch()
-    >>> evict_build(Path("imputed.zarr"), work, notify=print)
-    .imputed.zarr.building: removed, it was left by a distdiff shard that was killed
-    """
-    if not (work / "lock").exists() or (work / "claims").exists():
-        return
-    lock = _locked(target, work)
-    try:
-        if not (work / "claims").exists():
-            restore(target, work / "old")
-            remove_at_once(work)
-            notify(f"{work}: removed, it was left by a distdiff shard that was killed")
-    finally:
-        lock.release()
-
-
-def remove_at_once(work: Path) -> None:
-    """Rename a work folder, then remove it, so that no other process finds a part of it.
-
-    Examples
-    --------
-    >>> from pathlib import Path
-    >>> from distdiff.files import remove_at_once
-    >>> Path(".old.zarr.building").mkdir()
-    >>> remove_at_once(Path(".old.zarr.building"))
-    >>> Path(".old.zarr.building").exists()
-    False
-    """
-    old = work.with_name(f"{work.name}-{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(work, old)
-    remove(old)
-
-
 def tidy(target: Path, notify: Callable[[str], None]) -> None:
-    """Remove work folders of a target that a killed process had renamed but not removed (see `remove_at_once`).
+    """Remove work folders of a target that a killed process of an earlier version had renamed but not removed.
 
     Examples
     --------

@@ -146,6 +146,6 @@ def _paths(out: Path, figure: Path, outcome: experiment.Outcome, seconds: float)
         (out / "imputed.h5ad", "layers imputed_mean and imputed, opens in scanpy"),
         (out / "run" / "evaluation", "table (md, json) and calibration.png"),
         (figure, "UMAP: true counts, half hidden, imputed (all cells, trained ones included)"),
-        (tracking.where(), "MLflow: config, metrics, table, figures, model"),
+        (tracking.public_uri(tracking.tracking_uri()), "MLflow: config, metrics, table, figures, model"),
     ):
         print(f"  {path!s:<40} {what}")

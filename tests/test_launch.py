@@ -69,7 +69,7 @@ def of_distdiff(words):
     """The words for ``distdiff`` in a command, if it has any."""
     if words[0] == "distdiff":
         return words[1:]
-    for script, task in (("launch/train.py", "train"), ("train.sbatch", "train"), ("impute_array.sbatch", "impute")):
+    for script, task in (("launch/train.py", "train"), ("train.sbatch", "train"), ("launch/impute.py", "impute")):
         for place, word in enumerate(words):
             if word.endswith(script):
                 return [task, *words[place + 1 :]]
@@ -97,8 +97,7 @@ def test_every_command_has_flags_that_exist():
                 pytest.fail(f"{where}: {shlex.join(words)}: {error}")
     seen = {(where, ours[0]) for where, _, ours in found if ours}
     assert seen >= {
-        ("train.sbatch", "train"), ("impute_array.sbatch", "impute"), ("shard_dask.py", "shard"),
-        ("impute_dask.py", "impute"),
+        ("train.sbatch", "train"), ("shard_dask.py", "shard"), ("impute_dask.py", "impute"),
         ("train-pytorchjob.yaml", "train"), ("impute-job.yaml", "impute"), ("dask-cluster.yaml", "shard"),
         ("README.md", "mlflow"),
     }  # fmt: skip

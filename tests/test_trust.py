@@ -121,12 +121,12 @@ def _command(saved, atlas, tmp_path, *, words, **trust):
 def _pyfunc(saved, atlas, tmp_path, **trust):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's, of its own hints
-        from distdiff.tracking.pyfunc import Imputes
+        from distdiff.tracking.pyfunc import ImputationModel
 
     context = type("Context", (), {"artifacts": {"model": str(saved)}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTDIFF_TRUST", ",".join(trust.get("trust", ())))
-        Imputes().load_context(context)
+        ImputationModel().load_context(context)
 
 
 WAYS = {

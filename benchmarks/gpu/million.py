@@ -15,7 +15,7 @@ from typing import Any
 
 from _part import DEVICE, Load, Part, beside, made
 
-from distdiff.batch import job
+from distdiff.batch import local
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
@@ -35,7 +35,7 @@ def main() -> None:
         asked = by_hand.task_of(model, store, out, by_hand.TASKS[task] | {"device": str(DEVICE)} | flags)
         began = time.perf_counter()
         with Load() as load:
-            filled = job.run(asked, out, progress=False)
+            filled = local.run(asked, out, progress=False)
         took = time.perf_counter() - began
         size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
         shutil.rmtree(out)

@@ -1,7 +1,10 @@
-"""Tasks on files of any size: one engine for imputation, completion, denoising, deepening and generation.
+"""Tasks on files of any size: imputation, completion, denoising, deepening and generation.
 
-``tasks``: what is done to some rows; ``output``: how values lie on disk; ``claims``: who does what; ``plan``: what all
-must agree on; ``job`` ties them together; ``frame``: what stands around the values; ``verify`` reads it all again.
+``rows`` reads the input, ``task`` and ``tasks`` compute some rows, ``layout`` encodes values, ``output`` writes files.
+``plan`` is decided once a job; ``compute`` makes shards of the output, ``finish`` the result; ``frame`` writes obs, var
+and what the input holds beside. ``job`` runs all this under one lock (``workplace``); ``local`` starts it in one
+process, ``ranks`` in those of ``accelerate launch``, ``cluster`` on a dask cluster. ``verify`` compares a result with
+its checksums.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from typing import Any
 import torch
 
 from distdiff import files
-from distdiff.batch import job
+from distdiff.batch import local
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
 from distdiff.batch.rows import StoreRows, open_rows
 from distdiff.batch.summary import Summary
-from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute, Task
+from distdiff.batch.task import Task
+from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute
 from distdiff.batch.verify import verify
 from distdiff.data.store.export import named
 from distdiff.model import Model
@@ -37,21 +41,21 @@ def impute_file(
 
     ``out`` appears only once it is whole. It holds what the input holds, bit-equal, plus layers: ``imputed_mean``,
     ``imputed`` and further draws, ``imputed_mask`` (what was imputed); ``obs['distdiff_nats']``, an out-of-distribution
-    score; and ``uns['distdiff']``. Memory does not grow with the number of cells; the same call goes on where one was
-    stopped, and others that make it at the same time share the work.
+    score; and ``uns['distdiff']``. Memory does not grow with the number of cells. The same call continues a job that
+    was stopped. Under ``accelerate launch`` all processes must make the call, and share the work.
 
     Parameters
     ----------
     mask
         A layer of the input, or a ``.npz``/``.npy`` file.
     **options
-        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.job.run`, and of
+        Of :class:`~distdiff.batch.tasks.Impute`, of :func:`~distdiff.batch.local.run`, and of
         :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`.
 
     Raises
     ------
     FileExistsError
-        ``out`` exists, or was begun, with another job, and ``overwrite`` is false.
+        ``out`` exists, or was begun, with another job, and ``overwrite`` is false; another command is writing it.
     OSError
         The disk is full, or cannot hold the result.
     ValueError
@@ -71,20 +75,26 @@ def generate_file(
 def run(
     kind: str, model: Model, data: str | Path | None, out: str | Path, *, overwrite: bool = False,
     progress: bool = True, batch_size: int | None = None, shard_cells: int | None = None,
-    precision: str = "auto", command: str = "", say: Callable[[str], None] = lambda text: None, **options: Any,
+    precision: str = "auto", command: str = "", notify: Callable[[str], None] = lambda text: None, **options: Any,
 ) -> Summary:  # fmt: skip
-    """Do ``impute``, ``complete``, ``denoise``, ``deepen`` or ``generate`` on files; see :func:`impute_file`."""
+    """Do ``impute``, ``complete``, ``denoise``, ``deepen`` or ``generate`` on files; see :func:`impute_file`.
+
+    Parameters
+    ----------
+    notify
+        Receives messages: what the result will take, what was removed.
+    """
     out = named(out)
     task = make_task(kind, model, data, out, **options)
-    return job.run(
+    return local.run(
         task, out, data="" if data is None else Path(data).name, overwrite=overwrite, progress=progress,
-        batch_size=batch_size, shard_cells=shard_cells, precision=precision, command=command, say=say,
+        batch_size=batch_size, shard_cells=shard_cells, precision=precision, command=command, notify=notify,
     )  # fmt: skip
 
 
 def check(kind: str, model: Model | None, data: str | Path | None, out: str | Path, *, repair: bool = False,
           progress: bool = True, **options: Any) -> str:  # fmt: skip
-    """Read a result again (:func:`~distdiff.batch.verify.verify`), and repair it if asked."""
+    """Compare a result with its checksums, and repair it on request: :func:`~distdiff.batch.verify.verify`."""
     task = None if model is None or not repair else make_task(kind, model, data, Path(out), **options)
     return verify(out, repair=repair, task=task, data="" if data is None else Path(data).name, progress=progress)
 
@@ -101,7 +111,8 @@ def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, la
     device = _device() if device == "auto" else device
     if kind == "generate":
         return Generate(model, device=device, **options)
-    assert data is not None
+    if data is None:
+        raise ValueError(f"{kind} needs an input (data)")
     if Path(data).exists():
         files.refuse_nested(out, data)
     rows = open_rows(data, layer)
@@ -113,7 +124,7 @@ def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, la
 
 
 def _device() -> str:
-    """The GPU that a launcher meant for this process, where there is one."""
+    """The GPU of this process by its ``LOCAL_RANK``, or the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

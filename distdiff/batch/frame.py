@@ -1,4 +1,4 @@
-"""What stands around the layers of a result: obs, var, whatever the input held; and results as h5ad."""
+"""Write what a result holds beside its computed values: obs, var, whatever the input holds; and results as h5ad."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from distdiff.batch.output import Field
+from distdiff.batch.layout import Field
 from distdiff.batch.rows import by_columns, from_table, opened_anndata
-from distdiff.batch.tasks import Task
+from distdiff.batch.task import Task
 from distdiff.data.ingest import legacy
 from distdiff.data.ingest.scan import select
 from distdiff.data.ingest.source import rows_of
@@ -75,7 +75,7 @@ def _copy(elem: Any, target: Any, key: str) -> None:
 
 
 def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
-    """Write around the fields of a result what AnnData wants there, and what is inherited."""
+    """Write all of a result but its fields: what AnnData requires, and what the input holds."""
     ours = {f.path for f in fields}
     describe(root, {"encoding-type": "anndata", "encoding-version": "0.1.0"})
     for name in MAPPINGS:
@@ -183,7 +183,7 @@ def _by_gene(root: Any, task: Task, source: Any, genes: Any, ours: set[str]) -> 
 
 
 def _in_genes(elem: Any, target: Any, name: str, at: np.ndarray) -> None:
-    """Copy a layer by row, its columns ``at`` (-1: zeros), with bounded memory."""
+    """Copy a layer block by block, its columns ``at`` (-1: zeros), with bounded memory."""
     rows = rows_of(elem, name)
     n, width = rows.shape
     step = max(1, PIECE // max(1, width))
@@ -198,12 +198,12 @@ def _in_genes(elem: Any, target: Any, name: str, at: np.ndarray) -> None:
             given = rows[span]
             array[span] = np.where(at >= 0, given[:, at.clip(0)], np.zeros((), given.dtype))
         return
-    place = np.full(width, -1, np.int32)
-    place[at[at >= 0]] = np.flatnonzero(at >= 0)
-    nnz = sum(select(rows[span], place, len(at)).nnz for span in spans)
+    new_columns = np.full(width, -1, np.int32)
+    new_columns[at[at >= 0]] = np.flatnonzero(at >= 0)
+    nnz = sum(select(rows[span], new_columns, len(at)).nnz for span in spans)
     whole = CsrOnDisk(target, name, (n, len(at)), nnz, rows.dtype)
     for span in spans:
-        whole.append(select(rows[span], place, len(at)))
+        whole.append(select(rows[span], new_columns, len(at)))
 
 
 def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> None:
@@ -215,8 +215,8 @@ def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> Non
         shutil.copyfile(task.rows.frame, path)
     with h5py.File(path, "r+" if whole_input else "w") as file:
         if whole_input:
-            there = [f"{group}/{name}" for group in ("layers", "obs") for name in file.get(group, ())]
-            for old in {old for old in there if task.stale(old)} | {f.path for f in fields}:
+            present = [f"{group}/{name}" for group in ("layers", "obs") for name in file.get(group, ())]
+            for old in {old for old in present if task.stale(old)} | {f.path for f in fields}:
                 if old in file:
                     del file[old]
         for field in fields:
@@ -235,7 +235,7 @@ def to_h5ad(root: Any, path: Path, task: Task, fields: tuple[Field, ...]) -> Non
 
 @contextlib.contextmanager
 def as_zarr(path: Path) -> Iterator[Any]:
-    """A group of zarr v3 under ``path``, whatever was made of it so far."""
+    """The group of zarr v3 at ``path``, open for writing; what is there stays."""
     import zarr
 
     with zarr_v3():
@@ -253,20 +253,20 @@ def write_uns(root: Any, about: dict[str, Any]) -> None:
         ad.io.write_elem(uns, "distdiff", about)
 
 
-def write_uns_h5ad(path: Path, about: dict[str, Any], key: str, told: str) -> None:
-    """The same in an h5ad file, and what it says about itself as an attribute."""
+def write_uns_h5ad(path: Path, about: dict[str, Any], key: str, note: str) -> None:
+    """Provenance in an h5ad file, and ``note`` (JSON) as its attribute ``key``."""
     import h5py
 
     with h5py.File(path, "r+") as file:
         write_uns(file, about)
-        file.attrs[key] = told
+        file.attrs[key] = note
 
 
 def consolidate(store: Path) -> None:
     """Write the consolidated metadata that AnnData reads."""
     import zarr
 
-    with _no_word_on_consolidation():
+    with _without_consolidation_warning():
         zarr.consolidate_metadata(str(store))
 
 
@@ -275,13 +275,13 @@ def write_anndata(adata: Any, path: Path) -> None:
     if path.suffix == ".h5ad":
         adata.write_h5ad(path)
         return
-    with zarr_v3(), _no_word_on_consolidation():
+    with zarr_v3(), _without_consolidation_warning():
         adata.write_zarr(path)
 
 
 @contextlib.contextmanager
-def _no_word_on_consolidation() -> Iterator[None]:
-    """AnnData wants consolidated metadata, of which zarr warns that v3 does not specify it."""
+def _without_consolidation_warning() -> Iterator[None]:
+    """AnnData reads consolidated metadata; zarr warns that its v3 does not specify them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         yield

@@ -1,4 +1,4 @@
-"""What a job is, decided once by whichever process comes first: identity, layout, batch size, bytes."""
+"""What a job is, decided once before its first shard: identity, layout, batch size, bytes of the result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,41 +18,42 @@ import scipy.sparse as sp
 import torch
 
 from distdiff import received
-from distdiff.batch import output
-from distdiff.batch.output import Layout, Values
-from distdiff.batch.tasks import Task
+from distdiff.batch import layout as encoding
+from distdiff.batch.layout import Layout, Values
+from distdiff.batch.task import Task
 from distdiff.files import NoRoom
 from distdiff.version import __version__
 
 FORMAT = 1
 
 PROBE = 256
-"""Cells looked at to find out how dense the result is and how large batches should be."""
+"""Cells of the trial that measures how dense the result is."""
 
 BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 PATIENCE = 5.0
-"""Seconds of a trial after which no larger batch is tried."""
+"""Seconds of a trial of one batch size after which no larger one is tried."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job as all its processes must see it; stands in ``job.json``.
+    """A job as all its processes must see it; lies in ``job.json`` of the work folder.
 
     Attributes
     ----------
     identity
-        What must be equal for processes to work together.
+        What must be equal for a command to continue the job.
     layout
         Fields, shards.
     batch
-        Cells of a network call. Part of the plan so that rounding is the same whoever computes a shard.
+        Cells of a network call. It belongs to the plan so that all processes round alike.
     precision
         ``float32``, or ``bfloat16`` inside the network.
     bytes_per_cell
-        Of the finished result, measured on some cells; ``parts_per_cell`` is needed beside it meanwhile.
-    began
-        Unix time.
+        Of the finished result, measured on some cells; ``parts_per_cell`` (CSR values of finished shards) is needed
+        beside it until the result is published.
+    token
+        Names this beginning of the job among all others: the folder of its shards.
     """
 
     identity: dict[str, Any]
@@ -60,7 +62,12 @@ class Plan:
     precision: str
     bytes_per_cell: float
     parts_per_cell: float
-    began: float
+    token: str
+
+    def batches(self, shard: int) -> list[tuple[int, int]]:
+        """First row of each batch of a shard, and one past its last."""
+        start, stop = self.layout.span(shard)
+        return [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
 
     def to_json(self) -> str:
         """For ``job.json``."""
@@ -83,7 +90,7 @@ class Plan:
 
 
 def identity(task: Task, data: str, precision: str) -> dict[str, Any]:
-    """What tells this job from others, as plain JSON."""
+    """What must be equal for two commands to be the same job, as plain JSON."""
     about = {
         "format": FORMAT, "version": __version__, "task": task.name, "model": task.model.fingerprint(),
         "data": data, "fingerprint": task.rows.fingerprint, "cells": task.rows.n_cells, "precision": precision,
@@ -92,10 +99,10 @@ def identity(task: Task, data: str, precision: str) -> dict[str, Any]:
     return json.loads(json.dumps(about, default=str))
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What differs between two identities: ``seed: 0 there, 1 here; ...``; empty: nothing."""
-    odd = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return "; ".join(f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here" for key in odd)
+def difference(existing: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between the identities of two jobs: ``seed: 0 there, 1 here; ...``; empty: nothing."""
+    keys = [key for key in {**existing, **new} if existing.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {_short(existing.get(key))} there, {_short(new.get(key))} here" for key in keys)
 
 
 def _short(value: Any) -> str:
@@ -116,7 +123,7 @@ def make(
     layout = Layout.fit(task.rows.n_cells, fields, shard_cells)
     final, parts = _bytes(layout, values)
     batch = batch_size or _batch(task, precision, min(layout.rows, task.rows.n_cells))
-    return Plan(identity, layout, min(batch, layout.rows), precision, final, parts, time.time())
+    return Plan(identity, layout, min(batch, layout.rows), precision, final, parts, uuid.uuid4().hex[:12])
 
 
 def autocast(device: str, precision: str) -> Any:
@@ -157,19 +164,19 @@ def _bytes(layout: Layout, values: Values) -> tuple[float, float]:
         given = values[field.path]
         n, keep = given.shape[0], dict[str, Any]()
         if field.sparse:
-            csr = output.csr_of(given, field)
+            csr = encoding.csr_of(given, field)
             if csr.nnz:
                 for part in ("data", "indices"):
                     keep = {}
-                    array = output.csr_array(part, field, csr.nnz, csr.nnz, keep)
+                    array = encoding.csr_array(part, field, csr.nnz, csr.nnz, keep)
                     array[:] = getattr(csr, part)
                     final += len(keep["c/0"].to_bytes()) / n
             final, parts = final + 8, parts + csr.nnz / n * (csr.data.itemsize + 4) + 4
             continue
-        array = output.array_of(
+        array = encoding.array_of(
             field, replace(layout, rows=max(layout.chunk, -(-n // layout.chunk) * layout.chunk)), n, keep
         )
-        array[:] = output.cast(given, field)
+        array[:] = encoding.cast(given, field)
         final += sum(len(v.to_bytes()) for k, v in keep.items() if k.startswith("c/")) / n
     return final, parts
 
@@ -201,25 +208,25 @@ def _batch(task: Task, precision: str, most: int) -> int:
 
 
 def check_room(plan: Plan, folder: Path, done: int, *, h5ad: bool = False) -> str:
-    """Say what the result will take; refuse if the disk cannot hold it.
+    """A message on how many bytes the result takes.
 
     Raises
     ------
     NoRoom
-        It cannot.
+        The disk cannot hold it.
     """
-    left = plan.layout.n_cells * (1 - done / max(1, plan.layout.n_shards))
-    needed = int(left * (plan.bytes_per_cell * (2 if h5ad else 1) + plan.parts_per_cell))
+    cells = plan.layout.n_cells * (1 - done / max(1, plan.layout.n_shards))
+    needed = int(cells * (plan.bytes_per_cell * (2 if h5ad else 1) + plan.parts_per_cell))
     free = shutil.disk_usage(folder).free
-    said = f"{plan.bytes_per_cell:,.0f} bytes a cell, {_size(plan.layout.n_cells * plan.bytes_per_cell)} in all" + (
-        f", and {_size(left * plan.parts_per_cell)} meanwhile" if plan.parts_per_cell else ""
+    message = f"{plan.bytes_per_cell:,.0f} bytes a cell, {_size(plan.layout.n_cells * plan.bytes_per_cell)} in all" + (
+        f", and {_size(cells * plan.parts_per_cell)} meanwhile" if plan.parts_per_cell else ""
     )
     if needed > free:
         raise NoRoom(
-            errno.ENOSPC, f"{os.fspath(folder)} has {_size(free)} free, the result needs {_size(needed)} ({said}); "
+            errno.ENOSPC, f"{os.fspath(folder)} has {_size(free)} free, the result needs {_size(needed)} ({message}); "
             "free space, write elsewhere, or less: --layers, --genes, --dtype float16",
         )  # fmt: skip
-    return said
+    return message
 
 
 def _size(n: float) -> str:

@@ -18,11 +18,11 @@ from distdiff.data.ingest.source import Source, frame_index
 from distdiff.data.store.store import CountStore
 
 CACHE = 8 << 20
-"""Bytes of coded blocks in memory: rows come in order, each once."""
+"""Bytes of coded blocks kept in memory; rows are read in order, each once."""
 
 
 class StoreRows:
-    """A distdiff store behind the face of a Source."""
+    """A distdiff store, with the methods of a Source."""
 
     def __init__(self, store: CountStore) -> None:
         self.store, self.n_cells, self.genes, self.where = store, store.n_cells, store.genes, store.url
@@ -32,7 +32,7 @@ class StoreRows:
 
     @cached_property
     def obs_names(self) -> np.ndarray:
-        """Names of all cells; ask :meth:`names` for some."""
+        """Names of all cells; :meth:`names` reads some."""
         return self.names(0, self.n_cells)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
@@ -56,7 +56,7 @@ class StoreRows:
 
 
 class FileRows:
-    """A Source with the rest of its file: what an output inherits."""
+    """A file of AnnData or 10x: its counts, and what an output takes over from it."""
 
     def __init__(self, path: Path, layer: str | None) -> None:
         self.source = Source.open(path, layer=layer, every=True)
@@ -85,12 +85,12 @@ class FileRows:
         if self.frame is None:
             return []
         with opened_anndata(self.frame) as root:
-            left = ["X"] if self.layer is not None and "X" in root else []
+            names = ["X"] if self.layer is not None and "X" in root else []
             for key in ("layers", "varm", "varp"):
                 for name in root.get(key, ()):
                     if self.var != "var" or not by_columns(root[key][name]):
-                        left.append(f"{key}/{name}")
-        return left
+                        names.append(f"{key}/{name}")
+        return names
 
     @property
     def obs_names(self) -> np.ndarray:

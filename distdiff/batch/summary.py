@@ -14,14 +14,14 @@ from distdiff.tasks.impute import FillCounts
 
 @dataclass
 class Summary(FillCounts):
-    """What a job did, over all its processes.
+    """What a job did, summed over all its processes.
 
     Attributes
     ----------
     network_calls, passes
         Calls of the network, and how many a cell went through.
     seconds
-        Sum over processes.
+        Of computing, summed over processes.
     peak_mib
         Resident memory of the largest process.
     """
@@ -53,7 +53,7 @@ class Summary(FillCounts):
 
 
 def summed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What can be added up of the records of batches or shards."""
+    """Sums of the counts in records of batches or shards."""
     filled = {f.name: sum(record["filled"][f.name] for record in records) for f in fields(FillCounts)}
     return {"filled": filled, **{key: sum(record[key] for record in records) for key in ("calls", "passes")}}
 
@@ -67,7 +67,7 @@ def together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def peak_mib() -> float:
     """Largest resident memory of this process so far."""
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells begins at that of the process which started this one
+    if status.exists():  # getrusage begins at the peak of the parent process
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,21 +1,19 @@
-"""What a job does to its rows: impute (and complete), denoise, deepen, generate. Each is read, computed, kept."""
+"""The tasks: impute (and complete), denoise, deepen, generate."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.sparse as sp
 import torch
 
 from distdiff import files
-from distdiff.batch.output import Field, Values
+from distdiff.batch.layout import Field, Values
 from distdiff.batch.rows import FileRows, NewRows
+from distdiff.batch.task import OnCells, Task
 from distdiff.component import nearest
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import load_mask
@@ -23,191 +21,17 @@ from distdiff.imputers import by_row
 from distdiff.model import Model
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
-from distdiff.tasks import Block, Reader, check_labels
+from distdiff.tasks import Block, Reader
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
-from distdiff.tasks.frame import warn_left_out
 from distdiff.tasks.generate import check_guidance, label_codes
 from distdiff.tasks.impute import FillCounts, MaskLayer, check_names, is_imputation_layer
-from distdiff.tasks.likelihood import nats
 from distdiff.types import Cells, Condition
-
-NATS = "obs/distdiff_nats"
 
 LAYERS = ("mean", "draws", "mask", "sd", "ood")
 """What an imputation can write, and quantiles (``q5``)."""
 
 DTYPES = ("float32", "float16", "int32", "int16", "uint16")
-
-
-class Task(ABC):
-    """One task on the rows of one input.
-
-    Attributes
-    ----------
-    rows
-        The input (see :mod:`~distdiff.batch.rows`).
-    genes
-        Genes of the result.
-    inherits
-        Whether the result holds whatever else the input holds, its X untouched; else X is a field.
-    fields
-        What is written.
-    """
-
-    name: str
-    inherits = False
-    model: Model
-    rows: Any
-    genes: tuple[str, ...]
-    added: tuple[str, ...] = ()
-    fields: list[Field]
-    device: str
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for two runs of this task to give the same result; plain JSON."""
-
-    @abstractmethod
-    def read(self, start: int, stop: int) -> Any:
-        """Rows of the input, on the CPU; called in a thread of its own."""
-
-    @abstractmethod
-    def compute(self, block: Any) -> tuple[Values, Callable[[], FillCounts]]:
-        """The fields of a block that was read, still on the device, and what tells what was done (and waits for it)."""
-
-    def provenance(self) -> dict[str, Any]:
-        """What stands in ``uns['distdiff']``, beside what was done."""
-        return self.model.provenance(task=self.name)
-
-    def about(self) -> dict[str, Any]:
-        """What else stands there whatever the task is."""
-        return {}
-
-    def stale(self, path: str) -> bool:
-        """Whether something of the input is of an earlier run, and this one takes its place or not at all."""
-        return path == NATS
-
-    def labels(self, start: int, stop: int) -> Values:
-        """Names and labels of some rows, where they are not inherited."""
-        if self.rows.frame is not None:
-            return {}
-        codes = {f"obs/{k}/codes": self.rows.codes(k, start, stop) for k in self.rows.labels}
-        return {"obs/_index": self.rows.names(start, stop), **codes}
-
-    def label_fields(self) -> list[Field]:
-        """The fields of :meth:`labels`."""
-        if self.rows.frame is not None:
-            return []
-        wide = {k: "int16" if len(v) < 2**15 else "int32" for k, v in self.rows.labels.items()}
-        return [Field("obs/_index", "str"), *(Field(f"obs/{k}/codes", dtype) for k, dtype in wide.items())]
-
-
-class OnCells(Task):
-    """A task on cells that were measured.
-
-    Parameters
-    ----------
-    model, rows
-        The model and the input.
-    keep
-        Genes of the result that are to be written; ``None``: all.
-    ood
-        Levels of the likelihood bound that stands in ``obs['distdiff_nats']``, each a network call; 0: none.
-    """
-
-    reader: Reader
-    whole = False
-
-    def __init__(
-        self, model: Model, rows: Any, reader: Reader, genes: tuple[str, ...], *, keep: Sequence[str] | None, ood: int,
-        seed: int,
-    ) -> None:  # fmt: skip
-        self.model, self.rows, self.reader, self.ood, self.seed = model, rows, reader, ood, seed
-        self.device = reader.device
-        check_labels(reader, model.required_labels)
-        self.at: np.ndarray | None = None
-        self.genes = genes
-        if keep is not None:
-            check_names(keep)
-        if keep is not None and tuple(keep) != genes:
-            place = {gene: i for i, gene in enumerate(genes)}
-            if unknown := [g for g in keep if g not in place]:
-                raise ValueError(
-                    f"--genes: {unknown[0]!r} is no gene of the result{nearest(unknown[0], genes)}; these are the "
-                    "input's, and those of the model that it lacks where they are imputed"
-                )
-            self.genes, self.at = tuple(keep), np.array([place[g] for g in keep], dtype=np.int64)
-        self.inherits = rows.frame is not None and rows.whole(self.genes)
-        self.left = [] if self.inherits or rows.frame is None else rows.left_out()
-        warn_left_out(self.left, rows.where)
-        self.fields = [*self.label_fields(), *([] if self.inherits else [Field("X", "float32", len(self.genes), True)])]
-        if ood:
-            self.fields.append(Field(NATS, "float32"))
-
-    def identity(self) -> dict[str, Any]:
-        """See :class:`Task`."""
-        return {
-            "genes": hashlib.sha256("\n".join(self.genes).encode()).hexdigest(), "labels": sorted(self.reader.labels),
-            "ood": self.ood, "seed": self.seed,
-        }  # fmt: skip
-
-    def read(self, start: int, stop: int) -> Block:
-        """See :class:`Task`."""
-        return self._fitting(self.reader.block(start, stop))
-
-    def _fitting(self, block: Block) -> Block:
-        """Refuse decimals of genes that the model does not know where they would stand in a layer of whole numbers."""
-        if self.reader.unknown and self.whole:
-            given = block.given[:, torch.from_numpy(~self.reader.known)]
-            if bool((given != given.round()).any()):
-                at = np.flatnonzero(~self.reader.known)[int((given != given.round()).any(0).nonzero()[0])]
-                raise ValueError(
-                    f"{self.rows.where}: {self.rows.genes[at]!r}, which the model does not know, holds decimals, and "
-                    "draws are layers of whole numbers: say in var['feature_types'] what is no Gene Expression, leave "
-                    "those columns out, or write no draws (--layers mean)"
-                )
-        return block
-
-    def drawn(self, path: str, width: int, sparse: bool | None) -> Field:
-        """A layer of draws: whole numbers of 32 bits, floating point where features that are no genes stand beside."""
-        self.whole = getattr(self.rows, "expressed", None) is None
-        return Field(path, "int32" if self.whole else "float32", width, sparse)
-
-    def compute(self, block: Block) -> tuple[Values, Callable[[], FillCounts]]:
-        """See :class:`Task`."""
-        block = block.to(self.device)
-        layers, filled = self.answer(block)
-        found: Values = {k: self._kept(v) for k, v in layers.items()}
-        if not self.inherits:
-            found["X"] = self._counts(block.counts)
-        if self.ood:
-            found[NATS] = nats(
-                self.model.process, self.model.denoiser, block.cells, block.observed, levels=self.ood, seed=self.seed
-            )
-        return found, filled
-
-    @abstractmethod
-    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
-        """The layers ``layers/NAME`` of a block, all genes of the result."""
-
-    def about(self) -> dict[str, Any]:
-        """See :class:`Task`."""
-        return {"left_out": self.left} if self.left else {}
-
-    def _kept(self, values: torch.Tensor) -> torch.Tensor:
-        if self.at is None:
-            return values
-        return values[:, torch.from_numpy(self.at).to(values.device, non_blocking=True)]
-
-    def _counts(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """The observed counts in the genes of the result, ascending."""
-        wide = sp.csr_matrix((counts.data, counts.indices, counts.indptr), (counts.shape[0], self._width))
-        return wide if self.at is None else wide[:, self.at].sorted_indices()
-
-    @property
-    def _width(self) -> int:
-        return len(self.rows.genes) + len(self.added)
 
 
 class Impute(OnCells):
@@ -218,7 +42,7 @@ class Impute(OnCells):
     layers
         Of :data:`LAYERS`, and quantiles such as ``q5``.
     dtype
-        Of the mean and of what tells its uncertainty; draws are whole numbers of 32 bits.
+        Of the mean, its standard deviation and quantiles; draws are whole numbers of 32 bits.
     sparse
         Whether layers are CSR; ``None``: where that takes less room.
     append
@@ -235,26 +59,26 @@ class Impute(OnCells):
         mean_only: bool = False, ood: int = 4, seed: int = 0, keep: Sequence[str] | None = None,
         append: Sequence[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        for named in (keep, append):
-            if named is not None:
-                check_names(named)
+        for names in (keep, append):
+            if names is not None:
+                check_names(names)
         layers = tuple(dict.fromkeys(layers))
         self.mean_only = mean_only or "draws" not in layers
-        also = [name for name in layers if name not in LAYERS or name == "sd"]
-        if unknown := [n for n in also if n != "sd" and not n.startswith("q")]:
+        read_outs = [name for name in layers if name not in LAYERS or name == "sd"]
+        if unknown := [n for n in read_outs if n != "sd" and not n.startswith("q")]:
             raise ValueError(f"unknown layer {unknown[0]!r}{nearest(unknown[0], LAYERS)}; or a quantile such as q5")
         if not {"mean", "draws"} & set(layers):
             raise ValueError(f"layers {','.join(layers)}: mean or draws must be among them")
-        if also:
+        if read_outs:
             if options.get("method", "conditional") != "conditional":
-                raise ValueError(f"layer {also[0]!r} needs method 'conditional', which knows its predictive law")
-            options["statistics"] = also
-        asked = None if keep is None or mask is not None or options.get("sites") is not None else keep
-        if append is None and asked is not None:  # of a panel's absent genes only those that are written
+                raise ValueError(f"layer {read_outs[0]!r} needs method 'conditional', which knows its predictive law")
+            options["statistics"] = read_outs
+        wanted = None if keep is None or mask is not None or options.get("sites") is not None else keep
+        if append is None and wanted is not None:  # of a panel's absent genes only those that are written
             have = set(rows.genes)
-            append = [g for g in asked if g not in have] or None
-        told = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph")}
-        self.options = {**told, "mask": _named(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
+            append = [g for g in wanted if g not in have] or None
+        plain = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph")}
+        self.options = {**plain, "mask": _identified(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
                         "mean_only": self.mean_only}  # fmt: skip
         self.job = model.plan_imputation(
@@ -399,10 +223,10 @@ class Generate(Task):
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        asked = hashlib.sha256()
+        digest = hashlib.sha256()
         for key in sorted(self.all_codes):
-            asked.update(key.encode() + self.all_codes[key].tobytes())
-        return {**self.options, "obs": asked.hexdigest()}
+            digest.update(key.encode() + self.all_codes[key].tobytes())
+        return {**self.options, "obs": digest.hexdigest()}
 
     def read(self, start: int, stop: int) -> Cells:
         """See :class:`Task`."""
@@ -436,7 +260,7 @@ def _check_dtype(dtype: str, sparse: bool | None) -> None:
 
 
 def _mask(rows: Any, data: str | Path, mask: str | None) -> Any:
-    """A mask by its name: rows of it are read as they are needed where its file allows."""
+    """A mask from a file, or from a layer of the input, whose rows are read as they are needed."""
     if mask is None:
         return None
     if mask.endswith((".npz", ".npy")):
@@ -446,8 +270,8 @@ def _mask(rows: Any, data: str | Path, mask: str | None) -> Any:
     return MaskLayer(Source.open(data, layer=mask, every=True), rows.genes)
 
 
-def _named(mask: str | None) -> str | None:
-    """A mask's name, and for a file which version of it."""
+def _identified(mask: str | None) -> str | None:
+    """A mask's name, and for a file its size and time of change."""
     if mask is None or not mask.endswith((".npz", ".npy")):
         return mask
     return f"{Path(mask).name} {files.stamp(mask)}" if Path(mask).exists() else mask

@@ -1,13 +1,13 @@
-"""MLflow: one run a training, however many launches it takes; the registry of models. Only this package knows MLflow.
+"""MLflow: one run for each training, and the registry of models. Only this package imports MLflow.
 
-Training never waits for a server. What is to be logged is appended to a file in the run's folder (`spool`), a thread
-sends it from there (`courier`), and what could not be sent stays for later (`sync`).
+Training does not wait for a server. What is to be logged is appended to a file in the run's folder (:mod:`.spool`), a
+thread sends it from there (:mod:`.background`, :mod:`.sender`), and :func:`sync` sends later what could not be sent.
 """
 
-from distdiff.tracking.address import CHAMPION, DATABASE, fetch, where
+from distdiff.tracking.address import CHAMPION, DATABASE, fetch, public_uri, tracking_uri
+from distdiff.tracking.background import sync
 from distdiff.tracking.card import make as card
 from distdiff.tracking.card import write as write_card
-from distdiff.tracking.courier import sync
 from distdiff.tracking.run import Dataset, Run, attach, flatten, run
 
 __all__ = [
@@ -19,8 +19,9 @@ __all__ = [
     "card",
     "fetch",
     "flatten",
+    "public_uri",
     "run",
     "sync",
-    "where",
+    "tracking_uri",
     "write_card",
 ]

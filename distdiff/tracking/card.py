@@ -1,4 +1,4 @@
-"""The model card: what a model was trained on, which genes it knows, how good it is, and what it cannot do."""
+"""The model card: training data, genes, labels, scores and limits of a model."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from distdiff import files, received
 from distdiff.tracking.versions import versions
 
 HEADLINES = ("deviance", "log1p_mse", "crps", "energy", "pearson")
+"""Metrics of the evaluation that the text of the card shows."""
 
 
 def make(
     model: Path, *, profile: Mapping[str, Any], score: tuple[str, float], scores: Mapping[str, float] | None = None,
     claims: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Card of a saved model.
+    """Return the card of a saved model.
 
     Parameters
     ----------
     model
-        Its folder.
+        Folder of the model.
     profile
-        Of its data: numbers of cells, genes, splits.
+        Numbers that describe its data: cells, genes, cells of each split.
     score
-        Name and value of the validation number that chose the weights, lower is better.
+        Name and value of the validation score that chose the weights, lower is better.
     scores
-        Of the evaluation on test cells, ``test/<metric>/<row>``.
+        Scores of the evaluation on test cells, ``test/<metric>/<row>``.
     claims
-        Sentences of the evaluation on who came first.
+        Sentences of the evaluation on which imputer is best.
+
+    Raises
+    ------
+    ValueError
+        The folder's ``model.json`` cannot be read.
     """
     spec = received.json_of(model / "model.json")
     info = spec["info"]
@@ -51,31 +57,32 @@ def make(
 
 
 def _limits(spec: Mapping[str, Any]) -> list[str]:
+    """Sentences on the input that the model takes and on how far its results hold."""
     info, out = spec["info"], []
-    out.append("Raw counts only; anything negative, fractional or normalised is refused.")
+    out.append("It takes raw counts only; negative, fractional and normalised values are refused.")
     out.append(
-        f"{len(spec['genes']):,} genes, known by name; others come back as they were. Genes that an input lacks count "
-        "as not measured."
+        f"It imputes {len(spec['genes']):,} genes, matched by name; other genes come back as they were. Genes that an "
+        "input lacks count as not measured."
     )
     if depth := info.get("depth"):
         out.append(
             f"98 % of the training cells had {depth['q01']:,.0f} to {depth['q99']:,.0f} molecules (median "
-            f"{depth['q50']:,.0f}); deeper or shallower cells are extrapolation."
+            f"{depth['q50']:,.0f}); results for deeper or shallower cells are extrapolated."
         )
     for name, values in spec["labels"].items():
-        out.append(f"{name}: {len(values)} values were seen; it conditions answers only where asked to (use_labels).")
+        out.append(f"Label {name} has {len(values)} values; imputation uses it only with use_labels.")
     if nats := info.get("nats"):
         out.append(
-            f"Held-out cells cost {nats['q01']:,.0f} to {nats['q99']:,.0f} nats (1 % to 99 %); cells above that are "
-            "unlike what it was trained on (Model.likelihood)."
+            f"Held-out cells have a negative log-likelihood of {nats['q01']:,.0f} to {nats['q99']:,.0f} nats (1 % to "
+            "99 %); cells above that differ from the training data (Model.likelihood)."
         )
-    out.append("Imputed values are expectations, not observations: tests on them find differences that are not there.")
-    out.append("Scores are of held-out cells of the same data; another tissue or protocol was not tried.")
+    out.append("Imputed values are expectations, not observations: statistical tests on them find false differences.")
+    out.append("The scores are of held-out cells of the same data; other tissues and protocols were not evaluated.")
     return out
 
 
 def markdown(card: Mapping[str, Any]) -> str:
-    """The card as text."""
+    """Return the card as markdown."""
     data = card["data"]
     profile = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in data.items()
                         if k not in ("store", "fingerprint"))  # fmt: skip
@@ -100,7 +107,7 @@ def markdown(card: Mapping[str, Any]) -> str:
 
 
 def write(card: Mapping[str, Any], folder: Path) -> str:
-    """Write ``card.md`` and ``card.json`` into ``folder``, whole or not at all; return the text."""
+    """Write ``card.md`` and ``card.json`` into ``folder``, which is replaced as a whole; return the text."""
     text = markdown(card)
     with files.whole(folder, overwrite=True) as temporary:
         temporary.mkdir()

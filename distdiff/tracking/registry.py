@@ -1,4 +1,4 @@
-"""Versions of a registered model, and which of them is the champion."""
+"""Versions of a registered model, and which of them has the alias ``champion``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdiff.tracking.address import CHAMPION, download
+from distdiff.tracking.redact import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -17,21 +18,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("distdiff")
 
-Judge = Callable[[Path, Path], tuple[float, float]]
-"""Folders of a new model and of a champion trained on other data -> scores of both on the same cells, lower better."""
+Compare = Callable[[Path, Path], tuple[float, float]]
+"""Folders of a new model and of a champion trained on other data -> both scores on the same cells, lower is better."""
 
 LONGEST = 5000
-"""Characters that MLflow's registry takes of a description."""
+"""Characters of a description that MLflow's registry takes, at most."""
 
 
 def known_version(client: MlflowClient, run_id: str, entry: Mapping[str, Any]) -> ModelVersion | None:
-    """The version that this run has made of these weights before, if any."""
+    """Return the version that this run has registered with the same weights; ``None`` if there is none."""
     found = client.search_model_versions(f"name = '{entry['name']}' and run_id = '{run_id}'")
     return next((v for v in found if v.tags.get("weights") == entry["weights"]), None)
 
 
-def version_of(client: MlflowClient, run_id: str, model_id: str, entry: Mapping[str, Any]) -> ModelVersion:
-    """The version of a logged model, made unless an attempt that broke off has made it."""
+def register_version(client: MlflowClient, run_id: str, model_id: str, entry: Mapping[str, Any]) -> ModelVersion:
+    """Register a logged model and return its version; one that an interrupted attempt has registered is returned."""
     from mlflow.exceptions import MlflowException
 
     name = entry["name"]
@@ -51,49 +52,74 @@ def version_of(client: MlflowClient, run_id: str, model_id: str, entry: Mapping[
     )  # fmt: skip
 
 
-def crown(client: MlflowClient, version: ModelVersion, folder: Path, judge: Judge | None) -> str:
-    """Move ``champion`` to ``version`` if that scores better; says what became of it.
+def update_champion(client: MlflowClient, version: ModelVersion, folder: Path, compare: Compare | None) -> str:
+    """Give the alias ``champion`` to a version if its score is better, and return a line on the outcome.
 
-    Validation scores compare where both were trained on the same data (same cells held out) and judged by the same
-    number. A champion of other data is scored again, by ``judge``, on the cells that the new model was held out from;
-    without a judge it stays.
+    Validation scores are compared where both models were trained on the same data (the same cells held out) and have
+    the same kind of score. A champion of other data is scored again, by ``compare``, on cells that the new model was
+    not trained on; without ``compare``, or where it fails, it stays.
+
+    Parameters
+    ----------
+    version
+        The new version.
+    folder
+        Its model folder.
     """
+    from mlflow.exceptions import MlflowException
+
     name = f"{version.name} version {version.version}"
     champion = _champion(client, version.name)
     if champion is not None and champion.version == version.version:
         return f"{name} is '{CHAMPION}'"
     if champion is not None:
         stays = f"{name}; '{CHAMPION}' stays at version {champion.version}"
-        how, scores = "validation", _same_data(version, champion)
+        cells, scores = "validation", _validation_scores(version, champion)
         if scores is None:
-            other = download(str(champion.source), client.tracking_uri)
+            cells = "on the new model's validation cells"
             try:
-                how, scores = "on the new model's validation cells", _judged(folder, other, judge)
+                scores = _compared(folder, _champion_folder(client, champion), compare)
+            except MlflowException:  # the server cannot be reached: the entry is sent again later
+                raise
             except Exception as error:
-                log.debug("the champion could not be scored", exc_info=True)
-                return f"{stays}, which was trained on other data and could not be scored on these cells ({error})"
-        ours, theirs = scores
-        if not ours < theirs:
-            return f"{stays} ({how} {theirs:.4f} against {ours:.4f})"
+                log.debug("the champion could not be scored: %s", redacted(error))
+                return (
+                    f"{stays}, which was trained on other data and could not be scored on these cells "
+                    f"({redacted(error)})"
+                )
+        new_score, champion_score = scores
+        if not new_score < champion_score:
+            return f"{stays} ({cells} {champion_score:.4f} against {new_score:.4f})"
     client.set_registered_model_alias(version.name, CHAMPION, version.version)
     return f"{name}, now '{CHAMPION}'"
 
 
-def _same_data(version: ModelVersion, champion: ModelVersion) -> tuple[float, float] | None:
-    """Validation scores of both, if they compare."""
+def _validation_scores(version: ModelVersion, champion: ModelVersion) -> tuple[float, float] | None:
+    """Validation scores of both versions if they can be compared."""
     if champion.tags.get("data") == version.tags["data"]:
         with contextlib.suppress(KeyError, ValueError):
             return float(version.tags["score"]), float(champion.tags["score"])
     return None
 
 
-def _judged(new: Path, champion: Path, judge: Judge | None) -> tuple[float, float]:
-    if judge is None:
-        raise ValueError("nobody to judge")
-    ours, theirs = judge(new, champion)
-    if not (math.isfinite(ours) and math.isfinite(theirs)):
-        raise ValueError(f"scores {ours} and {theirs}")
-    return ours, theirs
+def _champion_folder(client: MlflowClient, champion: ModelVersion) -> Path:
+    """Folder of the champion's model, downloaded."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        return download(str(champion.source), client.tracking_uri)
+    except RequestException as error:
+        raise MlflowException(f"the champion could not be downloaded: {error}") from error
+
+
+def _compared(new: Path, champion: Path, compare: Compare | None) -> tuple[float, float]:
+    if compare is None:
+        raise ValueError("no comparison was given")
+    new_score, champion_score = compare(new, champion)
+    if not (math.isfinite(new_score) and math.isfinite(champion_score)):
+        raise ValueError(f"the scores {new_score} and {champion_score} are not finite")
+    return new_score, champion_score
 
 
 def _champion(client: MlflowClient, name: str) -> ModelVersion | None:

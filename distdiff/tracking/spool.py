@@ -1,4 +1,7 @@
-"""What a run has to tell, on disk before anything is sent: JSON lines, appended by one process."""
+"""The spool: a file in the run's folder that holds what is to be logged, before anything is sent.
+
+Each entry is one line of JSON, appended by one process. A second file beside it holds what was sent.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +20,66 @@ from distdiff import received
 log = logging.getLogger("distdiff")
 
 FOLDER = "mlflow"
-"""Where spools lie in the folder of a run."""
+"""Subfolder of a run's folder that holds its spools."""
 
 
 class Spool:
-    """One file of entries, and beside it what of them was sent.
+    """Entries of one MLflow run in a file, and in a second file how many of them were sent.
 
-    A line cut short by a kill is passed over when read. Entries may be sent twice after a kill, so whoever sends them
-    must not mind; MLflow keeps one of two equal metrics.
+    Reading skips a line that a killed process left unfinished. After a kill an entry may be sent a second time; MLflow
+    keeps one of two equal metrics.
 
     Parameters
     ----------
     path
-        The file.
+        The file of entries, ``RUN/mlflow/NAME.jsonl``.
     server
-        Address of the server that is told, if it is another one than the run was begun with; each has its own state.
+        Address of the server, if it is another one than the run was begun with; each server has a state of its own.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> spool = Spool.create(tempfile.mkdtemp())
+    >>> spool.append("metrics", numbers={"loss": 1.5}, step=64)
+    >>> [(entry["kind"], entry["step"]) for entry, offset in spool.read(0)], spool.n_unsent
+    ([('metrics', 64)], 1)
     """
 
     def __init__(self, path: Path, server: str = "") -> None:
         self.path = path
         mark = f"-{hashlib.sha256(server.encode()).hexdigest()[:12]}" if server else ""
-        self._state = path.with_suffix(f".sent{mark}.json")
+        self.state_path = path.with_suffix(f".sent{mark}.json")
         self._lock = threading.Lock()
-        self._told = False
+        self._warned = False
 
-    def to(self, server: str) -> Spool:
-        """The same entries, and what of them was sent to another server than the one the run was begun with."""
+    def for_server(self, server: str) -> Spool:
+        """Return the same entries with the state of another server than the one that the run was begun with."""
         return Spool(self.path, server)
 
     @classmethod
-    def of(cls, folder: str | Path, *, again: bool = False) -> Spool:
-        """A new spool of a run's folder; ``again``: the newest one there, if any, to be continued."""
-        found = spools(folder)
-        if again and found:
-            found[-1].check_links()
-            return found[-1]
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        return cls(Path(folder) / FOLDER / f"{stamp}-{len(found):04d}-{os.getpid()}-{os.urandom(4).hex()}.jsonl")
+    def create(cls, folder: str | Path) -> Spool:
+        """Return a new, empty spool of a run's folder."""
+        stamp, number = time.strftime("%Y%m%d-%H%M%S"), len(spools(folder))
+        return cls(Path(folder) / FOLDER / f"{stamp}-{number:04d}-{os.getpid()}-{os.urandom(4).hex()}.jsonl")
 
-    def append(self, kind: str, **what: Any) -> None:
-        """Add an entry with the time (ms). A disk that cannot take it is told once; training goes on."""
-        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **what}).encode()
+    @classmethod
+    def latest(cls, folder: str | Path) -> Spool | None:
+        """Return the newest spool of a run's folder; ``None`` if it has none.
+
+        Raises
+        ------
+        ValueError
+            One of its files is a symbolic link.
+        """
+        found = spools(folder)
+        if not found:
+            return None
+        found[-1].check_links()
+        return found[-1]
+
+    def append(self, kind: str, **content: Any) -> None:
+        """Add an entry with the time in ms. A disk that cannot be written is logged once; training goes on."""
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **content}).encode()
         try:
             with self._lock:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +90,12 @@ class Spool:
                         line = line if file.read(1) == b"\n" else b"\n" + line
                     file.write(line + b"\n")
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 log.warning("MLflow: %s cannot be written (%s); metrics are lost from here on", self.path, error)
-            self._told = True
+            self._warned = True
 
     def read(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """Whole entries from byte ``offset`` on, each with the offset behind it."""
+        """Yield the whole entries from byte ``offset`` on, each with the offset behind it."""
         if not self.path.exists():
             return
         with received.regular(self.path) as file:
@@ -87,15 +109,15 @@ class Spool:
                     if entry["kind"] == "metrics" and not isinstance(entry.get("numbers"), dict):
                         raise ValueError("it has no numbers")
                 except ValueError:
-                    log.warning("MLflow: an entry of %s was cut short and is left out", self.path)
+                    log.warning("MLflow: an entry of %s is incomplete and is left out", self.path)
                     continue
                 yield entry, offset
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was sent: ``offset``, ``run_id`` and what else the sender must know again."""
+        """What was sent: ``offset`` (bytes), ``run_id`` and what else the sender needs after a restart."""
         try:
-            state = received.json_of(self._state)
+            state = received.json_of(self.state_path)
         except (OSError, ValueError):
             return {}
         offset = state.get("offset", 0)
@@ -103,56 +125,55 @@ class Spool:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        partial = self._state.with_suffix(".part")
-        partial.unlink(missing_ok=True)  # never through a link
+        partial = self.state_path.with_suffix(".part")
+        partial.unlink(missing_ok=True)  # a link is removed, not followed
         partial.write_text(json.dumps(state))
-        os.replace(partial, self._state)
+        os.replace(partial, self.state_path)
 
     @property
-    def run(self) -> Path:
-        """The run's folder, which may have moved since."""
+    def run_folder(self) -> Path:
+        """The run's folder, wherever it was moved."""
         return self.path.parents[1]
 
-    def inside(self, path: str | Path) -> Path | None:
-        """Where a file or folder of the run lies, links resolved; ``None``: outside of the run's folder.
+    def resolve_inside(self, path: str | Path) -> Path | None:
+        """Return the real path of a file or folder of the run; ``None`` if it, or a link in it, leads elsewhere.
 
-        A spool may be somebody else's, and so may be links that lie in its folder.
+        Another person may have written the spool and put links into its folder.
         """
         try:
-            root, found = self.run.resolve(), (self.run / path).resolve()
+            root, found = self.run_folder.resolve(), (self.run_folder / path).resolve()
             links = (p for folder, folders, names in os.walk(found)
                      for p in (Path(folder, name) for name in (*folders, *names)) if p.is_symlink())  # fmt: skip
             inside = all(p.resolve().is_relative_to(root) for p in (found, *links))
-        except (ValueError, OSError, RuntimeError):  # no path at all, or links that go round in circles
+        except (ValueError, OSError, RuntimeError):  # no path, or links that lead in a circle
             return None
         return found if inside else None
 
     def check_links(self) -> None:
-        """Refuse a spool of which a file is a link: what is written to it would be written elsewhere.
+        """Refuse a spool if one of its files is a link: writing to it would write elsewhere.
 
         Raises
         ------
         ValueError
-            One is (named).
+            One of them is a link (named).
         """
         lock = self.path.with_name(f"{self.path.name}.lock")
-        beside = (self.path, self._state, self._state.with_suffix(".part"), lock)
-        for path in (self.path.parent, *beside):
+        for path in (self.path.parent, self.path, self.state_path, self.state_path.with_suffix(".part"), lock):
             if path.is_symlink():
                 raise ValueError(f"{path} is a symbolic link, which no run of distdiff makes; nothing was read or sent")
 
     @property
-    def left(self) -> int:
-        """Entries that were not sent yet."""
+    def n_unsent(self) -> int:
+        """Number of entries that were not sent."""
         return sum(1 for _ in self.read(self.state.get("offset", 0)))
 
     @property
-    def due(self) -> bool:
-        """Whether the server is still to be told something: entries, or that the run is over."""
+    def pending(self) -> bool:
+        """Whether something must still be sent: entries, or the end of the run."""
         state = self.state
-        return bool(self.left or (state.get("run_id") and not state.get("ended")))
+        return bool(self.n_unsent or (state.get("run_id") and not state.get("ended")))
 
 
 def spools(folder: str | Path) -> list[Spool]:
-    """Those of a run's folder, oldest first."""
+    """Return the spools of a run's folder, oldest first."""
     return [Spool(path) for path in sorted((Path(folder) / FOLDER).glob("*.jsonl"))]

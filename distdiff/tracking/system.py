@@ -1,4 +1,8 @@
-"""MLflow's system metrics, kept where all other metrics are kept, so that a server that is away loses none."""
+"""MLflow's system metrics as entries of the spool, so that none is lost while the server cannot be reached.
+
+MLflow's own thread (``SystemMetricsMonitor``) connects to the server when it is made, requests the run before each
+sample and ends at the first failure; only its sensors are used here.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ INTERVAL = 10.0
 """Seconds between samples, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise."""
 
 
-def watch(spool: Spool, stop: threading.Event) -> None:
-    """Sample until ``stop``; the step is the second of the run, through all of its launches."""
+def sample(spool: Spool, stop: threading.Event) -> None:
+    """Append samples to a spool until ``stop`` is set; the step is the number of seconds since the run was begun."""
     began = next(spool.read(0))[0]["time"] / 1000
     monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     for kind in (GPUMonitor, ROCMMonitor):
-        with contextlib.suppress(Exception):  # no such GPU, or not its library
+        with contextlib.suppress(Exception):  # no such GPU, or its library is missing
             monitors.append(kind())
     node = MLFLOW_SYSTEM_METRICS_NODE_ID.get()
     prefix = f"system/{node}/" if node else "system/"
@@ -39,7 +43,7 @@ def watch(spool: Spool, stop: threading.Event) -> None:
                 monitor.collect_metrics()
                 numbers |= {prefix + k: float(v) for k, v in monitor.aggregate_metrics().items()}
                 monitor.clear_metrics()
-        except Exception as error:  # a driver that fails is no reason to stop a training
+        except Exception as error:  # a driver that fails does not stop a training
             log.warning("no system metrics: %s", error)
             return
         spool.append("metrics", numbers=numbers, step=int(time.time() - began))

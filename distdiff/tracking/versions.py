@@ -1,4 +1,4 @@
-"""Who ran what, with which packages, from which commit."""
+"""Tags of a run: user, program, versions of packages, git commit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "zarr", "anndata", "mlf
 
 
 def versions() -> dict[str, str]:
-    """Tags: who ran what, with which packages, from which commit (``-dirty`` where files were changed since)."""
+    """Return the tags of a run: user, program, versions of packages, git commit (``-dirty``: files were changed since).
+
+    Examples
+    --------
+    >>> "python" in versions() and "torch" in versions()
+    True
+    """
     from distdiff.version import __version__
 
     tags = {"distdiff": __version__, "python": platform.python_version(), "mlflow.source.type": "LOCAL",
             "mlflow.source.name": Path(sys.argv[0]).name}  # fmt: skip
-    with contextlib.suppress(Exception):  # no user of that number in a container
+    with contextlib.suppress(Exception):  # a container may have no name for the user's number
         tags["mlflow.user"] = getpass.getuser()
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -31,18 +37,18 @@ def versions() -> dict[str, str]:
 
 
 def _commit(folder: Path) -> str:
-    """Commit of the repository that tracks ``folder``; none for an installed package inside somebody's repository."""
-    words = (
+    """Commit of the repository that tracks ``folder``; empty for a package installed in another repository."""
+    commands = (
         ["ls-files", "--error-unmatch", "__init__.py"],
         ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
     )
-    said = ""
-    for word in words:
+    answer = ""
+    for command in commands:
         try:
-            out = subprocess.run(["git", *word], cwd=folder, capture_output=True, text=True, timeout=5)
+            out = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=5)
         except (OSError, subprocess.SubprocessError):
             return ""
         if out.returncode:
             return ""
-        said = out.stdout.strip()
-    return said
+        answer = out.stdout.strip()
+    return answer

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock
 
-from distdiff import files, received
-
-WAIT = 5.0
-"""Seconds that a start waits: a process that was just killed may still be ending."""
+from distdiff import owner
 
 LOCK, NOTE = ".lock", ".owner.json"
 
@@ -37,42 +30,24 @@ def owned(folder: Path, *, main: bool) -> Iterator[None]:
     RuntimeError
         Another run works there (host, process and time named), on all processes alike.
     """
-    lock = FileLock(folder / LOCK, timeout=WAIT)
-    refused = [_take(lock, folder) if main else ""]
+    held: BaseFileLock | None = None
+    refused = [""]
+    if main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = owner.acquire(folder / LOCK, folder / NOTE)
+        except owner.Owned as other:
+            refused = [
+                f"train.out={folder} belongs to another run, {other}, and nothing was changed there: wait until it "
+                f"ends, stop it, or give another train.out (if you are sure that it is gone, remove {folder / LOCK})"
+            ]
+        except OSError as error:
+            refused = [f"train.out={folder} cannot be written: {error}"]
     broadcast_object_list(refused)
     if refused[0]:
         raise RuntimeError(refused[0])
     try:
         yield
     finally:
-        if main and lock.is_locked:
-            files.remove(folder / NOTE)
-            lock.release()
-
-
-def _take(lock: FileLock, folder: Path) -> str:
-    """Hold the lock and leave a note, or say why not."""
-    note = folder / NOTE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # a file system without locks
-            lock.acquire()
-        with files.whole(note, overwrite=True) as temporary:
-            me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            temporary.write_text(json.dumps(me))
-    except Timeout:
-        return (
-            f"train.out={folder} belongs to another run, {_owner(note)}, and nothing was changed there: wait until it "
-            f"ends, stop it, or give another train.out (if you are sure that it is gone, remove {folder / LOCK})"
-        )
-    except OSError as error:
-        return f"train.out={folder} cannot be written: {error}"
-    return ""
-
-
-def _owner(note: Path) -> str:
-    try:
-        told = received.json_of(note, 4096)
-        return f"host {told['host']}, process {told['pid']}, since {told['since']}"
-    except (OSError, ValueError, KeyError):
-        return "which left no note"
+        if held is not None:
+            owner.release(held, folder / NOTE)

@@ -3,8 +3,9 @@
 python launch/slurm/impute_dask.py --jobs 32 --queue gpu --model models:/NAME@champion --data atlas.zarr --out X.zarr
 
 Other options are those of ``distdiff impute`` (or of ``--task denoise`` ...). It needs ``pip install
-'distdiff[slurm]'``, and a folder that all nodes see. Jobs that start late join in, a job that dies costs the shard it
-was at, and the same line goes on with what was stopped.
+'distdiff[slurm]'``, and a folder that this node and all nodes of the jobs see. Each job computes one output shard after
+the other, also one that starts late; the shard of a job that dies goes to another job, and the same line continues
+work that was stopped.
 """
 
 import workers

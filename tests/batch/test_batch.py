@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import anndata as ad
@@ -17,34 +14,19 @@ import pytest
 import scipy.sparse as sp
 
 from distdiff import batch, files
-from distdiff.batch import claims, frame, impute_file, job, output, plan
-from distdiff.batch.claims import Claims
-from distdiff.batch.output import Corrupt, Field, Layout
+from distdiff.batch import frame, impute_file, job, output, plan
+from distdiff.batch.layout import Field, Layout, cast
+from distdiff.batch.output import Corrupt
 from distdiff.batch.rows import StoreRows
-from distdiff.data.masks import mcar
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from tests.batch import forks
-
-OPTIONS = ({"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1})
+from tests.batch.conftest import OPTIONS
 
 
 @pytest.fixture(scope="module")
 def model(atlas):
     return Model.new(CountStore.open(atlas).spec(("cell_type",)), *OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    return model.save(tmp_path_factory.mktemp("model") / "m")
-
-
-@pytest.fixture(scope="module")
-def mask(atlas, tmp_path_factory):
-    """In the order of the store, as a file."""
-    path = tmp_path_factory.mktemp("mask") / "mask.npy"
-    np.save(path, mcar((199, 30), 0.2, np.random.default_rng(0)))
-    return str(path)
 
 
 def as_anndata(atlas):
@@ -89,7 +71,7 @@ def test_the_result_is_that_of_the_model_in_memory(model, atlas, mask, tmp_path,
         sparse=sparse,
         seed=3,
         command="it",
-        say=said.append,
+        notify=said.append,
         **SMALL,
     )
     given, hidden = as_anndata(atlas), np.load(mask)
@@ -224,10 +206,10 @@ def test_read_lazily(model, atlas, mask, tmp_path):
 
 def test_numbers_that_a_width_does_not_hold_are_refused():
     with pytest.raises(ValueError, match=r"holds 70000, float16 reaches to 65504: .*float32"):
-        output.cast(np.array([70000.0]), Field("layers/x", "float16"))
+        cast(np.array([70000.0]), Field("layers/x", "float16"))
     with pytest.raises(ValueError, match="uint16 reaches"):
-        output.cast(np.array([-1.0]), Field("layers/x", "uint16"))
-    assert output.cast(np.array([1.6]), Field("layers/x", "int16")).tolist() == [2]
+        cast(np.array([-1.0]), Field("layers/x", "uint16"))
+    assert cast(np.array([1.6]), Field("layers/x", "int16")).tolist() == [2]
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 199, 256, 257, 5000, 10**6])
@@ -242,43 +224,6 @@ def test_layouts_cover_all_rows_and_fit_chunks(n, width):
 
 
 # -- who may write -------------------------------------------------------------------------------------------------
-
-
-def test_of_many_takers_one_gets_a_dead_process_claim(tmp_path):
-    for round_ in range(5):
-        folder = tmp_path / str(round_)
-        folder.mkdir()
-        dead = {"host": claims._host(), "pid": 2**22 + 1, "born": 0.0}
-        (folder / "a.0").write_text(json.dumps(dead))
-        takers = [Claims(folder) for _ in range(8)]
-        barrier, got = threading.Barrier(8), []
-
-        def take(taker, barrier=barrier, got=got):
-            barrier.wait()
-            got.append(taker.take("a"))
-
-        threads = [threading.Thread(target=take, args=(t,)) for t in takers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        assert sum(got) == 1
-        for taker in takers:
-            taker.close()
-
-
-def test_another_host_is_dead_once_its_heart_stops(tmp_path):
-    (tmp_path / "a.0").write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": 0.0}))
-    with Claims(tmp_path, beat=0.05, stale=1.0) as here:
-        assert not here.take("a")
-        assert here.others() == ["pid 1 on elsewhere"]
-        os.utime(tmp_path / "a.0", (time.time() - 5, time.time() - 5))
-        assert here.take("a")
-        assert here.mine("a")
-        (tmp_path / "a.2").write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": 0.0}))  # slept, overtaken
-        assert not here.mine("a")
-        here.drop("a")
-        assert (tmp_path / "a.1").exists()  # another's claim rests on it
 
 
 def test_another_job_is_refused_and_named(model, atlas, mask, tmp_path, monkeypatch):
@@ -298,18 +243,12 @@ def test_another_job_is_refused_and_named(model, atlas, mask, tmp_path, monkeypa
     assert ad.read_zarr(out).uns["distdiff"]["seed"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
 
-    monkeypatch.setattr(output, "write_fixed", _full(2))  # begun with seed 3, and left
+    monkeypatch.setattr(output, "encode", _full(2))  # begun with seed 3, and left
     with pytest.raises(OSError, match="the disk is full"):
         impute_file(model, atlas, tmp_path / "b.zarr", seed=3, sparse=False, **options)
     monkeypatch.undo()
     with pytest.raises(FileExistsError, match=r"begun by another job.*seed: 3 there, 4 here"):
         impute_file(model, atlas, tmp_path / "b.zarr", seed=4, sparse=False, **options)
-    with Claims(tmp_path / ".b.zarr.building" / "claims") as busy:
-        busy._me = json.dumps({"host": "elsewhere", "pid": 7, "born": 0.0})
-        assert busy.take("shard-000009")
-        monkeypatch.setattr(job, "PATIENCE", 0.2)
-        with pytest.raises(FileExistsError, match=r"being written by another job now \(pid 7 on elsewhere\)"):
-            impute_file(model, atlas, tmp_path / "b.zarr", seed=4, sparse=False, overwrite=True, **options)
     impute_file(model, atlas, tmp_path / "b.zarr", seed=4, sparse=False, overwrite=True, **options)
     assert ad.read_zarr(tmp_path / "b.zarr").uns["distdiff"]["seed"] == 4
 
@@ -322,7 +261,7 @@ def test_what_is_no_result_is_not_replaced_unasked(model, atlas, mask, tmp_path)
     assert (tmp_path / "out.zarr" / "precious").exists()
 
 
-@pytest.mark.parametrize("link", [".", "claims", "store", "parts", "done", "job.json", "store/layers/imputed_mean"])
+@pytest.mark.parametrize("link", [".", "lock", "owner.json", "job.json", "0123456789ab", "0123456789ab/000001"])
 def test_a_work_folder_that_is_or_holds_a_link_is_refused(model, atlas, mask, tmp_path, link):
     victim, work = tmp_path / "victim", tmp_path / ".out.zarr.building"
     victim.mkdir()
@@ -351,8 +290,8 @@ def test_a_plan_that_is_none_is_removed_and_its_paths_stay_inside(model, atlas, 
         work.mkdir()
         (work / "job.json").write_text(text)
         said = []
-        impute_file(model, atlas, out, mask=mask, say=said.append, **SMALL)
-        assert f"{work} removed, it was left by another version of distdiff" in said[0]
+        impute_file(model, atlas, out, mask=mask, notify=said.append, **SMALL)
+        assert f"{work}: removed, its plan was left by another version of distdiff or is damaged" in said[0]
         assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
         shutil.rmtree(out)
 
@@ -365,22 +304,14 @@ def test_no_cells_at_a_time_would_never_end(model, atlas, mask, tmp_path, name, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_of_a_live_process_that_cannot_be_read_stays(model, atlas, mask, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "PATIENCE", 0.2)
-    work = tmp_path / ".out.zarr.building"
-    with Claims(work / "claims") as other:
-        other.take("shard-000000")
-        (work / "job.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"job\.json cannot be read: .* another process is at work there"):
-            impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, **SMALL)
-        assert other.mine("shard-000000")
-
-
 def test_the_work_folder_of_a_killed_build_is_removed(model, atlas, mask, tmp_path):
     work = tmp_path / ".out.zarr.building"
     (work / "store" / "counts").mkdir(parents=True)
-    (work / "lock").touch()
-    impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, **SMALL)
+    for name in ("lock", "identity"):
+        (work / name).touch()
+    said = []
+    impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, notify=said.append, **SMALL)
+    assert said[0] == f"{work}: removed, it was left by a distdiff shard that was killed"
     assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
     assert not (tmp_path / "out.zarr" / "counts").exists()
 
@@ -419,33 +350,38 @@ def test_a_bad_count_is_named(model, atlas, mask, tmp_path):
 
 
 def _full(after):
-    """``output.write_fixed`` on a disk that is full after some shards."""
-    real, done = output.write_fixed, []
+    """``output.encode`` on a disk that is full after some files."""
+    real, done = output.encode, []
 
-    def write(*arguments):
+    def encode(*arguments):
         done.append(1)
         if len(done) > after:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)
 
-    return write
+    return encode
+
+
+def shards_of(out):
+    """Names of the finished shards of an unfinished job."""
+    return sorted(p.parent.name for p in Path(out).with_name(f".{Path(out).name}.building").glob("*/*/record.json"))
 
 
 def test_no_space_left_then_on(model, atlas, mask, tmp_path, monkeypatch):
     options = {"mask": mask, "sparse": False, **SMALL}
     impute_file(model, atlas, tmp_path / "want.zarr", **options)
-    monkeypatch.setattr(output, "write_fixed", _full(10))
+    monkeypatch.setattr(output, "encode", _full(10))
     with pytest.raises(OSError, match=r"the disk is full: .*run the same command again, it goes on") as told:
         impute_file(model, atlas, tmp_path / "out.zarr", **options)
     assert told.value.errno == errno.ENOSPC
     assert not (tmp_path / "out.zarr").exists()
     monkeypatch.undo()
-    done = len(list((tmp_path / ".out.zarr.building" / "done").glob("shard-*.json")))
+    done = len(shards_of(tmp_path / "out.zarr"))
     assert 0 < done < 3
     computed = []
-    real = output.write
+    real = output.write_shard
     monkeypatch.setattr(
-        output, "write", lambda layout, shard, *rest: computed.append(shard) or real(layout, shard, *rest)
+        output, "write_shard", lambda layout, shard, *rest: computed.append(shard) or real(layout, shard, *rest)
     )
     impute_file(model, atlas, tmp_path / "out.zarr", **options)
     assert len(computed) == 3 - done
@@ -490,19 +426,20 @@ def test_a_part_that_is_damaged_before_the_end(model, atlas, mask, tmp_path, mon
     options = {"mask": mask, "sparse": True, **SMALL}
     impute_file(model, atlas, tmp_path / "want.zarr", **options)
     out, work = tmp_path / "out.zarr", tmp_path / ".out.zarr.building"
-    real = job._Job._joins
+    real = job.finish
 
-    def joins(self, records):
-        _harm(work / "parts" / "layers.imputed_mean" / "000001.data")
-        return real(self, records)
+    def finish(*arguments, **more):
+        _harm(next(work.glob("*/000001/layers.imputed_mean.data")))
+        return real(*arguments, **more)
 
-    monkeypatch.setattr(job._Job, "_joins", joins)
-    with pytest.raises(Corrupt, match=r"000001.data \(shard 1\) differs.*--verify --repair"):
+    monkeypatch.setattr(job, "finish", finish)
+    with pytest.raises(Corrupt, match=r"imputed_mean.data \(shard 1\) differs.*--verify --repair"):
         impute_file(model, atlas, out, **options)
     monkeypatch.undo()
     with pytest.raises(Corrupt, match="shard-000001 differ"):
         batch.verify(out, progress=False)
-    assert "shard-000001 forgotten" in batch.verify(out, repair=True, progress=False)
+    assert "shard-000001 removed" in batch.verify(out, repair=True, progress=False)
+    assert shards_of(out) == ["000000", "000002"]
     impute_file(model, atlas, out, **options)
     assert content(out) == content(tmp_path / "want.zarr")
 
@@ -519,76 +456,6 @@ def test_the_input_is_only_read(model, atlas, mask, tmp_path):
         path.chmod(0o755)
 
 
-# -- processes -----------------------------------------------------------------------------------------------------
-
-
-def _ranks(number, saved, atlas, out, log, nap, mask):
-    made = [
-        forks.context().Process(
-            target=forks.rank, args=(str(saved), str(atlas), str(out), str(log), nap, {"mask": mask, "draws": 1})
-        )
-        for _ in range(number)
-    ]
-    for process in made:
-        process.start()
-    return made
-
-
-def _stop(processes):
-    for process in processes:
-        process.kill()
-        process.join(20)
-
-
-@pytest.mark.distributed
-def test_two_commands_on_one_output_share_the_work(saved, atlas, mask, tmp_path):
-    log = tmp_path / "log"
-    ranks = _ranks(2, saved, atlas, tmp_path / "out.zarr", log, 0.1, mask)
-    try:
-        for process in ranks:
-            process.join(60)
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        _stop(ranks)
-    lines = [line.split() for line in log.read_text().splitlines()]
-    assert sorted(int(start) for _, start, _ in lines) == list(range(0, 199, 16))  # every shard once
-    assert len({pid for pid, _, _ in lines}) == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out.zarr"]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(saved, atlas, mask, tmp_path, kills):
-    """SIGKILL to one of two ranks, at any moment from its first batch to the end; a new one takes its place."""
-    want, log, rng = tmp_path / "want.zarr", tmp_path / "log", np.random.default_rng(kills)
-    impute_file(Model.load(saved), atlas, want, mask=mask, draws=1, progress=False, shard_cells=16, batch_size=16)
-    began, done, jobs = time.monotonic(), 0, 0
-    log.touch()
-    while done < kills:
-        out = tmp_path / f"out{jobs}.zarr"
-        ranks = _ranks(2, saved, atlas, out, log, 0.05, mask)
-        try:
-            while any(process.is_alive() for process in ranks):
-                assert time.monotonic() - began < 200
-                busy = [p for p in ranks if p.is_alive() and f"{p.pid} " in log.read_text()]
-                if not busy or done == kills:
-                    time.sleep(0.02)
-                    continue
-                busy[0].join(rng.uniform(0, 0.6))
-                if busy[0].is_alive():
-                    busy[0].kill()
-                    busy[0].join(20)
-                    done += 1
-                    ranks = [*(p for p in ranks if p is not busy[0]), *_ranks(1, saved, atlas, out, log, 0.05, mask)]
-        finally:
-            _stop(ranks)
-        assert content(out) == content(want)
-        jobs += 1
-    lines = log.read_text().splitlines()
-    assert not [line for line in lines if line.endswith("again")]
-    assert len(lines) > 13 * jobs  # some kills did hit a shard that was being computed
-
-
 @pytest.mark.distributed
 def test_memory_does_not_grow_with_the_cells(saved, tmp_path):
     queue = forks.context().Queue()
@@ -602,31 +469,8 @@ def test_memory_does_not_grow_with_the_cells(saved, tmp_path):
             peaks.append(queue.get(timeout=90))
             process.join(20)
         finally:
-            _stop([process])
+            process.kill()
     assert peaks[1] < 1.1 * peaks[0]
-
-
-@pytest.mark.distributed
-def test_the_workers_of_a_dask_cluster(saved, atlas, mask, tmp_path):
-    import functools
-
-    from dask.distributed import LocalCluster
-
-    load = functools.partial(Model.load, str(saved))
-    impute_file(Model.load(saved), atlas, tmp_path / "want.zarr", mask=mask, **SMALL)
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
-        filled = batch.on_cluster(
-            cluster.scheduler_address,
-            "impute",
-            load,
-            atlas,
-            tmp_path / "out.zarr",
-            mask=mask,
-            shard_cells=80,
-            batch_size=32,
-        )
-    assert filled.cells == 199
-    assert content(tmp_path / "out.zarr") == content(tmp_path / "want.zarr")
 
 
 def test_frames_of_any_kind_travel(tmp_path):

@@ -25,7 +25,7 @@ def everything(folder):
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_folder_belongs_to_one_run_of_any_size_and_a_killed_one_lets_go(atlas, tmp_path, monkeypatch, world):
-    monkeypatch.setattr("distdiff.training.owner.WAIT", 0.0)
+    monkeypatch.setattr("distdiff.owner.WAIT", 0.0)
     run, seen = tmp_path / "run", tmp_path / "seen"
     config = make(atlas, run, **SHORT)
     ranks = processes.start(config, tmp_path / "log", world=world, prepare=walks, given=seen)
