@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from distdiff.version import __version__
 
-__all__ = ["CountStore", "Model", "__version__", "evaluate", "impute_file", "load", "sample", "shard", "train"]
+__all__ = ["CountStore", "Model", "__version__", "evaluate", "impute_file", "load", "pl", "sample", "shard", "train"]
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from distdiff.api import evaluate, shard, train
+    from distdiff import pl
+    from distdiff.api import evaluate, load, shard, train
     from distdiff.batch import impute_file
     from distdiff.data.store.store import CountStore
     from distdiff.model import Model
@@ -23,35 +21,18 @@ _HOME = {
     "Model": "distdiff.model",
     "evaluate": "distdiff.api",
     "impute_file": "distdiff.batch",
+    "load": "distdiff.api",
     "sample": "distdiff.sampling",
     "shard": "distdiff.api",
     "train": "distdiff.api",
 }
 
 
-def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
-    """Load a model from a folder or from the MLflow registry (``models:/NAME@champion``).
-
-    Parameters
-    ----------
-    trust
-        Packages whose code the model may run (``trust=("mypackage",)``), for models of one's own kinds
-        ``mypackage.module:Class``. By default none.
-
-    Raises
-    ------
-    ValueError
-        No model there, a damaged one, or one that asks for code of a package that is not trusted.
-    """
-    from distdiff import tracking
-    from distdiff.model import Model
-
-    return Model.load(tracking.fetch(str(model)), trust=trust)
-
-
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        import importlib
+    import importlib
 
+    if name == "pl":
+        return importlib.import_module("distdiff.pl")
+    if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'distdiff' has no attribute {name!r}")

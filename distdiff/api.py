@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdiff import config as configs
-from distdiff import experiment
+from distdiff import experiment, tracking
 from distdiff.component import complete, modules, nearest
 from distdiff.data.ingest.memory import written
 from distdiff.data.ingest.shard import shard as shard_files
@@ -158,6 +158,30 @@ def shard(data: Data, out: str | Path, **options: Any) -> Manifest:
         return shard_files(paths, out, **options)
 
 
+def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
+    """Load a model from a folder or from the MLflow registry (``models:/NAME@champion``).
+
+    Parameters
+    ----------
+    trust
+        Packages whose code the model may run (``trust=("mypackage",)``), for models of one's own kinds
+        ``mypackage.module:Class``. By default none.
+
+    Raises
+    ------
+    ValueError
+        No model there, a damaged one, or one that asks for code of a package that is not trusted.
+
+    Examples
+    --------
+    >>> import distdiff
+    >>> distdiff.load("runs/nowhere")
+    Traceback (most recent call last):
+    ValueError: runs/nowhere is no distdiff model: ...
+    """
+    return Model.load(tracking.fetch(str(model)), trust=trust)
+
+
 def evaluate(
     model: Model | str | Path, data: Data | CountStore, *, layer: str | None = None, rate: float = 0.5,
     protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5, cells: int = 2000,
@@ -180,8 +204,6 @@ def evaluate(
     Report
         ``to_text()`` is the table, ``write(folder)`` its files and figures.
     """
-    from distdiff import load
-
     found = model if isinstance(model, Model) else load(model)
     settings = configs.Evaluation(
         rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps

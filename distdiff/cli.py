@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from distdiff import console
+
 app = typer.Typer(
-    name="distdiff", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="distdiff", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=console.NAMES,
     help="Diffusion models on single-cell counts: impute, denoise, deepen, complete and generate cells.",
 )  # fmt: skip
 
@@ -23,6 +25,7 @@ app.add_typer(stores, name="store")
 
 server = typer.Typer(no_args_is_help=True, help="Send to MLflow what runs could not send.")
 app.add_typer(server, name="mlflow")
+console.add(app)
 
 Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -36,7 +39,7 @@ def shard(
     inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, or a file with one gene a line.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, A,B,C, or a file.")] = "all",
     panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
     join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
@@ -354,11 +357,10 @@ def _genes(text: str | None) -> list[str] | None:
     """Names of genes: a file with one a line, or words."""
     if text is None:
         return None
-    if Path(text).is_file():
-        from distdiff.data.ingest.choose import listed
+    from distdiff.data.ingest.choose import file_of, listed
 
-        return listed(Path(text))
-    return list(_words(text))
+    file = file_of(text)
+    return list(_words(text)) if file is None else listed(file)
 
 
 @app.command()
@@ -426,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
-        typer.echo(f"distdiff: error: {error}", err=True)
+        typer.echo(f"distdiff: error: {_one_line(error)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(INTERRUPTED, err=True)
@@ -435,6 +437,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(getattr(leaving.__context__, "__cause__", None), KeyboardInterrupt):
             typer.echo(INTERRUPTED, err=True)
         raise
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without line ends and control characters of the names in it."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

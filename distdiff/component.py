@@ -93,10 +93,10 @@ def load(base: type[T], address: str) -> type[T]:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError, ValueError) as error:  # the last two: no name, or a relative one
-        raise ValueError(f"{address!r} cannot be had: {error or 'no module is named'}") from error
+        raise ValueError(f"kind {address!r} cannot be imported: {error or 'no module is named'}") from error
     cls = getattr(module, class_name, None)
     if not (inspect.isclass(cls) and issubclass(cls, base)):
-        raise ValueError(f"{address!r} is not a subclass of {base.__module__}.{base.__name__}")
+        raise ValueError(f"kind {address!r} is not a subclass of {base.__module__}.{base.__name__}")
     return cls
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from distdiff import configtext, received
 from distdiff.component import build, complete, nearest
+from distdiff.configtext import shown
 from distdiff.data.feed.loader import Loading
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
@@ -25,13 +26,22 @@ from distdiff.process.survival import Survival
 from distdiff.training.optim import Optim
 from distdiff.training.settings import Training
 
+MOST_DRAWS, MOST_STEPS = 1_000, 10_000
+"""Draws of a cell and steps of a walk in the evaluation, at most: more would keep a finished run waiting for days."""
+
 
 @dataclass(frozen=True)
 class Data:
     """What is trained on.
 
-    ``store``: a folder written by ``distdiff shard``, or its URL; ``genes``: all, or the panel that it was built with;
-    ``labels``: covariates the model is conditioned on.
+    Parameters
+    ----------
+    store
+        Folder that ``distdiff shard`` wrote, or its URL.
+    genes
+        All genes of the store, or the panel that it was built with.
+    labels
+        Covariates that the model is conditioned on: labels of the store.
     """
 
     store: str
@@ -49,8 +59,22 @@ class Data:
 class Evaluation:
     """The table at the end of training.
 
-    ``enabled: false`` skips it; ``cells`` bounds the test cells scored; ``cell_type`` names the label of the
-    cell-type rows (none: the rows are left out); ``repaint_steps: 0`` leaves RePaint out.
+    Parameters
+    ----------
+    enabled
+        Whether test cells are scored after training.
+    rate
+        Share of the entries of a test cell that are hidden.
+    protocol
+        ``mcar``: zeros are scored too; ``paper``: zeros that may be dropout are neither seen nor scored.
+    draws
+        Draws of an ensemble, at least 2.
+    cells
+        Test cells scored, at most.
+    cell_type
+        Label of the cell-type rows; none: the rows are left out.
+    repaint_steps
+        Steps of the RePaint row; 0 leaves it out.
     """
 
     enabled: bool = True
@@ -64,12 +88,14 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"evaluate.rate must lie between 0 and 1, got {self.rate}")
-        if self.draws < 2:
-            raise ValueError(f"evaluate.draws must be at least 2 (CRPS needs an ensemble), got {self.draws}")
-        if self.cells < 1 or self.repaint_steps < 0:
+        if not 2 <= self.draws <= MOST_DRAWS:
             raise ValueError(
-                f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, got {self.cells} and "
-                f"{self.repaint_steps}"
+                f"evaluate.draws must be at least 2 (CRPS needs an ensemble), at most {MOST_DRAWS:,}, got {self.draws}"
+            )
+        if self.cells < 1 or not 0 <= self.repaint_steps <= MOST_STEPS:
+            raise ValueError(
+                f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, at most {MOST_STEPS:,}, got "
+                f"{self.cells} and {self.repaint_steps}"
             )
         if self.protocol == "paper" and not self.cell_type:
             raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type, --cell-type)")
@@ -77,9 +103,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Tracking:
-    """MLflow names; ``enabled: false`` logs nothing. The server is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite).
+    """MLflow's names. Its server or folder is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite).
 
-    ``experiment``: by default MLFLOW_EXPERIMENT_NAME, else distdiff; ``model``: name in MLflow's registry.
+    Parameters
+    ----------
+    enabled
+        Whether anything is logged and registered.
+    experiment
+        MLflow experiment that the runs belong to; by default MLFLOW_EXPERIMENT_NAME, else distdiff.
+    model
+        Name in MLflow's registry.
     """
 
     enabled: bool = True
@@ -146,7 +179,7 @@ class Config:
     def comparable(self, judge: str) -> str:
         """What validation scores ``judge`` on the same data must share to be compared.
 
-        A deviance is one of the same genes and labels (validation tells them, and they were made from the counts); a
+        A deviance is one of the same genes and labels (validation knows them, and they were made from the counts); a
         loss means the same only under the same law and mixture.
         """
         law = {k: self.identity()[k] for k in ("process", "survival")} if judge == "val/loss" else {}
@@ -161,10 +194,8 @@ class Config:
 
 def shipped() -> dict[str, Path]:
     """Configs that come with distdiff, by name: ``default``, ``dev``, ``attention``, ``published`` ..."""
-    for folder in (
-        Path(__file__).parent / "configs",
-        Path(__file__).parents[1] / "configs",
-    ):  # of a wheel, of a checkout
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # of a wheel, of a checkout
         if found := {path.stem: path for path in sorted(folder.glob("*.yaml"))}:
             return found
     return {}
@@ -178,7 +209,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises
     ------
     ValueError
-        Unreadable file, unknown key (the nearest one is told), wrong type or literal, an override without ``=``.
+        Unreadable file, unknown key (the nearest one is named), wrong type or literal, an override without ``=``.
     """
     raw: Any = {}
     text: Any = {}
@@ -191,46 +222,57 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
                 )
             path = known[path.name]
         try:
-            written = path.read_text()
-            raw, text = yaml.safe_load(written) or {}, yaml.load(written, yaml.BaseLoader) or {}
+            raw, text = configtext.read(path)
         except FileNotFoundError:
             raise ValueError(f"config file {path} does not exist") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"config file {path} is no valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"config file {path} must hold a mapping of sections, got {type(raw).__name__}")
+        if not isinstance(raw, dict):
+            raise ValueError(f"config file {path} must hold a mapping of sections, got {received.kind(raw)}")
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"override {override!r} must read key=value, for example optim.lr=1e-4")
+            raise ValueError(f"override {shown(override)} must read key=value, for example optim.lr=1e-4")
         try:
-            read, words = _scalar(value), yaml.load(value, yaml.BaseLoader)
-        except yaml.YAMLError:
+            read, words = configtext.parsed(value)
+        except ValueError:
             read = words = value
-        for tree, leaf in ((raw, read), (text, value if words is None else words)):
+        for tree, leaf in ((raw, _number(read)), (text, value if words is None else words)):
             node = tree
             *parents, last = key.split(".")
             for parent in parents:
-                node = node.setdefault(parent, {})
+                if node.get(parent) is None or (tree is text and not isinstance(node[parent], dict)):
+                    node[parent] = {}  # no such section, or an empty one
+                node = node[parent]
                 if not isinstance(node, dict):
-                    raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+                    raise ValueError(f"override {shown(override)}: {parent!r} is a value, not a section")
             node[last] = leaf
     config = parse(_as_text(typing.get_type_hints(Config), raw, text), where=str(path) if path else "config")
     return dataclasses.replace(config, overrides=tuple(overrides))
 
 
 def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
-    """Validate a nested mapping into a :class:`Config`, the components' options included."""
-    _check_keys(Config, raw, where)
+    """Validate a nested mapping into a :class:`Config`, the components' options included.
+
+    Raises
+    ------
+    ValueError
+        As :func:`load`; the sentence names ``where``, key and value.
+    """
+    try:
+        return _parse({key: {} if value is None else value for key, value in raw.items()})
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(f"{where}: {message if len(message) <= LONGEST else f'{message[:LONGEST]}...'}") from None
+
+
+def _parse(raw: Mapping[str, Any]) -> Config:
     if "overrides" in raw:
-        raise ValueError(f"{where}: unknown key 'overrides'; they are given as key=value behind the config file")
+        raise ValueError("unknown key 'overrides'; they are given as key=value behind the config file")
+    _check_keys(Config, raw)
     raw = _at_home(raw)
     for section, base, kind, given in SECTIONS:
-        options = raw.get(section, {})
-        if isinstance(options, Mapping):
-            raw[section] = _checked(base, complete(base, {"kind": kind, **options}, given=given), section)
-    train = raw.get("train")
-    if isinstance(train, Mapping) and train.get("batch") == "auto":
+        raw[section] = _checked(base, complete(base, {"kind": kind, **raw.get(section, {})}, given=given), section)
+    train = raw.get("train", {})
+    if train.get("batch") == "auto":
         raw["train"] = {**train, "batch": 0}
     try:
         config = TypeAdapter(Config).validate_python(raw)
@@ -242,21 +284,39 @@ def parse(raw: Mapping[str, Any], *, where: str = "config") -> Config:
             allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ",").split(",")]
             message = message + nearest(str(value), allowed)
         if first["type"] == "value_error":  # of the section's own checks, which name the key
-            raise ValueError(f"{where}: {first['ctx']['error']}") from None
+            raise ValueError(first["ctx"]["error"]) from None
         if first["type"] == "missing":
-            raise ValueError(f"{where}: {location} is missing") from None
-        raise ValueError(f"{where}: {location}={value!r}: {message}") from None
-    build(Process, config.process)
+            raise ValueError(f"{location} is missing") from None
+        raise ValueError(f"{location}={shown(value)}: {message}") from None
+    try:
+        build(Process, config.process)
+    except (TypeError, OverflowError) as error:  # of a component from outside the tree, or an option of any type
+        raise ValueError(f"process {shown(config.process)}: {error}") from None
     return config
 
 
-def _check_keys(cls: type, raw: Mapping[str, Any], where: str) -> None:
+LONGEST = 600
+"""Characters of what is wrong with a config, at most: a value may be a page of text."""
+
+
+def _check_keys(cls: type, raw: Mapping[str, Any], where: str = "") -> None:
+    """Unknown keys, sections that are values, and true or false where a number is wanted."""
     hints = typing.get_type_hints(cls)
     for key, value in raw.items():
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), hints)}")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _check_keys(typing.cast(type, hints[key]), value, f"{where}: {key}")
+            raise ValueError(f"{where}unknown key {shown(key)}{nearest(str(key)[:99], hints)}")
+        hint = hints[key]
+        section = cls is Config
+        if section and not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be a section with keys below it, got {shown(value)}")
+        if dataclasses.is_dataclass(hint):
+            _check_keys(typing.cast(type, hint), value, f"{key}: ")
+        elif hint in NUMBERS and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{where.replace(': ', '.')}{key} must be a number, got {shown(value)}")
+
+
+NUMBERS = (int, float, tuple[float, float])
+"""Types of values in which ``yes`` is no 1."""
 
 
 LONGEST_NAME = 250
@@ -325,29 +385,38 @@ def _option_types(section: tuple[str, type, str, int], options: Mapping[str, Any
 
 def _checked(base: type, options: dict[str, Any], section: str) -> dict[str, Any]:
     """Options of a component, numbers as its defaults are: whole, finite, at least 1 (0 where that is the default)."""
-    defaults = complete(base, {"kind": options["kind"]}, given=next(g for s, _, _, g in SECTIONS if s == section))
+    given = next(g for s, _, _, g in SECTIONS if s == section)
+    defaults = complete(base, {"kind": options["kind"]}, given=given)
     found = dict(options)
     for name, value in options.items():
         default = defaults.get(name)
-        wrong = ""
-        if isinstance(default, bool):
-            wrong = "" if isinstance(value, bool) else "yes or no"
-        elif isinstance(default, int):
-            least = min(1, default)
-            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            wrong = "" if whole and not isinstance(value, bool) and value >= least else f"a whole number >= {least}"
-            found[name] = value if wrong else int(value)
-        elif isinstance(default, float):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            wrong = "" if number and math.isfinite(value) else "a number"
+        wrong = _fault(default, value, free=name == "schedule")
         if wrong:
-            raise ValueError(f"{section}.{name} must be {wrong}, got {value!r}")
+            raise ValueError(f"{section}.{name} must be {wrong}, got {shown(value)}")
+        if isinstance(default, int) and not isinstance(default, bool):
+            found[name] = int(value)
     return found
 
 
-def _scalar(text: str) -> Any:
-    """YAML's reading of a value, with ``1e-4`` taken as a number."""
-    return _number(yaml.safe_load(text))
+def _fault(default: Any, value: Any, *, free: bool) -> str:
+    """What an option must be whose value is not of the kind of its default; empty where it is (or may be anything)."""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "yes or no"
+    if isinstance(default, int):
+        least = min(1, default)
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return "" if whole and not isinstance(value, bool) and value >= least else f"a whole number >= {least}"
+    if isinstance(default, float):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if number and math.isfinite(value) else "a number"
+    if isinstance(default, tuple) and default and all(type(v) is int for v in default):
+        whole = isinstance(value, (list, tuple)) and all(type(v) is int and v >= 0 for v in value)
+        return "" if whole else "a list of whole numbers"
+    if isinstance(default, str) and free:
+        return "" if isinstance(value, (str, list, tuple, Mapping)) else "a name, a list of numbers or a mapping"
+    if isinstance(default, str):
+        return "" if isinstance(value, str) else "text"
+    return ""
 
 
 def _number(value: Any) -> Any:

@@ -34,6 +34,8 @@ MMD_CELLS = 2000
 class Contestant:
     """An imputer and its rows in the table: ``mean``, ``1 draw``, ``draws`` (an ensemble; its mean is the estimate).
 
+    ``calls``: network calls of a draw, 0 without a network.
+
     Examples
     --------
     >>> from distdiff.baselines.zero import Zero
@@ -45,6 +47,7 @@ class Contestant:
     name: str
     imputer: Imputer
     answers: tuple[str, ...] = ("mean",)
+    calls: int = 0
 
     def __post_init__(self) -> None:
         for answer in self.answers:
@@ -280,7 +283,7 @@ def _rows(
         suffix = answer if answer != "draws" else f"{len(law) if law is not None else 0} draws"
         name = contestant.name if contestant.answers == ("mean",) else f"{contestant.name} {suffix}"
         values, errors, replicates = score(estimate, law)
-        out.append(Row(name, values | seconds, errors, replicates, note))
+        out.append(Row(name, values | seconds, errors, replicates, note, contestant.calls))
     return out
 
 

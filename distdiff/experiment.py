@@ -18,23 +18,26 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
 )
 
-from distdiff import files, received, tracking
-from distdiff.component import modules, nearest
+from distdiff import files, received, saved, tracking
+from distdiff.component import Untrusted, modules, nearest
 from distdiff.config import Config, Evaluation
+from distdiff.data.store.manifest import SPLITS
 from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser, adopt
 from distdiff.imputers import Imputer
 from distdiff.imputers.labels import WithLabels
 from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
+from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
-from distdiff.training import checkpoint
+from distdiff.training import checkpoint, loop
 from distdiff.training.fit import settled
 from distdiff.training.launched import check_world
 from distdiff.training.loop import Hooks
@@ -100,8 +103,40 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
         kwargs_handlers=_exchange(),
     )  # fmt: skip
     check_world(accelerator)
+    model = _new(config, store, accelerator, trust)
     with owned(Path(config.train.out), main=accelerator.is_main_process):
-        return _owning(config, store, accelerator, trust, peers)
+        return _owning(config, store, model, accelerator, trust, peers)
+
+
+def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str]) -> Model:
+    """The untrained model of an experiment; all that can be refused is refused here, before anything is written."""
+    alone = accelerator.distributed_type is DistributedType.NO and accelerator.device.type == "cpu"
+    with saved.affordable(config.denoiser, COPIES if alone else 1):
+        model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
+    model.check_store(store.manifest, config.data.store)
+    loop.check(_recipe(config, store, model), accelerator)
+    if config.evaluate.enabled and not store.manifest.split.n_cells[SPLITS.index("test")]:
+        raise ValueError("evaluate.enabled: the store has no test cells: rebuild with another --split")
+    if config.train.start and not _going_on(config):  # a checkpoint holds what became of those weights
+        accelerator.print(_start(model, config.train.start, trust))
+    return model
+
+
+def _recipe(config: Config, store: CountStore, model: Model) -> Recipe:
+    return Recipe(
+        store, model.process, model.denoiser, config.survival, config.optim, config.train, config.loader,
+        config.data.labels,
+    )  # fmt: skip
+
+
+COPIES = 5
+"""Of the weights that training on a CPU keeps: the weights, their gradient, two moments, their average."""
+
+
+def _going_on(config: Config) -> bool:
+    """Whether there is a checkpoint to go on from, as the main process sees it."""
+    folder = Path(config.train.out) / "checkpoints"
+    return broadcast_object_list([checkpoint.find(config.train.resume, folder) is not None])[0]
 
 
 def _check_label_names(config: Config, store: CountStore) -> None:
@@ -118,24 +153,19 @@ def _check_label_names(config: Config, store: CountStore) -> None:
             )
 
 
-def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str], peers: Peers) -> Outcome:
+def _owning(
+    config: Config, store: CountStore, model: Model, accelerator: Accelerator, trust: Sequence[str], peers: Peers
+) -> Outcome:
     """The experiment, by the only run that works in its folder."""
     began, fingerprint, main = time.perf_counter(), store.manifest.fingerprint, accelerator.is_main_process
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
-    going_on = broadcast_object_list([checkpoint.find(config.train.resume, out / "checkpoints") is not None])[0]
-    model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
-    model.check_store(store.manifest, config.data.store)
-    recipe = Recipe(
-        store, model.process, model.denoiser, config.survival, config.optim, config.train, config.loader,
-        config.data.labels,
-    )  # fmt: skip
+    going_on = _going_on(config)
+    recipe = _recipe(config, store, model)
     config = replace(config, train=settled(recipe, accelerator))
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
     }  # fmt: skip
-    if config.train.start and not going_on:  # a checkpoint holds what became of those weights
-        accelerator.print(_start(model, config.train.start, trust))
     accelerator.print(
         f"distdiff train: {store.n_cells} cells x {len(store.genes)} genes, "
         f"{sum(p.numel() for p in model.denoiser.parameters()):,} weights, {accelerator.num_processes} process(es) on "
@@ -165,7 +195,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
         accelerator.end_training()
         if not main:
             return Outcome(best, progress)
-        _after_training(progress, out, run)
+        _after_training(progress, store.path.name, out, run)
         if config.train.trace and (out / TRACE).exists():
             run.artifact(out / TRACE)
         if _existing_scores(best, fingerprint).get(progress.judge) != progress.best:
@@ -179,6 +209,7 @@ def _owning(config: Config, store: CountStore, accelerator: Accelerator, trust: 
                 )
             )
         finished = Model.load(best, trust=trust)
+        finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
         measured = measure(
             finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
@@ -272,9 +303,11 @@ def compare(new: Path, champion: Path, *, trust: Sequence[str] = (), remote: boo
 
 def _start(model: Model, address: str, trust: Sequence[str]) -> str:
     """Take over the weights of a trained model, those of genes by name; returns what to say about it."""
-    trained = Model.load(tracking.fetch(address), trust=trust)
     try:
+        trained = Model.load(tracking.fetch(address), trust=trust)
         known, fresh_labels = adopt(model.denoiser, model.spec.genes, trained.denoiser.state_dict(), trained.spec.genes)
+    except Untrusted:
+        raise
     except ValueError as error:
         raise ValueError(f"train.start={address}: {error}") from None
     fresh = f"; labels with other values start fresh ({', '.join(fresh_labels)})" if fresh_labels else ""
@@ -300,13 +333,13 @@ def evaluate_model(
         return on(WithLabels(imputer, use_labels) if model.spec.labels else imputer)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
-    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"))]
+    mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"), 1)]
     if isinstance(model.process, Counts) and model.process.molecules:
         mine.append(Contestant(f"{OURS}, log1p read-out", ours(model.imputer(readout="log1p"))))
-        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws")))
+        mine.append(Contestant(f"{OURS}, 8 calls", ours(model.imputer(steps=8)), ("1 draw", "draws"), 8))
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
-        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws")))
+        mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws"), settings.repaint_steps))
     if model.spec.labels and not model.required_labels:
         mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), use_labels=True)))
     rows = store.rows("test")
@@ -368,12 +401,12 @@ def against_cheap(model: Model, store: CountStore, *, seed: int = 0, limit: int 
     return deviances({OURS: _on(store, model)(model.imputer()), **cheap()}, store, cells, hidden)
 
 
-def _after_training(progress: Progress, out: Path, run: tracking.Run) -> None:
-    from distdiff.plots import training_curve
+def _after_training(progress: Progress, data: str, out: Path, run: tracking.Run) -> None:
+    from distdiff import pl
 
     if progress.history:
         path = out / "training.png"
-        training_curve(progress.history, path, judge=progress.judge)
+        pl.training_curve(progress.history, judge=progress.judge, name=data, save=path)
         run.artifact(path)
 
 

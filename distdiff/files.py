@@ -49,7 +49,7 @@ def local(path: str | Path) -> Path:
             f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy it to the URL "
             "afterwards (a store: distdiff store upload FOLDER URL)"
         )
-    return Path(path)
+    return Path(path).expanduser()
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ class Model:
         with files.whole(folder, overwrite=overwrite) as temporary:
             temporary.mkdir()
             (temporary / "weights.safetensors").write_bytes(weights)
-            (temporary / "model.json").write_text(json.dumps(card, indent=1))
+            (temporary / "model.json").write_text(json.dumps(saved.sealed(card), indent=1))
         self.info = card["info"]  # type: ignore[assignment]
         return folder
 
@@ -149,7 +149,7 @@ class Model:
         try:
             card, spec, tensors = saved.read(folder, trust)
             with saved.bounded(card, tensors):
-                model = cls.new(spec, card["process"], card["denoiser"])
+                model = cls._of(spec, card)
             received.check_fit(saved.network(tensors), model.denoiser.state_dict())
         except FileNotFoundError as error:
             hint = " (use distdiff.load for models:/ addresses)" if str(folder).startswith("models:") else ""
@@ -159,12 +159,22 @@ class Model:
         except (saved.WrongFormat, Untrusted, ImportError):
             raise
         except Exception as error:  # whatever the file made of a constructor's arguments
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = "".join(c for c in (str(error) or type(error).__name__).splitlines()[0] if c.isprintable())
             raise ValueError(f"the model in {folder} is damaged: {reason[:300]}") from error
         model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
         model.shrink, model.info = tensors.get("shrink"), card["info"]
         return model
+
+    @classmethod
+    def _of(cls, spec: DataSpec, card: Mapping[str, Any]) -> Model:
+        """The untrained model of a card that somebody else may have written."""
+        try:
+            return cls.new(spec, card["process"], card["denoiser"])
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a constructor made of its options
+            raise ValueError(f"model.json: its options cannot be used: {error}") from error
 
     # -- imputation ----------------------------------------------------------------------------------------------
 

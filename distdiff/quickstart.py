@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff import config, experiment, files, tracking
+from distdiff import config, experiment, files, pl, tracking
 from distdiff.batch import impute_file
 from distdiff.data.ingest.shard import shard
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import mcar
+from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 from distdiff.rng import numpy_generator
 
 CELL_TYPES = ("cell_type", "celltype", "cell_types", "bulk_labels", "louvain", "leiden")
 MOST_GENES = 2000
-PLOTTED = 3000  # cells of the UMAP figure
+PLOTTED = 3000  # cells of the figures
+GENERATED = 500  # cells whose depth is compared with real ones
 
 
 def demo_counts(path: Path) -> None:
@@ -80,12 +82,12 @@ def run(
     model = Model.load(outcome.model)
     impute_file(model, data, imputed, layer=layer, mask=str(mask), overwrite=True)
 
-    _say(began, "5/5 figure")
-    figure = _figure(source, model, hidden, imputed, cell_type, out / "umap.png")
+    _say(began, "5/5 figures")
+    figures = _figures(source, data.name, model, hidden, imputed, cell_type, store, out / "figures")
     if outcome.registered:
-        tracking.attach(out / "run", figure)
+        tracking.attach(out / "run", figures)
     print(f"\n{outcome.report.to_text()}\n")
-    _paths(out, figure, outcome, time.perf_counter() - began)
+    _paths(out, figures, outcome, time.perf_counter() - began)
     print(after(outcome.model, store, data, out / "dropout.h5ad", groups=cell_type or "leiden", layer=layer))
 
 
@@ -122,30 +124,54 @@ def _guess(source: Source) -> str | None:
     return None
 
 
-def _figure(source: Source, model: Model, hidden: np.ndarray, imputed: Path, cell_type: str | None, path: Path) -> Path:
-    from distdiff.plots import umap
+def _figures(
+    source: Source, name: str, model: Model, hidden: np.ndarray, imputed: Path, cell_type: str | None, store: Path,
+    folder: Path,
+) -> Path:  # fmt: skip
+    """Pictures of the imputation and of generated cells, in one folder, whole or not at all."""
+    import anndata as ad
+    import pandas as pd
 
     rows = np.arange(source.n_cells)[:: max(1, -(-source.n_cells // PLOTTED))]
     known = np.isin(np.array(source.genes), np.array(model.spec.genes))
-    truth = source.read(0, source.n_cells)[rows][:, known].toarray()
-    after = Source.open(imputed, layer="imputed", every=True).read(0, source.n_cells)[rows][:, known].toarray()
-    before = np.where(hidden[np.ix_(rows, known)], 0, truth)
-    umap(before, after, truth, source.obs(cell_type)[rows] if cell_type else None, path)
-    return path
+    truth = source.read(0, source.n_cells)[rows][:, known]
+    filled = {name: Source.open(imputed, layer=name, every=True) for name in ("imputed", "imputed_mean")}
+    layers = {name: layer.read(0, source.n_cells)[rows][:, known] for name, layer in filled.items()}
+    layers["hidden"] = truth.multiply(~hidden[np.ix_(rows, known)]).tocsr()
+    opened = CountStore.open(store)
+    trained = np.zeros(source.n_cells, dtype=bool)
+    trained[opened.origin(opened.rows("train"))[1]] = True
+    obs = pd.DataFrame({"training": trained[rows]}, index=[str(cell) for cell in rows])
+    if cell_type:
+        obs[cell_type] = source.obs(cell_type)[rows]
+    cells = ad.AnnData(truth, obs, pd.DataFrame(index=np.array(source.genes)[known]), layers=layers)
+    draws = {"true counts": None, "half hidden (zeros)": "hidden", "imputed (one draw)": "imputed"}
+    means = {"true counts": None, "half hidden (zeros)": "hidden", "imputed (posterior mean)": "imputed_mean"}
+    with files.whole(folder, overwrite=True) as temporary:
+        temporary.mkdir()
+        pl.umap(cells, layers=draws, color=cell_type, training="training", name=name, save=temporary / "umap.png")
+        if cell_type and cells.obs[cell_type].nunique() > 1:
+            pl.dotplot(cells, groupby=cell_type, layers=means, name=name, save=temporary / "markers.png")
+            pl.violin(cells, groupby=cell_type, layers=draws, name=name, save=temporary / "violins.png")
+        first, second = cells.var_names[np.argsort(-np.asarray(truth.sum(0)).ravel(), kind="stable")[:2]]
+        pl.scatter(cells, first, second, layers=means, name=name, save=temporary / "genes.png")
+        made = model.generate(min(GENERATED, source.n_cells))
+        pl.depth(cells, made, name=name, save=temporary / "depth.png")
+    return folder
 
 
 def _say(began: float, text: str) -> None:
     print(f"[{time.perf_counter() - began:5.1f} s] {text}", flush=True)
 
 
-def _paths(out: Path, figure: Path, outcome: experiment.Outcome, seconds: float) -> None:
+def _paths(out: Path, figures: Path, outcome: experiment.Outcome, seconds: float) -> None:
     print(f"Done in {seconds:.0f} s. Written:")
     for path, what in (
         (out / "atlas.zarr", "the sharded store"),
         (outcome.model, f"the model ({outcome.registered or 'not registered'})"),
         (out / "imputed.h5ad", "layers imputed_mean and imputed, opens in scanpy"),
-        (out / "run" / "evaluation", "table (md, json) and calibration.png"),
-        (figure, "UMAP: true counts, half hidden, imputed (all cells, trained ones included)"),
+        (out / "run" / "evaluation", "table (md, json), calibration and score by network calls"),
+        (figures, "UMAP and genes: true counts, half hidden, imputed; depth of generated cells"),
         (tracking.public_uri(tracking.tracking_uri()), "MLflow: config, metrics, table, figures, model"),
     ):
         print(f"  {path!s:<40} {what}")

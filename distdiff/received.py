@@ -60,6 +60,20 @@ def regular(path: Path) -> io.BufferedReader:
         raise
 
 
+def check_regular(folder: Path) -> None:
+    """Refuse a folder in which something is neither a file nor a folder: a pipe is waited for without end.
+
+    Raises
+    ------
+    OSError
+        Something is (named).
+    """
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if not stat.S_ISREG(os.stat(os.path.join(where, name)).st_mode):
+                raise OSError(f"{os.path.join(where, name)} is no regular file")
+
+
 def parsed(text: bytes | str) -> dict[str, Any]:
     """The mapping in a JSON text.
 

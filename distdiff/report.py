@@ -65,6 +65,8 @@ class Row:
         Metric -> ``float64 [R]``; the same resamples for every row, so differences are paired.
     note
         ``control``, ``peeks`` (it uses something made from the hidden entries) or nothing.
+    calls
+        Network calls of a draw; 0 without a network.
 
     Examples
     --------
@@ -78,6 +80,7 @@ class Row:
     errors: dict[str, float]
     replicates: dict[str, NDArray[np.float64]]
     note: str = ""
+    calls: int = 0
 
 
 @dataclass
@@ -163,15 +166,17 @@ class Report:
             temporary.write_text(text)
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``table.md``, ``table.json`` and ``calibration.png`` into ``folder``; it appears when complete."""
-        from distdiff.plots import calibration
+        """Write ``table.md``, ``table.json`` and the figures into ``folder``; it appears when complete."""
+        from distdiff import pl
 
         with files.whole(folder, overwrite=True) as temporary:
             temporary.mkdir()
             (temporary / "table.md").write_text(self.to_markdown())
             self.to_json(temporary / "table.json")
             if self.draws is not None and self.mean is not None:
-                calibration(self.truth, self.targets, self.mean, self.draws, temporary / "calibration.png")
+                pl.calibration(self, save=temporary / "calibration.png")
+            if any(row.calls for row in self.rows):
+                pl.score_by_calls(self, save=temporary / "score_by_calls.png")
         return Path(folder)
 
     def _render(self, block: Callable[[list[str], list[list[str]]], str]) -> str:

@@ -6,19 +6,24 @@ import contextlib
 import hashlib
 import json
 import math
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
 from distdiff import received
-from distdiff.component import check_trust, modules
+from distdiff.component import check_trust, modules, nearest
 from distdiff.types import DataSpec, Tensor
 
 FORMAT = 2
 
+
+SEAL = "sha256"
+"""What ``model.json`` calls the hash of the rest of itself."""
 
 NAMES = "names"
 """Note in the weights' file (see :func:`names_of`)."""
@@ -62,6 +67,7 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
     weights = folder / "weights.safetensors"
     card, tensors = received.json_of(folder / "model.json"), received.tensors_of(weights)
     check_format(card, folder)
+    _check_seal(card)
     for name, wanted in PARTS.items():
         if not isinstance(card.get(name), wanted):
             raise ValueError(f"model.json: {name} must be {_word(wanted)}, is {received.kind(card.get(name))}")
@@ -89,6 +95,28 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
     return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean), tensors
 
 
+def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
+    """``model.json`` with the SHA-256 of the rest of itself, as plain JSON."""
+    plain = json.loads(json.dumps(card))
+    return {**plain, SEAL: _seal(plain)}
+
+
+def _seal(card: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
+def _check_seal(card: dict[str, Any]) -> None:
+    """Refuse a card that is not what was written; those of versions that wrote no hash hold nothing but their parts."""
+    told = card.pop(SEAL, None)
+    if told is not None and told != _seal(card):
+        raise ValueError(
+            "model.json was changed or damaged after it was written (its content is not that of its own hash); copy "
+            "the folder again from where it was made"
+        )
+    if unknown := sorted(card.keys() - PARTS.keys() - {"format"}):
+        raise ValueError(f"model.json has an unknown key {unknown[0][:80]!r}{nearest(unknown[0][:80], [*PARTS, SEAL])}")
+
+
 def names_of(genes: Sequence[str], labels: Mapping[str, Sequence[str]]) -> str:
     """Which column is which gene, and which code which label: stands in the weights' file, as SHA-256."""
     told = [list(genes), {name: list(values) for name, values in labels.items()}]
@@ -107,9 +135,11 @@ def check_format(card: Mapping[str, Any], folder: Path) -> None:
     if type(found) is not int:
         raise ValueError(f"model.json: format must be a whole number, is {received.kind(found)}")
     if found < FORMAT:
-        raise WrongFormat(f"{folder} has model format {found}, of an earlier distdiff; train it again")
+        raise WrongFormat(f"{folder} has model format {found} (model.json), of an earlier distdiff; train it again")
     if found > FORMAT:
-        raise WrongFormat(f"{folder} has model format {found}, this distdiff reads up to {FORMAT}; upgrade")
+        raise WrongFormat(
+            f"{folder} has model format {found} (model.json), this distdiff reads up to {FORMAT}; upgrade"
+        )
 
 
 @contextlib.contextmanager
@@ -127,7 +157,7 @@ def bounded(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[
         return
     for name in LENGTHS:
         if isinstance(denoiser.get(name), int) and denoiser[name] > len(tensors):
-            raise ValueError(f"denoiser.{name}={denoiser[name]:g}, but there are {len(tensors)} tensors")
+            raise ValueError(f"denoiser.{name}={denoiser[name]}, but there are {len(tensors)} tensors")
     for value in _values((card["process"], denoiser)):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"model.json: an option is {value}")
@@ -137,19 +167,54 @@ def bounded(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[
         yield
 
 
-class _Bounded(TorchFunctionMode):
-    """Refuses to make tensors of more than ``most`` numbers."""
+class TooLarge(ValueError):
+    """Options ask for a larger network than there can be here."""
 
-    def __init__(self, most: int) -> None:
+
+class _Bounded(TorchFunctionMode):
+    """Refuses to make a tensor of more than ``most`` numbers, or tensors of more than ``total`` numbers together."""
+
+    def __init__(self, most: float, total: float = math.inf) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.left = most, total
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in MAKERS:
             shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
-            if math.prod(n for n in shape if isinstance(n, int)) > self.most:
-                raise ValueError(f"its options ask for a tensor of shape {list(shape)}, the file has none so large")
+            made = math.prod(n for n in shape if isinstance(n, int))
+            self.left -= made
+            if made > self.most or self.left < 0:
+                raise TooLarge(f"its options ask for a tensor of shape {list(shape)}, the file has none so large")
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def affordable(denoiser: Mapping[str, Any], copies: int) -> Iterator[None]:
+    """Build a denoiser to train in here; one whose weights, ``copies`` times, exceed the free memory is refused.
+
+    Raises
+    ------
+    ValueError
+        It is too large, or torch has no tensors of that size; its sizes are named.
+    """
+    free = _free_memory()
+    try:
+        with _Bounded(free // (4 * copies), free // (4 * copies)):
+            yield
+    except TooLarge:
+        sizes = {k: v for k, v in denoiser.items() if type(v) is int or isinstance(v, (list, tuple))}
+        named = ", ".join(f"denoiser.{name}={value}" for name, value in sizes.items())
+        raise ValueError(
+            f"{named}: a network of that size needs more than the {free / 2**30:.1f} GiB of free memory in training; "
+            "choose smaller numbers"
+        ) from None
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take."""
+    process, limit = psutil.Process(), resource.getrlimit(resource.RLIMIT_AS)[0]
+    free = psutil.virtual_memory().available
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - process.memory_info().vms))
 
 
 def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,7 +266,7 @@ def _check_about(info: Mapping[str, Any]) -> None:
 def _check_numbers(what: str, values: Sequence[Any]) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"model.json: {what} must hold finite numbers, one is {str(value)[:40]}")
+            raise ValueError(f"model.json: {what} must hold finite numbers, one is {str(value)[:40]!r}")
 
 
 def _values(tree: Any) -> Iterator[Any]:

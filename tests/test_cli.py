@@ -96,7 +96,8 @@ def test_quickstart_interrupted_then_run_twice(tmp_path):
     done = distdiff("quickstart", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "distdiff mean is first in Poisson deviance" in done.stdout
-    for name in ("umap.png", "imputed.h5ad", "run/evaluation/calibration.png", "run/evaluation/table.md"):
+    pictures = [f"figures/{name}.png" for name in ("umap", "markers", "violins", "genes", "depth")]
+    for name in (*pictures, "imputed.h5ad", "run/evaluation/calibration.png", "run/evaluation/table.md"):
         assert (tmp_path / "distdiff-quickstart" / name).stat().st_size > 1000
     again = distdiff("quickstart", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -28,10 +28,17 @@ def model(atlas):
     return Model.new(CountStore.open(atlas).spec(("cell_type",)), *OPTIONS)
 
 
+def unsealed(folder):
+    """The card of a model of a version that wrote no hash of it."""
+    card = json.loads((folder / "model.json").read_text())
+    del card["sha256"]
+    return card
+
+
 def resaved(folder, tensors):
     """Other weights in a model's folder, and the sum that belongs to them."""
     save_file(tensors, folder / "weights.safetensors")
-    card = json.loads((folder / "model.json").read_text())
+    card = unsealed(folder)
     card["info"]["weights_sha256"] = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
     (folder / "model.json").write_text(json.dumps(card))
 
@@ -112,7 +119,7 @@ def at(path, value):
 @pytest.mark.parametrize("value", [None, True, 3.5, "x", [], [[]], {"a": 1}, 10**30, "gone"])
 def test_a_card_of_wrong_types_is_one_sentence(model, tmp_path, part, value):
     folder = model.save(tmp_path / "model")
-    card = json.loads((folder / "model.json").read_text())
+    card = unsealed(folder)
     card.pop(part) if value == "gone" else card.update({part: value})
     (folder / "model.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"is damaged: .|has model format") as told:
@@ -144,13 +151,27 @@ def test_a_card_of_wrong_types_is_one_sentence(model, tmp_path, part, value):
 )  # fmt: skip
 def test_a_card_that_asks_for_the_absurd_is_refused_at_once(model, tmp_path, change, words):
     folder = model.save(tmp_path / "model")
-    card = json.loads((folder / "model.json").read_text())
+    card = unsealed(folder)
     change(card)
     (folder / "model.json").write_text(json.dumps(card))
     began = time.process_time()
     with pytest.raises(ValueError, match=f"is damaged: .*{words}"):
         Model.load(folder)
     assert time.process_time() - began < 2
+
+
+def test_a_card_is_under_its_own_hash_and_one_without_loads(model, tmp_path):
+    folder = model.save(tmp_path / "model")
+    whole = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(unsealed(folder)))
+    assert Model.load(folder).info == model.info
+    for card in (whole | {"info": whole["info"] | {"store": "other"}}, whole | {"sha256": "0" * 64}):
+        (folder / "model.json").write_text(json.dumps(card))
+        with pytest.raises(ValueError, match=r"model.json was changed or damaged after it was written"):
+            Model.load(folder)
+    (folder / "model.json").write_text(json.dumps({"sha257" if k == "sha256" else k: v for k, v in whole.items()}))
+    with pytest.raises(ValueError, match=r"unknown key 'sha257'; did you mean 'sha256'"):
+        Model.load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])

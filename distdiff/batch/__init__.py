@@ -9,28 +9,20 @@ its checksums.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from distdiff import files
 from distdiff.batch import local
 from distdiff.batch.cluster import on_cluster
 from distdiff.batch.frame import write_anndata
-from distdiff.batch.rows import StoreRows, open_rows
 from distdiff.batch.summary import Summary
-from distdiff.batch.task import Task
-from distdiff.batch.tasks import Deepen, Denoise, Generate, Impute
+from distdiff.batch.tasks import make_task
 from distdiff.batch.verify import verify
 from distdiff.data.store.export import named
 from distdiff.model import Model
 
 __all__ = ["Summary", "generate_file", "impute_file", "make_task", "on_cluster", "run", "write_anndata"]
-
-ON_CELLS: dict[str, Any] = {"impute": Impute, "complete": Impute, "denoise": Denoise, "deepen": Deepen}
 
 
 def impute_file(
@@ -97,34 +89,3 @@ def check(kind: str, model: Model | None, data: str | Path | None, out: str | Pa
     """Compare a result with its checksums, and repair it on request: :func:`~distdiff.batch.verify.verify`."""
     task = None if model is None or not repair else make_task(kind, model, data, Path(out), **options)
     return verify(out, repair=repair, task=task, data="" if data is None else Path(data).name, progress=progress)
-
-
-def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, layer: str | None = None,
-              device: str = "auto", **options: Any) -> Task:  # fmt: skip
-    """The task of a job.
-
-    Raises
-    ------
-    ValueError
-        ``out`` is the input, or what the task refuses.
-    """
-    device = _device() if device == "auto" else device
-    if kind == "generate":
-        return Generate(model, device=device, **options)
-    if data is None:
-        raise ValueError(f"{kind} needs an input (data)")
-    if Path(data).exists():
-        files.refuse_nested(out, data)
-    rows = open_rows(data, layer)
-    if isinstance(rows, StoreRows):
-        model.check_store(rows.store.manifest, rows.where)
-    if kind in ("impute", "complete"):
-        options["data"] = data
-    return ON_CELLS[kind](model, rows, device=device, **options)
-
-
-def _device() -> str:
-    """The GPU of this process by its ``LOCAL_RANK``, or the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -23,6 +23,7 @@ from distdiff.batch.compute import ShardComputer
 from distdiff.batch.job import Described, OneProcess, carry_out, check_options
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
+from distdiff.batch.tasks import make_task
 from distdiff.cluster import WorkerWatch, connect, explained
 from distdiff.data.store.export import named
 from distdiff.files import is_url
@@ -178,12 +179,10 @@ class _Session:
     """What a worker keeps between tasks of one command: the engine with its model, and its computer of shards."""
 
     def __init__(self, order: Order) -> None:
-        from distdiff import batch
-
         options = dict(order.options)
         if options.get("device", "auto") == "auto":
             options["device"] = _device()
-        task = batch.make_task(order.kind, order.load(), order.data, Path(order.out), **options)
+        task = make_task(order.kind, order.load(), order.data, Path(order.out), **options)
         name = "" if order.data is None else Path(order.data).name
         self.name, self.engine = order.name, OneProcess(task, name, order.precision)
         self.computer: ShardComputer | None = None

@@ -15,16 +15,13 @@ from distdiff.batch.layout import Field
 from distdiff.batch.rows import by_columns, from_table, opened_anndata
 from distdiff.batch.task import Task
 from distdiff.data.ingest import legacy
+from distdiff.data.ingest.container import rows_of
 from distdiff.data.ingest.scan import select
-from distdiff.data.ingest.source import rows_of
 from distdiff.data.store.export import CsrOnDisk, zarr_v3
 from distdiff.tasks.frame import reindex_genes, var_of
 
 PIECE = 8 << 20
 """Values copied at a time."""
-
-GROUPS = ("csr_matrix", "csc_matrix", "dict", "dataframe", "raw", "")
-"""Kinds of groups that are copied member by member."""
 
 MAPPINGS = ("layers", "obsm", "obsp", "varm", "varp", "uns")
 
@@ -34,11 +31,10 @@ def transfer(source: Any, target: Any, key: str) -> None:
     import anndata as ad
 
     elem = source[key]
-    kind = elem.attrs.get("encoding-type", "")
     plain = not hasattr(elem, "keys") and elem.ndim and elem.dtype.kind in "biuf"
     if plain:
         _copy(elem, target, key)
-    elif kind in GROUPS and hasattr(elem, "keys") and not (kind == "dataframe" and legacy.by_reference(elem)):
+    elif hasattr(elem, "keys") and not (elem.attrs.get("encoding-type") == "dataframe" and legacy.by_reference(elem)):
         group = target.require_group(key)
         describe(group, elem.attrs)
         for name in elem:

@@ -13,8 +13,9 @@ import scipy.sparse as sp
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data.ingest import legacy
-from distdiff.data.ingest.source import Source, frame_index
+from distdiff.data.ingest import container, legacy
+from distdiff.data.ingest.damage import reading
+from distdiff.data.ingest.source import Source
 from distdiff.data.store.store import CountStore
 
 CACHE = 8 << 20
@@ -42,7 +43,7 @@ class StoreRows:
     def obs(self, key: str) -> np.ndarray:
         """Values of a label, ``None`` where missing."""
         if key not in self.labels:
-            raise ValueError(f"the store has no label {key!r}{nearest(key, self.labels)}; shard with --labels {key}")
+            raise ValueError(f"the store has no label {key!r}{nearest(key, self.labels)}; shard it with labels={key}")
         values = np.array([*self.labels[key], None], dtype=object)
         return values[self.codes(key, 0, self.n_cells)]
 
@@ -59,6 +60,7 @@ class FileRows:
     """A file of AnnData or 10x: its counts, and what an output takes over from it."""
 
     def __init__(self, path: Path, layer: str | None) -> None:
+        path = path.expanduser()
         self.source = Source.open(path, layer=layer, every=True)
         self.n_cells, self.genes, self.where = self.source.n_cells, self.source.genes, self.source.where
         self.read, self.obs = self.source.read, self.source.obs
@@ -69,6 +71,8 @@ class FileRows:
         self.var = self.source.var
         """Where in that file the genes of the counts are."""
         self.layer = layer
+        if self.frame is not None and not from_table(self.frame):
+            container.check(self.frame)
 
     def whole(self, genes: Sequence[str]) -> bool:
         """Whether everything in the file with a value a gene fits a result of these genes as it is."""
@@ -77,7 +81,7 @@ class FileRows:
         if self.var == "var":
             return True
         with opened_anndata(self.frame) as root:
-            return tuple(frame_index(root, "var").tolist()) == tuple(genes)
+            return tuple(container.names_of(root, "var", self.where).tolist()) == tuple(genes)
 
     def left_out(self) -> list[str]:
         """Names of what a result of other genes cannot keep: X where counts of a layer take its place; whatever has a
@@ -139,7 +143,7 @@ def by_columns(elem: Any) -> bool:
 @contextlib.contextmanager
 def opened_anndata(path: Path) -> Iterator[Any]:
     """An h5ad file or an AnnData zarr folder, open for reading; one from before anndata 0.7 as it is written today."""
-    with _opened(path) as root:
+    with container.opened(path) as root:
         if "obs" not in root or not legacy.compound(root["obs"]):
             yield root
             return
@@ -149,21 +153,8 @@ def opened_anndata(path: Path) -> Iterator[Any]:
 
 def from_table(path: Path) -> bool:
     """Whether an AnnData file is from before anndata 0.7."""
-    with _opened(path) as root:
+    with container.opened(path) as root, reading(str(path)):
         return legacy.compound(root["obs"])
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if path.is_dir():
-        import zarr
-
-        yield zarr.open_group(str(path), mode="r", use_consolidated=False)
-    else:
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            yield file
 
 
 def _is_anndata(path: Path) -> bool:
@@ -171,7 +162,7 @@ def _is_anndata(path: Path) -> bool:
         return False  # 10x mtx
     if path.is_file() and not _is_hdf5(path):
         return False
-    with _opened(path) as root:
+    with container.opened(path) as root, reading(str(path)):
         return "obs" in root and "var" in root
 
 
@@ -197,5 +188,5 @@ def open_rows(path: Path | str, layer: str | None = None) -> Any:
     if not is_store(path):
         return FileRows(Path(path), layer)
     if layer is not None:
-        raise ValueError(f"--layer {layer}: a store has no layers")
+        raise ValueError(f"layer={layer!r}: a store has no layers; leave layer= out")
     return StoreRows(CountStore.open(path, cache_bytes=CACHE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from distdiff import files
 from distdiff.batch.layout import Field, Values
-from distdiff.batch.rows import FileRows, NewRows
+from distdiff.batch.rows import FileRows, NewRows, StoreRows, open_rows
 from distdiff.batch.task import OnCells, Task
 from distdiff.component import nearest
 from distdiff.data.ingest.source import Source
@@ -275,3 +276,37 @@ def _identified(mask: str | None) -> str | None:
     if mask is None or not mask.endswith((".npz", ".npy")):
         return mask
     return f"{Path(mask).name} {files.stamp(mask)}" if Path(mask).exists() else mask
+
+
+ON_CELLS: dict[str, Any] = {"impute": Impute, "complete": Impute, "denoise": Denoise, "deepen": Deepen}
+
+
+def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, layer: str | None = None,
+              device: str = "auto", **options: Any) -> Task:  # fmt: skip
+    """The task of a job.
+
+    Raises
+    ------
+    ValueError
+        ``out`` is the input, or what the task refuses.
+    """
+    device = _device() if device == "auto" else device
+    if kind == "generate":
+        return Generate(model, device=device, **options)
+    if data is None:
+        raise ValueError(f"{kind} needs an input (data)")
+    if Path(data).exists():
+        files.refuse_nested(out, data)
+    rows = open_rows(data, layer)
+    if isinstance(rows, StoreRows):
+        model.check_store(rows.store.manifest, rows.where)
+    if kind in ("impute", "complete"):
+        options["data"] = data
+    return ON_CELLS[kind](model, rows, device=device, **options)
+
+
+def _device() -> str:
+    """The GPU of this process by its ``LOCAL_RANK``, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

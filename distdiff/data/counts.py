@@ -63,16 +63,16 @@ def check_counts(
         return
     row, column, value = bad
     if not np.isfinite(value):
-        what = "is not finite; whole counts are needed: repair the file or choose a raw-count layer with --layer"
+        what = "is not finite; whole counts are needed: repair the file or choose a raw-count layer with layer="
     elif value < 0:
-        what = "is negative: was this scaled? choose a raw-count layer with --layer"
+        what = "is negative: was this scaled? choose a raw-count layer with layer="
     elif value > MAX_COUNT:
         what = f"is above the largest count a store holds, {MAX_COUNT}"
     else:
         what = (
-            "is not a whole number: was this log-normalised? choose a raw-count layer with --layer; counts corrected "
-            "for ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: distdiff shard --round "
-            "random makes whole counts of them, and the other commands take the store"
+            "is not a whole number: was this log-normalised? choose a raw-count layer with layer=; counts corrected "
+            "for ambient RNA or estimated by EM (SoupX, kallisto, alevin, RSEM) have decimals: shard them with "
+            "rounding='random', which makes whole counts of them, and give the store"
         )
     raise ValueError(f"{where}: cell {str(cell_names[row])!r}, gene {str(genes[column])!r}: {value!r} {what}")
 
@@ -100,7 +100,7 @@ def check_exact(counts: sparse.csr_matrix) -> None:
     if counts.nnz and (most := counts.data.max()) >= LAST_EXACT:
         raise ValueError(
             f"a count of {most:.0f} overflows float32, which tells molecules apart up to {LAST_EXACT - 1}; no cell "
-            "holds so many of one gene: were bulk samples or reads summed? leave that gene out (--genes FILE)"
+            "holds so many of one gene: were bulk samples or reads summed? leave that gene out (genes=)"
         )
 
 

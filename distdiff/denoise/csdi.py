@@ -31,12 +31,18 @@ class CSDI(Denoiser):
 
     Parameters
     ----------
-    width, depth, heads
-        Channels, residual blocks (published code: 6, paper: 4), heads.
+    width
+        Channels.
+    depth
+        Residual blocks (published code: 6, paper: 4).
+    heads
+        Attention heads; they must divide ``width``.
     attention
         ``full``, or ``lsh`` over genes (the published code intends it but does not apply it).
-    bucket, rounds
-        Of the hashed attention.
+    bucket
+        Keys in a chunk of the hashed attention.
+    rounds
+        Independent hashes of the hashed attention.
     dropout
         Within the attention layers.
     gene_embedding

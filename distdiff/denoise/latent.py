@@ -20,10 +20,14 @@ class Latent(Denoiser):
 
     Parameters
     ----------
-    width, depth, heads
-        Width of tokens and latents, blocks of the trunk among latents, attention heads.
+    width
+        Numbers of a token and of a latent.
+    depth
+        Blocks of the trunk among latents.
+    heads
+        Attention heads; they must divide ``width``.
     latents
-        Number of latents, m.
+        Number of latents.
     shortcut
         One matrix from all evidence to the latents and one from their mean to all outputs, in parallel to the tokens.
 

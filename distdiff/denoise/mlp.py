@@ -17,8 +17,10 @@ class MLP(Denoiser):
     ----------
     spec, outputs
         Genes, label vocabularies, gene means; numbers per gene.
-    width, depth
-        Width of the trunk and number of residual blocks.
+    width
+        Width of the trunk.
+    depth
+        Number of residual blocks.
     rank
         Factorise the two input layers through one embedding of this many numbers a gene (0: full layers). Useful with
         many genes, when these layers hold most weights. (A sum over non-zero entries is no faster: on a CPU the dense

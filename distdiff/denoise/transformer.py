@@ -20,8 +20,12 @@ class Transformer(Denoiser):
 
     Parameters
     ----------
-    width, depth, heads
-        Token width, number of blocks, attention heads; ``heads`` must divide ``width``.
+    width
+        Numbers of a token.
+    depth
+        Number of blocks.
+    heads
+        Attention heads; they must divide ``width``.
     shortcut
         One matrix from all evidence to the cell's vector and one from the cell token to all outputs, in parallel to the
         tokens.

@@ -27,8 +27,12 @@ class UNet(Denoiser):
         Channels of each resolution; height and width are halved from one to the next.
     attention
         Resolutions with self-attention, counted from 0: CIFAR-10 ``[1]``, CelebA-64 ``[2]``.
-    layers, dropout, groups
-        Residual layers a resolution (2 in the paper, whose code recommends 4), dropout, groups of the norms.
+    layers
+        Residual layers a resolution (2 in the paper, whose code recommends 4).
+    dropout
+        Share of activations dropped in training.
+    groups
+        Groups of the norms.
 
     Raises
     ------
@@ -54,6 +58,11 @@ class UNet(Denoiser):
         dropout: float = 0.1, groups: int = 32,
     ):  # fmt: skip
         super().__init__()
+        if len(shape) != 3 or not channels or groups < 1 or any(c % groups for c in channels):
+            raise ValueError(
+                "denoiser unet: shape must be three numbers and channels multiples of groups, got "
+                f"shape={list(shape)}, channels={list(channels)}, groups={groups}"
+            )
         colours, height, width = shape
         if colours * height * width != spec.n_genes:
             raise ValueError(

@@ -62,6 +62,8 @@ class Counts(Process):
     rounding
         How a plain step turns the real ``f`` into molecules: ``random`` (docs/MATHS.md 4.5), ``nearest`` (which
         collapses small rates to 0; kept for comparison), ``poisson`` (births ``Poisson(beta f)``).
+    loadings
+        Directions per gene of the head ``loadings``.
 
     Examples
     --------

@@ -24,7 +24,9 @@ class Masked(Process):
     schedule
         As for `Counts`; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
     classes
-        Counts ``0 ... classes - 1``. Larger counts become the last class if ``clamp``; otherwise they are refused.
+        Counts ``0 ... classes - 1``.
+    clamp
+        Whether larger counts become the last class; otherwise they are refused.
 
     Examples
     --------

@@ -81,6 +81,10 @@ class Fisher(Schedule):
 
     log_eps: float = -15.0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.log_eps, (int, float)) or not -700 < self.log_eps < 0:
+            raise ValueError(f"schedule fisher: log_eps must lie between -700 and 0, got {self.log_eps!r}")
+
     @property
     def span(self) -> float:
         """``L = log((1 - eps) / eps)`` (docs/MATHS.md 1.3)."""
@@ -142,6 +146,8 @@ class Table(Schedule):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if not all(isinstance(p, (int, float)) for p in self.values):
+            raise ValueError(f"a schedule's table must be numbers that fall from 1 to 0, got {list(self.values)}")
         v = tuple(float(p) for p in self.values)
         if len(v) < 2 or v[0] != 1 or v[-1] != 0 or any(not b < a for a, b in itertools.pairwise(v)):
             raise ValueError(f"a schedule's table must fall from 1 to 0, got {list(v)}")
@@ -184,8 +190,8 @@ class Discrete(Schedule):
     times: int
 
     def __post_init__(self) -> None:
-        if self.times < 2:
-            raise ValueError(f"a discrete schedule needs times >= 2, got {self.times}")
+        if type(self.times) is not int or self.times < 2:
+            raise ValueError(f"a discrete schedule needs times >= 2, got {self.times!r}")
         if self.times > MOST_TIMES:
             raise ValueError(f"a discrete schedule takes {MOST_TIMES:,} times at most, got {self.times}")
         p = self.base.p(torch.arange(self.times + 1, dtype=torch.float64) / self.times).tolist()
@@ -242,6 +248,8 @@ def schedule(given: Any) -> Schedule:
         if at and not times.isdigit():
             raise ValueError(f"schedule {given!r}: the number of times is wanted after @, for example fisher@1000")
         given = {"kind": name, "times": int(times)} if at else {"kind": name}
+    elif not isinstance(given, (Mapping, Sequence)):
+        raise ValueError(f"schedule must be a name, a list of numbers or a mapping, got {given!r}")
     elif not isinstance(given, Mapping):
         given = {"kind": "table", "values": tuple(given)}
     options = dict(given)
@@ -249,7 +257,10 @@ def schedule(given: Any) -> Schedule:
     if not isinstance(kind, str):
         raise ValueError(f"schedule: kind must be a name, got {kind!r}")
     base: type = Schedule
-    cls = load(base, kind) if ":" in kind else SCHEDULES.get(kind)
+    try:
+        cls = load(base, kind) if ":" in kind else SCHEDULES.get(kind)
+    except ValueError as error:
+        raise ValueError(f"schedule: {error}") from None
     if cls is None:
         raise ValueError(f"unknown schedule {kind!r}{nearest(kind, SCHEDULES)}")
     allowed = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(options)

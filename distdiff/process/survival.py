@@ -54,7 +54,7 @@ class Survival:
         shares = (self.hidden, self.two_level, self.uniform)
         low, high = self.target_share
         if not all(0 <= share < math.inf for share in shares) or sum(shares) <= 0:
-            raise ValueError(f"survival shares must be >= 0 and not all 0, got {shares}")
+            raise ValueError(f"survival shares must be >= 0 and not all 0, got hidden, two_level, uniform = {shares}")
         if not 0 <= low <= high <= 1:
             raise ValueError(f"survival target_share must satisfy 0 <= low <= high <= 1, got {self.target_share}")
 

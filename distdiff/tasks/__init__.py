@@ -96,8 +96,8 @@ class Reader:
     Raises
     ------
     ValueError
-        No gene in common; labels that are to be used and are no column (the nearest one is named), or hold values that
-        the model never saw with ``unseen="refuse"``.
+        No cells, or no gene in common; labels that are to be used and are no column (the nearest one is named), or hold
+        values that the model never saw with ``unseen="refuse"``.
     """
 
     def __init__(
@@ -106,6 +106,9 @@ class Reader:
     ) -> None:  # fmt: skip
         column_of = {gene: i for i, gene in enumerate(spec.genes)}
         self.spec, self.rows, self.batch_size = spec, rows, at_least_one(batch_size)
+        self._warned = False
+        if not rows.n_cells:
+            raise ValueError(f"{getattr(rows, 'where', 'the input')} has no cells; give an input with at least one")
         self.columns = np.array([column_of.get(g, -1) for g in rows.genes], dtype=np.int64)
         """Column in the model of each input gene, -1 where it has none (no gene expression has)."""
         if (expressed := getattr(rows, "expressed", None)) is not None:
@@ -165,9 +168,11 @@ class Reader:
         counts = as_counts(self.rows.read(start, stop))
         away = None if hidden is None else hidden(start, stop, counts)
         away = away if away is not None and away.any() else None
-        given = counts.astype(np.float32, copy=False).toarray()
-        if first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT):
+        odd = first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT)
+        if odd:
             self._refuse(counts, away, start, stop)
+            counts = self._finite(counts)
+        given = counts.astype(np.float32, copy=False).toarray()
         evidence = given if away is None else np.where(away, np.float32(0), given)
         if self.same:
             x = evidence
@@ -185,14 +190,27 @@ class Reader:
         return block.pinned() if str(self.device).startswith("cuda") else block
 
     def _refuse(self, counts: sp.csr_matrix, away: np.ndarray | None, start: int, stop: int) -> None:
-        """Name an entry that is looked at and is no count, if there is one; of genes that the model does not know, one
-        that is no finite number."""
-        read = self.known | ~np.isfinite(counts.toarray())
+        """Name an entry that is looked at (no target, of a gene that is known) and is no count, if there is one."""
+        read = np.broadcast_to(self.known, counts.shape)
         looked_at = sp.csr_matrix(np.where(read if away is None else read & ~away, counts.toarray(), 0))
         names = getattr(self.rows, "obs_names", None)
         cells = [str(n) for n in (names[start:stop] if names is not None else range(start, stop))]
         check_counts(looked_at, self.rows.genes, cells, getattr(self.rows, "where", "the input"))
         dense(looked_at)
+
+    def _finite(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        """The same with 0 for what is no finite number of 32 bits and is not looked at; the first time, with a word."""
+        bad = ~(np.abs(counts.data) <= np.finfo(np.float32).max)
+        if not bad.any():
+            return counts
+        if not self._warned:
+            self._warned = True
+            gene = self.rows.genes[int(counts.indices[int(np.argmax(bad))])]
+            log.warning(
+                "gene %r holds numbers that are not finite; the model does not look at them, and 0 stands for them in "
+                "what it writes", gene,
+            )  # fmt: skip
+        return sp.csr_matrix((np.where(bad, 0, counts.data), counts.indices, counts.indptr), shape=counts.shape)
 
     def widen(self, given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The input's genes again: ``values`` ``[n g]`` for those the model knows, else as given."""
@@ -252,9 +270,7 @@ def check_labels(reader: Reader, required: Sequence[str], guidance: float = 1.0)
     if required and (reader.unseen or not reader.labels):
         raise ValueError(
             f"this model was trained with {', '.join(required)} in every cell (train.label_dropout=0) and has no "
-            "answer without: use the labels (use_labels=True, --use-labels), with values that it saw, or train another"
+            "answer without: use the labels (use_labels=True), with values that it saw, or train another"
         )
     if guidance != 1 and not reader.labels:
-        raise ValueError(
-            f"guidance={guidance:g} weighs labels, which are not used: give use_labels=True (--use-labels)"
-        )
+        raise ValueError(f"guidance={guidance:g} weighs labels, which are not used: give use_labels=True")

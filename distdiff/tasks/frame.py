@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.ingest.source import in_memory, layer_names
+from distdiff.data.ingest.source import in_memory, layer_names, native
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -42,7 +43,9 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     x, var = in_memory(adata, layer)
     raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
     if not added and not raw:
-        return adata.copy(), []
+        return copied(adata), []
+    adata = copied(adata) if _lazy(adata) else adata
+    x, _ = in_memory(adata, layer)
     table, left_out = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
     if not raw and layer is not None and adata.X is not None:
         left_out = [*left_out, "X"]
@@ -69,6 +72,45 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     if adata.raw is not None:
         out.raw = adata.raw.to_adata()
     return out, left_out
+
+
+def copied(adata: AnnData) -> AnnData:
+    """A copy of an AnnData in memory; one that is on disk or of dask is read, and its file stays open."""
+    import anndata as ad
+
+    if not _lazy(adata):
+        return adata.copy()
+    parts = {
+        key: {k: _loaded(v) for k, v in getattr(adata, key).items() if k is not None}
+        for key in ("layers", "obsm", "varm", "obsp", "varp")
+    }
+    raw = adata.raw and {"X": _loaded(adata.raw.X), "var": _loaded(adata.raw.var), "varm": dict(adata.raw.varm)}
+    return ad.AnnData(
+        _loaded(adata.X), obs=_loaded(adata.obs), var=_loaded(adata.var), uns=_loaded(adata.uns), raw=raw, **parts
+    )
+
+
+def _lazy(adata: AnnData) -> bool:
+    """Whether some of it is on disk (``backed="r"``), of dask, or in a dtype in which anndata cannot copy it."""
+    parts = [adata.X, adata.obs, adata.var, adata.raw and adata.raw.X]
+    parts += [v for key in ("layers", "obsm", "varm", "obsp", "varp") for v in getattr(adata, key).values()]
+    return adata.isbacked or any(
+        hasattr(part, "dask") or hasattr(part, "to_memory") or (sp.issparse(part) and native(part) is not part)
+        for part in parts
+    )
+
+
+def _loaded(value: Any) -> Any:
+    """The same in memory, as an object of its own."""
+    if isinstance(value, Mapping):
+        return {k: _loaded(v) for k, v in value.items()}
+    if hasattr(value, "to_memory"):
+        return value.to_memory()
+    if hasattr(value, "dask"):
+        return value.compute(scheduler="threads")
+    if hasattr(value, "file") and hasattr(value, "shape"):  # of h5py
+        return value[()]
+    return native(value).copy() if sp.issparse(value) else copy.copy(value)
 
 
 def by_gene(adata: AnnData) -> list[str]:
@@ -101,8 +143,14 @@ def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
     if pd.Index(genes).isin(table.index).all():
         return table.loc[list(genes)].copy()
     wide = {k: "boolean" for k in table.columns if table[k].dtype == bool}
-    wide |= {k: "category" for k in table.columns if table[k].dtype == object}
-    return table.astype(wide).reindex(list(genes))
+    wide |= {k: "category" for k in table.columns if table[k].dtype == object or table[k].dtype == "string"}
+    wider, name = table.astype(wide).reindex(list(genes)), table.index.name
+    if name in table.columns:  # files hold such a column only where it repeats the names
+        if (table[name].astype(str) == table.index.astype(str)).all():
+            wider[name] = list(genes)
+        else:
+            wider.index.name = None
+    return wider
 
 
 def reindex_genes(values: Any, at: np.ndarray, axes: Sequence[int], fill: float = 0, genes: Sequence[str] = ()) -> Any:

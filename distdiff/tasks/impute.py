@@ -64,8 +64,8 @@ def mask_of(
 ) -> np.ndarray | sp.spmatrix | None:
     """A mask in the order of ``rows``, the counts of ``adata`` that are imputed.
 
-    A layer (by its name) and a DataFrame are taken by names; a gene or cell that they lack is no target. An array goes
-    by position.
+    A layer (by its name) and a DataFrame are taken by names; a gene or cell that they lack is no target. An array or a
+    list of lists goes by position.
 
     Raises
     ------
@@ -83,14 +83,38 @@ def mask_of(
                 )
         return mask.reindex(index=rows.obs_names, columns=list(rows.genes), fill_value=False).to_numpy() != 0
     if not isinstance(mask, str):
-        return mask
+        return _matrix(mask)
     if mask not in adata.layers:
         raise ValueError(f"mask={mask!r} is no layer of this AnnData{nearest(mask, layer_names(adata))}")
-    layer = adata.layers[mask]
+    layer = _matrix(adata.layers[mask])
     if tuple(adata.var_names) == tuple(rows.genes):
         return layer
     at = adata.var_names.get_indexer(list(rows.genes))
     return reindex_genes(layer, at, (1,))
+
+
+def _matrix(mask: Any) -> np.ndarray | sp.spmatrix | None:
+    """A mask as an array or sparse matrix: lists are made one, what is lazy or on disk is read.
+
+    Raises
+    ------
+    ValueError
+        It is no matrix of numbers.
+    """
+    if mask is None or sp.issparse(mask):
+        return mask
+    if hasattr(mask, "to_memory") or hasattr(mask, "dask"):
+        return mask.to_memory() if hasattr(mask, "to_memory") else mask.compute()
+    try:
+        found = np.asarray(mask)
+    except ValueError:
+        found = np.empty(0, object)
+    if found.dtype.kind not in "biuf":
+        raise ValueError(
+            f"mask: {type(mask).__name__} is no matrix of true and false for each cell and gene; give one, a "
+            "DataFrame, or the name of a layer"
+        )
+    return found
 
 
 class MaskLayer:
@@ -264,7 +288,7 @@ def check_draws(draws: int, mean_only: bool) -> None:
         ``draws`` is below 1.
     """
     if draws < 1 and not mean_only:
-        raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give --mean-only")
+        raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give mean_only=True")
 
 
 def check_names(genes: Sequence[str]) -> None:
@@ -276,7 +300,7 @@ def check_names(genes: Sequence[str]) -> None:
         It does.
     """
     if not len(genes):
-        raise ValueError("genes: no gene is named; leave --genes (genes=) out to have all, or name some")
+        raise ValueError("genes: no gene is named; leave genes= out to have all, or name some")
     seen: set[str] = set()
     for gene in genes:
         if gene in seen:
@@ -304,8 +328,8 @@ def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -
         absent = tuple(asked)
     if not absent:
         raise ValueError(
-            "nothing to impute: the input has all of the model's genes; say which entries are targets with --mask "
-            "FILE|layer or --sites dropout --groups cell_type|leiden"
+            "nothing to impute: the input has all of the model's genes; say which entries are targets with mask= "
+            "(a matrix, or the name of a layer), or with sites='dropout' and groups= (cell_type, leiden)"
         )
     return absent
 

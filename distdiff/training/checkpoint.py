@@ -317,9 +317,9 @@ def load(
         raise _damaged(path, error) from None
     if state.get("format") != FORMAT:
         raise ValueError(
-            f"checkpoint {path} has format {state.get('format', 1)}, this distdiff reads {FORMAT}; go on with the "
-            "version of distdiff that made it, or start anew with train.resume=never or another train.out (train.start="
-            "MODEL takes over the weights of the run's best model)"
+            f"checkpoint {path} has format {state.get('format', 1)!r:.40} (state.json), this distdiff reads {FORMAT}; "
+            "go on with the version of distdiff that made it, or start anew with train.resume=never or another "
+            "train.out (train.start=MODEL takes over the weights of the run's best model)"
         )
     for name, value in expect.items():
         existing = state.get(name)

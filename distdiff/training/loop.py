@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -247,6 +248,31 @@ def save(run: Run) -> None:
         {**run.identity, "progress": vars(progress), "scaler": scaler}, progress.best_step,
     )  # fmt: skip
     run.stop.saved()
+
+
+def check(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse what :func:`train` would, before anything is written.
+
+    Raises
+    ------
+    ValueError
+        A batch that the processes cannot share out or that the memory cannot hold, strata or weights that do not fit
+        the store, no training or validation cell, a graph of what can be none, or a checkpoint that is not there.
+    """
+    store, settings, processes = recipe.store, recipe.settings, accelerator.num_processes
+    index, _ = _splits(recipe)
+    share = settings.share(processes) if settings.batch else settings.grain
+    need, free = 4 * share * len(store.genes), psutil.virtual_memory().available
+    if need > free:
+        raise ValueError(
+            f"train.{'batch' if settings.batch else 'grain'}: {share:,} cells of {len(store.genes):,} genes need "
+            f"{need / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free; choose a smaller number"
+        )
+    recipe.loading.plan(store, index, share * processes, settings.seed)
+    if settings.graph:
+        graphed.check(accelerator, recipe.denoiser, settings.accumulate)
+    if settings.resume not in ("auto", "never"):
+        checkpoint.find(settings.resume, Path(settings.out))
 
 
 def _splits(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

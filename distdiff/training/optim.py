@@ -15,8 +15,12 @@ class Optim:
 
     Parameters
     ----------
-    lr, weight_decay, betas
-        AdamW's. Weight decay acts on matrices only, not on biases, gains and embeddings.
+    lr
+        AdamW's largest learning rate.
+    weight_decay
+        AdamW's, on matrices only, not on biases, gains and embeddings.
+    betas
+        AdamW's decays of the averages of gradient and squared gradient.
     warmup_cells
         Cells over which the learning rate rises linearly; then it falls as a cosine to 0 at the end of training.
     clip

@@ -35,8 +35,10 @@ class Training:
         processes sees the same noise.
     accumulate
         Passes that a process's share of a step is cut into, to need less memory; the result is the same.
-    eval_cells, checkpoint_cells
-        Validate, and save, each time this many cells have been seen.
+    eval_cells
+        Validate each time this many cells have been seen.
+    checkpoint_cells
+        Save a checkpoint each time this many cells have been seen.
     checkpoint_minutes
         Save also when this many minutes have passed since the last save; training waits for a copy alone.
     keep
@@ -64,6 +66,8 @@ class Training:
         A trained model (folder, ``models:/`` address) whose weights to start from; those of genes follow their names.
     resume
         ``auto`` continues the newest checkpoint in ``out``; ``never``; or the path of one, where ``optim`` may differ.
+    seed
+        Seed of the weights, the order of cells and the noise.
     """
 
     out: str = "runs/distdiff"
@@ -127,7 +131,7 @@ class Training:
         if not self.batch:
             raise ValueError("train.batch=auto must be settled before training (distdiff.training.fit.settled)")
         if self.batch % (processes * self.accumulate * self.grain):
-            passes = f" in {self.accumulate} passes" if self.accumulate > 1 else ""
+            passes = f" in {self.accumulate} passes (train.accumulate)" if self.accumulate > 1 else ""
             raise ValueError(
                 f"train.batch={self.batch} cannot be shared by {processes} processes{passes} in groups of train.grain="
                 f"{self.grain} cells; use a multiple of {processes * self.accumulate * self.grain}, or a smaller grain"

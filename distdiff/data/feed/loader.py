@@ -37,6 +37,13 @@ SHARE = 0.25
 """Share of the free memory that a resident copy may use."""
 
 
+STEEPEST = 10
+"""Power of the number of cells by which strata are weighed, at most."""
+
+MOST = 10**9
+"""MiB, blocks or batches of a setting, at most: a larger number is a slip of the pen."""
+
+
 @dataclass(frozen=True)
 class Loading:
     """Settings of reading training cells.
@@ -92,6 +99,15 @@ class Loading:
         weights = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
         if not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"loader.weights must be finite, got {self.weights}")
+        if isinstance(self.weights, dict) and any(weight < 0 for weight in self.weights.values()):
+            raise ValueError(f"loader.weights must not be negative, got {self.weights}")
+        if not isinstance(self.weights, dict) and abs(self.weights) > STEEPEST:
+            raise ValueError(f"loader.weights, as a power, must lie in [-{STEEPEST}, {STEEPEST}], got {self.weights}")
+        if max(self.cache_mb, self.window, self.ahead) > MOST:
+            raise ValueError(
+                f"loader.cache_mb, window and ahead must be at most {MOST:,}, got {self.cache_mb}, {self.window} and "
+                f"{self.ahead}"
+            )
         if (self.reader == "dask") != bool(self.scheduler):
             raise ValueError(
                 f"loader.reader={self.reader!r} with loader.scheduler={self.scheduler!r}: reader 'dask' wants the "

@@ -20,6 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from distdiff import files
+from distdiff.data.ingest import foreign
 from distdiff.data.ingest import split as splits
 from distdiff.data.ingest import turn as turning
 from distdiff.data.ingest.choose import Choice
@@ -85,7 +86,7 @@ class Build:
 
     def __init__(self, paths: Sequence[str | Path], wanted: Wanted, say: Callable[[str], None]) -> None:
         if not paths:
-            raise ValueError("no input files; give at least one h5ad file or AnnData zarr folder")
+            raise ValueError(f"no input files; give {foreign.KINDS}")
         if len(set(wanted.labels)) < len(wanted.labels):
             raise ValueError(f"labels {list(wanted.labels)}: one is named twice")
         if wanted.join not in ("inner", "outer"):
@@ -97,7 +98,7 @@ class Build:
         self.n_cells = sum(s.n_cells for s in self.sources)
         self.n_bytes = sum(s.n_cells * s.bytes_per_cell for s in self.sources)
         if not self.n_cells:
-            raise ValueError(f"{', '.join(s.where for s in self.sources)}: no cells at all")
+            raise ValueError(f"{', '.join(s.where for s in self.sources)}: no cells at all; give a file that has some")
         self.known = _joined(self.sources, wanted.join)
         self.not_shared = len(set().union(*(s.genes for s in self.sources))) - len(self.known)
         self.genes = Choice.parse(wanted.genes, self.known, "genes")
@@ -119,7 +120,7 @@ class Build:
 
     def tell(self) -> None:
         """Say what will surprise."""
-        for note in filter(None, (s.note for s in self.sources)):
+        for note in filter(None, (note for s in self.sources for note in (s.note, s.renamed))):
             self.say(note)
         if self.not_shared:
             self.say(f"{self.not_shared} genes left out: some file lacks them; {len(self.known)} are shared")
@@ -388,7 +389,9 @@ def _as_before(file: Path, memory: int) -> int:
         partial_file = file.with_suffix(".part")
         partial_file.write_text(str(memory))
         partial_file.replace(file)
-    return int(file.read_text())
+    if not (text := file.read_text(errors="replace")).isdigit():
+        raise ValueError(f"{file} is damaged; what the earlier build left is removed now: run the same command again")
+    return int(text)
 
 
 def _turn(slab: turning.Slab, job: Any, folder: str) -> int:
@@ -399,6 +402,8 @@ def _joined(sources: Sequence[Source], join: str) -> tuple[str, ...]:
     """Genes of all sources, or those that all have, in the order of the first (then of the others)."""
     if join == "outer":
         return tuple(dict.fromkeys(g for s in sources for g in s.genes))
+    if empty := [s.where for s in sources if not s.genes]:
+        raise ValueError(f"{empty[0]}: no genes at all; give a file that has some")
     common = set(sources[0].genes).intersection(*(s.genes for s in sources[1:]))
     if not common:
         raise ValueError(

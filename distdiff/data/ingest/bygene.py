@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import re
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +10,9 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
+
+from distdiff.data.ingest.bycell import as_numbers, number_dtype
+from distdiff.data.ingest.damage import InputError, reading
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Rows, columns and values of some entries, each ``[e]``."""
@@ -71,7 +70,7 @@ class ByGene(ABC):
         for what, index, size in (("cell", rows, n), ("gene", columns, g)):
             if index.size and not 0 <= index.min() <= index.max() < size:
                 at = int(np.argmax((index < 0) | (index >= size)))
-                raise ValueError(
+                raise InputError(
                     f"{self.where}: an entry is of {what} {int(index[at]) + 1}, counted from 1, but there are {size}; "
                     "the file is damaged: copy or write it again"
                 )
@@ -88,36 +87,37 @@ class Csc(ByGene):
     def __init__(self, group: Any, shape: tuple[int, int], where: str) -> None:
         self.where, self.shape = where, shape
         self._data, self._indices, self._indptr = group["data"], group["indices"], group["indptr"]
-        self.dtype, self.nnz = np.dtype(self._data.dtype), int(self._data.shape[0])
+        self.dtype, self.nnz = number_dtype(self._data.dtype, where), int(self._data.shape[0])
 
     def cuts(self, entries: int) -> list[tuple[int, int]]:
-        self._starts()
+        self.starts()
         return [(at, min(at + entries, self.nnz)) for at in range(0, self.nnz, entries)] or [(0, 0)]
 
     def pieces(self, start: int, stop: int, entries: int) -> Iterator[Triplets]:
-        indptr = self._starts()
+        indptr = self.starts()
         for at in range(start, stop, entries):
             end = min(at + entries, stop)
             columns = np.repeat(np.arange(self.shape[1], dtype=np.int32), np.diff(indptr.clip(at, end)))
             with reading(self.where):
-                rows, values = np.asarray(self._indices[at:end]), np.asarray(self._data[at:end])
+                rows, values = np.asarray(self._indices[at:end]), as_numbers(self._data[at:end], self.where)
             self.check(rows, columns)
             yield rows, columns, values
 
     def load(self) -> sparse.csr_matrix:
-        indptr = self._starts()
+        indptr = self.starts()
         with reading(self.where):
-            rows, values = np.asarray(self._indices[:]), np.asarray(self._data[:])
+            rows, values = np.asarray(self._indices[:]), as_numbers(self._data[:], self.where)
         self.check(rows, rows[:0])
         return sparse.csc_matrix((values, rows, indptr), shape=self.shape).tocsr()
 
-    def _starts(self) -> np.ndarray:
+    def starts(self) -> np.ndarray:
+        """Where the entries of each gene start, ``int64 [g + 1]``; refused if they do not fit the matrix."""
         with reading(self.where):
             indptr, indices = np.asarray(self._indptr[:]).astype(np.int64), int(self._indices.shape[0])
         if len(indptr) != self.shape[1] + 1 or indptr[0] or (np.diff(indptr) < 0).any():
-            raise ValueError(f"{self.where}: indptr does not fit {self.shape[1]} genes; the file is damaged")
+            raise InputError(f"{self.where}: indptr does not fit {self.shape[1]} genes; the file is damaged")
         if not indptr[-1] == indices == self.nnz:
-            raise ValueError(
+            raise InputError(
                 f"{self.where}: {indptr[-1]} entries promised, {indices} indices and {self.nnz} values found; "
                 "truncated or damaged: copy the file again"
             )
@@ -191,40 +191,6 @@ class Turned:
             free[row] += counts
         counts = sparse.csr_matrix((data, indices, indptr), shape=(n, self.shape[1]))
         return counts if counts.has_sorted_indices else _sorted(counts)
-
-
-@contextlib.contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Tell an error of a file library as one of the file.
-
-    Raises
-    ------
-    ValueError
-        Where, and what to do.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, KeyError, EOFError, zlib.error) as e:
-        raise unreadable(where, e) from e
-
-
-def unreadable(where: str, error: Exception) -> ValueError:
-    """The error for what a file library cannot read: what it is if it says so, else damage."""
-    said = str(error)
-    if isinstance(error, PermissionError):
-        help_ = "it may not be read by you; ask whoever owns it"
-    elif "unable to lock file" in said:
-        help_ = (
-            "another process has it open for writing, a notebook perhaps; close it there (adata.file.close()), or set "
-            "HDF5_USE_FILE_LOCKING=FALSE if the file system has no locks"
-        )
-    elif re.search(r"required filter|lib/plugin", said):  # of HDF5
-        help_ = "compressed by a filter that is not installed here; pip install hdf5plugin, or write it with gzip"
-    elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE):
-        help_ = "the system could not read it now; run the command again"
-    else:
-        help_ = "truncated or damaged; copy the file again"
-    return ValueError(f"{where} cannot be read ({said}): {help_}")
 
 
 def by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

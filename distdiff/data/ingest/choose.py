@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distdiff.component import nearest
+from distdiff.data.ingest.damage import reading
 from distdiff.data.store.moments import Moments
 
 MEASURES = {
@@ -32,7 +33,7 @@ class Choice:
 
     @classmethod
     def parse(cls, genes: str | Path | Sequence[str], known: Sequence[str], option: str) -> Choice:
-        """Read ``all``, ``hvg:N``, ``cv:N``, ``seurat_v3:N``, a text file with one gene a line, or names.
+        """Read ``all``, ``hvg:N``, ``cv:N``, ``seurat_v3:N``, a text file with one gene a line, names, or ``A,B,C``.
 
         Raises
         ------
@@ -50,14 +51,16 @@ class Choice:
                 )
             return cls(str(genes), None, measure, int(number))
         if isinstance(genes, str | Path):
-            file = Path(genes)
-            if not file.is_file():
+            file, words = file_of(genes), [word.strip() for word in str(genes).split(",") if word.strip()]
+            if file is not None:
+                how, where, names = file.name, str(file), listed(file)
+            elif len(words) > 1 or str(genes) in known:
+                how, where, names = "names", option, words
+            else:
                 raise FileNotFoundError(
-                    f"{option} {str(genes)!r} is neither 'all', 'hvg:N', 'cv:N', 'seurat_v3:N' nor a text file of gene "
-                    "names"
+                    f"{option} {str(genes)[:200]!r} is neither 'all', 'hvg:N', 'cv:N', 'seurat_v3:N', names of genes "
+                    "with commas between them, nor a text file of gene names"
                 )
-            how, where = file.name, str(file)
-            names = listed(file)
         else:
             how, where, names = "names", option, list(genes)
         _check_names(names, known, where)
@@ -94,9 +97,25 @@ class Choice:
         return np.sort(np.argsort(-score, kind="stable")[:top])
 
 
+def file_of(genes: str | Path) -> Path | None:
+    """The file that this is the path of, or None: names of many genes are longer than a path can be."""
+    try:
+        file = Path(genes).expanduser()
+        return file if file.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, or a zero byte
+        return None
+
+
 def listed(file: Path) -> list[str]:
-    """Names in a text file, one a line."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Names in a text file, one a line.
+
+    Raises
+    ------
+    InputError
+        It is no text.
+    """
+    with reading(str(file)):
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _fano(moments: Moments, clip: Clip) -> np.ndarray:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distdiff.component import nearest
-from distdiff.data.ingest.source import Source
+from distdiff.data.ingest.source import Source, frame_of
+from distdiff.data.store.export import zarr_v3
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -38,16 +39,17 @@ def written(adata: AnnData, path: Path, *, layer: str | None = None, columns: Se
     from anndata.io import sparse_dataset, write_elem
 
     source = Source.from_anndata(adata, layer=layer)
-    known = [str(c) for c in adata.obs.columns]
+    given = frame_of(adata.obs)
+    known = [str(c) for c in given.columns]
     for column in columns:
         if column not in known:
             raise ValueError(f"AnnData: obs has no column {column!r}{nearest(column, known)}")
-    obs = pd.DataFrame({c: _column(adata.obs[c]) for c in columns}, index=pd.Index(adata.obs_names.astype(str)))
+    obs = pd.DataFrame({c: given[c].array for c in columns}, index=pd.Index(source.obs_names))
     var = pd.DataFrame(index=pd.Index(source.genes))
-    table = adata.raw.var if source.var == "raw/var" else adata.var
+    table = frame_of(adata.raw.var if source.var == "raw/var" else adata.var)
     if "feature_types" in table.columns:
-        var["feature_types"] = _column(table["feature_types"]).astype(str)
-    with h5py.File(path, "w") as root:
+        var["feature_types"] = table["feature_types"].astype(str).array
+    with zarr_v3(), h5py.File(path, "w") as root:  # (text with missing values, too)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         write_elem(root, "obs", obs)
         write_elem(root, "var", var)
@@ -58,12 +60,3 @@ def written(adata: AnnData, path: Path, *, layer: str | None = None, columns: Se
             else:
                 sparse_dataset(root["X"]).append(counts)
     return path
-
-
-def _column(values: Any) -> Any:
-    """A column of obs or var as pandas has it, also where it is lazy (xarray)."""
-    import pandas as pd
-
-    if isinstance(values, pd.Series):
-        return values.array
-    return values.to_series().array if hasattr(values, "to_series") else pd.Series(values).array

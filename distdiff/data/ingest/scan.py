@@ -6,6 +6,7 @@ and running it twice leaves what running it once leaves.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from distdiff import files, received
 from distdiff.data.counts import as_counts, check_counts, first_bad, round_at_random
 from distdiff.data.ingest.source import Source
 from distdiff.data.store import coding, spill
@@ -176,7 +178,7 @@ def scatter(span: Span, job: Job) -> Scanned:
         An entry that is no count; a source that changed since the build began.
     """
     folder = job.spill(span.number)
-    if not folder.is_dir():
+    if not spill.whole(folder):
         _scatter(span, job, folder)
     return _scanned(folder)
 
@@ -262,9 +264,29 @@ def write(task: ShardTask, job: Job) -> Written:
     if job.layout is None:
         raise ValueError("write needs a job with a layout")
     done = Path(job.work) / "done" / f"{task.shard:06d}"
-    if not done.is_dir():
+    about = json.loads(bytes(spill.load(done, "about")).decode()) if spill.whole(done) else {}
+    if not about or about["files"] != _records(job, job.layout, task.shard):
+        for left in (done, *_files(job, job.layout, task.shard).values()):
+            files.remove(left)
         _write(task, job, job.layout, done)
-    return Written(**json.loads(bytes(spill.load(done, "about")).decode()))
+        about = json.loads(bytes(spill.load(done, "about")).decode())
+    return Written(about["nnz"], about["sha256"])
+
+
+def _files(job: Job, layout: Layout, shard: int) -> dict[str, Path]:
+    """The files of a shard."""
+    names = [(group.name, part) for group in layout.groups for part in coding.Slots._fields]
+    counts = job.store / "counts"
+    return {f"{group}/{part}": counts / group / part / "c" / str(shard) / "0" for group, part in names}
+
+
+def _records(job: Job, layout: Layout, shard: int) -> dict[str, list[int]]:
+    """Bytes and CRC-32C of each file of a shard that is there."""
+    found = {}
+    for name, file in _files(job, layout, shard).items():
+        with contextlib.suppress(OSError):
+            found[name] = list(received.record(file))
+    return found
 
 
 def _write(task: ShardTask, job: Job, layout: Layout, done: Path) -> None:
@@ -287,7 +309,7 @@ def _write(task: ShardTask, job: Job, layout: Layout, done: Path) -> None:
             yield parts
 
     write_shard(job.store, layout, task.shard, pieces())
-    about = {"nnz": nnz, "sha256": combine_digests(digests)}
+    about = {"nnz": nnz, "sha256": combine_digests(digests), "files": _records(job, layout, task.shard)}
     spill.publish(done, {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)})
 
 
@@ -306,7 +328,7 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     Returns
     -------
     csr_matrix [n, n_genes]
-        Same dtype; indices ascending, duplicates summed, no stored zeros.
+        Same dtype (int64 where whole numbers were summed); indices ascending, duplicates summed, no stored zeros.
     """
     if len(columns) == n_genes and _same(columns) and counts.data.all() and counts.has_canonical_format:
         return counts
@@ -317,6 +339,9 @@ def select(counts: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> spar
     else:
         indptr = np.concatenate([[0], np.cumsum(keep)])[counts.indptr]
         chosen = sparse.csr_matrix((counts.data[keep], column[keep], indptr), shape=(counts.shape[0], n_genes))
+    chosen.sort_indices()
+    if not chosen.has_canonical_format and chosen.dtype.kind in "iu":
+        chosen = chosen.astype(np.int64)  # a sum of entries can be more than their dtype holds
     chosen.sum_duplicates()
     return chosen
 

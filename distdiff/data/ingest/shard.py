@@ -153,8 +153,8 @@ def shard(
     if rounding not in (None, "random"):
         raise ValueError(f"rounding {rounding!r}: 'random' or None is wanted")
     if rounding and not counts:
-        raise ValueError("round and measurements exclude each other: measurements are kept with their decimals")
-    paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+        raise ValueError("rounding and measurements (counts=False) exclude each other: these keep their decimals")
+    paths = [Path(path).expanduser() for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     out = files.local(out).absolute()
     for path in paths:
         files.refuse_nested(out, path)
@@ -219,6 +219,7 @@ def _runner(
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
+        explained(f"{cluster.scheduler_address} (of --workers)"),
         Client(cluster) as client,
     ):
         if progress:
@@ -288,7 +289,7 @@ def _run_dask(
                 results[number.pop(future.key)] = future.result()
             except KilledWorker as e:
                 raise RuntimeError(
-                    f"{what}: workers died again and again, most likely of memory; use fewer --workers"
+                    f"{what}: workers died again and again, most likely of memory; use fewer (workers=)"
                 ) from e
             bar.update()
             feed(max(1, room()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +13,10 @@ from scipy import sparse
 
 from distdiff import files
 from distdiff.component import nearest
-from distdiff.data.ingest import legacy, tenx
-from distdiff.data.ingest.bygene import ByGene, Csc, Turned, reading, unreadable
+from distdiff.data.ingest import container, foreign, legacy, tenx
+from distdiff.data.ingest.bycell import Columns, CsrRows, LazyRows, as_numbers, number_dtype
+from distdiff.data.ingest.bygene import ByGene, Turned
+from distdiff.data.ingest.damage import InputError, reading
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,36 +87,51 @@ class Source:
         ValueError
             Not such a file, truncated, layer missing, duplicate gene names, or ``turned`` of another or unfinished.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if mtx := tenx.mtx_of(path):
             refuse_layer(path, layer)
             matrix, features, barcodes = tenx.open_mtx(mtx)
             return cls._tenx(str(path), features, matrix, barcodes, turned=_turned(matrix, path, layer, turned))
-        root = _open_zarr(path) if path.is_dir() else _open_h5(path)
+        root = container.open_root(path)
+        try:
+            with reading(str(path)):
+                return cls._of_root(root, path, layer, turned, every=every)
+        except BaseException:
+            _close(root)
+            raise
+
+    @classmethod
+    def _of_root(
+        cls, root: Any, path: Path, layer: str | None, turned: str | Path | None, *, every: bool
+    ) -> Source:  # fmt: skip
+        """The source over an open h5 file or zarr folder."""
         if not ("obs" in root and "var" in root):
             if not path.is_dir() and tenx.is_h5(root):
                 refuse_layer(path, layer)
                 group, shape, features, barcodes = tenx.open_h5(root, str(path))
-                counts = _CsrRows(group, shape)
+                counts = CsrRows(group, shape, str(path))
                 return cls._tenx(str(path), features, counts, barcodes, root, _turned(None, path, layer, turned))
-            hint = "; it is a distdiff store already" if (path / "manifest.json").exists() else ""
-            raise ValueError(f"{path} is no AnnData: it has no obs or no var{hint}; give {_KINDS}")
-        holder, var = _layer(root, layer, str(path))
+            is_store = (path / "manifest.json").exists()
+            hint = "it is a distdiff store already" if is_store else foreign.by_groups(root)
+            hint = hint or (foreign.by_content(path) if path.is_dir() else "")
+            raise InputError(
+                f"{path} is no AnnData: it has no obs or no var; {f'{hint}; ' if hint else ''}give {foreign.KINDS}"
+            )
+        holder, var = container.matrix_of(root, layer, str(path))
         where = str(path) if layer is None else f"{path} (layer {layer!r})"
-        with reading(where):
-            matrix = rows_of(holder, where)
-            genes = frame_index(root, var)
+        matrix = container.rows_of(holder, where)
+        genes = container.names_of(root, var, where)
         stored = matrix if isinstance(matrix, ByGene) else None
         other = _turned(stored, path, layer, turned)
         notes = ["" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"]
-        keep, told = tenx.expression(_kinds(root[var]), where)
+        keep, note = tenx.expression(_kinds(root[var], len(genes), where), where)
         rows: Any = other or matrix
         expressed = None
         if keep is not None and every:
             expressed = np.isin(np.arange(len(genes)), keep)
         elif keep is not None:
-            rows, genes = _Columns(rows, keep, where), genes[keep]
-        note = "; ".join(filter(None, [*notes, "" if every else told]))
+            rows, genes = Columns(rows, keep, where), genes[keep]
+        note = "; ".join(filter(None, [*notes, "" if every else note]))
         obs = legacy.frame(root, "obs") if legacy.compound(root["obs"]) else root["obs"]
         return cls._checked(where, genes, rows, note, obs, root, stored, var.replace(".", "/"), expressed)
 
@@ -130,12 +146,12 @@ class Source:
         """
         where = "AnnData" if layer is None else f"AnnData (layer {layer!r})"
         x, var = in_memory(adata, layer)
-        table, note = (adata if var == "var" else adata.raw).var, ""
-        if sparse.issparse(x) and x.format != "csr":
-            x, note = x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
-        keep, _ = tenx.expression(_kinds(table), where)
+        table = frame_of((adata if var == "var" else adata.raw).var)
+        x, note = _rows_in_memory(x, where)
+        keep, _ = tenx.expression(_kinds(table, len(table), where), where)
         expressed = None if keep is None else np.isin(np.arange(len(table)), keep)
-        return cls._checked(where, np.asarray(table.index, dtype=str), x, note, adata.obs, var=var, expressed=expressed)
+        genes, stored = np.asarray(table.index, dtype=str), x if isinstance(x, ByGene) else None
+        return cls._checked(where, genes, x, note, frame_of(adata.obs), None, stored, var, expressed)
 
     @classmethod
     def _tenx(
@@ -153,7 +169,7 @@ class Source:
         loaded = f"{where}: stored as a list of entries (mtx), {_WHOLE}" if stored and not turned else ""
         rows = turned or matrix
         if features.keep is not None:
-            rows = _Columns(rows, features.keep, where)
+            rows = Columns(rows, features.keep, where)
         note = "; ".join(filter(None, (loaded, features.note)))
         return cls._checked(where, features.genes, rows, note, pd.DataFrame(index=barcodes), file, stored)
 
@@ -170,10 +186,16 @@ class Source:
         var: str = "var",
         expressed: np.ndarray | None = None,
     ) -> Source:
-        if matrix.shape[1] != len(genes):
-            raise ValueError(f"{where}: {matrix.shape[1]} columns but {len(genes)} genes in var; the file is damaged")
+        if len(matrix.shape) != 2 or matrix.shape[1] != len(genes):
+            raise InputError(
+                f"{where}: {tuple(matrix.shape)[1:]} columns but {len(genes)} genes in var; the file is damaged"
+            )
+        number_dtype(matrix.dtype, where)
+        n = len(obs) if hasattr(obs, "index") else container.row_count({"obs": obs}, "obs", where)
+        if n != matrix.shape[0]:
+            raise InputError(f"{where}: {matrix.shape[0]} rows but {n} cells in obs; the file is damaged")
         if (twice := _first_duplicate(genes)) is not None:
-            raise ValueError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
+            raise InputError(f"{where}: gene {twice!r} occurs more than once; run adata.var_names_make_unique()")
         return cls(where, tuple(genes.tolist()), int(matrix.shape[0]), note, matrix, obs, file, stored, var, expressed)
 
     @property
@@ -182,20 +204,37 @@ class Source:
         return self.stored is not None
 
     @cached_property
+    def _names(self) -> tuple[np.ndarray, str]:
+        """Cell names, each once, and what was renamed."""
+        obs = self._obs
+        names = (
+            np.asarray(obs.index, dtype=str)
+            if hasattr(obs, "index")
+            else container.names_of({"obs": obs}, "obs", self.where)
+        )
+        if len(names) != self.n_cells:
+            raise InputError(f"{self.where}: {self.n_cells} rows but {len(names)} cells in obs; the file is damaged")
+        if (twice := _first_duplicate(names)) is None:
+            return names, ""
+        unique = tenx.unique(names)
+        n = int((unique != names).sum())
+        return unique, f"{self.where}: {n} cells have the name of one before them, such as {twice!r}, and got a number"
+
+    @property
     def obs_names(self) -> np.ndarray:
-        """Cell names, ``str [n_cells]``.
+        """Cell names, ``str [n_cells]``; one that occurs again gets ``-1``, ``-2`` ... (`renamed` tells).
 
         Raises
         ------
         ValueError
-            Two cells share a name, or there are not as many names as rows.
+            There are not as many names as rows, or they cannot be read.
         """
-        names = _index(self._obs)
-        if len(names) != self.n_cells:
-            raise ValueError(f"{self.where}: {self.n_cells} rows but {len(names)} cells in obs; the file is damaged")
-        if (twice := _first_duplicate(names)) is not None:
-            raise ValueError(f"{self.where}: cell {twice!r} occurs more than once; run adata.obs_names_make_unique()")
-        return names
+        return self._names[0]
+
+    @property
+    def renamed(self) -> str:
+        """What to know of cells whose names occur several times, or empty; reads the names."""
+        return self._names[1]
 
     def obs(self, key: str) -> np.ndarray:
         """One column of obs as text.
@@ -213,16 +252,17 @@ class Source:
         """
         import pandas as pd
 
-        if isinstance(self._obs, pd.DataFrame):
-            column = self._obs.get(key)
-            known = list(self._obs.columns)
-        else:
-            known = [str(k) for k in self._obs.attrs["column-order"]]
-            column = legacy.column(self._obs, key) if key in known else None
-        if column is None:
-            raise ValueError(f"{self.where}: obs has no column {key!r}{nearest(key, map(str, known))}")
-        code, values = pd.factorize(pd.Series(column))
-        return np.array([*map(_as_text, values), None], dtype=object)[code]
+        with reading(f"{self.where}: obs"):
+            if isinstance(self._obs, pd.DataFrame):
+                known = [str(name) for name in self._obs.columns]
+                column = self._obs.get(key)
+            else:
+                known = container.columns_of(self._obs)
+                column = container.column_of(self._obs, key, self.n_cells, f"{self.where}: obs")
+            if column is None:
+                raise InputError(f"{self.where}: obs has no column {key!r}{nearest(key, known)}")
+            code, values = pd.factorize(pd.Series(column))
+            return np.array([*map(_as_text, values), None], dtype=object)[code]
 
     @cached_property
     def bytes_per_cell(self) -> float:
@@ -242,21 +282,23 @@ class Source:
         """
         if not 0 <= start <= stop <= self.n_cells:
             raise ValueError(f"{self.where}: rows {start} to {stop} asked, it has {self.n_cells}")
-        try:
+        with reading(f"{self.where}: rows {start} to {stop}"):
             rows = self._matrix[start:stop]
-        except (OSError, RuntimeError) as e:
-            raise unreadable(f"{self.where}: rows {start} to {stop}", e) from e
-        rows = sparse.csr_matrix(rows if sparse.issparse(rows) else np.asarray(rows))
-        if rows.shape[0] != stop - start or (
-            rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < len(self.genes)
-        ):
-            raise ValueError(f"{self.where}: rows {start} to {stop} do not fit obs and var; the file is damaged")
-        return rows
+            if sparse.issparse(rows):
+                values = as_numbers(rows.data, self.where)
+                rows = (
+                    rows if values is rows.data else type(rows)((values, rows.indices, rows.indptr), shape=rows.shape)
+                )
+            rows = sparse.csr_matrix(rows if sparse.issparse(rows) else as_numbers(rows, self.where))
+            if rows.shape != (stop - start, len(self.genes)) or (
+                rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < len(self.genes)
+            ):
+                raise InputError(f"{self.where}: rows {start} to {stop} do not fit obs and var; the file is damaged")
+            return rows
 
     def close(self) -> None:
         """Close the file, if there is one."""
-        if hasattr(self._file, "close"):
-            self._file.close()
+        _close(self._file)
 
 
 def in_memory(adata: AnnData, layer: str | None) -> tuple[Any, str]:
@@ -288,7 +330,41 @@ def refuse_layer(path: str | Path, layer: str | None) -> None:
         There is one.
     """
     if layer is not None:
-        raise ValueError(f"{path} is a 10x matrix and has no layers, {layer!r} was asked; leave --layer out")
+        raise ValueError(f"{path} is a 10x matrix and has no layers, {layer!r} was given; leave layer= out")
+
+
+def frame_of(table: Any) -> Any:
+    """An obs or var as a DataFrame: that of an AnnData which `anndata.experimental.read_lazy` opened is read."""
+    return table.to_memory() if hasattr(table, "to_memory") else table
+
+
+def native(x: Any) -> Any:
+    """A sparse matrix in a dtype that scipy computes with; itself if it is.
+
+    Raises
+    ------
+    InputError
+        It holds no numbers.
+    """
+    if x.dtype.kind == "b" or number_dtype(x.dtype, "AnnData") == x.dtype:
+        return x
+    if x.format not in ("csr", "csc"):
+        return x.astype(number_dtype(x.dtype, "AnnData"))
+    return type(x)((as_numbers(x.data, "AnnData"), x.indices, x.indptr), shape=x.shape)
+
+
+def _rows_in_memory(x: Any, where: str) -> tuple[Any, str]:
+    """A matrix of an AnnData, in memory, of dask or backed by a file, by row; and what to know of that."""
+    if hasattr(x, "group") and hasattr(x, "backend"):  # backed: the group of a file
+        rows = container.rows_of(x.group, where)
+        return rows, f"{where}: stored gene by gene (CSC), it is read whole" if isinstance(rows, ByGene) else ""
+    if hasattr(x, "dask"):
+        return LazyRows(x), ""
+    if sparse.issparse(x):
+        x = native(x)
+    if sparse.issparse(x) and x.format != "csr":
+        return x.tocsr(), f"{where}: its {x.format} matrix was copied as CSR to read it by cell"
+    return x, ""
 
 
 def layer_names(adata: AnnData) -> list[str]:
@@ -311,99 +387,7 @@ def codes(values: np.ndarray, vocabulary: Sequence[str] | None = None) -> np.nda
     return pd.Categorical(pd.Series(values, dtype=object), categories=vocabulary).codes.astype(np.int64)
 
 
-_KINDS = "an h5ad file, an AnnData zarr folder, a 10x h5 file or a folder with a matrix.mtx"
 _WHOLE = "so it is brought into the order of its cells first, on disk"
-
-
-class _Columns:
-    """The same rows, some of the columns (``keep``, ascending) of ``matrix``."""
-
-    def __init__(self, matrix: Any, keep: np.ndarray, where: str) -> None:
-        self._matrix, self._keep = matrix, keep
-        self.shape, self.dtype = (matrix.shape[0], len(keep)), matrix.dtype
-        self.nnz = getattr(matrix, "nnz", matrix.shape[0] * len(keep))
-        if len(matrix.shape) != 2 or int(keep[-1]) >= matrix.shape[1]:
-            raise ValueError(f"{where}: {matrix.shape} is not cells and the features of var; the file is damaged")
-
-    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
-        counts = self._matrix[rows]
-        if not sparse.issparse(counts):
-            return np.asarray(counts)[:, self._keep]
-        if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < counts.shape[1]:
-            raise OSError(f"an entry of feature {counts.indices.max()}, there are {counts.shape[1]}")
-        return counts[:, self._keep]
-
-
-class _CsrRows:
-    """Row slices of a CSR group on disk (h5py or zarr): ``matrix[start:stop]``."""
-
-    def __init__(self, group: Any, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self._data, self._indices, self._indptr = group["data"], group["indices"], group["indptr"]
-        self.dtype, self.nnz = self._data.dtype, int(self._data.shape[0])
-
-    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
-        indptr = np.asarray(self._indptr[rows.start : rows.stop + 1]).astype(np.int64)
-        first, last = int(indptr[0]), int(indptr[-1])
-        data, indices = np.asarray(self._data[first:last]), np.asarray(self._indices[first:last])
-        if len(data) != last - first or (np.diff(indptr) < 0).any():
-            raise OSError(f"{last - first} entries promised, {len(data)} found")
-        return sparse.csr_matrix((data, indices, indptr - first), shape=(rows.stop - rows.start, self.shape[1]))
-
-
-def _open_h5(path: Path) -> Any:
-    import h5py
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give {_KINDS}")
-    with contextlib.suppress(ImportError):
-        import hdf5plugin  # noqa: F401 (its import makes its filters known)
-    try:
-        return h5py.File(path, "r")
-    except OSError as e:
-        if isinstance(e, PermissionError) or "unable to lock file" in str(e):
-            raise unreadable(str(path), e) from e
-        raise ValueError(f"{path} cannot be opened as h5ad ({e}): truncated, or not an h5ad file; give {_KINDS}") from e
-
-
-def _open_zarr(path: Path) -> Any:
-    import zarr
-
-    try:
-        return zarr.open_group(str(path), mode="r", use_consolidated=False)
-    except (FileNotFoundError, ValueError, KeyError) as e:
-        raise ValueError(f"{path} cannot be opened as a zarr folder ({e}); give {_KINDS}") from e
-
-
-def _layer(root: Any, layer: str | None, path: str) -> tuple[Any, str]:
-    """The element that holds the matrix, and where its genes are."""
-    layers = list(root["layers"]) if "layers" in root else []
-    if layer is None:
-        if "X" not in root or _encoding(root["X"]) == "null":
-            raise ValueError(f"{path} has no X; choose one of its layers with --layer: {', '.join(layers) or 'none'}")
-        return root["X"], "var"
-    if layer in layers:
-        return root["layers"][layer], "var"
-    has_raw = ("raw" in root and "X" in root["raw"]) or "raw.X" in root
-    if layer == "raw" and has_raw:
-        return (root["raw.X"], "raw.var") if "raw.X" in root else (root["raw"]["X"], "raw/var")
-    raise ValueError(f"{path} has no layer {layer!r}{nearest(layer, [*layers, *(['raw'] if has_raw else [])])}")
-
-
-def _encoding(element: Any) -> str:
-    return str(element.attrs.get("encoding-type", ""))
-
-
-def rows_of(element: Any, where: str) -> Any:
-    """A matrix on disk (group or array of h5py or zarr) by row: something whose ``[start:stop]`` gives rows."""
-    from anndata.io import sparse_dataset
-
-    if not (_encoding(element).endswith("_matrix") or "h5sparse_format" in element.attrs):
-        if len(getattr(element, "shape", ())) != 2:
-            raise ValueError(f"{where}: encoding {_encoding(element)!r} is neither a sparse nor a dense matrix")
-        return element
-    backed = sparse_dataset(element)
-    return _CsrRows(element, backed.shape) if backed.format == "csr" else Csc(element, backed.shape, where)
 
 
 def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | Path | None) -> Turned | None:
@@ -422,26 +406,19 @@ def _as_text(value: Any) -> str:
     return f"{value:.0f}" if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
 
 
-def _kinds(var: Any) -> np.ndarray | None:
+def _kinds(var: Any, n: int, where: str) -> np.ndarray | None:
     """``feature_types`` of a var (a DataFrame, or its group on disk), if it has them."""
     if legacy.compound(var) or "feature_types" not in var:
         return None
-    column = var["feature_types"] if hasattr(var, "index") else legacy.column(var, "feature_types")
-    return np.asarray(column).astype(str)
+    if hasattr(var, "index"):
+        return np.asarray(var["feature_types"]).astype(str)
+    column = container.column_of(var, "feature_types", n, f"{where}: var")
+    return None if column is None else np.asarray(column).astype(str)
 
 
-def frame_index(root: Any, key: str) -> np.ndarray:
-    """Row names of the obs or var ``key`` of an AnnData on disk."""
-    return _index(legacy.frame(root, key) if legacy.compound(root[key]) else root[key])
-
-
-def _index(frame: Any) -> np.ndarray:
-    """Row names of a DataFrame, or of its group on disk."""
-    from anndata.io import read_elem
-
-    if hasattr(frame, "index"):
-        return np.asarray(frame.index, dtype=str)
-    return np.asarray(read_elem(frame[frame.attrs["_index"]]), dtype=object).astype(str)
+def _close(file: Any) -> None:
+    if hasattr(file, "close"):
+        file.close()
 
 
 def _first_duplicate(names: np.ndarray) -> str | None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from distdiff.data.ingest.bygene import ByGene, Triplets, reading
+from distdiff.data.ingest import foreign
+from distdiff.data.ingest.bygene import ByGene, Triplets
+from distdiff.data.ingest.damage import InputError, reading
 
 EXPRESSION = "Gene Expression"
 """The feature type that is read where there is any."""
@@ -64,17 +66,14 @@ def open_h5(root: Any, where: str) -> tuple[Any, tuple[int, int], Features, np.n
             f"{where} holds several genomes: {', '.join(genomes)}; write one to an h5ad file with "
             "scanpy.read_10x_h5(path, genome=NAME).write_h5ad(...) and give that"
         )
-    group = root[genomes[0]]
     with reading(where):
+        group = root[genomes[0]]
         n_features, n = (int(i) for i in group["shape"][:])
         v3 = "features" in group
         names = _text(group["features/name"] if v3 else group["gene_names"])
         kinds = _text(group["features/feature_type"]) if v3 and "feature_type" in group["features"] else None
         barcodes = _text(group["barcodes"])
-        starts = group["indptr"].shape[0]
     _fit(where, len(names), len(barcodes), (n_features, n))
-    if starts != n + 1:
-        raise ValueError(f"{where}: {starts} row starts for {n} cells; the file is damaged")
     return group, (n, n_features), _features(names, kinds, where), barcodes
 
 
@@ -264,21 +263,25 @@ def expression(kinds: np.ndarray | None, where: str) -> tuple[np.ndarray | None,
 
 
 def _features(names: np.ndarray, kinds: np.ndarray | None, where: str) -> Features:
+    if (names == "").any():
+        at = int(np.argmax(names == "")) + 1
+        raise InputError(f"{where}: feature {at}, counted from 1, has no name; the file is damaged: copy it again")
     keep, told = expression(kinds, where)
     notes = [told] if told else []
     if keep is not None:
         names = names[keep]
-    unique = _unique(names)
-    if (renamed := np.flatnonzero(unique != names)).size:
+    once = unique(names)
+    if (renamed := np.flatnonzero(once != names)).size:
         first = renamed[0]
         notes.append(
             f"{where}: {renamed.size} genes have the symbol of one before them and got a number, "
-            f"{str(names[first])!r} became {str(unique[first])!r}"
+            f"{str(names[first])!r} became {str(once[first])!r}"
         )
-    return Features(unique, keep, "; ".join(notes))
+    return Features(once, keep, "; ".join(notes))
 
 
-def _unique(names: np.ndarray) -> np.ndarray:
+def unique(names: np.ndarray) -> np.ndarray:
+    """Names, each once: one that occurs again gets ``-1``, ``-2`` ..."""
     import pandas as pd
     from anndata.utils import make_index_unique
 
@@ -298,13 +301,13 @@ def _table(path: Path) -> Any:
 
     import pandas as pd
 
-    try:
-        with reading(str(path)):
+    with reading(str(path)):
+        try:
             return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame({0: np.empty(0, dtype=str), 1: np.empty(0, dtype=str)})
-    except pd.errors.ParserError as e:
-        raise ValueError(f"{path} is no table of tab-separated text ({e}); copy it again") from e
+        except pd.errors.EmptyDataError:
+            return pd.DataFrame({0: np.empty(0, dtype=str), 1: np.empty(0, dtype=str)})
+        except pd.errors.ParserError as e:
+            raise InputError(f"{path} is no table of tab-separated text ({e}); copy it again") from e
 
 
 def _beside(path: Path, prefix: str, *names: str) -> Path:
@@ -312,7 +315,8 @@ def _beside(path: Path, prefix: str, *names: str) -> Path:
     for name in wanted:
         if (path.parent / name).exists():
             return path.parent / name
-    raise FileNotFoundError(f"{path.parent} has no {' or '.join(wanted)}; put it beside {path.name}")
+    what = foreign.by_content(path.parent)
+    raise FileNotFoundError(f"{path.parent} has no {' or '.join(wanted)}; {what or f'put it beside {path.name}'}")
 
 
 def _fit(where: str, features: int, barcodes: int, shape: tuple[int, ...]) -> None:

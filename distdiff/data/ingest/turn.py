@@ -19,10 +19,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from distdiff import files
+from distdiff import files, received
 from distdiff.data.ingest import source, tenx
 from distdiff.data.ingest.bygene import _PARTS, ByGene, by_row
 
@@ -105,8 +106,10 @@ def turn(slab: Slab, folder: str | Path) -> int:
         The disk is full.
     """
     target = Path(folder) / f"slab-{slab.number:06d}"
-    if (target / "slab.json").exists():
-        done = json.loads((target / "slab.json").read_text())
+    done: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: it is turned anew
+        done = received.json_of(target / "slab.json")
+    if done.keys() >= {"nnz", *asdict(slab)}:
         if any(done[k] != v for k, v in asdict(slab).items() if k != "path"):
             raise ValueError(
                 f"{target} was turned from another version of {slab.path}, or with another budget; delete {folder} and "

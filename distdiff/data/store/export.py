@@ -113,7 +113,7 @@ def named(out: str | Path) -> Path:
     """
     out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
-        raise ValueError(f"--out {out} must end in .h5ad or .zarr")
+        raise ValueError(f"output {out} must end in .h5ad or .zarr")
     return out
 
 
@@ -201,7 +201,7 @@ class CsrOnDisk:
 
 @contextmanager
 def zarr_v3() -> Iterator[None]:
-    """In this context AnnData writes zarr v3, unsharded, whatever the default of its version.
+    """In this context AnnData writes zarr v3, unsharded, and text with missing values.
 
     Examples
     --------
@@ -216,6 +216,8 @@ def zarr_v3() -> Iterator[None]:
     options: dict[str, Any] = {"zarr_write_format": 3}
     if hasattr(ad.settings, "auto_shard_zarr_v3"):
         options["auto_shard_zarr_v3"] = False
+    if hasattr(ad.settings, "allow_write_nullable_strings"):
+        options["allow_write_nullable_strings"] = True
     with ad.settings.override(**options):
         yield
 

@@ -15,6 +15,7 @@ import zarr
 from scipy import sparse
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from distdiff import files
 from distdiff.data.store.coding import Slots, encode
 from distdiff.data.store.manifest import CODECS, GroupInfo
 
@@ -109,11 +110,13 @@ def create(root: Path, layout: Layout) -> None:
     >>> sorted(zarr.open_group("empty.zarr", mode="r")["counts/all"])
     ['gaps', 'starts', 'values']
     """
+    for about in list(root.rglob("zarr.json")):  # of a build that was killed, whose disk may have damaged it
+        files.remove(about)
     group = zarr.open_group(str(root), mode="a", zarr_format=3, use_consolidated=False)
     for info in layout.groups:
-        about = {"encoding": "gap-coded counts", "block": layout.block, "n_genes": info.n_genes}
+        attributes = {"encoding": "gap-coded counts", "block": layout.block, "n_genes": info.n_genes}
         counts = group.require_group(f"counts/{info.name}")
-        counts.update_attributes(about)
+        counts.update_attributes(attributes)
         widths = {"gaps": info.cap, "values": info.cap, "starts": layout.block + 1}
         dtypes = {"gaps": "uint8", "values": layout.dtype, "starts": "uint32"}
         for name, width in widths.items():

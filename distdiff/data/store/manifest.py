@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from distdiff import received
 from distdiff.component import nearest
 
 FORMAT = 2
@@ -206,11 +207,11 @@ class Manifest:
             hash and the fingerprint; stores of versions that wrote no hash have the second), or one that no store has.
         """
         try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as e:
+            raw = received.parsed(text)
+        except ValueError as e:
             raise ValueError(f"{where} is not JSON ({e}); rebuild the store: distdiff shard --overwrite") from e
-        version = raw.get("format") if isinstance(raw, dict) else None
-        if not isinstance(version, int):
+        version = raw.get("format")
+        if type(version) is not int:
             raise ValueError(f"{where} has no format version; it is not the manifest of a distdiff store")
         if version != FORMAT:
             what = (
@@ -226,7 +227,7 @@ class Manifest:
         try:
             made = cls._of(raw, top, where)
             wrong = made._fault()
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
+        except (TypeError, AttributeError, KeyError, ValueError, ArithmeticError) as error:
             raise _changed(where, str(error)) from error
         if wrong:
             raise _changed(where, wrong)
@@ -293,7 +294,11 @@ class Manifest:
             raise FileNotFoundError(
                 f"{folder} is not a distdiff store, or a build that did not finish (no {FILE}): run distdiff shard"
             )
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise _changed(str(path), f"it is no text: {error}") from None
+        return cls.from_json(text, str(path))
 
 
 def _own_hash(tree: Mapping[str, Any]) -> str:

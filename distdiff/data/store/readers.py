@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc, zstd
 
+from distdiff import received
 from distdiff.component import nearest
 from distdiff.data.store import remote
 from distdiff.data.store.coding import Slots
@@ -121,10 +121,7 @@ class _Part:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            about = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder}/zarr.json is not JSON ({error})") from error
+        about = received.json_of(folder / "zarr.json")
         (sharding,) = about["codecs"]
         inner = [codec["name"] for codec in sharding["configuration"]["codecs"]]
         if inner not in (["bytes", "blosc", "crc32c"], ["bytes", "zstd", "crc32c"]):

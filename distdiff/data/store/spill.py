@@ -6,6 +6,7 @@ spill is a folder of ``.npy`` files that gets its name when it is complete, so a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,11 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from distdiff import files, received
 from distdiff.data.store.coding import Coded, Slots, csr, encode
+
+SUMS = "sums.json"
+"""In a spill: bytes and CRC-32C of each array's file. A disk may damage what a killed build left."""
 
 
 def write(
@@ -70,14 +75,31 @@ def publish(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    sums = {}
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+        sums[f"{name}.npy"] = received.record(temporary / f"{name}.npy")
+    (temporary / SUMS).write_text(json.dumps(sums))
     try:
         os.rename(temporary, folder)
     except OSError:  # another run of this task was faster, with the same content
         if not folder.is_dir():
             raise
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder of an earlier run is as it was written; what is left of one that is not is removed."""
+    if not os.path.lexists(folder):
+        return False
+    try:
+        sums = received.json_of(folder / SUMS)
+        if sums and all(list(received.record(folder / name)) == wanted for name, wanted in sums.items()):
+            return True
+    except (OSError, ValueError):
+        pass
+    files.remove(folder)
+    return False
 
 
 def load(folder: Path, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from distdiff import received
 from distdiff.component import nearest
 from distdiff.data.counts import LAST_EXACT, dense
 from distdiff.data.store import coding, recycle, remote
@@ -105,14 +106,14 @@ class CountStore:
         ValueError
             A manifest that cannot be used, a damaged array, or no such reader.
         """
-        url = remote.checked(str(path)) if is_url(path) else str(Path(path).absolute())
+        url = remote.checked(str(path)) if is_url(path) else str(Path(path).expanduser().absolute())
         threads = threads or max(1, min(4, cores()))
         if is_url(url):
             return cls(url, _remote_manifest(url), cache_bytes, reader, threads)
         about = Manifest.read(Path(url))
         for shard, info, part in itertools.product(about.shards, about.groups, Slots._fields):
             file = Path(url) / "counts" / info.name / part / "c" / str(shard.index) / "0"
-            if not file.exists():
+            if not file.is_file():
                 raise FileNotFoundError(
                     f"{url}: shard {shard.index} (rows {shard.start} to {shard.stop}) is missing ({file}); "
                     "restore it or rebuild the store: distdiff shard --overwrite"
@@ -476,7 +477,7 @@ class CountStore:
             opened = kind(self.url, group.name)
             if opened.shapes != wanted:
                 raise ValueError(f"its arrays are {opened.shapes}, the manifest's are {wanted}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             if "reader 'direct'" in str(error):
                 raise
             raise ValueError(f"{self.url}: counts/{group.name} is damaged ({error}); {self._mend}") from error
@@ -531,8 +532,12 @@ class CountStore:
     def _open_array(self, name: str) -> Any:
         """Open one small array of the store."""
         try:
+            if not is_url(self.url):
+                received.check_regular(Path(self.url) / name)
             return remote.open_array(self.url, name)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
+            if isinstance(e, remote.Unreachable):
+                raise
             raise self.damaged(name, str(e)) from e
 
     def column(self, name: str) -> np.ndarray:
@@ -556,7 +561,9 @@ class CountStore:
     def _values(self, name: str, array: Any) -> np.ndarray:
         try:
             return remote.read_array(self.url, array)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
+            if isinstance(e, remote.Unreachable):
+                raise
             raise ValueError(f"{self.url}: {name} cannot be read ({e}); {self._mend}") from e
 
 

@@ -60,7 +60,7 @@ def test_rounding_at_random_is_unbiased_and_told(tmp_path):
     n = 4000
     x = np.tile(np.array([0.25, 1.53, 3.0, 100.5, 7.999], np.float32), (n, 1))
     path = save(make_adata(sp.csr_matrix(x)), tmp_path / "a.h5ad")
-    with pytest.raises(ValueError, match=r"0\.25 is not a whole number.*--round random"):
+    with pytest.raises(ValueError, match=r"0\.25 is not a whole number.*rounding='random'"):
         build(path, tmp_path / "no")
     made = build(path, tmp_path / "a", rounding="random", seed=3)
     got, store = stored(tmp_path / "a")

@@ -686,3 +686,24 @@ def test_a_matrix_by_gene_takes_little_memory(tmp_path):
     _, row = store.origin(np.arange(500))
     columns = [int(name[1:]) for name in store.genes]
     assert (store.read(np.arange(500)) != x.tocsr()[row][:, columns]).nnz == 0
+
+
+@pytest.mark.distributed
+def test_the_scheduler_of_worker_processes_that_dies_is_one_sentence(tmp_path, one, monkeypatch):
+    """And what is done is there for the same command."""
+    import distdiff.data.ingest.shard as sharding
+
+    monkeypatch.setattr("distdiff.data.ingest.build.SPAN_BYTES", 8000)
+    real = sharding._run_dask
+
+    def dies(client, fn, tasks, job, what, progress):
+        if what == "write":
+            cluster = client.cluster
+            cluster.sync(cluster.scheduler.close)
+        return real(client, fn, tasks, job, what, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "_run_dask", dies)
+        with pytest.raises(OSError, match=r"the dask scheduler at .* \(of --workers\) is lost; .* the same command"):
+            build(one, tmp_path / "out", workers=1)
+    assert build(one, tmp_path / "out") == build(one, tmp_path / "again")

@@ -75,7 +75,7 @@ def test_a_store_is_no_input(folder):
 def test_missing_matrices(adata, tmp_path):
     adata.X = None
     path = save(adata, tmp_path / "a.h5ad")
-    with pytest.raises(ValueError, match=r"has no X; choose one of its layers with --layer: dense, raw_counts"):
+    with pytest.raises(ValueError, match=r"has no X; choose one of its layers with layer=: dense, raw_counts"):
         Source.open(path)
     with pytest.raises(ValueError, match=r"no layer 'raw_count'; did you mean 'raw_counts'\?"):
         Source.open(path, "raw_count")
@@ -92,8 +92,9 @@ def test_duplicate_names(tmp_path):
     with pytest.raises(ValueError, match=r"gene 'a' occurs more than once.*var_names_make_unique"):
         Source.open(genes)
     cells = Source.open(save(make_adata(x, names=["x", "y", "y"]), tmp_path / "cells.h5ad"))
-    with pytest.raises(ValueError, match=r"cell 'y' occurs more than once.*obs_names_make_unique"):
-        _ = cells.obs_names
+    assert cells.obs_names.tolist() == ["x", "y", "y-1"]
+    assert "1 cells have the name of one before them, such as 'y', and got a number" in cells.renamed
+    assert not Source.open(save(make_adata(x), tmp_path / "once.h5ad")).renamed
 
 
 def test_damage_inside_is_told_at_the_read(adata, tmp_path):
@@ -104,6 +105,8 @@ def test_damage_inside_is_told_at_the_read(adata, tmp_path):
         f["X/indices"][5] = 999
     with pytest.raises(ValueError, match="rows 0 to 30 do not fit obs and var"):
         Source.open(path).read(0, 30)
+    with pytest.raises(ValueError, match="rows 3 to 99 asked, it has 30"):
+        Source.open(path).read(3, 99)
     with h5py.File(path, "r+") as f:
         indices = f["X/indices"][:-9]
         del f["X/indices"]
@@ -111,17 +114,15 @@ def test_damage_inside_is_told_at_the_read(adata, tmp_path):
         data = f["X/data"][:-9]
         del f["X/data"]
         f["X/data"] = data
-    with pytest.raises(ValueError, match=r"cannot be read.*truncated or damaged"):
-        Source.open(path).read(20, 30)
-    with pytest.raises(ValueError, match="rows 3 to 99 asked, it has 30"):
-        Source.open(path).read(3, 99)
+    with pytest.raises(ValueError, match=r"entries promised, .* found; truncated or damaged"):
+        Source.open(path)
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
         (-1.0, "cell 'c4', gene 'g2': -1.0 is negative"),
-        (1.5, r"1.5 is not a whole number: was this log-normalised\? choose a raw-count layer with --layer"),
+        (1.5, r"1.5 is not a whole number: was this log-normalised\? choose a raw-count layer with layer="),
         (np.nan, "nan is not finite"),
         (np.inf, "inf is not finite"),
         (1e12, "above the largest count"),

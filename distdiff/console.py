@@ -1,0 +1,100 @@
+"""Parts of the command line that need no model: version, how much is printed, ``doctor``, ``config show``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Annotated, Any
+
+import typer
+
+NAMES = {"help_option_names": ["-h", "--help"]}
+"""Settings of the whole command line: ``-h`` is help, of every command."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from distdiff.version import __version__
+
+        typer.echo(f"distdiff {__version__}")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Results and errors only: no bars, no warnings.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also notes, and the traceback of an error.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+    if quiet and verbose:
+        raise ValueError("give --quiet or --verbose, not both")
+    if quiet:
+        _silence()
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("distdiff").setLevel(logging.DEBUG)
+        os.environ["DISTDIFF_DEBUG"] = "1"
+
+
+def _silence() -> None:
+    """No progress bars and no warnings in this process."""
+    import warnings
+
+    from tqdm import tqdm
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("distdiff").setLevel(logging.ERROR)
+    shown = tqdm.__init__
+
+    def hidden(bar: Any, *arguments: Any, **settings: Any) -> None:
+        shown(bar, *arguments, **{**settings, "disable": True})
+
+    # bars are made in many places, each with a ``disable`` of its own
+    tqdm.__init__ = hidden  # type: ignore[method-assign, assignment]
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, a list.")] = False) -> None:
+    """Look at this machine: versions, GPUs, kernels, processes, disk, MLflow, dask; leaves with 1 if one is missing."""
+    from distdiff import doctor as clinic
+
+    checks = clinic.examine()
+    typer.echo(json.dumps(clinic.as_dicts(checks), indent=1) if as_json else clinic.text(checks))
+    if clinic.needed(checks)["missing"]:
+        raise typer.Exit(1)
+
+
+def show(
+    name: Annotated[str | None, typer.Argument(help="A config that ships with distdiff, or a YAML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, a list.")] = False,
+) -> None:
+    """Print every key of a config: value, default, type, help; without NAME the defaults and all kinds' options."""
+    import dataclasses
+
+    from distdiff import config, describe
+
+    keys = describe.config_keys(name)
+    alternatives = (
+        describe.of_other_kinds({key.name.partition(".")[0]: key.kind for key in keys if key.kind}) if not name else []
+    )
+    if as_json:
+        listed = [dataclasses.asdict(key) for key in [*keys, *alternatives]]
+        typer.echo(json.dumps(listed, indent=1, default=lambda value: None if value is ... else str(value)))
+        return
+    typer.echo(describe.text(keys, alternatives))
+    typer.echo(f"\nConfigs that ship with distdiff: {', '.join(config.shipped())}" if not name else "", nl=not name)
+
+
+def add(app: typer.Typer) -> None:
+    """Add these options and commands to the command line."""
+    app.callback()(options)
+    app.command()(doctor)
+    configs = typer.Typer(no_args_is_help=True, help="Look at configs.")
+    configs.command()(show)
+    app.add_typer(configs, name="config")
