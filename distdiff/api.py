@@ -177,7 +177,7 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
     >>> import distdiff
     >>> distdiff.load("runs/nowhere")
     Traceback (most recent call last):
-    ValueError: runs/nowhere is no distdiff model: ...
+    ValueError: no model folder at runs/nowhere; ...
     """
     return Model.load(tracking.fetch(str(model)), trust=trust)
 

@@ -109,7 +109,7 @@ def named(out: str | Path) -> Path:
     >>> named("cells.loom")
     Traceback (most recent call last):
         ...
-    ValueError: --out cells.loom must end in .h5ad or .zarr
+    ValueError: output cells.loom must end in .h5ad or .zarr
     """
     out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
