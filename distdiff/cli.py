@@ -264,11 +264,13 @@ def denoise(
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
     depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
-    genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
+    genes: Annotated[str, typer.Option(help="model: those that it knows; all (others: 0); A,B,C; a file.")] = "model",
+    dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
+    keep = genes if genes in ("model", "all") else _genes(genes)
     _batch(
-        context, "denoise", model, data, out, readout=readout, depth=depth, ood=ood, keep=_genes(genes), dtype=dtype,
+        context, "denoise", model, data, out, readout=readout, depth=depth, ood=ood, keep=keep, dtype=dtype,
         sparse=sparse, **shared,
     )  # fmt: skip
 

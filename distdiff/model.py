@@ -26,12 +26,12 @@ from distdiff.imputers.graphed import Graphed
 from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
-from distdiff.tasks import Reader, check_labels
+from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.frame import framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes
-from distdiff.tasks.impute import ImputationPlan, check_draws, is_imputation_layer, mask_of
+from distdiff.tasks.impute import Answer, ImputationPlan, check_draws, chosen_layers, is_imputation_layer, mask_of
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec, Tensor
 
@@ -244,6 +244,8 @@ class Model:
         *,
         layer: str | None = None,
         mask: str | np.ndarray | sp.spmatrix | DataFrame | None = None,
+        layers: Sequence[str] = ("mean", "draws", "mask", "ood"),
+        ood: int = 4,
         progress: bool = False,
         **options: Any,
     ) -> AnnData:
@@ -256,6 +258,11 @@ class Model:
         mask
             Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
             DataFrame or the name of a layer, which are taken by names.
+        layers
+            What to write: ``mean``, ``draws``, ``mask`` (layer ``imputed_mask``), ``sd`` and quantiles of the
+            predictive law (``q5``, ``q97.5``: layers ``imputed_sd``, ``imputed_q5`` ...), ``ood``
+            (``obs["distdiff_nats"]``, a likelihood bound from ``ood=4`` network calls that is large where a cell is
+            unlike the training cells).
         sites, groups
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (docs/MATHS.md 8.5);
             ``groups`` is an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that
@@ -277,15 +284,35 @@ class Model:
             Layers ``imputed_mean`` (float32, molecules) and ``imputed`` (whole molecules), observed entries equal to
             the input; ``uns["distdiff"]`` says what was done.
         """
+        layers, statistics = chosen_layers(layers, options.get("method", "conditional"))
+        if statistics:
+            options["statistics"] = statistics
+        options["mean_only"] = options.get("mean_only", False) or "draws" not in layers
         rows = Source.from_anndata(adata, layer=layer)
         plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), **options)
         out, left_out = framed(adata, layer, plan.added)
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
-        layers = {name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers}
-        counts = plan.run(layers, progress=progress)
-        for name, values in layers.items():
+        point = f"imputed_{plan.imputer.readout}"
+        found = {
+            name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != point
+        }
+        filled, bounds = [], []
+
+        def on_block(block: Block, answer: Answer) -> None:
+            if "mask" in layers:
+                filled.append(sp.csr_matrix(answer.filled.cpu().numpy()))
+            if "ood" in layers and ood:
+                nats_of = nats(self.process, self.denoiser, block.cells, block.observed, levels=ood, seed=plan.seed)
+                bounds.append(nats_of.cpu().numpy())
+
+        counts = plan.run(found, progress=progress, on_block=on_block)
+        for name, values in found.items():
             out.layers[name] = values
+        if filled:
+            out.layers["imputed_mask"] = sp.vstack(filled, format="csr")
+        if bounds:
+            out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.uns["distdiff"] = {
             **plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")
         }  # fmt: skip
@@ -296,7 +323,7 @@ class Model:
 
         Options as for :meth:`impute`.
         """
-        return self.impute(adata, genes=genes, **options)
+        return self.impute(adata, genes=genes, **{"layers": ("mean", "draws", "ood"), **options})
 
     # -- the other tasks of docs/MATHS.md 5 -----------------------------------------------------------------------
 
@@ -335,39 +362,66 @@ class Model:
         return ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
 
     def denoise(
-        self, adata: AnnData, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
-        layer: str | None = None, progress: bool = False, **reading: Any,
-    ) -> AnnData:  # fmt: skip
-        """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4): a copy with layer ``denoised``.
+        self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
+        copy: bool = True, key_added: str | None = None, readout: str = "mean", depth: float = 1.0,
+        shrink: bool = True, progress: bool = False, **reading: Any,
+    ) -> AnnData | None:  # fmt: skip
+        """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4), into a layer ``denoised``.
 
         Parameters
         ----------
+        layer
+            Where the raw counts are (default ``X``; ``"raw"`` for ``.raw.X``).
+        genes
+            ``"model"``: the copy holds the genes that the model knows; ``"all"``: it holds all of the input's, the
+            layer is 0 in those that the model does not know, and ``var["distdiff_known"]`` marks the others; or names.
+        copy
+            False writes into ``adata`` itself, as ``genes="all"`` does, and returns None.
+        key_added
+            Name of the layer; by default ``denoised``, or ``denoised_<readout>``.
         readout
             ``mean``: expected molecules, the rate of each gene at the cell's own depth; ``log1p``, ``log1p_cp10k``,
             ``median``, ``q5`` ...: what else another measurement of the same cell, ``depth`` times as deep, would
-            show (layer ``denoised_<readout>``, on the read-out's own scale).
+            show (on the read-out's own scale).
         shrink
             Weigh in each gene's own count, as fitted on validation cells.
         **reading
             ``use_labels``, ``unseen``, ``batch_size``, ``device``.
+
+        Returns
+        -------
+        AnnData or None
+            The layer is float32, CSR where that is smaller.
         """
         reader = self._reader(adata, layer, reading)
-        name = "denoised" if readout == "mean" else f"denoised_{readout}"
-        out, left_out = framed(adata, layer)
-        values = np.zeros(out.shape, dtype=np.float32)
+        name = key_added or ("denoised" if readout == "mean" else f"denoised_{readout}")
+        if not copy and genes != "model" and genes != "all":
+            raise ValueError("denoise: copy=False writes all of adata's genes; leave genes= out, or copy=True")
+        if not copy and tuple(reader.rows.genes) != tuple(adata.var_names):
+            raise ValueError(f"denoise: layer {layer!r} has other genes than adata; copy=True gives an AnnData of them")
+        keep = reader.chosen(genes if copy else "all")
+        out, left_out = framed(adata, layer) if copy else (adata, [])
+        wide = keep is None and not reader.known.all()
+        at = [] if keep is None else [reader.rows.genes.index(gene) for gene in keep]
+        parts = []
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
                 shrink=self.shrink if shrink else None,
             )  # fmt: skip
-            answer = reader.widen(block.given, new).cpu().numpy()
-            values[block.start : block.stop] = received.check_answer(answer, name, block.start)
-        out.layers[name] = values
+            answer = received.check_answer(reader.spread(new).cpu().numpy(), name, block.start)
+            answer = answer if keep is None else answer[:, at]
+            parts.append(sp.csr_matrix(answer) if wide and 2 * reader.known.sum() < len(reader.known) else answer)
+        if keep is not None:
+            out = out[:, at].copy()
+        out.layers[name] = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+        if wide:
+            out.var["distdiff_known"] = reader.known
         out.uns["distdiff"] = self.provenance(
             task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
-        return out
+        return out if copy else None
 
     def deepen(
         self, adata: AnnData, times: float, *, steps: int = 8, seed: int = 0,

@@ -169,7 +169,11 @@ def test_every_network_does_every_task_and_survives_its_file(network, atlas, cou
     assert out.uns["distdiff"]["genes_unknown_to_model"] == 3
     assert out.uns["distdiff"]["genes_absent_from_input"] == 3
     assert "3 of the input's 30 genes are unknown to the model (x1...)" in caplog.text
-    assert np.array_equal(out.layers["denoised"][:, -3:], some.X[:, -3:].toarray())
+    assert list(out.var_names) == list(some.var_names[:-3])
+    kept = model.denoise(some, genes="all")
+    assert np.array_equal(kept.layers["denoised"][:, :-3], out.layers["denoised"])
+    assert not kept.layers["denoised"][:, -3:].any()
+    assert list(kept.var["distdiff_known"]) == [True] * 27 + [False] * 3
 
 
 def test_labels_condition_the_answer_where_they_are_asked_to(model, counts, mask, caplog):

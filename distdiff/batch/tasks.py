@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,11 +26,8 @@ from distdiff.tasks import Block, Reader
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
 from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import FillCounts, MaskLayer, check_names, is_imputation_layer
+from distdiff.tasks.impute import FillCounts, MaskLayer, check_names, chosen_layers, is_imputation_layer
 from distdiff.types import Cells, Condition
-
-LAYERS = ("mean", "draws", "mask", "sd", "ood")
-"""What an imputation can write, and quantiles (``q5``)."""
 
 DTYPES = ("float32", "float16", "int32", "int16", "uint16")
 
@@ -41,7 +38,7 @@ class Impute(OnCells):
     Parameters
     ----------
     layers
-        Of :data:`LAYERS`, and quantiles such as ``q5``.
+        Of :data:`~distdiff.tasks.impute.LAYERS`, and quantiles such as ``q5``.
     dtype
         Of the mean, its standard deviation and quantiles; draws are whole numbers of 32 bits.
     sparse
@@ -63,17 +60,10 @@ class Impute(OnCells):
         for names in (keep, append):
             if names is not None:
                 check_names(names)
-        layers = tuple(dict.fromkeys(layers))
+        layers, statistics = chosen_layers(layers, options.get("method", "conditional"))
         self.mean_only = mean_only or "draws" not in layers
-        read_outs = [name for name in layers if name not in LAYERS or name == "sd"]
-        if unknown := [n for n in read_outs if n != "sd" and not n.startswith("q")]:
-            raise ValueError(f"unknown layer {unknown[0]!r}{nearest(unknown[0], LAYERS)}; or a quantile such as q5")
-        if not {"mean", "draws"} & set(layers):
-            raise ValueError(f"layers {','.join(layers)}: mean or draws must be among them")
-        if read_outs:
-            if options.get("method", "conditional") != "conditional":
-                raise ValueError(f"layer {read_outs[0]!r} needs method 'conditional', which knows its predictive law")
-            options["statistics"] = read_outs
+        if statistics:
+            options["statistics"] = statistics
         wanted = None if keep is None or mask is not None or options.get("sites") is not None else keep
         if append is None and wanted is not None:  # of a panel's absent genes only those that are written
             have = set(rows.genes)
@@ -136,11 +126,10 @@ class Denoise(OnCells):
     def __init__(
         self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
         dtype: str = "float32", sparse: bool | None = None, ood: int = 0, seed: int = 0,
-        keep: Sequence[str] | None = None, **reading: Any,
+        keep: Sequence[str] | Literal["model", "all"] = "model", **reading: Any,
     ) -> None:  # fmt: skip
-        super().__init__(
-            model, rows, Reader(model.spec, rows, **reading), tuple(rows.genes), keep=keep, ood=ood, seed=seed
-        )
+        reader = Reader(model.spec, rows, **reading)
+        super().__init__(model, rows, reader, tuple(rows.genes), keep=reader.chosen(keep), ood=ood, seed=seed)
         _check_dtype(dtype, sparse)
         self.options: dict[str, Any] = {"readout": readout, "depth": depth, "shrink": shrink}
         self.layer = "layers/denoised" if readout == "mean" else f"layers/denoised_{readout}"
@@ -154,7 +143,7 @@ class Denoise(OnCells):
         """See :class:`OnCells`."""
         m, options = self.model, {**self.options, "shrink": self.model.shrink if self.options["shrink"] else None}
         new = denoise(m.process, m.denoiser, block.cells, block.observed, **options)
-        return {self.layer: self.reader.widen(block.given, new)}, _all_of(new)
+        return {self.layer: self.reader.spread(new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""

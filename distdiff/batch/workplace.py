@@ -12,11 +12,16 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import BaseFileLock
+
 from distdiff import files, owner
 from distdiff.batch.output import RECORD
 from distdiff.batch.plan import Plan
 
 PLAN, LOCK, NOTE = "job.json", "lock", "owner.json"
+
+ATTEMPTS = 20
+"""How often a folder is made again that other commands remove as they end."""
 
 FIRST = (PLAN, "identity")
 """What is removed first, so that a process killed while it removes the rest leaves nothing that could be continued;
@@ -39,24 +44,33 @@ def owned(out: Path, notify: Callable[[str], None]) -> Iterator[Path]:
     """
     work = files.workplace(folder_of(out))
     files.tidy(out, notify)
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = owner.acquire(work / LOCK, work / NOTE)
-    except owner.Owned as other:
-        raise FileExistsError(
-            f"{out} is being written by another command, {other}; wait until it ends, stop it, or give another name"
-        ) from None
+    lock = _acquired(out, work)
     try:
         files.restore(out, work / "old")
         yield work
     finally:
+        files.remove(work / NOTE)
         if not any((work / name).exists() for name in FIRST):
             clear(work)
-            files.remove(work / NOTE)
             files.remove(work / LOCK)
             with contextlib.suppress(OSError):  # another command has just begun there
                 work.rmdir()
-        owner.release(lock, work / NOTE)
+        lock.release()
+
+
+def _acquired(out: Path, work: Path) -> BaseFileLock:
+    """The lock of a work folder, held; the folder is made again where another command ends and removes it meanwhile."""
+    work.mkdir(parents=True, exist_ok=True)
+    for _ in range(ATTEMPTS):
+        try:
+            return owner.acquire(work / LOCK, work / NOTE)
+        except FileNotFoundError:
+            work.mkdir(parents=True, exist_ok=True)
+        except owner.Owned as other:
+            raise FileExistsError(
+                f"{out} is being written by another command, {other}; wait until it ends, stop it, or give another name"
+            ) from None
+    raise FileExistsError(f"{out}: other commands begin and end there all the time; give another name")
 
 
 def read_plan(work: Path) -> Plan | None:

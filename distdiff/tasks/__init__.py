@@ -127,8 +127,8 @@ class Reader:
         if self.unknown:
             first = rows.genes[int(np.argmin(self.known))]
             log.warning(
-                "%d of the input's %d genes are unknown to the model (%s...) and stay as they are; it misses %d of its "
-                "own %d", self.unknown, len(rows.genes), first, self.absent, spec.n_genes,
+                "%d of the input's %d genes are unknown to the model (%s...) and are not used; %d of its own %d are "
+                "absent from the input", self.unknown, len(rows.genes), first, self.absent, spec.n_genes,
             )  # fmt: skip
         self.same = tuple(rows.genes) == tuple(spec.genes)
         """Whether the input's genes are the model's, in its order."""
@@ -211,6 +211,39 @@ class Reader:
                 "what it writes", gene,
             )  # fmt: skip
         return sp.csr_matrix((np.where(bad, 0, counts.data), counts.indices, counts.indptr), shape=counts.shape)
+
+    def chosen(self, genes: Sequence[str] | Literal["model", "all"]) -> list[str] | None:
+        """Genes of an answer: those of the input that the model knows, named ones, or all of the input (``None``).
+
+        Raises
+        ------
+        ValueError
+            A named gene that the model does not know, or that the input lacks.
+        """
+        if genes == "all":
+            return None
+        known = [gene for gene, is_known in zip(self.rows.genes, self.known, strict=True) if is_known]
+        if genes == "model":
+            return None if len(known) == len(self.rows.genes) else known
+        if isinstance(genes, str):
+            raise ValueError(
+                f"genes={genes!r}: 'model', 'all' or a list of names is wanted{nearest(genes, ('model', 'all'))}"
+            )
+        both = set(known)
+        if unknown := [gene for gene in genes if gene not in both]:
+            raise ValueError(
+                f"genes: {unknown[0]!r} is no gene that both the model and the input know{nearest(unknown[0], known)}"
+            )
+        return list(genes)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` ``[n g]`` in the input's genes, 0 where the model does not know them."""
+        if self.same:
+            return values
+        known = torch.from_numpy(self.known).to(values.device)
+        out = values.new_zeros(len(values), len(self.known))
+        out[:, known] = values[:, torch.from_numpy(self.columns[self.known]).to(values.device)]
+        return out
 
     def widen(self, given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The input's genes again: ``values`` ``[n g]`` for those the model knows, else as given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -28,6 +28,37 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from distdiff.data.ingest.source import Source
+
+
+LAYERS = ("mean", "draws", "mask", "sd", "ood")
+"""What an imputation can write, besides quantiles (``q5``)."""
+
+
+def chosen_layers(layers: Sequence[str], method: str = "conditional") -> tuple[tuple[str, ...], list[str]]:
+    """Check names of layers; returns them without repeats, and which of them are statistics of the predictive law.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, neither mean nor draws, or statistics of a method that draws only.
+
+    Examples
+    --------
+    >>> from distdiff.tasks.impute import chosen_layers
+    >>> chosen_layers(["mean", "sd", "q95"])
+    (('mean', 'sd', 'q95'), ['sd', 'q95'])
+    """
+    if isinstance(layers, str):
+        raise ValueError(f"layers={layers!r}: a list of names is wanted, such as layers=['mean', 'sd']")
+    layers = tuple(dict.fromkeys(layers))
+    statistics = [name for name in layers if name not in LAYERS or name == "sd"]
+    if unknown := [name for name in statistics if name != "sd" and not name.startswith("q")]:
+        raise ValueError(f"unknown layer {unknown[0]!r}{nearest(unknown[0], LAYERS)}; or a quantile such as q5")
+    if not {"mean", "draws"} & set(layers):
+        raise ValueError(f"layers {','.join(layers)}: mean or draws must be among them")
+    if statistics and method != "conditional":
+        raise ValueError(f"layer {statistics[0]!r} needs method 'conditional', which knows its predictive law")
+    return layers, statistics
 
 
 @dataclass
@@ -211,14 +242,19 @@ class ImputationPlan:
         """Genes of the answer: the input's, then those that are appended."""
         return (*self.reader.rows.genes, *self.added)
 
-    def run(self, layers: Mapping[str, Any], *, progress: bool = True) -> FillCounts:
-        """Fill ``layers`` (array-likes ``[cells, genes]``) block by block."""
+    def run(
+        self, layers: Mapping[str, Any], *, progress: bool = True,
+        on_block: Callable[[Block, Answer], None] = lambda block, answer: None,
+    ) -> FillCounts:  # fmt: skip
+        """Fill ``layers`` (array-likes ``[cells, genes]``) block by block; ``on_block`` sees each block's answer."""
         began, counts = time.perf_counter(), self.initial_counts()
         for block in self.reader.blocks(self.hidden, progress=progress, desc="impute"):
             answer = self.answer(block)
             counts.add(answer)
-            for name, values in answer.layers.items():
-                layers[name][block.start : block.stop] = check_answer(values.cpu().numpy(), name, block.start)
+            for name in layers:
+                values = answer.layers[name].cpu().numpy()
+                layers[name][block.start : block.stop] = check_answer(values, name, block.start)
+            on_block(block, answer)
         counts.seconds = time.perf_counter() - began
         return counts
 

@@ -183,6 +183,22 @@ def log_shards():
     output.write_shard = write_shard
 
 
+def log_lock():
+    """Write down when this process wants the lock, which must be another's by then."""
+    from distdiff import owner
+
+    real, tries = owner.acquire, []
+
+    def acquire(lock, note):
+        if not tries:
+            wait_for(note.exists)
+        tries.append(1)
+        print("locking", flush=True)
+        return real(lock, note)
+
+    owner.acquire, owner.WAIT = acquire, 30.0
+
+
 def step_clock(seconds):
     """The clock jumps between any two looks: the wall clock, and the time since which the machine runs."""
     import psutil._pslinux as linux

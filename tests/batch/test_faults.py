@@ -178,6 +178,22 @@ def test_a_storm_of_kills(given, tmp_path, overwrite, kills):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_command_that_waits_while_another_ends_finds_its_result(given, tmp_path):
+    """The work folder, and with it the lock that it waits for, is removed under its eyes."""
+    arguments, options, want = given
+    out = tmp_path / "out.zarr"
+    with (
+        Command(tmp_path / "a", *arguments, out, before=("stop_at", MOMENTS["it publishes"]), **options) as first,
+        Command(tmp_path / "b", *arguments, out, before="log_lock", overwrite=True, **options) as second,
+    ):
+        first.wait_until_stopped()
+        wait_for(lambda: "locking" in second.words(), second.words)
+        first.wake()
+        assert (first.end(), second.end()) == (0, 0), first.words() + second.words()
+    assert content(out) == want
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_an_owner_without_a_note_is_refused_too(given, hasty, tmp_path):
     arguments, options, want = given
     out = tmp_path / "out.zarr"
