@@ -337,10 +337,10 @@ def _batch(
     if scheduler is not None or workers is not None:
         load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
         filled = batch.on_cluster(
-            scheduler, kind, load_there, data, out, workers=workers, progress=first, say=echo, **options
+            scheduler, kind, load_there, data, out, workers=workers, progress=first, notify=echo, **options
         )
     else:
-        filled = batch.run(kind, load(model), data, out, progress=first, say=echo, **options)
+        filled = batch.run(kind, load(model), data, out, progress=first, notify=echo, **options)
     echo(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
         echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")

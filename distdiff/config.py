@@ -278,7 +278,7 @@ def _parse(raw: Mapping[str, Any]) -> Config:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        location = ".".join(str(part) for part in first["loc"])
         value, message = first["input"], first["msg"]
         if first["type"] == "literal_error":
             allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ",").split(",")]
@@ -286,8 +286,8 @@ def _parse(raw: Mapping[str, Any]) -> Config:
         if first["type"] == "value_error":  # of the section's own checks, which name the key
             raise ValueError(first["ctx"]["error"]) from None
         if first["type"] == "missing":
-            raise ValueError(f"{place} is missing") from None
-        raise ValueError(f"{place}={shown(value)}: {message}") from None
+            raise ValueError(f"{location} is missing") from None
+        raise ValueError(f"{location}={shown(value)}: {message}") from None
     try:
         build(Process, config.process)
     except (TypeError, OverflowError) as error:  # of a component from outside the tree, or an option of any type

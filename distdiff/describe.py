@@ -62,7 +62,7 @@ def config_keys(name: str | None = None) -> list[Key]:
     components = {section[0]: section for section in configs.SECTIONS}
     found: list[Key] = []
     for section, hint in hints.items():
-        if section not in shown:  # what a config records of itself is no key of a file
+        if section not in shown:  # the command-line overrides, which are no key of the file
             continue
         if section in components:
             found += component(components[section], shown[section]["kind"], shown[section])

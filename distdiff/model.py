@@ -296,9 +296,9 @@ class Model:
         out, left_out = framed(adata, layer, plan.added)
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
-        point = f"imputed_{plan.imputer.readout}"
+        estimate = f"imputed_{plan.imputer.readout}"
         found = {
-            name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != point
+            name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != estimate
         }
         filled, bounds = [], []
 

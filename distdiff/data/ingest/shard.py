@@ -23,7 +23,7 @@ import psutil
 from tqdm import tqdm
 
 from distdiff import files
-from distdiff.cluster import Company, connect, explained
+from distdiff.cluster import WorkerWatch, connect, explained
 from distdiff.data.ingest.build import Build, Run, Wanted
 from distdiff.data.ingest.scan import Job, forget
 from distdiff.data.ingest.split import shares as checked_shares
@@ -169,7 +169,7 @@ def shard(
         codec, block, blocks_per_shard,
     )  # fmt: skip
     build = Build(paths, wanted, say)
-    with files.resumable(out, build.identity(), overwrite=overwrite, say=say) as work:
+    with files.resumable(out, build.identity(), overwrite=overwrite, notify=say) as work:
         if work is None:
             say(f"{out} is whole: the command that was killed had finished it")
             return Manifest.read(out)
@@ -273,14 +273,14 @@ def _run_dask(
     def room() -> int:
         return 2 * max(1, sum(client.nthreads().values())) - len(number)  # workers come and go
 
-    company = Company(client, partial(print, flush=True) if progress else lambda text: None)
+    watch = WorkerWatch(client, partial(print, flush=True) if progress else lambda text: None)
     looked = time.monotonic()
     feed(room())
     with _bar(tasks, what, progress) as bar:
         while number:
             if not done.has_ready():
                 if time.monotonic() - looked > LOOK:
-                    company.look()
+                    watch.workers()
                     looked = time.monotonic()
                 time.sleep(SOON)
                 continue

@@ -56,6 +56,15 @@ class CountStore:
     ----------
     url, manifest
         Where it is and what it says about itself.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> store.read(store.rows("test")[::-1]).shape  # CSR, rows in any order
+    (20, 30)
+    >>> store.panel(["gene4", "gene2"]).cells(store.rows("val")[:2]).counts.shape  # dense, two genes
+    torch.Size([2, 2])
     """
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int, reader: str, threads: int) -> None:
@@ -565,13 +574,13 @@ def _release(leases: Sequence[Lease | None]) -> None:
 
 
 def _remote_manifest(url: str) -> Manifest:
-    place = remote.Place(url)
+    place = remote.RemoteFolder(url)
     if (found := place.read(FILE)) is None:
         raise FileNotFoundError(f"{url} {_absent(place)}")
     return Manifest.from_json(found.decode(), f"{url}/{FILE}")
 
 
-def _absent(place: remote.Place) -> str:
+def _absent(place: remote.RemoteFolder) -> str:
     """What a place without a manifest is; a bucket that is missing says so itself."""
     if not place.url.startswith("http"):  # which has no lists
         if place.read(UPLOADING) is not None:
