@@ -170,4 +170,4 @@ def _sum(parts: list[Tensor]) -> Tensor:
 def _gene_columns(store: CountStore, device: torch.device) -> list[Tensor]:
     """For each column group the column of each gene; one past the last column for a gene that is not wanted."""
     n = len(store.genes)
-    return [torch.from_numpy(np.where(c.place < 0, n, c.place).astype(np.int64)).to(device) for c in store.columns]
+    return [torch.from_numpy(np.where(c.column < 0, n, c.column).astype(np.int64)).to(device) for c in store.columns]

@@ -151,7 +151,7 @@ def gene_columns(store: CountStore) -> dict[bool, list[np.ndarray]]:
     >>> gene_columns(view)[True][0][:4]  # gene0 is the view's column 1; -1: not in the view
     array([ 1, -1,  0, -1], dtype=int32)
     """
-    return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
+    return {True: [c.column for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
 
 
 def _unpack(

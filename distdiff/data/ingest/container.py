@@ -290,8 +290,8 @@ def _check_kind(element: Any, where: str) -> None:
     import anndata as ad
 
     members = list(element) if hasattr(element, "keys") else []
-    odd = [name for name in members if not isinstance(name, str) or name not in element]
-    if odd or len(set(members)) < len(members):
+    not_text = [name for name in members if not isinstance(name, str) or name not in element]
+    if not_text or len(set(members)) < len(members):
         raise InputError(f"{where}: its list of members {members!r:.200} is damaged; copy the file again")
     ad.experimental.read_dispatched(element, lambda *args, **kwargs: None)
 
