@@ -95,6 +95,7 @@ def train(
     ...     anndata.AnnData(counts), cells=64, batch=32, width=8, evaluate={"enabled": False},
     ...     tracking={"enabled": False}, progress=False,
     ... )
+    distdiff train: 60 cells x 12 genes, ...
     >>> model.denoise(anndata.AnnData(counts)).layers["denoised"].shape
     (60, 12)
     """
@@ -176,7 +177,7 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
     >>> import distdiff
     >>> distdiff.load("runs/nowhere")
     Traceback (most recent call last):
-    ValueError: runs/nowhere is no distdiff model: ...
+    ValueError: no model folder at runs/nowhere; ...
     """
     return Model.load(tracking.fetch(str(model)), trust=trust)
 

@@ -174,7 +174,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 Keep = Annotated[str | None, typer.Option("--genes", help="Genes to write: A,B,C, or a file with one a line.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of layers that are no draws: float32, float16, int32, int16.")]
 Sparse = Annotated[bool | None, typer.Option("--sparse/--dense", help="Layers as CSR or dense (default: the smaller).")]
-LAYERS = "Of mean, draws, mask, ood, sd, and quantiles such as q5."
+LAYERS = "Of mean, draws, mask, ood (default: these), sd, and quantiles such as q5."
 
 
 def _on_cells(
@@ -226,7 +226,7 @@ def impute(
     groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
     mean_only: Annotated[bool, typer.Option("--mean-only", help="Only the posterior mean (one call).")] = False,
-    layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,mask,ood",
+    layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
@@ -234,7 +234,7 @@ def impute(
     """Impute a file of any size; observed counts come back unchanged. The same command continues a job."""
     _batch(
         context, "impute", model, data, out, mask=mask, sites=sites, groups=groups, draws=draws, mean_only=mean_only,
-        layers=_words(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype, sparse=sparse,
+        layers=_names(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype, sparse=sparse,
         **shared,
     )  # fmt: skip
 
@@ -245,14 +245,14 @@ def complete(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
-    layers: Annotated[str, typer.Option(help=LAYERS)] = "mean,draws,ood",
+    layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
     steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
     seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
-        context, "complete", model, data, out, append=_genes(genes), draws=draws, layers=_words(layers), ood=ood,
+        context, "complete", model, data, out, append=_genes(genes), draws=draws, layers=_names(layers), ood=ood,
         steps=steps, seed=seed, dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
@@ -337,10 +337,10 @@ def _batch(
     if scheduler is not None or workers is not None:
         load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
         filled = batch.on_cluster(
-            scheduler, kind, load_there, data, out, workers=workers, progress=first, say=echo, **options
+            scheduler, kind, load_there, data, out, workers=workers, progress=first, notify=echo, **options
         )
     else:
-        filled = batch.run(kind, load(model), data, out, progress=first, say=echo, **options)
+        filled = batch.run(kind, load(model), data, out, progress=first, notify=echo, **options)
     echo(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
         echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
@@ -353,6 +353,10 @@ def _batch(
     for text, number in notes.items():
         if number:
             echo(f"  {number} {text}")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else _words(text)
 
 
 def _genes(text: str | None) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""A dask cluster that somebody else has started."""
+"""Connections to a dask cluster that is already running."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CONNECT = 30
 """Seconds in which a scheduler must answer."""
 
 ALONE = 600
-"""Seconds without any worker after which none is believed to come."""
+"""Seconds without any worker after which waiting ends."""
 
 REACH = 3
-"""Seconds in which a worker must take a connection."""
+"""Seconds in which a worker must accept a connection."""
 
 
 def connect(scheduler: str) -> Client:
-    """A client of the dask scheduler at an address, once it has a worker.
+    """Connect to the dask scheduler at an address, and wait until it has a worker.
 
     Raises
     ------
     OSError
-        No scheduler with workers answers there.
+        No scheduler with workers answers at this address.
     """
     from dask.distributed import Client
 
@@ -41,35 +41,44 @@ def connect(scheduler: str) -> Client:
     return client
 
 
-class Company:
-    """Watches that a scheduler has workers: without any, what was asked of it waits for ever.
+class WorkerWatch:
+    """Watches whether a scheduler has workers; without any, its tasks would wait for ever.
 
     Parameters
     ----------
     client
-        Of the scheduler.
-    say
-        Told once when the last worker has left.
+        Client of the scheduler.
+    notify
+        Called with one sentence when the last worker has gone.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from distdiff.cluster import WorkerWatch
+    >>> client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {}})  # a scheduler without workers
+    >>> WorkerWatch(client, notify=print).workers()
+    no worker is left; waiting 600 s for one
+    set()
     """
 
-    def __init__(self, client: Client, say: Callable[[str], None]) -> None:
-        self.client, self.say = client, say
+    def __init__(self, client: Client, notify: Callable[[str], None]) -> None:
+        self.client, self.notify = client, notify
         self._since: float | None = None
 
-    def look(self) -> set[str]:
+    def workers(self) -> set[str]:
         """Addresses of the workers.
 
         Raises
         ------
         OSError
-            There has been none for ten minutes of looks.
+            There has been no worker for ten minutes.
         """
         here, now = set(self.client.scheduler_info(n_workers=-1)["workers"]), time.monotonic()
         if here:
             self._since = None
         elif self._since is None:
             self._since = now
-            self.say(f"no worker is left; waiting {ALONE} s for one")
+            self.notify(f"no worker is left; waiting {ALONE} s for one")
         elif now - self._since > ALONE:
             raise OSError(
                 f"no worker is left at {self.client.scheduler.address}, and none came for {ALONE} s: start some; the "
@@ -80,28 +89,44 @@ class Company:
 
 @contextlib.contextmanager
 def explained(scheduler: str) -> Iterator[None]:
-    """Say in one sentence that a scheduler is gone, for as long as it is asked.
+    """Turn dask's errors of a lost connection into one sentence.
 
     Raises
     ------
     OSError
         The connection to it was lost.
+
+    Examples
+    --------
+    >>> from distdiff.cluster import explained
+    >>> with explained("tcp://10.0.0.1:8786"):
+    ...     raise OSError("Timed out trying to connect")
+    Traceback (most recent call last):
+        ...
+    OSError: the dask scheduler at tcp://10.0.0.1:8786 is lost; once one is back there, with ...
     """
     from distributed.comm import CommClosedError
 
     try:
         yield
-    except (CancelledError, OSError) as error:  # dask cancels what was asked of a scheduler that hangs up
+    except (CancelledError, OSError) as error:  # dask cancels the tasks of a scheduler that closes the connection
         silent = str(error).startswith("Timed out trying to connect")
         if not (silent or isinstance(error, CancelledError | CommClosedError)):
-            raise  # a worker's own, of a file
+            raise  # an error of a worker, about a file
         raise OSError(
             f"the dask scheduler at {scheduler} is lost; once one is back there, with workers, the same command goes on"
         ) from error
 
 
 def within_reach(workers: Iterable[str]) -> bool:
-    """Whether some workers can be spoken to from here (``tcp://HOST:PORT``), not only through their scheduler."""
+    """Whether this host can connect to workers (``tcp://HOST:PORT``) directly, not only through their scheduler.
+
+    Examples
+    --------
+    >>> from distdiff.cluster import within_reach
+    >>> within_reach(["tcp://127.0.0.1:9"])  # nothing listens there
+    False
+    """
     for address in workers:
         parts = urlsplit(address)
         try:

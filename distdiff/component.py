@@ -21,18 +21,42 @@ T = TypeVar("T")
 
 
 class Untrusted(ValueError):
-    """Options ask for code that the user did not say to trust."""
+    """Options ask for code that the user did not say to trust.
+
+    Examples
+    --------
+    >>> from distdiff.component import Untrusted
+    >>> issubclass(Untrusted, ValueError)
+    True
+    """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known word, else the list of what is known."""
+    """``"; did you mean 'x'?"`` for the closest known word, else the list of what is known.
+
+    Examples
+    --------
+    >>> from distdiff.component import nearest
+    >>> nearest("cosin", ["cosine", "fisher", "linear"])
+    "; did you mean 'cosine'?"
+    >>> nearest("quadratic", ["cosine", "fisher"])
+    '; known: cosine, fisher'
+    """
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 
 def kinds(base: type) -> list[str]:
-    """Names of the components of ``base``: the modules of the package that defines it."""
+    """Names of the components of ``base``: the modules of the package that defines it.
+
+    Examples
+    --------
+    >>> from distdiff.component import kinds
+    >>> from distdiff.process import Process
+    >>> kinds(Process)
+    ['blackout', 'counts', 'gaussian', 'jump', 'masked']
+    """
     package = importlib.import_module(base.__module__)
     names = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
     return sorted(n for n in names if _subclass_in(base, f"{base.__module__}.{n}") is not None)
@@ -57,6 +81,13 @@ def load(base: type[T], address: str) -> type[T]:
     ------
     ValueError
         No such class there.
+
+    Examples
+    --------
+    >>> from distdiff.component import load
+    >>> from distdiff.process import Process
+    >>> load(Process, "distdiff.process.jump:Jump").__name__
+    'Jump'
     """
     module_name, _, class_name = address.partition(":")
     try:
@@ -70,7 +101,14 @@ def load(base: type[T], address: str) -> type[T]:
 
 
 def modules(options: Any) -> set[str]:
-    """Modules that a tree of options would import: of every text with a colon, whatever stands before it."""
+    """Modules that a tree of options would import: of every text with a colon, whatever stands before it.
+
+    Examples
+    --------
+    >>> from distdiff.component import modules
+    >>> modules({"kind": "mypackage.laws:Mine", "schedule": "cosine"})
+    {'mypackage.laws'}
+    """
     return {text.partition(":")[0] for text in _texts(options) if ":" in text}
 
 
@@ -90,6 +128,15 @@ def check_trust(options: Any, trust: Sequence[str], where: str) -> None:
     ------
     Untrusted
         A module that is not trusted (named).
+
+    Examples
+    --------
+    >>> from distdiff.component import check_trust
+    >>> check_trust({"kind": "mypackage.laws:Mine"}, trust=("mypackage",), where="model.json")
+    >>> check_trust({"kind": "mypackage.laws:Mine"}, trust=(), where="model.json")
+    Traceback (most recent call last):
+        ...
+    distdiff.component.Untrusted: model.json asks for code of the module 'mypackage.laws', which is not part ...
     """
     trusted = (trust,) if isinstance(trust, str) else tuple(trust)
     for module in sorted(modules(options)):
@@ -119,6 +166,17 @@ def resolve(base: type[T], kind: str) -> type[T]:
     ------
     ValueError
         No such kind (the nearest one is named), or a class that is no ``base``.
+
+    Examples
+    --------
+    >>> from distdiff.component import resolve
+    >>> from distdiff.process import Process
+    >>> resolve(Process, "counts").__name__
+    'Counts'
+    >>> resolve(Process, "count")
+    Traceback (most recent call last):
+        ...
+    ValueError: unknown process kind 'count'; did you mean 'counts'?
     """
     if not isinstance(kind, str):
         raise ValueError(f"{base.__name__.lower()}: kind must be a name, got {kind!r}")
@@ -145,6 +203,13 @@ def complete(base: type, options: Mapping[str, Any], *, given: int = 0) -> dict[
     ------
     ValueError
         Missing or unknown ``kind``, or an option that its constructor does not take (the nearest one is named).
+
+    Examples
+    --------
+    >>> from distdiff.component import complete
+    >>> from distdiff.process import Process
+    >>> complete(Process, {"kind": "masked", "classes": 16})
+    {'kind': 'masked', 'schedule': 'cosine', 'classes': 16, 'clamp': False}
     """
     name = base.__name__.lower()
     if "kind" not in options:
@@ -159,6 +224,14 @@ def complete(base: type, options: Mapping[str, Any], *, given: int = 0) -> dict[
 
 
 def build(base: Any, options: Mapping[str, Any], *args: Any) -> Any:
-    """Build the component that ``options`` describe (see :func:`complete`); ``args`` come before the options."""
+    """Build the component that ``options`` describe (see :func:`complete`); ``args`` come before the options.
+
+    Examples
+    --------
+    >>> from distdiff.component import build
+    >>> from distdiff.process import Process
+    >>> build(Process, {"kind": "jump", "scale": 50}).scale
+    50
+    """
     chosen = complete(base, options, given=len(args))
     return resolve(base, chosen.pop("kind"))(*args, **chosen)

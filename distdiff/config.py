@@ -278,7 +278,7 @@ def _parse(raw: Mapping[str, Any]) -> Config:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        location = ".".join(str(part) for part in first["loc"])
         value, message = first["input"], first["msg"]
         if first["type"] == "literal_error":
             allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ",").split(",")]
@@ -286,8 +286,8 @@ def _parse(raw: Mapping[str, Any]) -> Config:
         if first["type"] == "value_error":  # of the section's own checks, which name the key
             raise ValueError(first["ctx"]["error"]) from None
         if first["type"] == "missing":
-            raise ValueError(f"{place} is missing") from None
-        raise ValueError(f"{place}={shown(value)}: {message}") from None
+            raise ValueError(f"{location} is missing") from None
+        raise ValueError(f"{location}={shown(value)}: {message}") from None
     try:
         build(Process, config.process)
     except (TypeError, OverflowError) as error:  # of a component from outside the tree, or an option of any type
@@ -383,6 +383,10 @@ def _option_types(section: tuple[str, type, str, int], options: Mapping[str, Any
     return {name: type(value) for name, value in defaults.items()}
 
 
+RANGES = {"dropout": (0.0, 0.99), "scale": (1e-6, 1e6)}
+"""Options of components beyond which nothing is learned: the share of what is dropped, molecules to a unit."""
+
+
 def _checked(base: type, options: dict[str, Any], section: str) -> dict[str, Any]:
     """Options of a component, numbers as its defaults are: whole, finite, at least 1 (0 where that is the default)."""
     given = next(g for s, _, _, g in SECTIONS if s == section)
@@ -391,6 +395,8 @@ def _checked(base: type, options: dict[str, Any], section: str) -> dict[str, Any
     for name, value in options.items():
         default = defaults.get(name)
         wrong = _fault(default, value, free=name == "schedule")
+        if not wrong and name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+            wrong = "between {:g} and {:g}".format(*RANGES[name])
         if wrong:
             raise ValueError(f"{section}.{name} must be {wrong}, got {shown(value)}")
         if isinstance(default, int) and not isinstance(default, bool):

@@ -62,6 +62,8 @@ def config_keys(name: str | None = None) -> list[Key]:
     components = {section[0]: section for section in configs.SECTIONS}
     found: list[Key] = []
     for section, hint in hints.items():
+        if section not in shown:  # the command-line overrides, which are no key of the file
+            continue
         if section in components:
             found += component(components[section], shown[section]["kind"], shown[section])
         elif section in shown:  # a field that is no section of the file is left out

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from distdiff.tracking.address import public_uri, tracking_uri
+from distdiff.tracking.redact import redacted
 from distdiff.version import __version__
 
 PATIENCE = 2.0
@@ -71,7 +72,7 @@ def examine() -> list[Check]:
             found += each()
         except Exception as error:  # a broken installation is what this is for
             name = each.__name__.removeprefix("_")
-            found.append(Check(name, "look", f"could not be examined: {type(error).__name__}: {error}",
+            found.append(Check(name, "look", redacted(f"could not be examined: {type(error).__name__}: {error}"),
                                "report it, with this line"))  # fmt: skip
     return found
 

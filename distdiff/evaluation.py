@@ -1,4 +1,4 @@
-"""The honest table: hide entries of held-out cells, let every imputer fill the same ones, score all the same way."""
+"""Evaluation: hide entries of held-out cells, impute the same entries by every imputer, score all in the same way."""
 
 from __future__ import annotations
 
@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 ANSWERS = ("mean", "1 draw", "draws")
 
 MMD_CELLS = 2000
-"""MMD compares at most so many cells, chosen at random, the same for every imputer: its matrices are cells x cells."""
+"""Most cells for MMD, whose matrices are cells x cells; chosen at random, the same for every imputer."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An imputer and the rows it fills: ``mean``, ``1 draw``, ``draws`` (the ensemble; its mean is the point).
+    """An imputer and its rows in the table: ``mean``, ``1 draw``, ``draws`` (an ensemble; its mean is the estimate).
 
     ``calls``: network calls of a draw, 0 without a network.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.zero import Zero
+    >>> from distdiff.evaluation import Contestant
+    >>> Contestant("no imputation", Zero(), ("mean", "1 draw")).answers
+    ('mean', '1 draw')
     """
 
     name: str
@@ -51,16 +58,22 @@ class Contestant:
 def default_contestants(
     cell_type: str | None, *, extra: Sequence[Contestant] = (), rate: float = 0.5
 ) -> list[Contestant]:
-    """The baselines of every table, after ``extra``.
+    """``extra`` and then the baselines of every table.
 
     Parameters
     ----------
     cell_type
-        Label of the cell-type rows; ``None`` leaves them out.
+        Label of the cell-type means; ``None``: no such rows.
     extra
-        The contestants to compare with.
+        The imputers to evaluate.
     rate
-        Share of entries that the baselines with options to choose hide while they choose: that of the evaluation.
+        Share of hidden entries; baselines choose their options at the same share.
+
+    Examples
+    --------
+    >>> from distdiff.evaluation import default_contestants
+    >>> [contestant.name for contestant in default_contestants(cell_type=None)]
+    ['kNN pool', 'PCA regression', 'ridge', 'gene mean x depth', 'gene mean', 'none (zero)', 'constant 1', 'perfect']
     """
     from distdiff.baselines import Baseline
 
@@ -84,11 +97,18 @@ CHEAP: tuple[dict[str, Any], ...] = (
     {"kind": "pca"},
     {"kind": "ridge"},
 )
-"""Estimators that any model must beat to be worth its training."""
+"""Baselines that take seconds to fit; a model that does not beat them is not worth its training."""
 
 
 def cheap() -> dict[str, Imputer]:
-    """The estimators of :data:`CHEAP` by their labels, not yet fitted."""
+    """The baselines of :data:`CHEAP` by label, not fitted.
+
+    Examples
+    --------
+    >>> from distdiff.evaluation import cheap
+    >>> list(cheap())
+    ['gene mean x depth', 'kNN pool', 'PCA regression', 'ridge']
+    """
     from distdiff.baselines import Baseline
 
     return {b.label: b for b in (build(Baseline, options) for options in CHEAP)}
@@ -97,7 +117,20 @@ def cheap() -> dict[str, Imputer]:
 def deviances(
     imputers: Mapping[str, Imputer], store: CountStore, cells: Cells, hidden: NDArray[np.bool_], *, batch: int = 256
 ) -> dict[str, float]:
-    """Fit imputers on the training cells; mean Poisson deviance of each over the ``hidden`` entries of ``cells``."""
+    """Fit imputers on the training cells; mean Poisson deviance of each over the ``hidden`` entries of ``cells``.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.gene_mean import GeneMean
+    >>> from distdiff.baselines.zero import Zero
+    >>> from distdiff.data.store.store import CountStore
+    >>> from distdiff.evaluation import deviances
+    >>> store = CountStore.open("atlas.zarr")
+    >>> cells = store.cells(store.rows("test"))
+    >>> found = deviances({"mean": GeneMean(), "zero": Zero()}, store, cells, hidden=cells.counts.numpy() >= 0)
+    >>> found["mean"] < found["zero"]  # per entry, lower is better
+    True
+    """
     found = {}
     for name, imputer in imputers.items():
         imputer.fit(store, store.rows("train"))
@@ -127,22 +160,34 @@ def evaluate(
     Parameters
     ----------
     rate, protocol
-        ``mcar``: every entry is hidden with probability ``rate``, zeros included, and scored. ``paper``: the published
-        protocol; zeros of a gene that some cell of the same ``groups`` value expresses count as missing: they are
-        neither evidence nor scored, so that almost every target is a non-zero count.
+        ``mcar``: every entry, zeros included, is hidden with probability ``rate`` and scored. ``paper``: the published
+        protocol, in which zeros of a gene that another cell of the same ``groups`` value expresses count as missing:
+        they are neither evidence nor scored, so almost every target is a non-zero count.
     draws
-        Draws of an ensemble.
+        Number of draws in an ensemble.
     labels
-        Covariates given to the imputers.
+        Labels of the cells that imputers get.
     groups
-        Label of the ``paper`` protocol's groups.
+        Label whose values are the groups of the ``paper`` protocol.
     resamples
-        Bootstrap replicates over cells of per-cell scores, and of scores of distributions.
+        Number of bootstrap replicates over cells, for per-cell scores and for scores of distributions.
 
     Raises
     ------
     ValueError
-        No cells, a rate outside (0, 1), an unknown protocol, ``paper`` without groups, no entry to score.
+        No cells, a rate outside (0, 1), an unknown protocol, ``paper`` without groups, or no entry to score.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.gene_mean import GeneMean
+    >>> from distdiff.baselines.zero import Zero
+    >>> from distdiff.data.store.store import CountStore
+    >>> from distdiff.evaluation import Contestant, evaluate
+    >>> store = CountStore.open("atlas.zarr")
+    >>> contestants = [Contestant("gene mean", GeneMean()), Contestant("no imputation", Zero())]
+    >>> report = evaluate(store, store.rows("test"), contestants, resamples=(20, 5), progress=False)
+    >>> [row.name for row in sorted(report.rows, key=lambda row: row.values["deviance"])]
+    ['gene mean', 'no imputation']
     """
     if not len(rows):
         raise ValueError("no cells to evaluate on")
@@ -203,7 +248,7 @@ def _protocol(
 def _fill(
     imputer: Imputer, cells: Cells, observed: np.ndarray, draws: int, seed: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Impute batch by batch; hidden counts are erased, except for the imputer that is the truth."""
+    """Impute batch by batch. Hidden counts are erased first, except for the control ``perfect``, which returns them."""
     means, drawn, device = [], [], _device(imputer)
     for start in range(0, len(cells), batch):
         part, seen = cells[start : start + batch], torch.from_numpy(observed[start : start + batch])
@@ -228,25 +273,25 @@ def _rows(
     note = "control" if getattr(imputer, "control", False) else "peeks" if getattr(imputer, "peeks", False) else ""
     for answer in contestant.answers:
         if answer == "mean":
-            point, law = mean, None
+            estimate, law = mean, None
         else:
             if drawn is None:
                 raise ValueError(
                     f"contestant {contestant.name!r}: answer {answer!r} needs draws, its imputer gave none"
                 )
-            point, law = (drawn[0], None) if answer == "1 draw" else (drawn.mean(0), drawn)
+            estimate, law = (drawn[0], None) if answer == "1 draw" else (drawn.mean(0), drawn)
         suffix = answer if answer != "draws" else f"{len(law) if law is not None else 0} draws"
         name = contestant.name if contestant.answers == ("mean",) else f"{contestant.name} {suffix}"
-        values, errors, replicates = score(point, law)
+        values, errors, replicates = score(estimate, law)
         out.append(Row(name, values | seconds, errors, replicates, note, contestant.calls))
     return out
 
 
 class _Score:
-    """All metrics of one answer, with the same bootstrap resamples and directions for every imputer.
+    """All metrics of one imputation, with the same bootstrap resamples and directions for every imputer.
 
-    Completed cells are the truth with its targets replaced, as in the papers: entries that are neither evidence nor
-    target (``paper`` protocol) stay as they are.
+    Completed cells are the true cells with the targets replaced, as in the papers: entries that are neither evidence
+    nor target (``paper`` protocol) keep their true counts.
     """
 
     def __init__(self, truth: np.ndarray, targets: np.ndarray, seed: int, resamples: tuple[int, int]) -> None:
@@ -261,24 +306,24 @@ class _Score:
         self.some = np.sort(rng.permutation(n)[:MMD_CELLS])
 
     def __call__(
-        self, point: np.ndarray, law: np.ndarray | None
+        self, estimate: np.ndarray, law: np.ndarray | None
     ) -> tuple[dict[str, float], dict[str, float], dict[str, NDArray[np.float64]]]:
         t, m = self.truth, self.targets
 
         def pooled(sums: NDArray[np.floating]) -> NDArray[np.floating]:
             return metrics.pooled(sums, self.count, self.many)
 
-        log_point = np.where(m, np.log1p(np.maximum(point, 0)), self.log_truth)  # only targets may differ
+        log_point = np.where(m, np.log1p(np.maximum(estimate, 0)), self.log_truth)  # only targets may differ
         found: dict[str, Any] = {
-            "deviance": pooled(metrics.poisson_deviance(t, m, point)),
-            "log1p_mse": pooled(metrics.log1p_squared_error(t, m, point)),
-            "rmse": np.sqrt(pooled(metrics.squared_error(t, m, point))),
-            "mae": pooled(metrics.absolute_error(t, m, point)),
-            "bias": pooled(metrics.error(t, m, point)),
-            "pearson": metrics.cell_mean(metrics.pearson(t, m, point), self.many),
-            "spearman": metrics.cell_mean(metrics.spearman(t, m, point), self.many),
-            "crps": pooled(metrics.crps(t, m, law if law is not None else point[None])),
-            "energy": metrics.energy_distance(t, m, point, self.few),
+            "deviance": pooled(metrics.poisson_deviance(t, m, estimate)),
+            "log1p_mse": pooled(metrics.log1p_squared_error(t, m, estimate)),
+            "rmse": np.sqrt(pooled(metrics.squared_error(t, m, estimate))),
+            "mae": pooled(metrics.absolute_error(t, m, estimate)),
+            "bias": pooled(metrics.error(t, m, estimate)),
+            "pearson": metrics.cell_mean(metrics.pearson(t, m, estimate), self.many),
+            "spearman": metrics.cell_mean(metrics.spearman(t, m, estimate), self.many),
+            "crps": pooled(metrics.crps(t, m, law if law is not None else estimate[None])),
+            "energy": metrics.energy_distance(t, m, estimate, self.few),
             "mmd": self._mmd(log_point),
             "swd": metrics.sliced_wasserstein(self.log_truth, log_point, self.few, self.directions),
             "correlation": metrics.correlation_error(self.log_truth, log_point, self.few),

@@ -1,4 +1,4 @@
-"""Whole or invisible: everything distdiff writes appears under its name only once it is complete."""
+"""Safe writing: every file and folder gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 
 def is_url(path: object) -> bool:
-    """Whether this names a place by URL, also where `Path` has made one slash of two."""
+    """Whether a path is a URL, also after `Path` has made one slash of two.
+
+    Examples
+    --------
+    >>> from distdiff.files import is_url
+    >>> is_url("s3://bucket/atlas.zarr"), is_url("data/atlas.zarr")
+    (True, False)
+    """
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
@@ -29,40 +36,58 @@ def local(path: str | Path) -> Path:
     Raises
     ------
     ValueError
-        It is a URL: only whole stores are sent to those.
+        It is a URL; only complete stores are sent to URLs.
+
+    Examples
+    --------
+    >>> from distdiff.files import local
+    >>> local("out/imputed.zarr").name
+    'imputed.zarr'
     """
     if is_url(path):
         raise ValueError(
-            f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy what is ready "
-            "there (a store: distdiff store upload FOLDER URL)"
+            f"{str(path).rpartition('@')[2]}: output is written to a local folder, not to a URL; copy it to the URL "
+            "afterwards (a store: distdiff store upload FOLDER URL)"
         )
     return Path(path).expanduser()
 
 
 @contextlib.contextmanager
 def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a hidden temporary sibling path to write a file or folder to; rename it to ``target`` at the end.
+    """Yield a hidden path beside ``target`` to write a file or folder to; rename it to ``target`` at the end.
 
-    On any error, Ctrl-C included, the temporary is removed and an older ``target`` stays as it was. What a killed
-    process of this host left behind is removed by the next one that writes the same target.
+    After any error, Ctrl-C included, the hidden path is removed and an older ``target`` is unchanged. Remains of a
+    killed process of this host are removed by the next process that writes the same target.
 
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false; it may have come meanwhile.
+        ``target`` exists and ``overwrite`` is false; it may have been made meanwhile.
     OSError
-        The disk is full: says where, and that nothing was left behind.
+        The disk is full; the message says where, and that no remains are on the disk.
     ValueError
         ``target`` is a URL.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import whole
+    >>> with whole("table.txt") as temporary:
+    ...     temporary.write_text("ready")
+    ...     Path("table.txt").exists()
+    5
+    False
+    >>> Path("table.txt").read_text()
+    'ready'
     """
     target = local(target)
     prefix = f".{target.stem}.tmp-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        name = left.name.removeprefix(prefix)
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+        name = leftover.name.removeprefix(prefix)
         if _of_dead(name.removesuffix(".old").removesuffix(target.suffix)):
             if name.endswith(".old"):
-                restore(target, left)
-            remove(left)
+                restore(target, leftover)
+            remove(leftover)
     _refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{prefix}{os.getpid()}{target.suffix}")
@@ -73,8 +98,8 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
-                errno.ENOSPC, f"the disk is full: {target} could not be written and nothing of it was left; free space "
-                "or write elsewhere",
+                errno.ENOSPC, f"the disk is full: {target} could not be written, and its remains were removed; free "
+                "space or write elsewhere",
             ) from error  # fmt: skip
         raise
     finally:
@@ -83,15 +108,24 @@ def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(target: str | Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` for what is needed meanwhile; it goes in the end.
+    """Yield a hidden folder beside ``target`` for temporary files; it is removed at the end.
 
-    What a killed process of this host left is removed by the next one with the same target.
+    Remains of a killed process of this host are removed by the next process with the same target.
+
+    Examples
+    --------
+    >>> from distdiff.files import scratch
+    >>> with scratch("imputed.zarr") as folder:
+    ...     (folder / "piece").write_text("needed for a while")
+    18
+    >>> folder.exists()
+    False
     """
     target = Path(target)
     prefix = f".{target.stem}.scratch-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if _of_dead(left.name.removeprefix(prefix).partition("-")[0]):
-            remove(left)
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _of_dead(leftover.name.removeprefix(prefix).partition("-")[0]):
+            remove(leftover)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
     try:
         yield folder
@@ -100,14 +134,25 @@ def scratch(target: str | Path) -> Iterator[Path]:
 
 
 def workplace(folder: Path) -> Path:
-    """Refuse a work folder with a name that anybody can tell before, if it is a link or holds one.
+    """Refuse a work folder that is a symbolic link or contains one.
 
-    What is written to it, or thrown away there, would be written or thrown away elsewhere. distdiff makes no links.
+    The name of a work folder can be predicted. Through a link in it, distdiff would write or delete files elsewhere;
+    distdiff itself makes no links.
 
     Raises
     ------
     FileExistsError
-        It is one, or holds one (named); it is a file.
+        It is a link, contains one (named), or is a file.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import workplace
+    >>> Path("link").symlink_to("elsewhere")
+    >>> workplace(Path("link"))
+    Traceback (most recent call last):
+        ...
+    FileExistsError: link is a symbolic link, which distdiff does not make, and nothing was written through ...
     """
     if folder.is_file() and not folder.is_symlink():
         raise FileExistsError(f"{folder} is a file, a folder is wanted there; remove it, or give another output")
@@ -123,17 +168,35 @@ def workplace(folder: Path) -> Path:
 
 
 class NoRoom(OSError):
-    """The disk cannot hold what is to be written; told before any of it is."""
+    """The disk has too little room for the output; raised before anything is written.
+
+    Examples
+    --------
+    >>> from distdiff.files import NoRoom
+    >>> issubclass(NoRoom, OSError)
+    True
+    """
 
 
 @contextlib.contextmanager
-def goes_on(target: Path, work: Path) -> Iterator[None]:
-    """Say of a disk that fills up that the same command goes on from ``work``.
+def explain_full_disk(target: Path, work: Path) -> Iterator[None]:
+    """Add to the error of a full disk that the same command continues from ``work``.
 
     Raises
     ------
     OSError
         The disk is full.
+
+    Examples
+    --------
+    >>> import errno
+    >>> from pathlib import Path
+    >>> from distdiff.files import explain_full_disk
+    >>> with explain_full_disk(Path("imputed.zarr"), Path(".imputed.zarr.building")):
+    ...     raise OSError(errno.ENOSPC, "no space")
+    Traceback (most recent call last):
+        ...
+    OSError: [Errno 28] the disk is full: imputed.zarr is not finished; free space and run the same ...
     """
     try:
         yield
@@ -150,33 +213,42 @@ def goes_on(target: Path, work: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumable(
-    target: str | Path, identity: str, *, overwrite: bool = False, say: Callable[[str], None] = lambda text: None
+    target: str | Path, identity: str, *, overwrite: bool = False, notify: Callable[[str], None] = lambda text: None
 ) -> Iterator[Path | None]:
-    """Give a hidden folder beside ``target`` in which work can be left and found again by the same command.
+    """Yield a hidden folder beside ``target`` in which an interrupted command is continued by the same command.
 
-    What is to become ``target`` is made in its subfolder ``store``. A killed or interrupted process leaves the folder;
-    one that fails over its input (ValueError) does not. One process at a time may work there. Gives None where this
-    very work was finished by a process that was killed before it could say so: ``target`` is whole then.
+    The caller makes the result in its subfolder ``store``, which becomes ``target`` at the end. The folder stays after
+    a kill or an interruption, and is removed after an error of the input (ValueError). Only one process at a time may
+    work there. Yields None if a killed process had already finished the same work: ``target`` is then complete.
 
     Parameters
     ----------
     target
         Folder to make.
     identity
-        What must be equal for the work to go on; other work that was left is thrown away.
-    say
-        Told of what is thrown away.
+        Inputs, options and version: work is continued only if this text is equal, otherwise it is removed.
+    notify
+        Called with a sentence on each thing that is removed.
 
     Raises
     ------
     FileExistsError
-        ``target`` exists and ``overwrite`` is false, another process is at work on it, or the folder is or holds a
-        link.
+        ``target`` exists and ``overwrite`` is false, another process is writing it, or the folder is or contains
+        a link.
     OSError
-        The disk is full: says that the same command goes on where this one stopped.
+        The disk is full; the message says that the same command continues where this one stopped.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import resumable
+    >>> with resumable("built", identity="inputs and options") as work:
+    ...     (work / "store").mkdir()
+    >>> Path("built").is_dir(), work.exists()
+    (True, False)
     """
     target = Path(target)
-    tidy(target, say)
+    tidy(target, notify)
     work = workplace(target.with_name(f".{target.name}.building"))
     if not work.is_dir():
         _refuse_existing(target, overwrite)
@@ -184,15 +256,15 @@ def resumable(
     work.mkdir(exist_ok=True)
     lock = _locked(target, work)
     try:
-        with goes_on(target, work):
+        with explain_full_disk(target, work):
             restore(target, work / "old")
             if _finished(work, target, identity, overwrite):
                 yield None
             else:
-                if os.path.lexists(target) and not (work / IDENTITY).exists():  # remains of what is finished
+                if os.path.lexists(target) and not (work / IDENTITY).exists():  # remains of finished work
                     _clear(work)
                 _refuse_existing(target, overwrite)
-                _begin(work, identity, say)
+                _begin(work, identity, notify)
                 yield work
                 _mark(work / READY, f"{identity}\n{stamp(work / 'store')}")
                 remove(work / IDENTITY)
@@ -203,16 +275,16 @@ def resumable(
     else:
         _clear(work)
     finally:
-        if not any(left.name != "lock" for left in work.glob("*")):
+        if not any(leftover.name != "lock" for leftover in work.glob("*")):
             remove(work)
         lock.release()
 
 
 IDENTITY = "identity"
-"""In a work folder: whose work this is. It goes before anything else does, so that no part of it is ever taken up."""
+"""File in a work folder with the identity of its work. It is removed first, so no part of the rest is ever reused."""
 
 READY = "ready"
-"""In a work folder: whose result is whole, and the `stamp` of it, by which it is known under either of its names."""
+"""File in a work folder with the identity of a complete result and its `stamp`, which is the same after the rename."""
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -220,18 +292,18 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
 
 
-def _begin(work: Path, identity: str, say: Callable[[str], None]) -> None:
-    """Take up what lies in the work folder if it is of this identity, else throw it away."""
+def _begin(work: Path, identity: str, notify: Callable[[str], None]) -> None:
+    """Keep the content of the work folder if its identity is this one, else remove it."""
     mark = work / IDENTITY
     if (work / READY).exists() or not mark.is_file() or mark.read_text(encoding="utf-8") != identity:
-        if any(left.name != "lock" for left in work.iterdir()):
-            say(f"{work}: removed, it was left by other work (other inputs, options or version of distdiff)")
+        if any(leftover.name != "lock" for leftover in work.iterdir()):
+            notify(f"{work}: removed, it was left by other work (other inputs, options or version of distdiff)")
         _clear(work)
         _mark(mark, identity)
 
 
 def _finished(work: Path, target: Path, identity: str, overwrite: bool) -> bool:
-    """Whether a process that was killed had this result whole; it gets its name if it has not got it yet."""
+    """Whether a killed process had completed this result; if so, it gets its name now."""
     try:
         whose, _, version = (work / READY).read_text(encoding="utf-8").partition("\n")
     except FileNotFoundError:
@@ -249,29 +321,29 @@ def _finished(work: Path, target: Path, identity: str, overwrite: bool) -> bool:
 
 
 def _mark(file: Path, text: str) -> None:
-    """Write a small file that appears whole."""
+    """Write a small file that appears when it is complete."""
     partial = file.with_name(f"{file.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
 
 
 def _clear(work: Path) -> None:
-    """Throw away what is in a work folder, in an order that leaves nothing to be taken up wherever it is cut."""
+    """Empty a work folder, its identity first, so that an interruption leaves nothing that could be reused."""
     remove(work / IDENTITY)
-    remove(work / "job.json")  # the like of a task on files (distdiff.batch.workplace)
-    for left in work.iterdir():
-        if left.name not in ("lock", READY):
-            remove(left)
+    remove(work / "job.json")  # the same for a task on files (distdiff.batch.workplace)
+    for leftover in work.iterdir():
+        if leftover.name not in ("lock", READY):
+            remove(leftover)
     remove(work / READY)
 
 
 def _locked(target: Path, work: Path) -> BaseFileLock:
-    """The lock of a work folder, held.
+    """Acquire the lock of a work folder.
 
     Raises
     ------
     FileExistsError
-        Another process has it, or has just removed the folder with it.
+        Another process holds it, or has just removed the folder.
     """
     lock = FileLock(work / "lock", timeout=0)
     with contextlib.suppress(Timeout, FileNotFoundError):
@@ -282,25 +354,55 @@ def _locked(target: Path, work: Path) -> BaseFileLock:
     raise FileExistsError(f"{target} is being written by another process now; wait for it, or choose another name")
 
 
-def tidy(target: Path, say: Callable[[str], None]) -> None:
-    """Remove work folders of a target that a process of an earlier version was about to remove when it was killed."""
+def tidy(target: Path, notify: Callable[[str], None]) -> None:
+    """Remove work folders of a target that a killed process of an earlier version had renamed but not removed.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import tidy
+    >>> Path(".out.zarr.building-999999999").mkdir()  # left by process 999999999, which has ended
+    >>> tidy(Path("out.zarr"), notify=print)
+    .out.zarr.building-999999999: removed, it was left by a process that was killed
+    """
     prefix = f".{target.name}.building-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if _of_dead(left.name.removeprefix(prefix)):
-            say(f"{left}: removed, it was left by a process that was killed")
-            remove(left)
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _of_dead(leftover.name.removeprefix(prefix)):
+            notify(f"{leftover}: removed, it was left by a process that was killed")
+            remove(leftover)
 
 
 def restore(target: Path, old: Path) -> None:
-    """Give an older folder its name back, if a process was killed between the two renames of `publish`."""
+    """Restore an older folder if a process was killed between the two renames of `publish`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import restore
+    >>> Path("before").mkdir()
+    >>> restore(Path("result"), old=Path("before"))
+    >>> Path("result").is_dir()
+    True
+    """
     if old.is_dir() and not os.path.lexists(target):
         os.replace(old, target)
 
 
 def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
-    """Give the new one its name; an old folder of that name goes only then.
+    """Rename a new file or folder to ``target``; an old folder of that name is removed afterwards.
 
-    On Linux the name is never without a whole folder, whenever the process is killed; elsewhere it is for a moment.
+    On Linux ``target`` exists at every moment, even if the process is killed; on other systems it is missing briefly.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import publish
+    >>> for name in ("new", "published"):
+    ...     Path(name).mkdir()
+    >>> (Path("new") / "content").touch()
+    >>> publish(Path("new"), Path("published"))
+    >>> (Path("published") / "content").exists(), Path("new").exists()
+    (True, False)
     """
     if not target.is_dir():
         os.replace(temporary, target)
@@ -319,12 +421,12 @@ def publish(temporary: Path, target: Path, old: Path | None = None) -> None:
 
 
 def _appear(temporary: Path, target: Path) -> None:
-    """Give the new one its name, unless somebody else has given it to another meanwhile."""
+    """Rename a new file or folder to ``target``, unless ``target`` was made meanwhile."""
     try:
         if temporary.is_file():
             os.link(temporary, target)
             return
-    except OSError:  # it is there, or a file system without links
+    except OSError:  # it exists, or the file system has no links
         pass
     if not os.path.lexists(target):
         os.rename(temporary, target)
@@ -333,14 +435,14 @@ def _appear(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths swap names at once; false where the system or the file system cannot."""
+    """Swap the names of two paths atomically; false where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(cwd, os.fsencode(one), cwd, os.fsencode(other), exchange) == 0
 
 
 def _of_dead(pid: str) -> bool:
-    """Whether this is the number of a process that is not there any more on this host."""
+    """Whether ``pid`` is the number of a process that has ended on this host."""
     return pid.isdigit() and not _alive(int(pid))
 
 
@@ -349,13 +451,20 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # the process of another user
         return True
     return True
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one."""
+    """Remove a file or a folder, if it exists.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import remove
+    >>> remove(Path("nothing"))  # no error
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -363,23 +472,40 @@ def remove(path: Path) -> None:
 
 
 def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> None:
-    """Refuse to write where an input lies, inside of it, or around it.
+    """Refuse an output that is an input, lies inside of it, or contains it.
 
     Raises
     ------
     ValueError
-        ``out`` is the input, lies in it, or holds it.
+        ``out`` is the input, lies in it, or contains it.
+
+    Examples
+    --------
+    >>> from distdiff.files import refuse_nested
+    >>> refuse_nested("atlas/imputed.zarr", "atlas")
+    Traceback (most recent call last):
+        ...
+    ValueError: --out atlas/imputed.zarr lies inside the input atlas; the input is never changed, give ...
     """
-    here, there = Path(out).resolve(), Path(given).resolve()
-    if here == there:
+    out_path, given_path = Path(out).resolve(), Path(given).resolve()
+    if out_path == given_path:
         raise ValueError(f"{option} {out} is the input itself; the input is never changed, give another name")
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        where = "lies inside" if here.is_relative_to(there) else "holds"
-        raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another place")
+    if out_path.is_relative_to(given_path) or given_path.is_relative_to(out_path):
+        where = "lies inside" if out_path.is_relative_to(given_path) else "holds"
+        raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another folder")
 
 
 def stamp(path: str | Path) -> str:
-    """Which version of a file or folder this is: size and time of change of everything in it."""
+    """A text that changes with a file or folder: total size and latest time of change.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.files import stamp
+    >>> before = stamp("counts.h5ad")
+    >>> before == stamp("counts.h5ad")
+    True
+    """
     path = Path(path)
     found = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     stats = [f.stat() for f in found]

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors recorded once and replayed, so that a GPU waits for no Python between kernels."""
+"""CUDA graphs: a function of tensors is recorded once and replayed, so that a GPU does not wait for Python."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
 WARM = 3
-"""Calls that run as they are before one is recorded: libraries choose their kernels, an optimiser makes its state."""
+"""Ordinary calls before the recording: libraries choose their kernels, an optimiser allocates its state."""
 
 
 class Captured:
-    """``function`` of tensors that keep shape and dtype from call to call; a call is the function's, numbers and all.
+    """A function of tensors with fixed shapes and dtypes, replayed as a CUDA graph, with the same results.
 
-    The function must not ask for numbers on the host, and what it takes besides its arguments (weights, constants) must
-    stay where it is. What it does to weights happens once a call, in the first calls and the recorded one too.
+    The function must not read tensors on the host, and tensors that it uses besides its arguments (weights, constants)
+    must keep their memory. It changes weights once a call, in the first calls and in the recorded call as well.
 
     Parameters
     ----------
     function
-        Takes tensors on one CUDA device and returns a tuple of them.
+        Function from tensors on one CUDA device to a tuple of tensors.
     name
-        Setting that asked for this, for messages.
+        Setting that switched the graph on, for messages.
     """
 
     def __init__(self, function: Function, name: str) -> None:
@@ -32,7 +32,7 @@ class Captured:
         self.replay: Callable[[], tuple[Tensor, ...]] | None = None
 
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Answers of this call, which no later call overwrites.
+        """Results of this call, which no later call overwrites.
 
         Raises
         ------
@@ -41,7 +41,7 @@ class Captured:
         """
         self.calls += 1
         if self.calls <= WARM:
-            return aside(self.function, given)
+            return call_on_own_stream(self.function, given)
         if self.replay is None:
             self.inputs = [x.clone() for x in given]
             try:
@@ -60,12 +60,14 @@ class Captured:
 
 
 def record(function: Function, inputs: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    """Record what ``function`` does to ``inputs`` where they are, without doing it; the answer does it."""
+    """Record ``function`` on ``inputs`` without running it; the result replays it on whatever these tensors hold."""
     graph, cached = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
-    torch.clear_autocast_cache()  # casts of weights belong into the graph: their copies do not outlive an autocast
+    torch.clear_autocast_cache()  # casts of weights must be in the graph: cached copies end with the autocast
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on: loader, writer
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # other threads (loader, writer) may use CUDA meanwhile
             outputs = function(*inputs)
     finally:
         torch.set_autocast_cache_enabled(cached)
@@ -77,8 +79,8 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Callable[[], tuple[T
     return replay
 
 
-def aside(function: Function, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Call on a stream of its own, as recording will be: what autograd notes of streams then fits."""
+def call_on_own_stream(function: Function, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Call on a separate stream, as in the recording: autograd remembers the stream of each tensor."""
     here, own = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     own.wait_stream(here)
     with torch.cuda.stream(own):

@@ -1,4 +1,4 @@
-"""Loops compiled by numba, kept on disk between runs where there is a place to keep them."""
+"""Loops compiled by numba, cached on disk if a folder can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numba
 
 
 def njit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop, without Python's lock; other threads run meanwhile.
+    """Compile a loop that runs without Python's lock, so that other threads run meanwhile.
 
     The machine code is kept beside the source or in the user's cache folder (numba's rules; ``NUMBA_CACHE_DIR`` names
     another). In a read-only installation without a home folder it is compiled again by every process.
@@ -24,5 +24,5 @@ def njit(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba's "no locator available": nowhere to keep it
+    except RuntimeError:  # numba's "no locator available": no folder for the cache
         return numba.njit(nogil=True)(function)

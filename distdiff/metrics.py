@@ -10,8 +10,8 @@ entries that are scored. There are two families.
 * *Of distributions*: `energy_distance`, `mmd`, `sliced_wasserstein` and `correlation_error` take ``weights``
   (``int [R b]``, how often each cell is in each replicate) and return ``float64 [R]``.
 
-Sums are accumulated in float64. The published evaluations (CountsDiff, scIDPMs) differ in details; each function says
-where.
+Sums are accumulated in float64. The published evaluations (CountsDiff, scIDPMs) differ in details, noted in each
+function.
 """
 
 from __future__ import annotations
@@ -23,30 +23,62 @@ FloatArray = NDArray[np.floating]
 BoolArray = NDArray[np.bool_]
 
 DEVIANCE_FLOOR = 1e-6
-"""Smallest mean that `poisson_deviance` distinguishes from zero, in molecules."""
+"""Smallest mean in `poisson_deviance`, in molecules; a smaller one counts as this."""
 
 BANDWIDTHS = 5
 """Number of Gaussian bandwidths in `mmd`; each squared bandwidth is twice the one before."""
 
 
 def bootstrap_weights(n_cells: int, replicates: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """How often each cell is drawn when ``n_cells`` cells are drawn with replacement: ``int64 [R b]``."""
+    """How often each cell is drawn when ``n_cells`` cells are drawn with replacement: ``int64 [R b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import bootstrap_weights
+    >>> weights = bootstrap_weights(5, 3, np.random.default_rng(0))
+    >>> weights.shape, weights.sum(axis=1)
+    ((3, 5), array([5, 5, 5]))
+    """
     return rng.multinomial(n_cells, np.full(n_cells, 1.0 / n_cells), size=replicates)
 
 
 def once(n_cells: int) -> NDArray[np.int64]:
-    """The weights of the sample itself: ``int64 [1 b]`` of ones."""
+    """The weights of the sample itself: ``int64 [1 b]`` of ones.
+
+    Examples
+    --------
+    >>> from distdiff.metrics import once
+    >>> once(4)
+    array([[1, 1, 1, 1]])
+    """
     return np.ones((1, n_cells), dtype=np.int64)
 
 
 def pooled(sums: FloatArray, n: NDArray[np.integer], weights: NDArray[np.integer]) -> FloatArray:
-    """Average over all targets of each replicate, ``sum_c w_c sums_c / sum_c w_c n_c``: ``float64 [R]``."""
+    """Average over all targets of each replicate, ``sum_c w_c sums_c / sum_c w_c n_c``: ``float64 [R]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import once, pooled
+    >>> pooled(np.array([6.0, 2.0]), np.array([3, 1]), once(2))  # 8 over 4 targets
+    array([2.])
+    """
     total = weights @ n.astype(np.float64)
     return np.divide(weights @ sums, total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
 def cell_mean(values: FloatArray, weights: NDArray[np.integer]) -> FloatArray:
-    """Average over cells of each replicate, leaving out cells whose value is NaN: ``float64 [R]``."""
+    """Average over cells of each replicate, without cells whose value is NaN: ``float64 [R]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import cell_mean, once
+    >>> cell_mean(np.array([0.5, np.nan, 0.7]), once(3))
+    array([0.6])
+    """
     known = ~np.isnan(values)
     return pooled(np.where(known, values, 0.0), known.astype(np.int64), weights)
 
@@ -60,8 +92,8 @@ def poisson_deviance(
 ) -> FloatArray:
     """Unit Poisson deviance ``2 (x log(x/m) - x + m)``, summed over each cell's targets.
 
-    Proper for means: its expectation is least at ``m = E[x]``. The mean is floored at ``floor`` molecules, so that a
-    mean of zero for an observed molecule costs a large, finite price (about 25.6 a molecule at the default 1e-6).
+    Proper for means: its expectation is least at ``m = E[x]``. Means below ``floor`` molecules count as ``floor``, so
+    that a mean of zero has a large but finite deviance (about 25.6 for each molecule at the default 1e-6).
 
     Parameters
     ----------
@@ -81,6 +113,14 @@ def poisson_deviance(
     ------
     ValueError
         ``floor`` is not positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import poisson_deviance
+    >>> truth, targets = np.array([[0.0, 3.0]]), np.array([[True, True]])
+    >>> [poisson_deviance(truth, targets, mean=truth + wrong).round(3) for wrong in (0, 1)]
+    [array([0.]), array([2.274])]
     """
     if not floor > 0:
         raise ValueError(f"poisson_deviance: floor={floor} must be positive, for example {DEVIANCE_FLOOR}")
@@ -92,12 +132,28 @@ def poisson_deviance(
 
 
 def error(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
-    """Signed error ``answer - truth`` summed over each cell's targets (pooled: the bias): ``float64 [b]``."""
+    """Signed error ``answer - truth`` summed over each cell's targets (pooled: the bias): ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import error
+    >>> error(np.array([[0.0, 3.0]]), np.array([[True, True]]), np.array([[1.0, 3.5]]))
+    array([1.5])
+    """
     return _sum(answer.astype(np.float64) - truth, targets)
 
 
 def absolute_error(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
-    """``|answer - truth|`` summed over each cell's targets (pooled: the MAE): ``float64 [b]``."""
+    """``|answer - truth|`` summed over each cell's targets (pooled: the MAE): ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import absolute_error
+    >>> absolute_error(np.array([[0.0, 3.0]]), np.array([[True, True]]), np.array([[1.0, 2.5]]))
+    array([1.5])
+    """
     return _sum(np.abs(answer.astype(np.float64) - truth), targets)
 
 
@@ -105,6 +161,13 @@ def squared_error(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> 
     """``(answer - truth)^2`` summed over each cell's targets (square root of the pooled mean: the RMSE).
 
     CountsDiff's paper averages an RMSE a cell; its code, as here, pools all targets.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import squared_error
+    >>> squared_error(np.array([[0.0, 3.0]]), np.array([[True, False]]), np.array([[2.0, 9.0]]))  # targets only
+    array([4.])
     """
     return _sum((answer.astype(np.float64) - truth) ** 2, targets)
 
@@ -113,6 +176,13 @@ def log1p_squared_error(truth: FloatArray, targets: BoolArray, answer: FloatArra
     """``(log1p(answer) - log1p(truth))^2`` summed over each cell's targets; answers below zero count as zero.
 
     Not proper for means: its optimum is ``exp(E[log1p x]) - 1``, below ``E[x]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import log1p_squared_error
+    >>> log1p_squared_error(np.array([[0.0]]), np.array([[True]]), np.array([[np.e - 1]]))
+    array([1.])
     """
     entries = (np.log1p(np.maximum(answer, 0.0).astype(np.float64)) - np.log1p(truth.astype(np.float64))) ** 2
     return _sum(entries, targets)
@@ -121,9 +191,9 @@ def log1p_squared_error(truth: FloatArray, targets: BoolArray, answer: FloatArra
 def crps(truth: FloatArray, targets: BoolArray, draws: FloatArray) -> FloatArray:
     """Continuous ranked probability score, fair ensemble estimate, summed over each cell's targets.
 
-    ``mean_i |X_i - y| - sum_{i<j} |X_i - X_j| / (k (k-1))``, whose expectation over draws is the score of the law they
-    come from for every ``k >= 2`` (Ferro 2014). The pair sum comes from the sorted draws,
-    ``sum_i (2i - k - 1) X_(i)``, in memory O(k b g). A point answer, or a single draw, scores ``|x - y|``.
+    ``mean_i |X_i - y| - sum_{i<j} |X_i - X_j| / (k (k-1))``, whose expectation over draws is the score of their law
+    for every ``k >= 2`` (Ferro 2014). The pair sum comes from the sorted draws,
+    ``sum_i (2i - k - 1) X_(i)``, in memory O(k b g). A point estimate, or a single draw, scores ``|x - y|``.
 
     Parameters
     ----------
@@ -136,6 +206,15 @@ def crps(truth: FloatArray, targets: BoolArray, draws: FloatArray) -> FloatArray
     -------
     numpy.ndarray
         ``float64 [b]`` sums, in molecules.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import crps
+    >>> truth, targets = np.array([[2.0]]), np.array([[True]])
+    >>> draws = np.array([2.0, 2.0, 5.0]).reshape(3, 1, 1)
+    >>> crps(truth, targets, draws), crps(truth, targets, draws[2:])  # three draws, and one
+    (array([0.]), array([3.]))
     """
     if len(draws) == 1:
         return absolute_error(truth, targets, draws[0])
@@ -149,7 +228,15 @@ def crps(truth: FloatArray, targets: BoolArray, draws: FloatArray) -> FloatArray
 
 
 def ranks(values: FloatArray, mask: BoolArray) -> FloatArray:
-    """Average ranks (from 1) within each row among the entries of ``mask``; zero elsewhere: ``float64 [b g]``."""
+    """Average ranks (from 1) within each row among the entries of ``mask``; zero elsewhere: ``float64 [b g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import ranks
+    >>> ranks(np.array([[5.0, 0.0, 0.0, 9.0]]), np.array([[True, True, True, False]]))
+    array([[3. , 1.5, 1.5, 0. ]])
+    """
     kept = np.where(mask, values, np.inf)
     order = np.argsort(kept, axis=1, kind="stable")
     ordered = np.take_along_axis(kept, order, axis=1)
@@ -166,7 +253,16 @@ def ranks(values: FloatArray, mask: BoolArray) -> FloatArray:
 
 
 def pearson(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
-    """Pearson correlation of each cell over its targets; NaN where either side is constant: ``float64 [b]``."""
+    """Pearson correlation of each cell over its targets; NaN where either side is constant: ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import pearson
+    >>> truth, targets = np.array([[0.0, 1.0, 2.0]]), np.ones((1, 3), dtype=bool)
+    >>> pearson(truth, targets, 3 * truth + 1).round(6), pearson(truth, targets, np.ones((1, 3)))
+    (array([1.]), array([nan]))
+    """
     n = np.maximum(targets.sum(axis=1, keepdims=True), 1)
 
     def centred(a: FloatArray) -> FloatArray:
@@ -186,7 +282,15 @@ def pearson(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatA
 def spearman(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
     """Spearman correlation of each cell over its targets, average ranks; NaN where either side is constant.
 
-    Rewards rounding when many targets are zero (ties), so it is never the headline. Returns ``float64 [b]``.
+    With many zeros among the targets (ties) it rewards rounding, so it is not a main score. Returns ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import spearman
+    >>> truth, targets = np.array([[0.0, 1.0, 2.0]]), np.ones((1, 3), dtype=bool)
+    >>> spearman(truth, targets, truth**5).round(6)  # the same order
+    array([1.])
     """
     return pearson(ranks(truth, targets), targets, ranks(answer, targets))
 
@@ -197,7 +301,15 @@ def energy_distance(
     """Energy distance of the pooled targets in one dimension, ``sqrt(2 int (F - G)^2)``: ``float64 [R]``.
 
     Equal to ``scipy.stats.energy_distance(answer[targets], truth[targets])`` of each replicate, from one global sort.
-    It forgets which entry is which: a good value is necessary, not sufficient.
+    It ignores which value belongs to which entry: a good value is necessary, not sufficient.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import energy_distance, once
+    >>> truth, targets = np.array([[0.0, 4.0]]), np.ones((1, 2), dtype=bool)
+    >>> energy_distance(truth, targets, truth[:, ::-1], once(1))  # the same values, each on the other gene
+    array([0.])
     """
     from scipy.sparse import csr_array
 
@@ -227,9 +339,9 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     """Unbiased squared maximum mean discrepancy of completed cells: ``float64 [R]`` (it can be slightly negative).
 
     With ``h_ij = k(x_i,x_j) + k(y_i,y_j) - k(x_i,y_j) - k(x_j,y_i)`` (Gretton et al. 2012, eq. 3),
-    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are left out everywhere,
-    so the estimate stays unbiased though ``y_i`` shares its observed entries with ``x_i``, and the copies of a cell in
-    a bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
+    ``MMD^2 = sum_{i != j} w_i w_j h_ij / ((sum w)^2 - sum w^2)``. Pairs of a cell with itself are excluded, so
+    the estimate is unbiased although ``y_i`` shares its observed entries with ``x_i``, and copies of a cell in a
+    bootstrap replicate add no bias. ``k`` is the mean of five Gaussians whose squared bandwidths are 1/4 ... 4 times
     the median squared distance between cells of the truth. CountsDiff's paper reports the log of such a five-scale
     estimate on raw counts; its code uses one bandwidth and divides by m^2.
 
@@ -244,6 +356,14 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     ------
     ValueError
         Fewer than two cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import mmd, once
+    >>> cells = np.random.default_rng(0).normal(size=(50, 3))
+    >>> bool(mmd(cells, cells + 2, once(50))[0] > 0.1)
+    True
     """
     if len(truth) < 2:
         raise ValueError(f"mmd needs two cells or more, got {len(truth)}")
@@ -253,7 +373,7 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
     unit = float(np.median(off)) or float(off.mean()) or 1.0
 
     def kernel(d: FloatArray) -> FloatArray:
-        k = np.exp(-d / (2.0 * 4.0 * unit))  # the widest; squaring halves the squared bandwidth
+        k = np.exp(-d / (2.0 * 4.0 * unit))  # the widest kernel; squaring it halves the squared bandwidth
         total = k.copy()
         for _ in range(BANDWIDTHS - 1):
             k *= k
@@ -278,7 +398,7 @@ def sliced_wasserstein(
     truth, answer
         ``float [b g]`` completed cells on the scale of comparison.
     weights
-        ``int [R b]``, every row of the same sum as a resample has.
+        ``int [R b]``, every row with the same sum, as in a resample.
     directions
         ``float [g d]`` unit columns (`unit_directions`); the same for every imputer.
 
@@ -286,6 +406,14 @@ def sliced_wasserstein(
     -------
     numpy.ndarray
         ``float64 [R]``. The papers use 1000 directions (tables) or 500 (toy data) on raw counts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import once, sliced_wasserstein
+    >>> cells, directions = np.array([[0.0, 0.0], [1.0, 3.0]]), np.eye(2)
+    >>> sliced_wasserstein(cells, cells + 1, once(2), directions)
+    array([1.])
     """
     out = np.empty(len(weights))
     projected = [(a.astype(np.float64) @ directions).T for a in (truth, answer)]
@@ -298,7 +426,15 @@ def sliced_wasserstein(
 
 
 def unit_directions(n_genes: int, n_directions: int, rng: np.random.Generator) -> FloatArray:
-    """Random unit vectors in gene space: ``float64 [g d]``."""
+    """Random unit vectors in gene space: ``float64 [g d]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import unit_directions
+    >>> np.linalg.norm(unit_directions(30, 2, np.random.default_rng(0)), axis=0).round(6)
+    array([1., 1.])
+    """
     v = rng.standard_normal((n_genes, n_directions))
     return v / np.linalg.norm(v, axis=0, keepdims=True)
 
@@ -309,8 +445,16 @@ def correlation_error(
     """Mean absolute difference of the gene-gene Pearson correlations of two sets of completed cells: ``float64 [R]``.
 
     Over the ``top`` genes of largest mean in ``truth``, pairs of different genes; genes that are constant in either set
-    of a replicate are left out. ``truth`` and ``answer`` (``float [b g]``) are on the scale of comparison, log1p of
+    of a replicate are excluded. ``truth`` and ``answer`` (``float [b g]``) are on the scale of comparison, log1p of
     counts in `distdiff.evaluation`. Not in the papers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import correlation_error, once
+    >>> together = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
+    >>> correlation_error(together, together[:, [0, 1]] * [1, -1], once(3)).round(6)  # from 1 to -1
+    array([2.])
     """
     genes = np.argsort(-truth.mean(axis=0), kind="stable")[:top]
     x, y = truth[:, genes].astype(np.float64), answer[:, genes].astype(np.float64)
@@ -337,7 +481,16 @@ def pit(truth: FloatArray, targets: BoolArray, draws: FloatArray, rng: np.random
     """Randomised probability integral transform of each target among its draws: ``float64 [n]`` in [0, 1].
 
     ``u = (#{X_i < y} + V (1 + #{X_i = y})) / (k + 1)`` with ``V`` uniform: exactly uniform, for any number of draws
-    ``k`` and any ties, if truth and draws come from one law. Targets come in row-major order.
+    ``k`` and any ties, if truth and draws have the same law. Targets come in row-major order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import pit
+    >>> rng = np.random.default_rng(0)
+    >>> draws, truth = rng.poisson(3.0, (20, 1, 5000)), rng.poisson(3.0, (1, 5000))  # one law
+    >>> float(pit(truth, np.ones((1, 5000), dtype=bool), draws, rng).mean().round(1))
+    0.5
     """
     x, y = draws[:, targets], truth[targets]
     below, ties = (x < y).sum(axis=0), (x == y).sum(axis=0)
@@ -347,7 +500,14 @@ def pit(truth: FloatArray, targets: BoolArray, draws: FloatArray, rng: np.random
 def coverage(u: FloatArray, levels: FloatArray) -> FloatArray:
     """Share of targets inside their central interval of each nominal level: ``float64 [levels]``.
 
-    From the randomised PIT, ``|u - 1/2| <= level / 2``, so a calibrated law covers exactly its nominal share; a closed
-    interval between whole numbers would always cover more.
+    From the randomised PIT, ``|u - 1/2| <= level / 2``, so a calibrated law covers exactly its nominal share (a closed
+    interval between whole numbers would cover more).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import coverage
+    >>> coverage(np.linspace(0, 1, 1001), np.array([0.5, 0.9])).round(2)
+    array([0.5, 0.9])
     """
     return (np.abs(u[None, :] - 0.5) <= np.asarray(levels)[:, None] / 2).mean(axis=1)

@@ -244,7 +244,7 @@ class Model:
         *,
         layer: str | None = None,
         mask: str | np.ndarray | sp.spmatrix | DataFrame | None = None,
-        layers: Sequence[str] = ("mean", "draws", "mask", "ood"),
+        layers: Sequence[str] | None = None,
         ood: int = 4,
         progress: bool = False,
         **options: Any,
@@ -259,10 +259,10 @@ class Model:
             Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
             DataFrame or the name of a layer, which are taken by names.
         layers
-            What to write: ``mean``, ``draws``, ``mask`` (layer ``imputed_mask``), ``sd`` and quantiles of the
-            predictive law (``q5``, ``q97.5``: layers ``imputed_sd``, ``imputed_q5`` ...), ``ood``
-            (``obs["distdiff_nats"]``, a likelihood bound from ``ood=4`` network calls that is large where a cell is
-            unlike the training cells).
+            What to write: ``mean``, ``draws``, ``mask`` (layer ``imputed_mask``), ``ood`` (``obs["distdiff_nats"]``, a
+            likelihood bound from ``ood=4`` network calls, large where a cell is unlike the training cells); by default
+            these, with ``mean_only`` the mean and the mask. On request ``sd`` and quantiles of the predictive law
+            (``q5``, ``q97.5``): layers ``imputed_sd``, ``imputed_q5`` ...
         sites, groups
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (docs/MATHS.md 8.5);
             ``groups`` is an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that
@@ -284,7 +284,10 @@ class Model:
             Layers ``imputed_mean`` (float32, molecules) and ``imputed`` (whole molecules), observed entries equal to
             the input; ``uns["distdiff"]`` says what was done.
         """
-        layers, statistics = chosen_layers(layers, options.get("method", "conditional"))
+        layers, statistics = chosen_layers(
+            layers, self.process, method=options.get("method", "conditional"),
+            mean_only=options.get("mean_only", False), panel=mask is None and options.get("sites") is None,
+        )  # fmt: skip
         if statistics:
             options["statistics"] = statistics
         options["mean_only"] = options.get("mean_only", False) or "draws" not in layers
@@ -293,9 +296,9 @@ class Model:
         out, left_out = framed(adata, layer, plan.added)
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
-        point = f"imputed_{plan.imputer.readout}"
+        estimate = f"imputed_{plan.imputer.readout}"
         found = {
-            name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != point
+            name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != estimate
         }
         filled, bounds = [], []
 
@@ -323,7 +326,7 @@ class Model:
 
         Options as for :meth:`impute`.
         """
-        return self.impute(adata, genes=genes, **{"layers": ("mean", "draws", "ood"), **options})
+        return self.impute(adata, genes=genes, **options)
 
     # -- the other tasks of docs/MATHS.md 5 -----------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""Point answers that match a declared loss, read from the predictive law and not from its mean (docs/MATHS.md 5.8).
+"""Point estimates for a given loss, computed from the predictive law and not from its mean (docs/MATHS.md 5.8).
 
-The posterior mean is best for Poisson deviance and squared error of molecules; a loss of logarithms wants the mean of
-the logarithm, an absolute loss the median. Each read-out names its loss; none is a hidden transform.
+The posterior mean is best for Poisson deviance and squared error of molecules; for a squared error of logarithms the
+mean of the logarithm is best, for an absolute error the median. Each read-out names its loss; nothing is transformed
+silently.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ NAMED = ("mean", "log1p", "log1p_cp10k", "median")
 
 
 def check(name: str) -> None:
-    """Whether there is such a read-out.
+    """Check the name of a read-out.
 
     Raises
     ------
     ValueError
-        There is not.
+        There is no read-out of this name.
+
+    Examples
+    --------
+    >>> from distdiff.readouts import check
+    >>> check("q97.5")
+    >>> check("q101")
+    Traceback (most recent call last):
+        ...
+    ValueError: unknown readout 'q101'; known: log1p, log1p_cp10k, mean, median, q5, q95; a quantile ...
     """
     if name not in NAMED and _quantile(name) is None:
         raise ValueError(
@@ -44,7 +54,7 @@ def readout(
     log_size: Float[Tensor, "b g"],
     library: Float[Tensor, "b 1"] | None = None,
 ) -> Float[Tensor, "b g"]:
-    """Read ``y = base + NB(mean, size)`` out: ``E[y]``, ``E[log(1 + y)]`` or a quantile (docs/MATHS.md 5.8).
+    """A statistic of ``y = base + NB(mean, size)``: ``E[y]``, ``E[log(1 + y)]`` or a quantile (docs/MATHS.md 5.8).
 
     Parameters
     ----------
@@ -52,7 +62,7 @@ def readout(
         ``mean`` (molecules); ``log1p``: ``E[log(1 + x)]``; ``log1p_cp10k``: ``E[log(1 + 10^4 x / library)]``;
         ``median``, ``q5``, ``q97.5`` ...: quantiles (molecules).
     base, mean, log_size
-        Molecules that are there, expected molecules to come, log size.
+        Observed molecules, expected further molecules, log size.
     library
         Molecules of each cell; by default the sum of the means.
 
@@ -60,6 +70,15 @@ def readout(
     ------
     ValueError
         Unknown name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.readouts import readout
+    >>> observed, lost = torch.tensor([[1.0]]), torch.tensor([[2.0]])  # 1 molecule is there, 2 more are expected
+    >>> log_size = torch.tensor([[0.5]]).log()
+    >>> [readout(name, observed, lost, log_size).item() for name in ("mean", "median", "q95")]
+    [3.0, 2.0, 9.0]
     """
     check(name)
     if name == "mean":

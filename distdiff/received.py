@@ -1,6 +1,6 @@
-"""Files that somebody else may have written and a disk may have damaged: bounded, compared, named where they fail.
+"""Reading of files of unknown origin: sizes are limited, content is checked, errors name the file.
 
-Nothing is unpickled and nothing is imported. What is no regular file (a pipe, a device) is not opened.
+Nothing is unpickled or imported. Only regular files are opened, no pipes or devices.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Record = tuple[int, int]
 """Bytes and CRC-32C of a file."""
 
 LARGEST = 64 << 20
-"""Bytes of a JSON file, at most: the names of a million genes and labels take less."""
+"""Most bytes of a JSON file; the names of a million genes and labels take less."""
 
 DEEPEST = 64
-"""Levels of a JSON file, at most."""
+"""Most nested levels of a JSON file."""
 
 PIECE = 4 << 20
-"""Bytes that are read and summed at a time."""
+"""Bytes that are read at one time for a checksum."""
 
 
 def regular(path: Path) -> io.BufferedReader:
@@ -40,7 +40,15 @@ def regular(path: Path) -> io.BufferedReader:
     Raises
     ------
     OSError
-        It is not there, or is something else.
+        It does not exist, or is no regular file.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import regular
+    >>> with regular(Path("counts.h5ad")) as file:
+    ...     len(file.read(4))
+    4
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would never open
     try:
@@ -67,12 +75,22 @@ def check_regular(folder: Path) -> None:
 
 
 def parsed(text: bytes | str) -> dict[str, Any]:
-    """The mapping that JSON text holds.
+    """The mapping in a JSON text.
 
     Raises
     ------
     ValueError
-        No JSON, no mapping, or more than :data:`DEEPEST` levels.
+        The text is no JSON, or no mapping, or has more than :data:`DEEPEST` levels.
+
+    Examples
+    --------
+    >>> from distdiff.received import parsed
+    >>> parsed('{"genes": 30}')
+    {'genes': 30}
+    >>> parsed("[1, 2]")
+    Traceback (most recent call last):
+        ...
+    ValueError: a mapping is wanted, it holds a list
     """
     try:
         tree = json.loads(text)
@@ -97,7 +115,14 @@ def json_of(path: Path, most: int = LARGEST) -> dict[str, Any]:
     FileNotFoundError
         It is not there.
     ValueError
-        It cannot be read, is larger than ``most`` bytes, or is not as :func:`parsed` wants it.
+        It cannot be read, is larger than ``most`` bytes, or :func:`parsed` refuses it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import json_of
+    >>> json_of(Path("atlas.zarr/manifest.json"))["n_cells"]
+    199
     """
     try:
         with regular(path) as file:
@@ -120,30 +145,69 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         It is not there.
     ValueError
         It is damaged.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import torch
+    >>> from safetensors.torch import save_file
+    >>> from distdiff.received import tensors_of
+    >>> save_file({"weight": torch.ones(2)}, "weights.safetensors")
+    >>> tensors_of(Path("weights.safetensors"))
+    {'weight': tensor([1., 1.])}
     """
     try:
         regular(path).close()
         return load_file(path)
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors has its own, for each thing that a header can lie about
+    except Exception as error:  # safetensors has an error class for each kind of damage
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def notes_of(path: Path) -> dict[str, str]:
-    """What stands beside the tensors of a safetensors file: text by name."""
+    """Metadata of a safetensors file: text by name.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import torch
+    >>> from safetensors.torch import save_file
+    >>> from distdiff.received import notes_of
+    >>> save_file({"weight": torch.ones(2)}, "noted.safetensors", {"genes": "CD3E MS4A1"})
+    >>> notes_of(Path("noted.safetensors"))
+    {'genes': 'CD3E MS4A1'}
+    """
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """SHA-256 of a file, as hexadecimal digits.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import sha256
+    >>> Path("empty").touch()
+    >>> sha256(Path("empty"))[:16]
+    'e3b0c44298fc1c14'
+    """
     with regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record(path: Path) -> Record:
-    """Bytes and CRC-32C of a file, read piece by piece."""
+    """Bytes and CRC-32C of a file, read piece by piece.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.received import record
+    >>> _ = Path("nine").write_text("123456789")
+    >>> record(Path("nine"))
+    (9, 3808858755)
+    """
     size = found = 0
     with regular(path) as file:
         while piece := file.read(PIECE):
@@ -157,29 +221,45 @@ def check_finite(tensors: Mapping[str, torch.Tensor], but: Collection[str] = ())
     Raises
     ------
     ValueError
-        A tensor that holds some, and is not among ``but`` (named).
+        A tensor that holds such numbers and is not among ``but`` (named).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.received import check_finite
+    >>> check_finite({"bias": torch.tensor([0.0, float("nan")])})
+    Traceback (most recent call last):
+        ...
+    ValueError: tensor bias holds 1 numbers that are not finite, of 2
     """
     for name, tensor in tensors.items():
         if name in but or not tensor.is_floating_point():
             continue
-        if math.isfinite(float(tensor.sum(dtype=torch.float32))):  # five times as fast as a look at each number
+        if math.isfinite(float(tensor.sum(dtype=torch.float32))):  # five times as fast as a check of each number
             continue
         if bad := int((~tensor.isfinite()).sum()):
             raise ValueError(f"tensor {name} holds {bad} numbers that are not finite, of {tensor.numel()}")
 
 
 def check_answer(values: Any, name: str, first: int = 0) -> Any:
-    """``values`` that a model gave, array or CSR ``[n, ...]``, if all are finite numbers (or no real numbers).
+    """Return ``values`` of a model (array or CSR ``[n, ...]``) if all are finite, or of a dtype without NaN.
 
     Parameters
     ----------
     name, first
-        What they are, and the row of the first, for the message.
+        Name of the values, and the row number of the first, for the message.
 
     Raises
     ------
     FloatingPointError
-        One is not (row and column named).
+        A value is not finite (row and column named).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.received import check_answer
+    >>> check_answer(np.array([[0.0, 1.5]]), "mean")
+    array([[0. , 1.5]])
     """
     data = values.data if hasattr(values, "indptr") else values
     if data.dtype.kind != "f":
@@ -201,12 +281,21 @@ def check_answer(values: Any, name: str, first: int = 0) -> Any:
 
 
 def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not those of ``like`` by name, shape, and whether they hold real numbers.
+    """Refuse tensors that differ from ``like`` in names, shapes, or in being floating point.
 
     Raises
     ------
     ValueError
         The first that is missing, unknown or does not fit (named).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.received import check_fit
+    >>> check_fit({"bias": torch.zeros(3)}, like={"bias": torch.zeros(2)})
+    Traceback (most recent call last):
+        ...
+    ValueError: tensor bias has shape [3], [2] is wanted
     """
     for name, wanted in like.items():
         if name not in tensors:
@@ -217,11 +306,18 @@ def check_fit(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tens
         if found.is_floating_point() != wanted.is_floating_point():
             raise ValueError(f"tensor {name} holds {found.dtype}, {wanted.dtype} is wanted")
     if unknown := sorted(set(tensors) - set(like)):
-        raise ValueError(f"tensor {unknown[0]} belongs to nothing here")
+        raise ValueError(f"tensor {unknown[0]} is not part of this model")
 
 
 def kind(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """The kind of a JSON value, in words.
+
+    Examples
+    --------
+    >>> from distdiff.received import kind
+    >>> kind([1, 2]), kind(None)
+    ('a list', 'nothing')
+    """
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a whole number",
              float: "a number", type(None): "nothing"}  # fmt: skip
     return names.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""What an evaluation says: a tidy table, aligned text, Markdown, JSON, and plain sentences on who is first."""
+"""Results of an evaluation: a tidy table, aligned text, Markdown, JSON, and sentences on which imputer is first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from distdiff import files, metrics
 
 @dataclass(frozen=True)
 class Column:
-    """One metric: heading, whether the largest, smallest or the nearest to zero is best, and the block it stands in."""
+    """One metric: its heading, which value is best (``low``, ``high``, ``zero`` or ``none``), and its block.
+
+    Examples
+    --------
+    >>> from distdiff.report import COLUMNS
+    >>> COLUMNS["crps"]
+    Column(heading='CRPS', best='low', block='laws')
+    """
 
     heading: str
     best: str
@@ -57,9 +64,15 @@ class Row:
     replicates
         Metric -> ``float64 [R]``; the same resamples for every row, so differences are paired.
     note
-        ``control`` (a yardstick), ``peeks`` (knows something made from the hidden entries) or nothing.
+        ``control``, ``peeks`` (it uses something made from the hidden entries) or nothing.
     calls
-        Network calls of a draw; 0 for what has no network.
+        Network calls of a draw; 0 without a network.
+
+    Examples
+    --------
+    >>> from distdiff.report import Row
+    >>> Row("gene mean", {"deviance": 0.91}, {"deviance": 0.01}, {}, note="").values["deviance"]
+    0.91
     """
 
     name: str
@@ -72,7 +85,19 @@ class Row:
 
 @dataclass
 class Report:
-    """The table and what the figures need."""
+    """The table, and the arrays that its figures need.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.report import COLUMNS, Report, Row
+    >>> row = Row("gene mean", dict.fromkeys(COLUMNS, 0.5), {}, {})
+    >>> setting = {"cells": 2, "genes": 3, "store": "", "data": "4f2a", "protocol": "mcar", "rate": 0.5, "targets": 3,
+    ...            "zeros_among_targets": 0.0, "seed": 0, "draws": 5}  # fmt: skip
+    >>> report = Report([row], setting, np.zeros((2, 3), np.float32), np.ones((2, 3), dtype=bool))
+    >>> print(report.to_text().splitlines()[0][:45])
+    2 held-out cells x 3 genes of a store (4f2a),
+    """
 
     rows: list[Row]
     setting: dict[str, Any]
@@ -96,18 +121,18 @@ class Report:
         )
 
     def claims(self) -> list[str]:
-        """Plain sentences on the headline metrics: who is first, and whether resampling cells could undo it."""
+        """Sentences on the main metrics: which imputer is first, and whether the order is stable under resampling."""
         k = self.setting["draws"]
         wanted = (("deviance", "mean"), ("crps", f"{k} draws"), ("energy", "1 draw"))
         names = {"deviance": "Poisson deviance", "crps": "CRPS", "energy": "energy distance"}
         out = []
         for metric, suffix in wanted:
             mine = next((r for r in self.rows if r.name == f"{self.ours} {suffix}"), None)
-            others = [r for r in self.rows if not r.note.startswith("control") and not r.name.startswith(self.ours)]
-            others = [r for r in others if math.isfinite(r.values[metric])]
-            if mine is None or not others:
+            rivals = [r for r in self.rows if not r.note.startswith("control") and not r.name.startswith(self.ours)]
+            rivals = [r for r in rivals if math.isfinite(r.values[metric])]
+            if mine is None or not rivals:
                 continue
-            rival = min(others, key=lambda r: r.values[metric])
+            rival = min(rivals, key=lambda r: r.values[metric])
             low, high = np.nanquantile(rival.replicates[metric] - mine.replicates[metric], [0.025, 0.975])
             ahead = mine.values[metric] < rival.values[metric]
             sure = low > 0 if ahead else high < 0
@@ -129,7 +154,7 @@ class Report:
         return self._render(_markdown_block)
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers of our own rows, for a tracker: ``test/<metric>/<row>``."""
+        """Metrics of the rows of ``ours``, for tracking: ``test/<metric>/<row>``."""
         mine = (r for r in self.rows if r.name.startswith(self.ours))
         return {f"test/{m}/{r.name}": r.values[m] for r in mine for m in COLUMNS}
 
@@ -141,7 +166,7 @@ class Report:
             temporary.write_text(text)
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``table.md``, ``table.json`` and the figures into ``folder``, whole or not at all."""
+        """Write ``table.md``, ``table.json`` and the figures into ``folder``; it appears when complete."""
         from distdiff import pl
 
         with files.whole(folder, overwrite=True) as temporary:
@@ -191,12 +216,19 @@ def _cell(row: Row, metric: str, best: float) -> str:
 
 
 def number(value: float, error: float = math.nan) -> str:
-    """``0.9502(31)``: the value and, in brackets, two digits of its standard error in units of the last digits."""
+    """``0.9502(31)``: the value and, in brackets, two digits of its standard error in units of the last digits.
+
+    Examples
+    --------
+    >>> from distdiff.report import number
+    >>> number(0.95023, 0.0031), number(1234.5, 31.0), number(float("nan"))
+    ('0.9502(31)', '1234(31)', '-')
+    """
     if not math.isfinite(value):
         return "-"
     if not math.isfinite(error) or error <= 1e-12 or error < 1e-6 * abs(value):
         return f"{value:.3g}"
-    places = 1 - math.floor(math.log10(float(f"{error:.1e}")))  # rounded first: .00999 has the digits of .010
+    places = 1 - math.floor(math.log10(float(f"{error:.1e}")))  # rounded first: .00999 is shown as .010
     if places <= 0:
         return f"{value:.0f}({error:.0f})"
     return f"{value:.{places}f}({round(error * 10**places)})"

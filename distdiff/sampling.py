@@ -39,6 +39,19 @@ def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance
     ------
     ValueError
         The denoiser answers with another number of outputs than the process reads.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.mlp import MLP
+    >>> from distdiff.process.counts import Counts
+    >>> from distdiff.sampling import predictor
+    >>> from distdiff.types import Condition, DataSpec
+    >>> law = Counts()
+    >>> network = MLP(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), law.outputs, width=8)
+    >>> predict = predictor(law, network, Condition())
+    >>> predict(torch.zeros(3, 2), torch.full((3, 2), 0.5)).shape  # log rate and log size of every gene
+    torch.Size([3, 2, 2])
     """
     unknown = Condition({k: torch.full_like(v, -1) for k, v in cond.labels.items()})
 
@@ -66,7 +79,16 @@ def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance
 
 
 def repeated(cond: Condition, rows: int) -> Condition:
-    """Tile a batch's covariates to ``rows`` rows (draw-major: all cells of draw 1, then of draw 2 ...)."""
+    """Tile a batch's covariates to ``rows`` rows (draw-major: all cells of draw 1, then of draw 2 ...).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.sampling import repeated
+    >>> from distdiff.types import Condition
+    >>> repeated(Condition({"donor": torch.tensor([0, 1])}), 4).labels["donor"]  # two draws of two cells
+    tensor([0, 1, 0, 1])
+    """
     return Condition({k: v.repeat(rows // max(1, len(v))) for k, v in cond.labels.items()})
 
 
@@ -107,6 +129,19 @@ def sample(
     ------
     ValueError
         An unknown solver, or one that the process has no rates for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.counts import Counts
+    >>> from distdiff.rng import generator
+    >>> from distdiff.sampling import sample
+    >>> law, rng = Counts(head="mean"), generator(0, "example")
+    >>> perfect = lambda x, p: torch.full((*x.shape, 1), 5.0).log()  # a rate of 5 for every gene
+    >>> grid = list(torch.tensor([0.0, 0.5, 1.0]))
+    >>> x = sample(law, perfect, law.prior((2, 50_000), rng=rng), grid, rng=rng)
+    >>> round(x.mean().item(), 1)
+    5.0
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}")

@@ -107,8 +107,8 @@ def _seal(card: Mapping[str, Any]) -> str:
 
 def _check_seal(card: dict[str, Any]) -> None:
     """Refuse a card that is not what was written; those of versions that wrote no hash hold nothing but their parts."""
-    told = card.pop(SEAL, None)
-    if told is not None and told != _seal(card):
+    recorded = card.pop(SEAL, None)
+    if recorded is not None and recorded != _seal(card):
         raise ValueError(
             "model.json was changed or damaged after it was written (its content is not that of its own hash); copy "
             "the folder again from where it was made"
@@ -119,8 +119,8 @@ def _check_seal(card: dict[str, Any]) -> None:
 
 def names_of(genes: Sequence[str], labels: Mapping[str, Sequence[str]]) -> str:
     """Which column is which gene, and which code which label: stands in the weights' file, as SHA-256."""
-    told = [list(genes), {name: list(values) for name, values in labels.items()}]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    names = [list(genes), {name: list(values) for name, values in labels.items()}]
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
 
 def check_format(card: Mapping[str, Any], folder: Path) -> None:
@@ -176,14 +176,14 @@ class _Bounded(TorchFunctionMode):
 
     def __init__(self, most: float, total: float = math.inf) -> None:
         super().__init__()
-        self.most, self.left = most, total
+        self.most, self.remaining = most, total
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in MAKERS:
             shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
             made = math.prod(n for n in shape if isinstance(n, int))
-            self.left -= made
-            if made > self.most or self.left < 0:
+            self.remaining -= made
+            if made > self.most or self.remaining < 0:
                 raise TooLarge(f"its options ask for a tensor of shape {list(shape)}, the file has none so large")
         return func(*args, **(kwargs or {}))
 
@@ -240,8 +240,8 @@ def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:
 def _check_names(what: str, names: Sequence[Any]) -> None:
     if what == "genes" and not names:
         raise ValueError("model.json: genes is empty")
-    if odd := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"model.json: {what} must be names, one is {received.kind(odd[0])}")
+    if not_text := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"model.json: {what} must be names, one is {received.kind(not_text[0])}")
     if len(set(names)) < len(names):
         raise ValueError(f"model.json: {what} holds a name twice")
 

@@ -1,4 +1,4 @@
-"""The nouns that travel between rooms: a batch of cells, what conditions it, what a model is built for.
+"""Types that all packages share: a batch of cells, its labels, and the description of the data.
 
 Shape legend used everywhere: ``b`` cells, ``g`` genes, ``k`` numbers per gene (outputs) or draws.
 """
@@ -21,16 +21,23 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a denoiser must know about the data it is built for.
+    """What a denoiser needs to know of its data: genes, label values, mean counts.
 
     Attributes
     ----------
     genes
-        Gene names in column order; the identity of every column.
+        Gene names in column order.
     labels
         Covariate name -> its values in code order (code ``i`` is value ``i``).
     gene_mean
         ``float32 [g]``, mean molecules per training cell.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.types import DataSpec
+    >>> DataSpec(("CD3E", "MS4A1"), {"cell_type": ("B", "T")}, np.array([0.5, 2.0], np.float32)).n_genes
+    2
     """
 
     genes: tuple[str, ...]
@@ -44,12 +51,21 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Condition:
-    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where not given."""
+    """Covariates of a batch: name -> ``int64 [b]`` codes, ``UNKNOWN`` (-1) where missing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.types import Condition
+    >>> labels = Condition({"cell_type": torch.tensor([0, 1, 1])})
+    >>> labels.drop(torch.tensor([False, True, False])).labels["cell_type"]  # -1: withheld
+    tensor([ 0, -1,  1])
+    """
 
     labels: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
 
     def drop(self, where: Bool[Tensor, " b"]) -> Condition:
-        """Withhold every label of the cells in ``where`` (label dropout; CountsDiff, section 3.4)."""
+        """Set every label of the cells in ``where`` to unknown (label dropout; CountsDiff, section 3.4)."""
         return Condition({k: v.masked_fill(where, UNKNOWN) for k, v in self.labels.items()})
 
     def to(self, device: torch.device | str) -> Condition:
@@ -70,7 +86,15 @@ class Cells:
     labels
         The batch's covariates.
     rows
-        ``int64 [b]`` row numbers in the store: the identity of each cell.
+        ``int64 [b]`` row of each cell in the store.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.types import Cells, Condition
+    >>> batch = Cells(torch.zeros(3, 2), Condition({"cell_type": torch.tensor([0, 1, 1])}), torch.tensor([7, 8, 12]))
+    >>> batch[1:].rows, batch[1:].labels.labels["cell_type"]
+    (tensor([ 8, 12]), tensor([1, 1]))
     """
 
     counts: Float[Tensor, "b g"]

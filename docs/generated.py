@@ -91,7 +91,8 @@ def configuration() -> str:
                 f"Options depend on `{section}.kind` (default `{inside[0].default}`); a class of your own is "
                 "`mypackage.module:Class`, with `--trust mypackage`."
             )
-            for kind in dict.fromkeys(key.kind for key in others):
+            usual = inside[0].default
+            for kind in sorted({key.kind for key in others}, key=lambda kind: (kind != usual, kind)):
                 first, *options = [key for key in others if key.kind == kind]
                 parts.append(f"### {section} {kind}\n\n{_cell(first.help)}.")
                 parts += [_keys(options)] if options else []
@@ -126,5 +127,6 @@ def _cell(text: str) -> str:
     """One line of markdown from a docstring's words."""
     text = re.sub(r":\w+:`~?([^`<]*?)(?:\s*<[^`]*>)?`", r"`\1`", text)
     text = re.sub(r"``(.+?)``", r"`\1`", text)
+    text = re.sub(r"docs/(MATHS\.md) (\d[\d.]*\d|\d+)", r"[maths \2](../\1)", text)
     text = re.sub(r"(?<![\w`-])(--\w[\w-]*)(?!`)", r"`\1`", text) if "`" not in text else text
     return re.sub(r"(?<![`$\w])\$(?=\w)", r"\\$", " ".join(text.split())).replace("<", "&lt;")

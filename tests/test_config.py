@@ -104,6 +104,8 @@ def test_values_are_read_as_their_key_wants_them(tmp_path, monkeypatch, override
         ("denoiser.width=no", "denoiser.width must be a whole number >= 1, got False"),
         ("denoiser.rank=-1", "denoiser.rank must be a whole number >= 0, got -1"),
         ("process.loadings=-3", "process.loadings must be a whole number"),
+        ("denoiser={kind: csdi, dropout: 1.5}", "denoiser.dropout must be between 0 and 0.99, got 1.5"),
+        ("process={kind: jump, scale: 1.0e-320}", "process.scale must be between 1e-06 and 1e"),
         ("process.own=2", "process.own must be yes or no"),
         ("loader.weights=nan", "loader.weights must be finite"),
         ("train.seed=-1", "train.seed in"),
@@ -144,6 +146,23 @@ def test_every_value_is_checked_when_it_is_read(override, words):
 def test_mistakes_are_named_with_the_nearest_right_word(overrides, words):
     with pytest.raises(ValueError, match=words):
         config.load(None, ["data.store=x.zarr", *overrides])
+
+
+def test_a_section_that_is_empty_holds_the_defaults_and_a_key_stands_once(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {store: x.zarr}\ntrain:\noptim:\n  # lr: 1\n")
+    assert config.load(tmp_path / "c.yaml") == config.load(None, ["data.store=x.zarr"])
+    assert config.load(tmp_path / "c.yaml", ["train.cells=64"]).train.cells == 64
+    (tmp_path / "c.yaml").write_text("data: {store: x.zarr}\ntrain: {cells: 1, cells: 2}\n")
+    with pytest.raises(ValueError, match=r"line 2, column 19: the key 'cells' stands twice"):
+        config.load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("data: {store: x.zarr}\noptim: {lr: yes}\n")
+    with pytest.raises(ValueError, match=r"optim.lr must be a number, got True"):
+        config.load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(
+        "base: &b {cells: 64}\n".replace("base", "train") + "data: {store: x.zarr}\n"
+        "loader: {weights: {no: 1.0, 3: 2.0}, strata: kind}\n"
+    )
+    assert config.load(tmp_path / "c.yaml").loader.weights == {"no": 1.0, "3": 2.0}
 
 
 def test_missing_store_and_file():

@@ -101,7 +101,7 @@ def work_of(target, **files_):
 
 
 def made(target, said, identity="it", overwrite=False):
-    with files.resumable(target, identity, overwrite=overwrite, say=said.append) as work:
+    with files.resumable(target, identity, overwrite=overwrite, notify=said.append) as work:
         found = sorted(p.name for p in work.iterdir())
         (work / "store").mkdir(exist_ok=True)
         (work / "store" / "new").write_text("new")

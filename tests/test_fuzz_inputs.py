@@ -261,7 +261,7 @@ def flip_of(rng: np.random.Generator, number: int, bytes_: np.ndarray, size: int
     return flip
 
 
-def told(wrong: list[tuple[int, str]], names: list[str] | None = None) -> str:
+def listed(wrong: list[tuple[int, str]], names: list[str] | None = None) -> str:
     return "\n\n".join(f"{number if names is None else names[number]}: {text}" for number, text in wrong)
 
 
@@ -279,7 +279,7 @@ def h5ad(tmp_path_factory) -> Path:
 
 def _both(flips: list, source: Path, kind: str, folder: Path) -> None:
     wrong = [(number, text) for number, text in trials(flips, source, kind, folder / "work") if text]
-    assert not wrong, f"{len(wrong)} of {len(flips)}:\n{told(wrong)}"
+    assert not wrong, f"{len(wrong)} of {len(flips)}:\n{listed(wrong)}"
 
 
 @pytest.mark.parametrize("kind", ["shard", "impute"])
@@ -310,7 +310,7 @@ def test_each_flipped_file_of_a_zarr_ends_in_its_content_or_in_one_sentence(tmp_
 
     flips = [fault(name, number) for number, name in enumerate(names)]
     wrong = [(number, text) for number, text in trials(flips, source, kind, tmp_path / "work") if text]
-    assert not wrong, f"{len(wrong)} of {len(flips)}:\n{told(wrong, names)}"
+    assert not wrong, f"{len(wrong)} of {len(flips)}:\n{listed(wrong, names)}"
 
 
 def tenx_h5(path: Path) -> Path:

@@ -313,7 +313,7 @@ def harmed_builds(given: str, home: str, most: int, seed: int) -> None:
     Path(home, "found.json").write_text(json.dumps([len(every), faults]))
 
 
-@pytest.mark.parametrize("most", [40, pytest.param(10**9, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("most", [20, pytest.param(10**9, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
 def test_what_a_stopped_build_left(tmp_path, most):
     kind = np.array(["a", "b"])[np.arange(90) % 2]
     given = save(make_adata(make_counts(90, 12), kind=kind), tmp_path / "a.h5ad")
@@ -351,7 +351,7 @@ def test_a_checkpoint(run, tmp_path, values):
     check(checkpoint_content, last, tmp_path, json_values=values, least=values + 100, seconds=max(200, values))
 
 
-@pytest.mark.parametrize(("values", "files"), [(40, 3), pytest.param(400, 100, marks=SLOW)])
+@pytest.mark.parametrize(("values", "files"), [(25, 1), pytest.param(400, 100, marks=SLOW)])
 def test_a_store(atlas, tmp_path, values, files):
     check(store_content, atlas, tmp_path, json_values=values, least=values + 50, most_files=files,
           seconds=max(200, 3 * values))  # fmt: skip

@@ -35,7 +35,7 @@ def stand_in(monkeypatch):
         return lambda: function(*inputs)
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "aside", lambda function, given: function(*given))
+    monkeypatch.setattr(graphs, "call_on_own_stream", lambda function, given: function(*given))
     return recorded
 
 

@@ -43,7 +43,8 @@ def test_observed_counts_come_back_and_the_input_is_untouched(model, counts, mas
     before = digest(counts)
     out = model.impute(counts, mask=mask, draws=3)
     assert digest(counts) == before
-    assert set(out.layers) == {"imputed_mean", "imputed", "imputed_draw2", "imputed_draw3"}
+    assert set(out.layers) == {"imputed_mean", "imputed", "imputed_draw2", "imputed_draw3", "imputed_mask"}
+    assert np.isfinite(out.obs["distdiff_nats"]).all()
     x = dense(counts.X)
     empty = np.where(mask, 0, x).sum(1) == 0
     assert empty[7]
@@ -256,7 +257,7 @@ def test_a_model_that_never_went_without_labels_is_not_asked_without(model, coun
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        (None, {"draws": 0, "mask": "mask"}, "draws must be at least 1, got 0; .*--mean-only"),
+        (None, {"draws": 0, "mask": "mask"}, "draws must be at least 1, got 0; .*mean_only=True"),
         (None, {}, "nothing to impute: the input has all of the model's genes"),
         (None, {"mask": "maks"}, "mask='maks' is no layer.*did you mean 'mask'"),
         (None, {"mask": np.ones((3, 3))}, r"the mask has shape \(3, 3\), the input \(200, 30\)"),
@@ -351,7 +352,8 @@ def test_mean_only_writes_the_mean_only(model, counts, mask, tmp_path):
     options = {"sites": "dropout", "groups": "cell_type", "mean_only": True}
     impute_file(model, tmp_path / "in.h5ad", tmp_path / "out.h5ad", progress=False, layers=("mean",), **options)
     assert list(ad.read_h5ad(tmp_path / "out.h5ad").layers) == ["imputed_mean"]
-    assert list(model.impute(counts, **options).layers) == ["imputed_mean"]
+    assert list(model.impute(counts, **options).layers) == ["imputed_mean", "imputed_mask"]
+    assert list(model.impute(counts, layers=["mean"], **options).layers) == ["imputed_mean"]
 
 
 def test_outputs_that_cannot_be(model, counts, tmp_path):

@@ -90,8 +90,8 @@ def one(name, value):
         (put("shrink", torch.ones(3)), r"shrink has shape \[3\]"),
         (drop("network.answer.weight"), "tensor answer.weight is missing"),
         (put("network.answer.weight", torch.ones(2, 3)), r"tensor answer.weight has shape \[2, 3\], \["),
-        (put("network.more", torch.ones(2)), "tensor more belongs to nothing"),
-        (put("more", torch.ones(2)), "tensor more belongs to nothing"),
+        (put("network.more", torch.ones(2)), "tensor more is not part of this model"),
+        (put("more", torch.ones(2)), "tensor more is not part of this model"),
         (lambda t: t.clear(), "spec.gene_mean is missing"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Baselines: the peers and controls that every table of distdiff's own models contains, one a file.
+"""Baselines: the imputers and controls that every table compares distdiff's models with, one a file.
 
-A baseline answers with a *rate*: the expected molecules of the hidden entries, from the observed entries alone. This
-file does the rest, the same way for all: hidden counts are erased before the baseline sees them, observed counts are
-copied back unchanged, and draws are Poisson around the rate. Those that read a rate off the evidence's depth also
-`Baseline.denoise` thinned counts.
+A baseline computes a *rate*: the expected molecules of the hidden entries, from the observed entries alone. This file
+does the rest in the same way for all: hidden counts are erased before the baseline gets them, observed counts are
+copied back unchanged, and draws are Poisson around the rate. A baseline whose rate follows the depth of the cell can
+also `Baseline.denoise` thinned counts.
 """
 
 from __future__ import annotations
@@ -35,22 +35,37 @@ CHUNK = 4096
 
 
 class Baseline(Imputer, ABC):
-    """An imputer that knows a rate for every entry.
+    """An imputer that computes a rate for every entry.
 
     Attributes
     ----------
     label
-        What a table calls it.
+        Its name in tables.
     peeks
-        It profits from something made from the hidden entries (cell-type labels, or the truth itself).
+        Whether it uses something made from the hidden entries (cell-type labels, or the truth itself).
     sees_hidden
-        `distdiff.evaluation` hands it the true counts: only ``perfect``.
+        Whether `distdiff.evaluation` gives it the true counts: only ``perfect``.
     control
-        A yardstick, not a competitor.
+        Whether it is a control (zero, constant, perfect) and not a method to beat.
     denoises
-        Its rate follows the depth of the evidence, so `denoise` is defined.
+        Whether its rate follows the depth of the evidence, so that `denoise` is defined.
     gene_mean
         ``float64 [g]`` molecules of the average training cell, set by `fit`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines import Baseline
+    >>> from distdiff.data.store.store import CountStore
+    >>> class Half(Baseline):
+    ...     label = "half the mean"
+    ...     def rate(self, counts, observed, cells):
+    ...         return np.broadcast_to(self.gene_mean / 2, counts.shape)
+    >>> store, half = CountStore.open("atlas.zarr"), Half()
+    >>> half.fit(store, store.rows("train"))
+    >>> cells = store.cells(store.rows("test")[:3])
+    >>> half.impute(cells, cells.counts > 0, draws=2).draws.shape  # zeros hidden, two draws of each
+    torch.Size([2, 3, 30])
     """
 
     label: str = ""
@@ -61,7 +76,7 @@ class Baseline(Imputer, ABC):
     gene_mean: FloatArray
 
     def fit(self, store: CountStore, rows: np.ndarray) -> None:
-        """Learn the gene means, then whatever `learn` learns, from the training cells ``rows``.
+        """Compute the gene means of the training cells ``rows``, then call `learn`.
 
         Raises
         ------
@@ -77,7 +92,7 @@ class Baseline(Imputer, ABC):
         self.learn(store, np.asarray(rows))
 
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
-        """Learn more than the gene means. Default: nothing."""
+        """Fit what the baseline needs besides the gene means. Default: nothing."""
 
     @abstractmethod
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
@@ -90,12 +105,12 @@ class Baseline(Imputer, ABC):
         observed
             ``bool [b g]``.
         cells
-            The batch, its counts erased where hidden; for its labels.
+            The batch with its labels; its counts are erased where hidden.
 
         Returns
         -------
         numpy.ndarray
-            ``float [b g]``, not negative; read where hidden only.
+            ``float [b g]``, not negative; only hidden entries are used.
         """
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
@@ -130,16 +145,16 @@ class Baseline(Imputer, ABC):
     def denoise(self, counts: FloatArray | csr_matrix | csr_array, p: float) -> FloatArray:
         """Expected molecules of every gene at full depth, from counts that each survived with probability ``p``.
 
-        Every gene is observed; the rate at the evidence's depth is divided by ``p``. A cell may be one of those of the
-        fit (molecular cross-validation fits on the thinned counts themselves): kNN and MAGIC then count it among its
-        own neighbours.
+        Every gene is observed; the rate at the evidence's depth is divided by ``p``. A cell may be a training cell
+        (molecular cross-validation fits on the thinned counts themselves): it is then one of its own neighbours in kNN
+        and MAGIC.
 
         Parameters
         ----------
         counts
-            ``[b g]`` molecules, dense or CSR; at most 4,096 cells are dense at once, besides the answer.
+            ``[b g]`` molecules, dense or CSR; at most 4,096 cells are dense at once, besides the result.
         p
-            Share of each cell's molecules that ``counts`` holds, in (0, 1]; 1 asks for the rate at the depth given.
+            Share of each cell's molecules that ``counts`` holds, in (0, 1]; 1 returns the rate at the given depth.
 
         Returns
         -------
@@ -149,8 +164,8 @@ class Baseline(Imputer, ABC):
         Raises
         ------
         ValueError
-            This baseline does not denoise, `fit` was not called, ``p`` is out of range, the number of genes is another
-            one, or a count is negative or not finite.
+            This baseline does not denoise, `fit` was not called, ``p`` is out of range, the number of genes differs
+            from the fit, or a count is negative or not finite.
         """
         name = type(self).__name__
         if not self.denoises:
@@ -180,7 +195,16 @@ class Baseline(Imputer, ABC):
 
 
 def chunks(store: CountStore, rows: np.ndarray, size: int = CHUNK) -> Iterator[tuple[slice, FloatArray]]:
-    """Read cells a few thousand at a time: pairs of the slice of ``rows`` and dense ``float32 [<=size g]`` counts."""
+    """Read cells a few thousand at a time: pairs of the slice of ``rows`` and dense ``float32 [<=size g]`` counts.
+
+    Examples
+    --------
+    >>> from distdiff.baselines import chunks
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> [counts.shape for _, counts in chunks(store, store.rows("train"), size=100)]
+    [(100, 30), (59, 30)]
+    """
     for start in range(0, len(rows), size):
         part = slice(start, min(start + size, len(rows)))
         yield part, store.read(rows[part]).toarray().astype(np.float32)
@@ -189,8 +213,8 @@ def chunks(store: CountStore, rows: np.ndarray, size: int = CHUNK) -> Iterator[t
 def depth(counts: FloatArray, observed: BoolArray, profile: FloatArray) -> FloatArray:
     """Depth of the evidence, ``sum_obs x / sum_obs profile``: ``float64 [b 1]``, dimensionless.
 
-    Half a molecule stands for no molecule at all, and a cell without evidence (or where the profile expects nothing)
-    has depth 1.
+    A cell without molecules counts as half a molecule; a cell without observed genes (or with an expectation of 0) has
+    depth 1.
 
     Parameters
     ----------
@@ -200,6 +224,14 @@ def depth(counts: FloatArray, observed: BoolArray, profile: FloatArray) -> Float
         ``bool [b g]``.
     profile
         ``float [g]`` or ``[b g]`` expected molecules at depth 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines import depth
+    >>> counts, observed = np.array([[6.0, 0.0]]), np.array([[True, False]])
+    >>> depth(counts, observed, profile=np.array([2.0, 5.0]))  # three times the profile, on the observed gene
+    array([[3.]])
     """
     seen = counts.sum(axis=1, dtype=np.float64)
     if profile.ndim == 1:

@@ -1,4 +1,4 @@
-"""What PCA regression and ridge share: a linear prediction on a log scale, and an honest way back to molecules."""
+"""What PCA regression and ridge share: a linear prediction on a log scale, and an unbiased way back to molecules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LogLinear(Baseline, ABC):
     """``rate = s max(c_g r_g, floor gene_mean_g)``, ``r = expm1(prediction) / scale``, ``s`` the depth of the evidence.
 
     Predictions are of ``y = log1p(scale x / s)``, ``s`` from the observed genes; ``r`` is kept between zero and the
-    largest ``x / s`` of the gene in training (an exponential extrapolates badly). ``c_g`` is the gene's smearing factor
-    (Duan 1983), total hidden molecules over total predicted ones, drawn towards the factor of all genes by 10
-    molecules: it repairs the bias of ``expm1`` of a mean.
+    largest ``x / s`` of the gene in training (exponentials extrapolate badly). ``c_g`` is the gene's smearing factor
+    (Duan 1983), total hidden molecules over total predicted ones, shrunk towards the factor of all genes by 10
+    molecules. It corrects the bias of ``expm1`` of a mean.
 
     Options and ``floor`` are those of least Poisson deviance on a held-out fifth of the training cells under one random
     mask, with ``c`` from three other masks of the same fifth: first `choices` at the first scale, then the other scales
@@ -31,13 +31,13 @@ class LogLinear(Baseline, ABC):
     Parameters
     ----------
     scale
-        Values of the scale of the logarithm to choose from, the likeliest first.
+        Values of the scale of the logarithm to choose from, the most likely first.
     hide
         Share of entries hidden in those masks.
     max_cells
-        At most so many training cells are used, chosen at random (bounds memory: ``float32 [max_cells g]``).
+        Most training cells to use, chosen at random (bounds memory: ``float32 [max_cells g]``).
     seed
-        Of the sample and the masks.
+        Seed of the sample and the masks.
     """
 
     def __init__(self, scale: tuple[float, ...], hide: float, max_cells: int, seed: int) -> None:
@@ -85,14 +85,14 @@ class LogLinear(Baseline, ABC):
     ) -> tuple[float, dict[str, Any], FloatArray]:
         """Deviance on held-out cells, the option with its best floor, and its smearing factors ``[g]``."""
         self._solve(kept, option)
-        true, told = np.zeros(held.shape[1]), np.zeros(held.shape[1])
+        true_total, expected_total = np.zeros(held.shape[1]), np.zeros(held.shape[1])
         for mask in range(3):
             observed = _tuning.random_mask(held.shape, self.hide, self.seed, "smear", mask)
             s, rate = self._linear(np.where(observed, held, 0.0), observed, option["scale"])
-            true += np.sum(held, axis=0, where=~observed, dtype=np.float64)
-            told += np.sum(s * rate, axis=0, where=~observed, dtype=np.float64)
-        overall = true.sum() / told.sum() if told.sum() > 0 else 1.0
-        smear = (true + 10.0 * overall) / (told + 10.0)
+            true_total += np.sum(held, axis=0, where=~observed, dtype=np.float64)
+            expected_total += np.sum(s * rate, axis=0, where=~observed, dtype=np.float64)
+        overall = true_total.sum() / expected_total.sum() if expected_total.sum() > 0 else 1.0
+        smear = (true_total + 10.0 * overall) / (expected_total + 10.0)
         observed = _tuning.random_mask(held.shape, self.hide, self.seed, "judge")
         s, rate = self._linear(np.where(observed, held, 0.0), observed, option["scale"])
         scores = [_tuning.deviance(held, observed, self._floored(s, smear * rate, floor)) for floor in FLOORS]

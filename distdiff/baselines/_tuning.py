@@ -1,4 +1,4 @@
-"""How a baseline picks its options: on a held-out fifth of training cells, by Poisson deviance of hidden entries."""
+"""How a baseline chooses its options: by Poisson deviance of hidden entries in a held-out fifth of training cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sample(rows: np.ndarray, at_most: int, seed: int) -> np.ndarray:
 
 
 def hold_out(n: int) -> tuple[slice, slice]:
-    """Slices of the kept four fifths and the held-out fifth of ``n`` shuffled cells (both are all of one cell)."""
+    """Slices of the kept four fifths and the held-out fifth of ``n`` shuffled cells (of a single cell both hold it)."""
     held = n // 5 or min(1, n - 1)
     return (slice(held, n), slice(0, held)) if held else (slice(0, n), slice(0, n))
 

@@ -1,4 +1,4 @@
-"""One number for every hidden entry: the control that a protocol which never hides zeros is kind to."""
+"""One number for every hidden entry: a control that scores well where a protocol hides no zeros."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
 
 
 class Constant(Baseline):
-    """Answer ``value`` molecules everywhere.
+    """Impute ``value`` molecules everywhere.
 
     Raises
     ------
     ValueError
         ``value`` is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines.constant import Constant
+    >>> Constant(2.0).rate(np.zeros((1, 3)), observed=None, cells=None)
+    array([[2., 2., 2.]])
     """
 
     control = True

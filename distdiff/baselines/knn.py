@@ -1,6 +1,6 @@
-"""Pool of the nearest training cells, found on the observed genes alone.
+"""Mean of the nearest training cells, found on the observed genes alone.
 
-A Poisson draw around this pool is the anchor for draws: it needs no training and is hard to beat.
+A Poisson draw around this mean is the reference for draws: it needs no training and is hard to beat.
 """
 
 from __future__ import annotations
@@ -17,28 +17,37 @@ if TYPE_CHECKING:
 
 
 class Knn(Baseline):
-    """Answer ``s (sum of k neighbours + prior gene_mean) / (k + prior)``, ``s`` the depth of the evidence.
+    """Impute ``s (sum of k neighbours + prior gene_mean) / (k + prior)``, ``s`` the depth of the evidence.
 
     Distances are Euclidean over the cell's observed genes, between ``log1p(scale x / s)`` of the cell (``s`` from its
-    observed genes) and of each training cell (``s`` from all its genes). ``prior`` counts as so many average cells in
-    the pool and keeps means above zero. Where several values are given, those of least Poisson deviance are taken, on a
-    held-out fifth of at most 5,000 training cells with entries hidden at ``hide``.
+    observed genes) and of each training cell (``s`` from all its genes). ``prior`` adds this many average cells to the
+    pool, which keeps means above zero. Where several values are given, those with the least Poisson deviance are used,
+    on a held-out fifth of at most 5,000 training cells with a share ``hide`` of entries hidden.
 
     Parameters
     ----------
     k, prior
         Neighbours and average cells in the pool: a number, or the values to choose from.
     scale
-        The logarithm takes over at ``1 / scale`` molecules in a cell of average depth: a number, or several.
+        Scale of ``log1p``; it is nearly linear below ``1 / scale`` molecules: a number, or several to choose from.
     hide
         Share of entries hidden while choosing.
     seed
-        Of the choice.
+        Seed of the choice.
 
     Raises
     ------
     ValueError
         ``k`` below 1 or ``prior`` below 0.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.knn import Knn
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Knn(k=10, prior=1.0, scale=(0.1, 1.0))
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.denoise(store.read(store.rows("test")), p=1.0).shape, sorted(baseline.chosen)
+    ((20, 30), ['k', 'prior', 'scale'])
     """
 
     label = "kNN pool"

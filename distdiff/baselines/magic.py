@@ -24,7 +24,7 @@ ROWS = 1024
 """Cells whose distances to all training cells are in memory at once."""
 
 WIDTH = 3
-"""A cell's kernel reaches its ``WIDTH * knn`` nearest cells (the paper's k = 3 ka)."""
+"""The kernel of a cell covers its ``WIDTH * knn`` nearest cells (k = 3 ka in the paper)."""
 
 
 class Magic(Baseline):
@@ -35,16 +35,16 @@ class Magic(Baseline):
       of its observed genes on the components (`distdiff.baselines.pca.Pca`), so hidden entries do not act as zeros.
     * ``K_ij`` is the mean of ``exp(-(d_ij / sigma_i)^decay)`` if ``j`` is among the ``3 knn`` nearest training cells of
       ``i``, else 0, and of the same with ``i`` and ``j`` exchanged; ``sigma_i`` is the distance to the ``knn``-th
-      nearest training cell, a training cell being its own first. ``M`` is ``K`` with rows that sum to 1.
-    * A cell to impute has a row in ``M`` and no column: its ``v`` is ``M_cell M_train^(t-1) Y``. So no answer depends
+      nearest training cell, where a training cell is its own nearest. ``M`` is ``K`` with rows that sum to 1.
+    * A cell to impute has a row in ``M`` and no column: its ``v`` is ``M_cell M_train^(t-1) Y``. So no result depends
       on the other cells of the batch, and a training cell with all genes observed gets exactly its row of
       ``M_train^t Y``.
-    * ``c_g`` is 1 as published or, with ``smear``, total molecules over total ``s v^2`` of the training cells, drawn
+    * ``c_g`` is 1 as published or, with ``smear``, total molecules over total ``s v^2`` of the training cells, shrunk
       towards the factor of all genes by 10 molecules: the square of a mean of roots is below the mean. ``floor`` keeps
-      a gene that no near cell counted above zero.
+      the rate of a gene that no near cell expresses above zero.
 
-    Where several values of an option are given, those of least Poisson deviance are taken, on a held-out fifth of at
-    most 5,000 training cells with entries hidden at ``hide``.
+    Where several values of an option are given, those with the least Poisson deviance are used, on a held-out fifth of
+    at most 5,000 training cells with a share ``hide`` of entries hidden.
 
     Parameters
     ----------
@@ -57,14 +57,23 @@ class Magic(Baseline):
     hide
         Share of entries hidden while choosing.
     max_cells
-        At most so many training cells are used, chosen at random (bounds memory: four times ``float32 [max_cells g]``).
+        Most training cells to use, chosen at random (bounds memory: four times ``float32 [max_cells g]``).
     seed
-        Of the sample and the mask.
+        Seed of the sample and the mask.
 
     Raises
     ------
     ValueError
         An empty choice, or an option out of range.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.magic import Magic
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, published = CountStore.open("atlas.zarr"), Magic(knn=5, t=2, n_pca=5, smear=False, floor=0.0)
+    >>> published.fit(store, store.rows("train"))
+    >>> published.denoise(store.read(store.rows("test")), p=1.0).shape
+    (20, 30)
     """
 
     label = "MAGIC"
@@ -189,7 +198,7 @@ class Magic(Baseline):
 
     def _widths(self, distance: FloatArray) -> tuple[FloatArray, FloatArray]:
         near = np.partition(distance, self.knn_at, axis=1)
-        # the last bits of a distance depend on how many rows are computed together: cells at the edge are in
+        # the last bits of a distance depend on how many rows are computed together: cells at the edge are included
         return np.maximum(near[:, self.knn_at[0]], 1e-6), near[:, self.knn_at[1]] * (1 + 1e-6) + 1e-6
 
     def _distances(self, scores: FloatArray) -> FloatArray:
@@ -201,10 +210,10 @@ class Magic(Baseline):
         return [scores[start : start + ROWS] for start in range(0, len(scores), ROWS)]
 
     def factors(self, values: FloatArray) -> FloatArray:
-        """What makes the squares of the training cells' smoothed roots ``[n g]`` sum to their molecules: ``[g]``."""
-        told = (self.depths[:, 0].astype(np.float32) @ (values * values)).astype(np.float64)
-        overall = self.totals.sum() / told.sum() if told.sum() > 0 else 1.0
-        return (self.totals + 10.0 * overall) / (told + 10.0)
+        """Factors ``[g]`` that make the squared smoothed roots ``[n g]`` of the training cells sum to their counts."""
+        squares_total = (self.depths[:, 0].astype(np.float32) @ (values * values)).astype(np.float64)
+        overall = self.totals.sum() / squares_total.sum() if squares_total.sum() > 0 else 1.0
+        return (self.totals + 10.0 * overall) / (squares_total + 10.0)
 
     def molecules(self, s: FloatArray, value: FloatArray, factor: FloatArray | float, floor: float) -> FloatArray:
         """From smoothed roots ``[b g]`` back to molecules at depth ``s`` (``[b 1]``): ``float64 [b g]``."""

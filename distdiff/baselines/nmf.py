@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distdiff.data.store.store import CountStore
 
 TINY = np.float32(1e-12)
-"""Keeps quotients finite."""
+"""Smallest number in a denominator."""
 
 
 class Nmf(Baseline):
@@ -24,17 +24,17 @@ class Nmf(Baseline):
     ``H`` minimises the Kullback-Leibler divergence of ``W H`` from the training counts, which is Poisson maximum
     likelihood (Lee & Seung 1999; `sklearn.decomposition.NMF`, ``solver="mu"``). A cell's loadings ``w`` (``[d]``) start
     at ``s`` times those of the average training cell and climb the Poisson likelihood of its observed genes alone,
-    ``w_k <- w_k sum_obs(H_kg x_g / (w H)_g) / sum_obs H_kg``, a fixed number of steps: no answer depends on the other
-    cells of the batch. A cell without evidence keeps the start. ``components`` and ``floor`` are those of least Poisson
-    deviance on a held-out fifth of the training cells with entries hidden at ``hide``.
+    ``w_k <- w_k sum_obs(H_kg x_g / (w H)_g) / sum_obs H_kg``, a fixed number of steps: no result depends on the other
+    cells of the batch. A cell without evidence keeps its start values. ``components`` and ``floor`` are those of least
+    Poisson deviance on a held-out fifth of the training cells with entries hidden at ``hide``.
 
     Parameters
     ----------
     components
-        Numbers of programmes to choose from (those above what the data allow are lowered).
+        Numbers of programmes to choose from (lowered to what the data allow).
     floor
-        Shares of ``s gene_mean`` below which a rate may not fall, to choose from: programmes have zeros, and a rate of
-        zero is infinitely wrong once.
+        Shares of ``s gene_mean`` below which a rate may not fall, to choose from: programmes have zeros, and
+        one molecule at a rate of zero has infinite deviance.
     steps
         Updates of the loadings.
     iterations
@@ -42,15 +42,24 @@ class Nmf(Baseline):
     hide
         Share of entries hidden while choosing.
     max_cells
-        At most so many training cells are used, chosen at random (bounds memory: about four times ``float32
+        Most training cells to use, chosen at random (bounds memory: about four times ``float32
         [max_cells g]``; scikit-learn's updates are five times slower on CSR counts a fifth of which are not zero).
     seed
-        Of the sample, the mask and the randomised singular vectors.
+        Seed of the sample, the mask and the randomised singular vectors.
 
     Raises
     ------
     ValueError
         An empty choice, or an option out of range.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.nmf import Nmf
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Nmf(components=2, floor=0.03, iterations=20)
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.programmes.shape
+    (2, 30)
     """
 
     label = "Poisson NMF"
@@ -131,7 +140,7 @@ class Nmf(Baseline):
             expected = w @ h
             np.maximum(expected, TINY, out=expected)
             w *= (np.divide(counts, expected, out=expected) @ h.T) / np.maximum(share, TINY)
-            np.maximum(w, TINY, out=w)  # numbers below 1e-38 are slow
+            np.maximum(w, TINY, out=w)  # denormal numbers (below 1e-38) are slow
         return np.where(share > 0, w, start.astype(np.float32))
 
     def _floored(self, rate: FloatArray, counts: FloatArray, observed: BoolArray, floor: float) -> FloatArray:

@@ -1,4 +1,4 @@
-"""PCA regression: fit the principal components to the observed genes, read the hidden ones off."""
+"""PCA regression: fit principal components to the observed genes, predict the hidden genes from them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,20 @@ class Pca(LogLinear):
     Parameters
     ----------
     components
-        Numbers of components to choose from (those above what the data allow are lowered).
+        Numbers of components to choose from (lowered to what the data allow).
     ridge
         Multiples of the noise variance to choose from.
     scale, hide, max_cells, seed
         As in `LogLinear`.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.pca import Pca
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Pca(components=(2, 4), scale=(1.0,))
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.chosen["components"] in (2, 4), baseline.loadings.shape[0]
+    (True, 30)
     """
 
     label = "PCA regression"

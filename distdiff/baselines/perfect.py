@@ -1,4 +1,4 @@
-"""The truth as an answer: the upper control of every table."""
+"""The true counts: the upper control of every table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from distdiff.types import Bool, Tensor
 
 
 class Perfect(Baseline):
-    """Answer with the hidden counts themselves; it must be handed the truth (``sees_hidden``)."""
+    """Impute the hidden counts themselves; it must be given the truth (``sees_hidden``).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines.perfect import Perfect
+    >>> Perfect().rate(np.array([[3.0, 0.0]]), observed=None, cells=None)
+    array([[3., 0.]])
+    """
 
     label = "perfect"
     peeks = True
@@ -16,7 +24,7 @@ class Perfect(Baseline):
     control = True
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """The counts as given."""
+        """The true counts, unchanged."""
         return counts
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:

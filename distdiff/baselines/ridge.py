@@ -1,4 +1,4 @@
-"""Ridge regression of every gene on all the others, averaged over masks in closed form."""
+"""Ridge regression of every gene on all other genes, averaged over random masks in closed form."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distdiff.baselines._loglinear import LogLinear
 
 
 class Ridge(LogLinear):
-    """Linear prediction of every gene from the observed others, hidden inputs filled with their gene's mean.
+    """Linear prediction of every gene from the other genes; hidden inputs are set to their gene's mean.
 
-    Inputs of a masked cell are ``z = m (y - mu) / q``: zero where hidden, the rest enlarged by ``q``, the observed
-    share. The ridge solution over all masks of share ``q`` needs no masks drawn: ``E[z_i z_j] = S_ij``,
+    Inputs of a masked cell are ``z = m (y - mu) / q``: zero where hidden, the rest divided by ``q``, the observed
+    share. The ridge solution over all masks of share ``q`` needs no drawn masks: ``E[z_i z_j] = S_ij``,
     ``E[z_i z_i] = S_ii / q`` and ``E[z_i y_j] = S_ij``, with ``S`` the covariance of ``y`` (marginalised corruption,
     Chen et al. 2012). So with ``A = S + diag(S) (1/q - 1 + alpha)``, gene ``j`` has the coefficients
-    ``A_{-j,-j}^{-1} S_{-j,j}``; its own input is left out because it is never observed when it is a target. All genes
+    ``A_{-j,-j}^{-1} S_{-j,j}``; its own input is excluded because it is never observed when it is a target. All genes
     share one inverse: with ``T = A^{-1}`` and ``C`` equal to ``S`` off its diagonal and zero on it,
     ``B = T C - T_{:,j} (T C)_jj / T_jj``.
 
@@ -32,6 +32,15 @@ class Ridge(LogLinear):
         Ridge penalties to choose from, in units of each gene's variance.
     scale, hide, max_cells, seed
         As in `LogLinear`.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.ridge import Ridge
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), Ridge(alpha=(3.0,), scale=(1.0,))
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.coefficients.shape, bool(baseline.coefficients.diagonal().any())  # no gene predicts itself
+    ((30, 30), False)
     """
 
     label = "ridge"
@@ -61,7 +70,7 @@ class Ridge(LogLinear):
         a = x.T @ x / len(x)
         c = a.copy()
         spread = np.diag(a).copy()
-        spread[spread <= 0] = 1.0  # a gene that never varies: no covariance, any positive number
+        spread[spread <= 0] = 1.0  # a gene that never varies has no covariance: any positive number will do
         a[np.diag_indices_from(a)] = spread * (1.0 / (1.0 - self.hide) + option["alpha"])
         np.fill_diagonal(c, 0.0)
         inverse = cho_solve(cho_factor(a, lower=True), np.eye(len(a)))

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Scvi(Baseline):
-    """``rate = s px_rate``, decoded at the mean of the encoder's law, ``s`` its depth of the evidence.
+    """``rate = s px_rate``, decoded at the mean of the encoder's posterior; ``s`` is the depth of the evidence.
 
     `scvi.model.SCVI` with ``gene_likelihood="nb"`` and its own defaults otherwise, trained on the training cells with
-    all genes observed: stock scVI knows no hidden entries. So that they do not act as zeros, the encoder sees them
+    all genes observed: scVI has no notion of hidden entries. So that they do not act as zeros, the encoder gets them
     filled with ``depth x gene_mean``, the depth from the observed genes; the library size is that of the filled cell.
     An encoder trained on random masks would do better on imputation; with every gene observed (`denoise`) nothing is
     filled and this is scVI as published.
@@ -30,18 +30,26 @@ class Scvi(Baseline):
     Parameters
     ----------
     epochs
-        Training epochs; ``None`` takes scvi-tools' own number for so many cells (400 up to 20,000 cells).
+        Training epochs; ``None`` is the default of scvi-tools for this number of cells (400 up to 20,000 cells).
     latent, hidden, layers
         Dimensions of the latent space, width and number of hidden layers.
     max_cells
-        At most so many training cells are used, chosen at random (bounds time; they stay sparse).
+        Most training cells to use, chosen at random (bounds time; they stay sparse).
     seed
-        Of the sample, the weights and the training. The global generators are left as they were.
+        Seed of the sample, the weights and the training. The global generators are restored afterwards.
 
     Raises
     ------
     ValueError
         An option below 1.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.scvi import Scvi
+    >>> Scvi(epochs=5, latent=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: scvi: epochs=5, latent=0, hidden=128, layers=1 and max_cells=50000 must each be 1 or ...
     """
 
     label = "scVI"
@@ -66,7 +74,7 @@ class Scvi(Baseline):
         self.max_cells, self.seed = max_cells, seed
 
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
-        """Train on CPU. Cells without counts are left out, and one cell if the last batch of 128 would hold only it.
+        """Train on CPU. Cells without counts are excluded, and a cell that would be alone in the last batch of 128.
 
         Raises
         ------
@@ -111,16 +119,16 @@ class Scvi(Baseline):
 
     @torch.no_grad()
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + (x.sum(1, keepdim=True) == 0) * 1e-3  # an empty cell has no logarithm of its library
+        x = x + (x.sum(1, keepdim=True) == 0) * 1e-3  # avoid the logarithm of an empty library
         batch = torch.zeros(len(x), 1)
-        seen = self.module.inference(x, batch)
-        told = self.module.generative(z=seen["qz"].loc, library=seen["library"], batch_index=batch)
-        return told["px"].mean
+        encoded = self.module.inference(x, batch)
+        decoded = self.module.generative(z=encoded["qz"].loc, library=encoded["library"], batch_index=batch)
+        return decoded["px"].mean
 
 
 @contextlib.contextmanager
 def _quiet(seed: int) -> Iterator[None]:
-    """Seed the global generators that scvi-tools draws from, put them back after, and keep its log and warnings off."""
+    """Seed the global generators that scvi-tools uses, restore them afterwards, and silence its log and warnings."""
     state, python = np.random.get_state(), random.getstate()  # noqa: NPY002 (scvi-tools draws from it)
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "scvi")]
     levels = [log.level for log in loggers]

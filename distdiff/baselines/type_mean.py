@@ -1,6 +1,6 @@
 """The mean of each gene over the training cells of the same label, plain or scaled to the cell's depth.
 
-It peeks: the labels of test cells were made, by people or clustering, from their full counts, hidden entries included.
+It peeks: the labels of test cells were made from their full counts, hidden entries included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TypeMean(Baseline):
-    """Answer the mean of the cell's label; cells without one, or with one unseen in training, get the gene mean.
+    """Impute the mean of the cell's label; cells without one, or with one unseen in training, get the gene mean.
 
     Parameters
     ----------
@@ -24,6 +24,15 @@ class TypeMean(Baseline):
         The covariate whose values are the types.
     depth
         Scale to the depth of the cell's evidence against its type's profile.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.type_mean import TypeMean
+    >>> from distdiff.data.store.store import CountStore
+    >>> store, baseline = CountStore.open("atlas.zarr"), TypeMean(key="cell_type")
+    >>> baseline.fit(store, store.rows("train"))
+    >>> baseline.mean.shape  # two types, and the gene mean for cells without one
+    (3, 30)
     """
 
     peeks = True
@@ -54,7 +63,7 @@ class TypeMean(Baseline):
         self.mean = np.concatenate([mean, self.gene_mean[None]])
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """The profile of each cell's label (code -1 is the last row), times the depth of the evidence if asked for.
+        """The profile of each cell's label (code -1 is the last row), times the depth of the evidence if ``depth``.
 
         Raises
         ------

@@ -8,7 +8,15 @@ from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
 
 
 class Zero(Baseline):
-    """Answer zero. Its Poisson deviance depends on the floor of the score: no molecules can never be expected."""
+    """Impute zero. Its Poisson deviance is set by the floor of the score: a mean of 0 would be infinitely wrong.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.baselines.zero import Zero
+    >>> Zero().rate(np.ones((1, 3)), observed=None, cells=None)
+    array([[0., 0., 0.]])
+    """
 
     label = "none (zero)"
     control = True

@@ -67,20 +67,20 @@ def generate_file(
 def run(
     kind: str, model: Model, data: str | Path | None, out: str | Path, *, overwrite: bool = False,
     progress: bool = True, batch_size: int | None = None, shard_cells: int | None = None,
-    precision: str = "auto", command: str = "", say: Callable[[str], None] = lambda text: None, **options: Any,
+    precision: str = "auto", command: str = "", notify: Callable[[str], None] = lambda text: None, **options: Any,
 ) -> Summary:  # fmt: skip
     """Do ``impute``, ``complete``, ``denoise``, ``deepen`` or ``generate`` on files; see :func:`impute_file`.
 
     Parameters
     ----------
-    say
+    notify
         Receives messages: what the result will take, what was removed.
     """
     out = named(out)
     task = make_task(kind, model, data, out, **options)
     return local.run(
         task, out, data="" if data is None else Path(data).name, overwrite=overwrite, progress=progress,
-        batch_size=batch_size, shard_cells=shard_cells, precision=precision, command=command, say=say,
+        batch_size=batch_size, shard_cells=shard_cells, precision=precision, command=command, notify=notify,
     )  # fmt: skip
 
 

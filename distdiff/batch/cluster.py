@@ -24,7 +24,7 @@ from distdiff.batch.job import Described, OneProcess, carry_out, check_options
 from distdiff.batch.plan import Plan
 from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import make_task
-from distdiff.cluster import Company, connect, explained
+from distdiff.cluster import WorkerWatch, connect, explained
 from distdiff.data.store.export import named
 from distdiff.files import is_url
 from distdiff.model import Model
@@ -50,7 +50,7 @@ def on_cluster(
     scheduler: str | None, kind: str, load: Callable[[], Model], data: str | Path | None, out: str | Path, *,
     workers: int | None = None, overwrite: bool = False, progress: bool = True, batch_size: int | None = None,
     shard_cells: int | None = None, precision: str = "auto", command: str = "",
-    say: Callable[[str], None] = lambda message: None, **options: Any,
+    notify: Callable[[str], None] = lambda message: None, **options: Any,
 ) -> Summary:  # fmt: skip
     """Do a task on files on a dask cluster, one worker a GPU; the client and all workers must see the same folders.
 
@@ -83,10 +83,10 @@ def on_cluster(
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(local_workers(workers)) if scheduler is None else scheduler
         stack.enter_context(explained(address))
-        engine = Cluster(stack.enter_context(connect(address)), order, say)
+        engine = Cluster(stack.enter_context(connect(address)), order, notify)
         return carry_out(
             engine, out, overwrite=overwrite, progress=progress, batch_size=batch_size, shard_cells=shard_cells,
-            command=command, say=say,
+            command=command, notify=notify,
         )  # fmt: skip
 
 
@@ -116,9 +116,9 @@ def local_workers(workers: int | None) -> Iterator[str]:
 class Cluster:
     """The engine that is a dask cluster; see :class:`~distdiff.batch.job.Engine`."""
 
-    def __init__(self, client: Any, order: Order, say: Callable[[str], None]) -> None:
+    def __init__(self, client: Any, order: Order, notify: Callable[[str], None]) -> None:
         self.client, self.order = client, order
-        self.company = Company(client, say)
+        self.watch = WorkerWatch(client, notify)
 
     def describe(self) -> Described:
         """See :class:`~distdiff.batch.job.Engine`."""
@@ -153,7 +153,7 @@ class Cluster:
 
         waiting = dict(tasks)
         while waiting:
-            self.company.look()
+            self.watch.workers()
             look()
             done = [task for task in waiting if task.done()]
             for task in done:

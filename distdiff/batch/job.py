@@ -25,7 +25,7 @@ from distdiff.batch.summary import Summary
 from distdiff.batch.task import Task
 from distdiff.batch.workplace import clear, finished_shards, folder_of, owned, read_plan, write_plan
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 LOOK = 0.5
 """Seconds between two looks at how many shards are finished, for the progress bar."""
@@ -121,23 +121,23 @@ def check_options(precision: str, batch_size: int | None, shard_cells: int | Non
 
 def carry_out(
     engine: Engine, out: Path, *, overwrite: bool, progress: bool, batch_size: int | None, shard_cells: int | None,
-    command: str, say: Say,
+    command: str, notify: Notify,
 ) -> Summary:  # fmt: skip
     """Own the output, plan or continue the job, let the engine compute what is missing, and publish."""
     described = engine.describe()
     if _is_finished(out, described) and not folder_of(out).exists():
         return _summary(out, described)
-    with files.goes_on(out, folder_of(out)), owned(out, say) as work:
+    with files.explain_full_disk(out, folder_of(out)), owned(out, notify) as work:
         if _is_finished(out, described):  # by a process that was killed before it had removed the work folder
             clear(work)
             return _summary(out, described)
-        plan = _continued(described, out, work, overwrite, say)
+        plan = _continued(described, out, work, overwrite, notify)
         if plan is None:
             plan = engine.make_plan(batch_size, shard_cells)
             planning.check_room(plan, out.parent, 0, h5ad=out.suffix == ".h5ad")
             write_plan(work, plan)
         finished = finished_shards(work / plan.token)
-        say(planning.check_room(plan, out.parent, len(finished), h5ad=out.suffix == ".h5ad"))
+        notify(planning.check_room(plan, out.parent, len(finished), h5ad=out.suffix == ".h5ad"))
         missing = [shard for shard in range(plan.layout.n_shards) if shard not in finished]
         with Progress(described, plan, work, len(finished), progress) as bar:
             engine.compute(plan, work, missing, bar.look)
@@ -156,7 +156,7 @@ def _summary(out: Path, described: Described) -> Summary:
     return Summary.of(existing_result(out)["records"], **described.genes)
 
 
-def _continued(described: Described, out: Path, work: Path, overwrite: bool, say: Say) -> Plan | None:
+def _continued(described: Described, out: Path, work: Path, overwrite: bool, notify: Notify) -> Plan | None:
     """The plan of this job in the work folder, if it was begun; whatever else lies there is removed, or refused."""
     if os.path.lexists(out) and not overwrite:
         result = existing_result(out)
@@ -165,11 +165,11 @@ def _continued(described: Described, out: Path, work: Path, overwrite: bool, say
     try:
         begun = read_plan(work)
     except ValueError as error:
-        say(f"{work}: removed, its plan was left by another version of distdiff or is damaged ({error})")
+        notify(f"{work}: removed, its plan was left by another version of distdiff or is damaged ({error})")
         begun = None
     else:
         if begun is None and (work / "identity").exists():
-            say(f"{work}: removed, it was left by a distdiff shard that was killed")
+            notify(f"{work}: removed, it was left by a distdiff shard that was killed")
     if begun is not None and begun.identity != described.identity and not overwrite:
         differs = planning.difference(begun.identity, described.identity)
         raise FileExistsError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distdiff.batch import ranks
-from distdiff.batch.job import OneProcess, Say, carry_out, check_options
+from distdiff.batch.job import Notify, OneProcess, carry_out, check_options
 from distdiff.batch.summary import Summary
 from distdiff.batch.task import Task
 from distdiff.data.store.export import named
@@ -16,7 +16,7 @@ from distdiff.data.store.export import named
 def run(
     task: Task, out: str | Path, *, data: str = "", overwrite: bool = False, progress: bool = True,
     batch_size: int | None = None, shard_cells: int | None = None, precision: str = "auto", command: str = "",
-    say: Say = lambda message: None,
+    notify: Notify = lambda message: None,
 ) -> Summary:  # fmt: skip
     """Do a job in this process; under ``accelerate launch`` or ``torchrun``, in all its processes together.
 
@@ -34,7 +34,7 @@ def run(
         Cells of a network call and of an output shard; ``None``: found by a trial. An unfinished job keeps its own.
     precision
         ``float32``, ``bfloat16``; ``auto``: the second on a GPU.
-    command, say
+    command, notify
         For provenance; receives messages about what is written.
 
     Raises
@@ -50,7 +50,7 @@ def run(
     check_options(precision, batch_size, shard_cells)
     options: dict[str, Any] = {
         "overwrite": overwrite, "progress": progress, "batch_size": batch_size, "shard_cells": shard_cells,
-        "command": command, "say": say,
+        "command": command, "notify": notify,
     }  # fmt: skip
     engine = OneProcess(task, data, precision)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

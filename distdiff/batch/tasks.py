@@ -38,7 +38,8 @@ class Impute(OnCells):
     Parameters
     ----------
     layers
-        Of :data:`~distdiff.tasks.impute.LAYERS`, and quantiles such as ``q5``.
+        Of :data:`~distdiff.tasks.impute.LAYERS` (default: :func:`~distdiff.tasks.impute.chosen_layers`), and quantiles
+        such as ``q5``.
     dtype
         Of the mean, its standard deviation and quantiles; draws are whole numbers of 32 bits.
     sparse
@@ -52,7 +53,7 @@ class Impute(OnCells):
     name = "impute"
 
     def __init__(
-        self, model: Model, rows: Any, *, data: str | Path, layers: Sequence[str] = ("mean", "draws", "mask", "ood"),
+        self, model: Model, rows: Any, *, data: str | Path, layers: Sequence[str] | None = None,
         dtype: str = "float32", sparse: bool | None = None, mask: str | None = None, draws: int = 1,
         mean_only: bool = False, ood: int = 4, seed: int = 0, keep: Sequence[str] | None = None,
         append: Sequence[str] | None = None, **options: Any,
@@ -60,7 +61,10 @@ class Impute(OnCells):
         for names in (keep, append):
             if names is not None:
                 check_names(names)
-        layers, statistics = chosen_layers(layers, options.get("method", "conditional"))
+        layers, statistics = chosen_layers(
+            layers, model.process, method=options.get("method", "conditional"), mean_only=mean_only,
+            panel=mask is None and options.get("sites") is None,
+        )  # fmt: skip
         self.mean_only = mean_only or "draws" not in layers
         if statistics:
             options["statistics"] = statistics

@@ -34,7 +34,7 @@ def folder_of(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def owned(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
+def owned(out: Path, notify: Callable[[str], None]) -> Iterator[Path]:
     """Own the work folder of an output meanwhile; it stays afterwards if it holds work to continue.
 
     Raises
@@ -43,7 +43,7 @@ def owned(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
         Another process owns it (named), it is a file, or it is or holds a symbolic link.
     """
     work = files.workplace(folder_of(out))
-    files.tidy(out, say)
+    files.tidy(out, notify)
     lock = _acquired(out, work)
     try:
         files.restore(out, work / "old")

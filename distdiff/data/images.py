@@ -18,7 +18,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def pixels(colours: int, height: int, width: int) -> list[str]:
-    """Gene names ``c0y0x0`` ..., colour slowest: the order in which the UNet reads them."""
+    """Gene names ``c0y0x0`` ..., colour slowest: the order in which the UNet reads them.
+
+    Examples
+    --------
+    >>> from distdiff.data.images import pixels
+    >>> pixels(colours=1, height=2, width=2)
+    ['c0y0x0', 'c0y0x1', 'c0y1x0', 'c0y1x1']
+    """
     return [f"c{c}y{y}x{x}" for c in range(colours) for y in range(height) for x in range(width)]
 
 
@@ -28,9 +35,19 @@ def cifar10(folder: str | Path) -> AnnData:
     Raises
     ------
     FileNotFoundError
-        No such file there (where to get them is told).
+        No such file; the message names the source.
     ValueError
         A file of another length, a class above 9.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from distdiff.data.images import cifar10
+    >>> Path("cifar").mkdir()
+    >>> np.append(np.uint8(3), np.zeros(3072, np.uint8)).tofile("cifar/data.bin")
+    >>> cifar10("cifar").obs["label"].tolist()
+    ['cat']
     """
     found = sorted(Path(folder).glob("*.bin"))
     if not found:
@@ -52,15 +69,26 @@ def cifar10(folder: str | Path) -> AnnData:
 def folder(path: str | Path, size: int, crop: int | None = None) -> AnnData:
     """All images under a folder: the middle ``crop`` x ``crop`` pixels (None: all), scaled to ``size`` x ``size``, RGB.
 
-    CelebA: ``crop=178, size=64``. Images in sub-folders are labelled with the sub-folder's name. Needs Pillow, which
-    matplotlib brings.
+    CelebA: ``crop=178, size=64``. Images in sub-folders are labelled with the sub-folder's name. Needs Pillow, which is
+    installed with matplotlib.
 
     Raises
     ------
     FileNotFoundError
         No image there.
     ValueError
-        An image that cannot be read (named), or one smaller than ``crop``.
+        An image that cannot be read, or is smaller than ``crop`` (named).
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from distdiff.data.images import folder
+    >>> Path("pictures/red").mkdir(parents=True)
+    >>> Image.new("RGB", (8, 8), "red").save("pictures/red/one.png")
+    >>> data = folder("pictures", size=2)
+    >>> data.X.tolist(), data.obs["label"].tolist()
+    ([[255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0]], ['red'])
     """
     root = Path(path)
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -86,8 +114,8 @@ def _scaled(paths: Sequence[Path], size: int, crop: int | None) -> Iterator[np.n
         if crop is not None:
             if min(width, height) < crop:
                 raise ValueError(f"{path} has {width} x {height} pixels, fewer than crop={crop}")
-            left, top = (width - crop) // 2, (height - crop) // 2
-            image = image.crop((left, top, left + crop, top + crop))
+            x, y = (width - crop) // 2, (height - crop) // 2
+            image = image.crop((x, y, x + crop, y + crop))
         scaled = image.resize((size, size), Image.Resampling.BILINEAR)
         yield np.asarray(scaled, dtype=np.uint8).transpose(2, 0, 1).ravel()
 
@@ -103,6 +131,17 @@ def _anndata(images: np.ndarray, names: list[str], labels: list[str], shape: tup
 
 
 def write(data: AnnData, out: Path, *, overwrite: bool = False) -> None:
-    """Write as h5ad, whole or not at all."""
+    """Write as h5ad; the file appears only when it is complete.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import anndata
+    >>> import numpy as np
+    >>> from distdiff.data.images import write
+    >>> write(anndata.AnnData(np.zeros((2, 12), np.uint8)), Path("images.h5ad"))
+    >>> anndata.read_h5ad("images.h5ad").shape
+    (2, 12)
+    """
     with files.whole(out, overwrite=overwrite) as temporary:
         data.write_h5ad(temporary)

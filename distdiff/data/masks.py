@@ -1,4 +1,4 @@
-"""Which entries are targets: hidden at random, likely dropouts, or whatever a file says."""
+"""Which entries are imputation targets: hidden at random, likely dropouts, or given by a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
     Raises
     ------
     ValueError
-        A rate that hides nothing or everything.
+        A rate that hides no entry or every entry.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.masks import mcar
+    >>> hidden = mcar((1000, 50), 0.3, np.random.default_rng(0))
+    >>> hidden.dtype, float(hidden.mean().round(2))
+    (dtype('bool'), 0.3)
     """
     if not 0 < rate < 1:
         raise ValueError(f"the share of entries to hide must lie in (0, 1), got {rate}")
@@ -30,7 +38,7 @@ def mcar(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> np.nd
 def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | None = None) -> np.ndarray:
     """Which genes some cell of each group expresses (first half of scIDPMs, algorithm 1; docs/MATHS.md 8.5).
 
-    For a matrix read in pieces, give ``n_groups`` and join the pieces' answers with ``|``.
+    For a matrix that is read in pieces, give ``n_groups`` and join the results with ``|``.
 
     Parameters
     ----------
@@ -48,7 +56,17 @@ def expressed(counts: sparse.csr_matrix, groups: np.ndarray, n_groups: int | Non
     Raises
     ------
     ValueError
-        Other than one code a cell, or a code that is no group.
+        Not one code for each cell, or a code that is no group.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.masks import expressed
+    >>> counts = sparse.csr_matrix([[3, 0], [0, 0], [0, 1]])
+    >>> expressed(counts, groups=np.array([0, 0, 1]))
+    array([[ True, False],
+           [False,  True]])
     """
     groups = np.asarray(groups)
     n_groups = int(groups.max(initial=-1)) + 1 if n_groups is None else n_groups
@@ -81,6 +99,17 @@ def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, ex
     ------
     ValueError
         Shapes that do not fit, or a code that is no group.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.masks import dropout_sites
+    >>> counts, groups = np.array([[3, 0], [0, 0], [0, 1]]), np.array([0, 0, 1])
+    >>> expressed = np.array([[True, False], [False, True]])  # group 0 expresses the first gene
+    >>> dropout_sites(counts, groups, expressed)
+    array([[False, False],
+           [ True, False],
+           [False, False]])
     """
     groups = np.asarray(groups)
     if expressed.ndim != 2 or expressed.shape[1] != counts.shape[1]:
@@ -94,19 +123,19 @@ def dropout_sites(counts: sparse.csr_matrix | np.ndarray, groups: np.ndarray, ex
 
 
 def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sparse.csr_matrix:
-    """Read a mask, True where hidden; nothing is unpickled.
+    """Read a mask, True where hidden, without unpickling.
 
     Parameters
     ----------
     path
         ``.npz`` of ``scipy.sparse.save_npz`` or ``.npy`` of a boolean array.
     shape
-        Cells and genes that it must have.
+        Number of cells and genes that the mask must have.
 
     Returns
     -------
     bool [n, g]
-        CSR from ``.npz``; from ``.npy`` an array that stays on disk until its rows are taken.
+        CSR from ``.npz``; from ``.npy`` an array whose rows are read from disk when they are indexed.
 
     Raises
     ------
@@ -114,6 +143,14 @@ def load_mask(path: str | Path, shape: tuple[int, int]) -> np.ndarray | sparse.c
         No such file.
     ValueError
         Another kind of file, another shape, or values other than true and false.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.masks import load_mask
+    >>> np.save("mask.npy", np.array([[True, False]]))
+    >>> load_mask("mask.npy", shape=(1, 2))
+    memmap([[ True, False]])
     """
     path = Path(path)
     if path.suffix not in (".npz", ".npy"):
@@ -144,7 +181,13 @@ def check_indices(mask: sparse.spmatrix, where: str) -> None:
     Raises
     ------
     ValueError
-        There is one.
+        There is such an entry.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.masks import check_indices
+    >>> check_indices(sparse.csr_matrix([[True, False]]), "mask.npz")
     """
     try:
         if hasattr(mask, "check_format"):

@@ -1,8 +1,8 @@
 """Splat: simulated counts whose truth before dropout is known (Zappia, Phipson & Oshlack 2017; docs/MATHS.md 11).
 
 Written from the paper's equations; parameters and defaults are those that the Splatter package documents. Two choices
-are ours: groups are of equal size (Splatter draws each cell's group), and a differential factor is ``exp(+-|z|)`` with
-``z`` normal, so that ``de_down`` is the share of differential genes that are below the base level.
+differ from Splatter: groups are of equal size (Splatter draws each cell's group), and a differential factor is
+``exp(+-|z|)`` with ``z`` normal, so that ``de_down`` is the share of differential genes that are below the base level.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ SMALLEST, LARGEST = 1e-12, 2.0**24  # floor of means: no gene is impossible; flo
 
 
 class Published(NamedTuple):
-    """One published set: the midpoint that gives it here, and the rates it is reported with (see `rates`)."""
+    """One published set: its midpoint in `splat`, and its reported dropout and zero rates (see `rates`).
+
+    Examples
+    --------
+    >>> from distdiff.data.splat import SETS
+    >>> SETS["splat30"]
+    Published(mid=1.46, dropout=0.3, zeros=0.55)
+    """
 
     mid: float
     dropout: float
@@ -52,6 +59,14 @@ def gene_means(
     """``mean ~ Gamma(shape, rate)``, of outliers ``median(mean) LogNormal(loc, scale)`` (docs/MATHS.md 11.1).
 
     Relative means ``float64 [g]``, and which genes are outliers ``bool [g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.splat import gene_means
+    >>> mean, outlier = gene_means(1000, 0.6, 0.3, prob=0.05, loc=4.0, scale=0.5, rng=np.random.default_rng(0))
+    >>> bool(mean[outlier].mean() > 10 * mean[~outlier].mean())
+    True
     """
     mean = np.maximum(rng.gamma(shape, 1.0 / rate, genes), SMALLEST)
     outlier = rng.random(genes) < prob
@@ -61,14 +76,33 @@ def gene_means(
 def de_factors(
     genes: int, groups: int, prob: float, down: float, loc: float, scale: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Factor ``exp(+-|z|)`` of a gene in a group, else 1 (docs/MATHS.md 11.2): ``float64 [g groups]``."""
+    """Factor ``exp(+-|z|)`` of a gene in a group, else 1 (docs/MATHS.md 11.2): ``float64 [g groups]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.splat import de_factors
+    >>> factors = de_factors(1000, 4, prob=0.1, down=0.5, loc=0.1, scale=0.4, rng=np.random.default_rng(0))
+    >>> factors.shape, float((factors != 1).mean().round(1))
+    ((1000, 4), 0.1)
+    """
     size = np.abs(rng.normal(loc, scale, (genes, groups)))
     sign = np.where(rng.random((genes, groups)) < down, -1.0, 1.0)
     return np.exp(np.where(rng.random((genes, groups)) < prob, sign * size, 0.0))
 
 
 def expected(mean: np.ndarray, factors: np.ndarray, group: np.ndarray, library: np.ndarray) -> np.ndarray:
-    """``L_c mu_g F_gk / sum_h mu_h F_hk``, k the cell's group (docs/MATHS.md 11.2): molecules, ``float64 [n g]``."""
+    """``L_c mu_g F_gk / sum_h mu_h F_hk``, k the cell's group (docs/MATHS.md 11.2): molecules, ``float64 [n g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.splat import expected
+    >>> mean, factors = np.array([1.0, 3.0]), np.ones((2, 1))
+    >>> expected(mean, factors, group=np.array([0, 0]), library=np.array([100.0, 200.0]))
+    array([[ 25.,  75.],
+           [ 50., 150.]])
+    """
     level = mean[:, None] * factors
     return library[:, None] * (level / level.sum(axis=0)).T[group]
 
@@ -77,6 +111,14 @@ def biological(mean: np.ndarray, common: float, df: float, rng: np.random.Genera
     """Molecules expected of each entry after biological variation (docs/MATHS.md 11.3): ``float64 [n g]``.
 
     Gamma of mean ``m``, coefficient of variation ``(common + 1/sqrt(m)) sqrt(df / chi2_df)``; one chi-squared a gene.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.splat import biological
+    >>> level = biological(np.full((20_000, 1), 5.0), common=0.1, df=np.inf, rng=np.random.default_rng(0))
+    >>> float(level.mean().round(1))
+    5.0
     """
     scatter = df / rng.chisquare(df, mean.shape[1]) if np.isfinite(df) else 1.0
     square = (common + 1.0 / np.sqrt(mean)) ** 2 * scatter
@@ -84,7 +126,15 @@ def biological(mean: np.ndarray, common: float, df: float, rng: np.random.Genera
 
 
 def dropout_probability(mean: np.ndarray, shape: float, mid: float) -> np.ndarray:
-    """Probability that an entry is zeroed, ``1 / (1 + exp(-shape (log mean - mid)))`` (docs/MATHS.md 11.5)."""
+    """Probability that an entry is zeroed, ``1 / (1 + exp(-shape (log mean - mid)))`` (docs/MATHS.md 11.5).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.splat import dropout_probability
+    >>> dropout_probability(np.exp([-1.0, 0.0, 1.0]), shape=-1.0, mid=0.0).round(2)  # small means drop out most
+    array([0.73, 0.5 , 0.27])
+    """
     return expit(shape * (np.log(np.maximum(mean, np.finfo(float).tiny)) - mid))
 
 
@@ -112,7 +162,7 @@ def splat(
 ) -> AnnData:
     """Simulate counts with groups of cells, with and without dropout (docs/MATHS.md 11.1-11.5).
 
-    Sets that differ in ``mid`` alone share their truth, and what a lower ``mid`` drops a higher one drops too.
+    Sets that differ only in ``mid`` have the same true counts, and a higher ``mid`` drops all that a lower one drops.
 
     Parameters
     ----------
@@ -131,7 +181,7 @@ def splat(
         Common biological coefficient of variation, and degrees of freedom of its scatter (docs/MATHS.md 11.3); ``inf``:
         no scatter.
     seed
-        Address of all noise.
+        Seed of all noise.
 
     Returns
     -------
@@ -144,6 +194,13 @@ def splat(
     ------
     ValueError
         A parameter out of its range, or an expected count above 2^24.
+
+    Examples
+    --------
+    >>> from distdiff.data.splat import splat
+    >>> data = splat(cells=20, genes=30, groups=2, library_loc=6.0)
+    >>> data.shape, bool((data.layers["true"] - data.X).min() >= 0)  # dropout only removes molecules
+    ((20, 30), True)
     """
     parameters = dict(locals())
     _check(parameters)
@@ -171,7 +228,16 @@ def splat(
 
 
 def published(name: str, seed: int = 0) -> AnnData:
-    """One of `SETS` by name; under one seed all six share their truth. ValueError for another name."""
+    """One of `SETS` by name; with the same seed all six have the same true counts. ValueError for another name.
+
+    Examples
+    --------
+    >>> from distdiff.data.splat import published
+    >>> published("splat99")
+    Traceback (most recent call last):
+        ...
+    ValueError: splat: no set is called 'splat99'; choose one of splat55, splat47, splat38, splat30, ...
+    """
     if name not in SETS:
         raise ValueError(f"splat: no set is called {name!r}; choose one of {', '.join(SETS)}")
     return splat(mid=SETS[name].mid, library_loc=SETS_LIBRARY_LOC, seed=seed)
@@ -180,7 +246,14 @@ def published(name: str, seed: int = 0) -> AnnData:
 def rates(data: AnnData) -> tuple[float, float]:
     """Share of all entries that dropout turned to zero, and of zeros, in a set made by `splat`.
 
-    No other definition fits the published rates if ``mid`` alone moves: their difference, zeros before dropout, stays.
+    This definition fits the published rates: as ``mid`` changes, their difference (zeros before dropout) is constant.
+
+    Examples
+    --------
+    >>> from distdiff.data.splat import rates, splat
+    >>> dropout, zeros = rates(splat(cells=20, genes=30, groups=2, library_loc=6.0))
+    >>> bool(0 < dropout < zeros < 1)
+    True
     """
     size, true, seen = data.n_obs * data.n_vars, data.layers["true"].count_nonzero(), data.X.count_nonzero()
     return (true - seen) / size, 1.0 - seen / size

@@ -1,8 +1,8 @@
-"""Attention over genes: which tokens are looked at, tokens laid out whole or packed, one kernel behind both.
+"""Attention over genes: which tokens are keys, tokens of all genes or of some, one kernel for both.
 
-A gene with ``p = 0`` was not looked for: it is a question, not a fact. Its token asks (a query) and is never looked at
-(no key), so hidden, masked or absent genes cannot change what the others are answered. One token a cell, the *cell
-token*, is always a key: a cell of which nothing was seen has something to look at too.
+A gene with ``p = 0`` was not measured. Its token is a query and never a key, so hidden, masked or absent genes cannot
+change the outputs for other genes. One token a cell, the *cell token*, is always a key, so that a cell without any
+measured gene has a key too.
 
 Legend: ``b`` cells, ``n`` tokens, ``m`` keys, ``h`` heads, ``e`` channels of a head, ``d = h e`` width.
 """
@@ -24,10 +24,10 @@ from distdiff.types import Bool, Float, Int, Tensor
 log = logging.getLogger("distdiff")
 
 AWAY = -1e4
-"""Logit of a key that is not seen: its weight underflows to exactly 0 in every dtype."""
+"""Logit of a key that was not measured: its weight underflows to exactly 0 in every dtype."""
 
 GROUPS = 4
-"""Groups of cells of similar length into which ragged tokens are padded where no variable-length kernel runs."""
+"""Number of groups of cells of similar length; without a variable-length kernel tokens are padded within a group."""
 
 
 def attend(
@@ -35,8 +35,18 @@ def attend(
 ) -> Float[Tensor, "b h n e"]:
     """``softmax(q k' / sqrt(e)) v`` over the keys that are seen; ``f = e - 1``.
 
-    The mask rides in the channel that ``q`` and ``k`` leave free (``sqrt(e)`` against 0 or ``AWAY``): kernels that take
-    no mask, flash attention on CUDA first of all, then mask exactly, at any length, without a matrix of n x m.
+    The mask is in the last channel, which ``q`` and ``k`` leave free: ``sqrt(e)`` in q, 0 or ``AWAY`` in k. So kernels
+    that accept no mask, such as flash attention on CUDA, mask exactly, without an ``n x m`` matrix.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import attend
+    >>> q = k = torch.zeros(1, 1, 2, 3)
+    >>> v = torch.tensor([1.0, 5.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
+    >>> attend(q, k, v, seen=torch.tensor([[True, False]]))[0, 0]  # the second key is hidden
+    tensor([[1., 1., 1., 1.],
+            [1., 1., 1., 1.]])
     """
     scale = v.shape[-1] ** 0.5
     hidden = torch.where(seen, 0.0, AWAY).to(k.dtype)[:, None, :, None].expand(*k.shape[:-1], 1)
@@ -55,7 +65,17 @@ def _tell_kernel(device: torch.device, dtype: torch.dtype, channels: int) -> Non
 
 
 def no_flash(capability: tuple[int, int], dtype: torch.dtype, channels: int, built: bool = True) -> str:
-    """Why flash attention cannot run on a CUDA device, or ``""``."""
+    """Why flash attention cannot run on a CUDA device, or ``""``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import no_flash
+    >>> no_flash((9, 0), torch.float32, 64)
+    'float32, they need bfloat16 or float16: train.precision=bf16'
+    >>> no_flash((9, 0), torch.bfloat16, 64)
+    ''
+    """
     if not built:
         return "this torch was built without them"
     if capability < (8, 0):
@@ -68,7 +88,17 @@ def no_flash(capability: tuple[int, int], dtype: torch.dtype, channels: int, bui
 
 
 class Whole:
-    """Every token of every cell, ``[b n d]``."""
+    """Every token of every cell, ``[b n d]``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Whole
+    >>> tokens = Whole(torch.tensor([[True, True, False]]))
+    >>> q = k = torch.zeros(1, 3, 2, 3)
+    >>> tokens.attend(q, k, torch.ones(1, 3, 2, 4)).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(self, seen: Bool[Tensor, "b n"]):
         self.seen = seen
@@ -84,16 +114,26 @@ class Whole:
 
 
 class Packed:
-    """Only the tokens that matter, those of all cells one after the other, ``[n d]``: no padding in any layer.
+    """Only some tokens of each cell, those of all cells one after the other, ``[n d]``: no padding in any layer.
 
     Parameters
     ----------
     cell
-        ``int64 [n]``, not falling: the cell of each token.
+        ``int64 [n]``, ascending: the cell of each token.
     seen
         ``bool [n]``: which tokens are keys.
     cells
         Number of cells.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Packed
+    >>> tokens = Packed(torch.tensor([0, 0, 1]), torch.tensor([True, True, True]), cells=2)
+    >>> q = k = torch.zeros(3, 1, 3)
+    >>> v = torch.tensor([1.0, 3.0, 8.0]).view(3, 1, 1).expand(3, 1, 4)
+    >>> tokens.attend(q, k, v)[:, 0]  # means within cells
+    tensor([2., 2., 8.])
     """
 
     def __init__(self, cell: Int[Tensor, " n"], seen: Bool[Tensor, " n"], cells: int):
@@ -110,10 +150,19 @@ class Packed:
 
 
 class Ragged:
-    """Attention between queries and keys of which every cell has another number.
+    """Attention between queries and keys whose numbers differ from cell to cell.
 
     With a variable-length flash kernel (CUDA, half precision, torch >= 2.10) nothing is padded. Elsewhere cells are
     sorted by length and padded in ``GROUPS`` groups, one call a group.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Ragged
+    >>> q_cell, k_cell = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
+    >>> pairs = Ragged(q_cell, k_cell, cells=2)
+    >>> pairs.attend(torch.zeros(2, 1, 3), torch.zeros(3, 1, 3), torch.ones(3, 1, 4)).shape
+    torch.Size([2, 1, 4])
     """
 
     def __init__(self, q_cell: Int[Tensor, " n"], k_cell: Int[Tensor, " m"], cells: int):
@@ -139,7 +188,7 @@ class Ragged:
     def attend(
         self, q: Float[Tensor, "n h f"], k: Float[Tensor, "m h f"], v: Float[Tensor, "m h e"]
     ) -> Float[Tensor, "n h e"]:
-        """See :func:`attend`; each query looks at the keys of its own cell."""
+        """See :func:`attend`; each query attends to the keys of its own cell."""
         if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16) and (varlen := _varlen()) is not None:
             starts = [F.pad(n.cumsum(0), (1, 0)).int() for n in (self.n_q, self.n_k)]
             longest = [int(n.max()) for n in (self.n_q, self.n_k)]
@@ -166,7 +215,7 @@ def _varlen() -> Callable[..., Tensor] | None:
 
 
 def _slots(cell: Tensor, count: Tensor, row: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Tokens of the cells that have a row, and their places when every row is padded to ``longest``."""
+    """Tokens of the cells that have a row, and their positions when every row is padded to ``longest``."""
     at = (row[cell] >= 0).nonzero().squeeze(1)
     within = at - (count.cumsum(0) - count)[cell[at]]
     return at, row[cell[at]] * longest + within
@@ -178,12 +227,20 @@ def _padded(tokens: Float[Tensor, "t h e"], slot: Tensor, cells: int, longest: i
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the tokens of a layout."""
+    """Multi-head attention among the tokens of a layout.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import SelfAttention, Whole
+    >>> SelfAttention(width=8, heads=2)(torch.zeros(1, 3, 8), Whole(torch.ones(1, 3, dtype=torch.bool))).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qk = nn.Linear(width, 2 * (width - heads), bias=False)  # a channel a head is left to the mask
+        self.qk = nn.Linear(width, 2 * (width - heads), bias=False)  # one channel a head is reserved for the mask
         self.v, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width)
 
     def forward(self, h: Tensor, tokens: Whole | Packed) -> Tensor:
@@ -193,7 +250,16 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one set of tokens on another; ``look(q, k, v)`` pairs them."""
+    """Multi-head attention from one set of tokens to another; ``look(q, k, v)`` computes it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import CrossAttention
+    >>> layer = CrossAttention(width=8, heads=2)
+    >>> layer(torch.zeros(3, 8), torch.zeros(5, 8), lambda q, k, v: v[:3].flatten(1)).shape
+    torch.Size([3, 8])
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -208,7 +274,16 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each a branch behind an adaptive norm."""
+    """Attention and a two-layer network, each a branch behind an adaptive norm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Block, SelfAttention, Whole
+    >>> block = Block(8, SelfAttention(8, heads=2))
+    >>> block(torch.zeros(1, 3, 8), torch.zeros(1, 8), Whole(torch.ones(1, 3, dtype=torch.bool))).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(self, width: int, attention: nn.Module):
         super().__init__()
@@ -225,7 +300,17 @@ class Block(nn.Module):
 
 
 def check_heads(kind: str, width: int, heads: int) -> None:
-    """Raise ``ValueError`` where ``heads`` does not divide ``width``, or leaves a head a single channel."""
+    """Raise ``ValueError`` where ``heads`` does not divide ``width``, or a head would have a single channel.
+
+    Examples
+    --------
+    >>> from distdiff.denoise.attention import check_heads
+    >>> check_heads("transformer", width=64, heads=4)
+    >>> check_heads("transformer", width=64, heads=5)
+    Traceback (most recent call last):
+        ...
+    ValueError: denoiser transformer: heads=5 must divide width=64 and leave a head two channels at ...
+    """
     if heads < 1 or width % heads or width < 2 * heads:
         raise ValueError(
             f"denoiser {kind}: heads={heads} must divide width={width} and leave a head two channels at least"

@@ -21,13 +21,13 @@ STEPS, EMBEDDING, POSITION, FEATURE = 300, 128, 32, 16
 class CSDI(Denoiser):
     """1x1 convolutions, gated residual blocks, attention over genes; the step as 128 numbers (docs/MATHS.md 8.4).
 
-    Two input channels tell evidence (``p = 1``) from state (``p < 1``). The side information of a gene is a sinusoid of
-    its *position*, a constant and whether it is evidence: as published the network knows no gene by name and no label.
+    Evidence (``p = 1``) and state (``p < 1``) are two input channels. The side information of a gene is a sinusoid of
+    its *position*, a constant, and whether it is evidence; as published, there is no gene embedding and no label.
     With the defaults, one output and no labels it has the published 527,825 weights less the 151,296 of a feature
     attention that is never called there.
 
-    Ours: the step is that of the cosine-like grid ``t = 300 (1 - p)`` with p the mean over what is asked; tokens at
-    exactly p = 0, pure noise, are not looked at; labels, where there are some, are added to the step embedding.
+    Different from the paper: the step is ``t = 300 (1 - p)`` with p the mean over the targets; tokens at exactly p = 0,
+    pure noise, are no keys; labels, if any, are added to the step embedding.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class CSDI(Denoiser):
     heads
         Attention heads; they must divide ``width``.
     attention
-        ``full`` or ``lsh`` (over genes, which the published code meant and did not do).
+        ``full``, or ``lsh`` over genes (the published code intends it but does not apply it).
     bucket
         Keys in a chunk of the hashed attention.
     rounds
@@ -52,6 +52,15 @@ class CSDI(Denoiser):
     ------
     ValueError
         Unknown ``attention``, ``heads`` that do not divide ``width``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.csdi import CSDI
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = CSDI(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 1, width=8, depth=1, heads=2).eval()
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 1])
     """
 
     label_tables = "tables"
@@ -92,7 +101,7 @@ class CSDI(Denoiser):
             start(self.answer.bias.unsqueeze(0))
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth for laws of counts."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth for laws of counts."""
         known, seen = (p == 1).to(x.dtype), p > 0
         asked = (1 - known).sum(1).clamp_min(1)
         level = ((1 - known) * p).sum(1) / asked
@@ -172,6 +181,6 @@ def _steps() -> Float[Tensor, "t e"]:
 
 
 def _positions(n: int) -> Float[Tensor, "g e"]:
-    """Sinusoids of a gene's place in the list, base 10,000."""
+    """Sinusoids of a gene's column number, base 10,000."""
     angle = torch.arange(n)[:, None] / 1e4 ** (torch.arange(0, POSITION, 2) / POSITION)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1).float()

@@ -1,4 +1,4 @@
-"""What every denoiser shares: evidence against expectation, the conditioning vector, the adaptive norm."""
+"""Parts that all denoisers share: expected counts, the conditioning vector, the adaptive norm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ from distdiff.types import UNKNOWN, Condition, DataSpec, Float, Tensor
 
 
 class Expectation(nn.Module):
-    """The cheapest honest answer, gene mean x depth of the evidence, computed from the thinned cell alone.
+    """Expected counts of a cell: gene mean x depth, with the depth estimated from the thinned cell alone.
 
-    ``depth = (sum x + c) / (sum p mu + c)`` compares what was seen with what the genes seen would hold in the average
-    cell; ``c`` molecules of prior keep a nearly empty cell near depth 1. A denoiser that answers relative to
-    ``log(mu depth)`` starts training at this baseline's quality and learns only the excess.
+    ``depth = (sum x + c) / (sum p mu + c)`` divides the observed molecules by those expected of the same genes in the
+    average cell; a prior of ``c`` molecules keeps nearly empty cells near depth 1. A denoiser whose output is relative
+    to ``log(mu depth)`` starts as good as this baseline and learns only the difference.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.embed import Expectation
+    >>> from distdiff.types import DataSpec
+    >>> expect = Expectation(DataSpec(("A", "B"), {}, np.array([10.0, 30.0], np.float32)), prior=0.0)
+    >>> log_depth, surprise = expect(torch.tensor([[20.0, 60.0]]).log1p(), torch.ones(1, 2))  # twice the average cell
+    >>> log_depth.exp(), surprise.abs().max() < 1e-5
+    (tensor([[2.0000]]), tensor(True))
     """
 
     mean: Tensor
@@ -34,11 +44,11 @@ class Expectation(nn.Module):
     ) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b g"]]:
         """Return log depth ``[b 1]`` and the surprise ``log(1 + x) - log(1 + p mu depth)`` ``[b g]``.
 
-        A gene that is not seen (``p = 0``) has no surprise, whatever its ``x`` holds: its input is exactly 0.
+        The surprise of a gene that was not measured (``p = 0``) is exactly 0, whatever its ``x``.
         """
         x = torch.where(p > 0, x, 0.0)
         seen = p * self.mean
-        molecules = torch.expm1(x).sum(1, keepdim=True).clamp_min(0)  # a Gaussian state may sum to less than nothing
+        molecules = torch.expm1(x).sum(1, keepdim=True).clamp_min(0)  # the sum of a Gaussian state may be negative
         depth = (molecules + self.prior) / (seen.sum(1, keepdim=True) + self.prior)
         return depth.log(), x - torch.log1p(seen * depth)
 
@@ -47,14 +57,23 @@ class Expectation(nn.Module):
         return self.mean.log() + log_depth
 
     def add_to(self, raw: Float[Tensor, "b g k"], log_depth: Float[Tensor, "b 1"]) -> Float[Tensor, "b g k"]:
-        """Answers whose number 0 was given relative to ``log(mu depth)``."""
+        """Outputs with ``log(mu depth)`` added to number 0."""
         return torch.cat((raw[..., :1] + self.log_rate(log_depth).unsqueeze(-1), raw[..., 1:]), -1)
 
 
 def start(bias: Tensor) -> None:
-    """Initial bias ``[g k]`` of the answers: 0, but small random numbers from the third on.
+    """Set the initial bias ``[g k]`` of the outputs: 0, but small random numbers from the third output on.
 
-    The third answer and those after it are loadings or classes; at loadings of 0 their gradient is 0 (a saddle).
+    The third output and those after it are loadings or classes; at loadings of 0 their gradient is 0 (a saddle).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.embed import start
+    >>> bias = torch.full((4, 2), 7.0)
+    >>> start(bias)
+    >>> bias.unique()
+    tensor([0.])
     """
     nn.init.zeros_(bias)
     if bias.shape[1] > 2:
@@ -62,7 +81,18 @@ def start(bias: Tensor) -> None:
 
 
 class Conditioning(nn.Module):
-    """Covariates, depth and the level of thinning -> one vector per cell ``[b d]``."""
+    """Covariates, depth and the level of thinning -> one vector per cell ``[b d]``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.embed import Conditioning
+    >>> from distdiff.types import Condition, DataSpec
+    >>> spec = DataSpec(("A", "B"), {"cell_type": ("B", "T")}, np.ones(2, np.float32))
+    >>> labels = Condition({"cell_type": torch.tensor([0, 1, -1])})
+    >>> Conditioning(spec, width=8)(torch.zeros(3, 1), torch.ones(3, 2), labels).shape
+    torch.Size([3, 8])
+    """
 
     freqs: Tensor
 
@@ -85,7 +115,20 @@ class Conditioning(nn.Module):
 
 
 def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.ModuleList, cond: Condition) -> Tensor:
-    """``out`` plus the embedding of every label that is given; code -1 (unknown, withheld) adds nothing."""
+    """``out`` plus the embedding of every given label; code -1 (unknown or withheld) adds nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from distdiff.denoise.embed import add_labels
+    >>> from distdiff.types import Condition
+    >>> tables = nn.ModuleList([nn.Embedding.from_pretrained(torch.tensor([[1.0], [2.0]]))])
+    >>> add_labels(torch.zeros(3, 1), ["cell_type"], tables, Condition({"cell_type": torch.tensor([0, 1, -1])}))
+    tensor([[1.],
+            [2.],
+            [0.]])
+    """
     for name, table in zip(names, tables, strict=True):
         if name in cond.labels:
             code = cond.labels[name]
@@ -94,10 +137,19 @@ def add_labels(out: Float[Tensor, "b d"], names: Sequence[str], tables: nn.Modul
 
 
 class Shortcut(nn.Module):
-    """From all evidence to one vector a cell, and from one vector a cell to all answers, each by one matrix.
+    """Two matrices: from all evidence to one vector a cell, and from one vector a cell to all outputs.
 
-    A network of tokens with one read-out for all genes learns slowly what a gene has to itself; with this beside it,
-    it starts where the MLP is (docs/ANSWERS.md). The cost is that of two layers of the MLP.
+    A token network reads all genes out by one matrix, so it learns gene-specific effects slowly. With this in parallel
+    it learns as fast as the MLP (docs/ANSWERS.md). The cost is that of two layers of the MLP.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.embed import Shortcut
+    >>> from distdiff.types import DataSpec
+    >>> shortcut = Shortcut(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), outputs=3, width=8)
+    >>> shortcut.answers(shortcut.evidence(torch.ones(5, 2))).shape
+    torch.Size([5, 2, 3])
     """
 
     def __init__(self, spec: DataSpec, outputs: int, width: int):
@@ -108,7 +160,7 @@ class Shortcut(nn.Module):
         nn.init.zeros_(self.answer.weight)
 
     def answers(self, h: Float[Tensor, "b d"]) -> Float[Tensor, "b g k"]:
-        """What a vector says of every gene; nothing at the start of training."""
+        """Outputs for every gene from one vector a cell; 0 at the start of training."""
         return self.answer(h).float().unflatten(1, (self.outputs, -1)).transpose(1, 2)
 
 
@@ -116,7 +168,16 @@ SHORTCUT_AXES = {"shortcut.evidence.weight": 1, "shortcut.answer.weight": 0}
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm whose scale, shift and gate come from the conditioning vector, zero at start (adaLN-Zero)."""
+    """Layer norm whose scale, shift and gate come from the conditioning vector, zero at start (adaLN-Zero).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.embed import AdaptiveNorm
+    >>> h, gate = AdaptiveNorm(width=2, cond_width=4)(torch.tensor([[1.0, 3.0]]), torch.ones(1, 4))
+    >>> h.detach().round(), gate.detach()  # before training: a plain layer norm, and a gate of 1
+    (tensor([[-1.,  1.]]), tensor([[1., 1.]]))
+    """
 
     def __init__(self, width: int, cond_width: int):
         super().__init__()
@@ -130,7 +191,7 @@ class AdaptiveNorm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Normalised ``h`` and the gate of its branch (``1 + gate`` multiplies what the branch adds).
 
-        ``spread`` makes one vector a cell broadcast to the tokens of ``h`` (a layout's; see ``attention``).
+        ``spread`` broadcasts one vector a cell to the tokens of ``h`` (see `distdiff.denoise.attention.Whole`).
         """
         scale, shift, gate = self.modulate(c).chunk(3, -1)
         if spread is not None:

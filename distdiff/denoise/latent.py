@@ -13,10 +13,10 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
 class Latent(Denoiser):
-    """Tokens are the non-zero entries of x_p; ``latents`` of them read the cell, and every gene reads the latents.
+    """A few latents attend to the tokens of the non-zero entries of x_p, and every gene attends to the latents.
 
-    Thinned data are sparser than data, so an encoder over non-zero entries is cheap where attention among all genes is
-    not. What was looked for and not found reaches the latents through depth, the shares of p and the shortcut.
+    Most entries of a thinned cell are 0, so an encoder over non-zero entries is cheap where attention among all genes
+    is not. Measured zeros reach the latents through the depth, the mean p and the shortcut.
 
     Parameters
     ----------
@@ -29,12 +29,21 @@ class Latent(Denoiser):
     latents
         Number of latents.
     shortcut
-        One matrix from all evidence to the latents and one from their mean to all answers, beside the tokens.
+        One matrix from all evidence to the latents and one from their mean to all outputs, in parallel to the tokens.
 
     Raises
     ------
     ValueError
-        ``heads`` does not divide ``width``, no latent.
+        ``heads`` does not divide ``width``, or ``latents`` is below 1.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.latent import Latent
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = Latent(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8, depth=1, heads=2, latents=4)
+    >>> network(torch.ones(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     ragged = "it reads as many tokens as there are non-zero entries"
@@ -68,7 +77,7 @@ class Latent(Denoiser):
         nn.init.zeros_(self.answer.weight)
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         if self.shortcut is not None:
@@ -78,7 +87,7 @@ class Latent(Denoiser):
         tokens = Whole(h.new_ones(h.shape[:2], dtype=torch.bool))
         for block in self.blocks:
             h = block(h, c, tokens)
-        # every gene asks the latents with its embedding, the same in all cells; what is known of it comes in after
+        # the query of a gene is its embedding, the same in all cells; its own count is added after the attention
         h, _ = self.norm_tell(h, c, tokens.spread)
         k, v = self.tell(h).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = self.ask.to(k.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1).expand(len(x), -1, -1, -1)
@@ -90,10 +99,10 @@ class Latent(Denoiser):
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def _encode(self, values: Tensor, x: Tensor, p: Tensor, c: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:
-        """The latents of each cell after they read its non-zero entries (and the cell token)."""
-        cell, place = F.pad((x != 0) & (p > 0), (1, 0), value=True).nonzero(as_tuple=True)
-        found = F.pad(values, (0, 0, 1, 0))[cell, place]
-        entries = self.value(found) + torch.cat((self.cell, self.gene))[place]
+        """The latents of each cell after they attended to its non-zero entries (and the cell token)."""
+        cell, token = F.pad((x != 0) & (p > 0), (1, 0), value=True).nonzero(as_tuple=True)
+        found = F.pad(values, (0, 0, 1, 0))[cell, token]
+        entries = self.value(found) + torch.cat((self.cell, self.gene))[token]
         h = self.latents + c.unsqueeze(1)
         m = len(self.latents)
         pairs = Ragged(torch.arange(len(x), device=x.device).repeat_interleave(m), cell, len(x))

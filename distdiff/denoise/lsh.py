@@ -16,35 +16,45 @@ from distdiff.denoise.transformer import Transformer
 from distdiff.types import Bool, DataSpec, Float, Int, Tensor
 
 ITSELF = -1e5
-"""Logit of a token on itself (queries and keys are shared, so it would look at nothing else): the last resort."""
+"""Logit of a token with itself. Queries and keys are shared, so it would else attend to itself only."""
 
 WORKSPACE = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits computed at once: what stays near a core (2 MiB: faster too), or keeps a GPU busy."""
+"""Logits computed at once: what fits the cache of a CPU core (2 MiB), or keeps a GPU busy."""
 
 ONE_HASH = 64
-"""Buckets up to which one rotation hashes; beyond, two of the square root, so that hashing stays near linear."""
+"""Most buckets for one rotation; more buckets take two rotations of the square root, which keeps hashing cheap."""
 
 
 class LSH(Transformer):
-    """The transformer with hashed attention: each gene looks at about ``2 bucket`` genes a round, those most like it.
+    """The transformer with hashed attention: each gene attends to about ``2 bucket`` similar genes a round.
 
     Parameters
     ----------
     width, depth, heads, shortcut, checkpoint
         As for the transformer.
     bucket
-        Keys in a chunk; a query looks at its chunk and the one before. More than the number of genes: full attention,
-        exactly.
+        Keys in a chunk; a query attends to its chunk and the one before. At or above the number of genes this is exact
+        full attention.
     rounds
-        Independent hashes, whose answers are joined by their normalisers.
+        Independent hashes, joined in one softmax.
 
     Raises
     ------
     ValueError
         ``bucket`` or ``rounds`` below 1; ``heads`` does not divide ``width``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.lsh import LSH
+    >>> from distdiff.types import Condition, DataSpec
+    >>> genes = tuple(f"gene{i}" for i in range(40))
+    >>> network = LSH(DataSpec(genes, {}, np.ones(40, np.float32)), 2, width=8, depth=1, heads=2, bucket=8)
+    >>> network(torch.zeros(3, 40), torch.ones(3, 40), Condition()).shape
+    torch.Size([3, 40, 2])
     """
 
-    ragged = "its queries fill as many blocks as their places ask"
+    ragged = "its queries fill as many blocks as their hashes need"
 
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 64, depth: int = 3, heads: int = 4, bucket: int = 64,
@@ -61,7 +71,17 @@ class LSH(Transformer):
 
 
 class HashedAttention(nn.Module):
-    """Multi-head :func:`lsh_attention` over ``n`` tokens, its rotations drawn once and saved with the weights."""
+    """Multi-head :func:`lsh_attention` over ``n`` tokens, its rotations drawn once and saved with the weights.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.attention import Whole
+    >>> from distdiff.denoise.lsh import HashedAttention
+    >>> layer = HashedAttention(width=8, heads=2, n=40, bucket=8, rounds=2)
+    >>> layer(torch.zeros(1, 40, 8), Whole(torch.ones(1, 40, dtype=torch.bool))).shape
+    torch.Size([1, 40, 8])
+    """
 
     rotations: Tensor
 
@@ -83,7 +103,14 @@ class HashedAttention(nn.Module):
 def rotations(
     channels: int, n: int, bucket: int, rounds: int, *, rng: torch.Generator | None = None
 ) -> Float[Tensor, "r s e k"]:
-    """Random rotations R (docs/MATHS.md 10.1): ``rounds`` of them, in one or two factors, for ``n`` tokens."""
+    """Random rotations R (docs/MATHS.md 10.1): ``rounds`` of them, in one or two factors, for ``n`` tokens.
+
+    Examples
+    --------
+    >>> from distdiff.denoise.lsh import rotations
+    >>> rotations(channels=8, n=1000, bucket=64, rounds=2).shape
+    torch.Size([2, 1, 8, 8])
+    """
     chunks = -(-n // bucket)
     factors = 1 if chunks <= ONE_HASH else 2
     half = max(1, math.ceil(chunks ** (1 / factors) / 2))
@@ -91,10 +118,18 @@ def rotations(
 
 
 def places(qk: Float[Tensor, "l n e"], rotation: Float[Tensor, "s e k"]) -> Float[Tensor, "l n"]:
-    """Where a token is sorted to: its bucket ``h(v) = argmax[v R; -v R]`` (docs/MATHS.md 10.1), and a place within it.
+    """Sort key of a token: its bucket ``h(v) = argmax[v R; -v R]`` (docs/MATHS.md 10.1) plus a fraction below 1.
 
-    The place is by how far the token points there. Two factors give the two digits of a bucket's number. Nothing
-    depends on the order of the tokens. ``float64``.
+    The fraction is larger the further the token points in the bucket's direction. Two factors give the two digits of a
+    bucket's number. Nothing depends on the order of the tokens. ``float64``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import places
+    >>> one = torch.eye(2).unsqueeze(0)  # two tokens, at a right angle
+    >>> places(one, torch.eye(2).unsqueeze(0)).floor()  # each in a bucket of its own
+    tensor([[0., 1.]], dtype=torch.float64)
     """
     code = strength = torch.zeros(qk.shape[:-1], dtype=torch.float64, device=qk.device)
     for factor in rotation:
@@ -110,12 +145,12 @@ def lsh_attention(
 ) -> Float[Tensor, "b h n e"]:  # fmt: skip
     """Shared-QK attention within hashed neighbourhoods (docs/MATHS.md 10.1), over tokens of one cell, not causal.
 
-    In each round the tokens that are seen are sorted by bucket and cut into chunks of ``bucket`` keys. A query looks at
-    the chunk where its own bucket lies and the one before (the last before the first). Tokens that are not seen only
-    ask: neither sort nor chunks depend on them. Rounds are joined by their normalisers: a key met in two rounds counts
-    twice, in one softmax. At most ``bucket`` seen tokens: full attention, exactly.
+    In each round the seen tokens are sorted by bucket and cut into chunks of ``bucket`` keys. A query attends to the
+    chunk of its own bucket and the one before (for the first chunk, the last). Tokens that are not seen are queries
+    only; neither the order nor the chunks depend on them. All rounds share one softmax, in which a key that is met in
+    two rounds counts twice. With at most ``bucket`` seen tokens this is exact full attention.
 
-    Nothing of n x n is made, and no logits are kept: the backward pass makes them again, chunk by chunk.
+    No ``n x n`` matrix is made and no logits are kept; the backward pass computes them again, chunk by chunk.
 
     Parameters
     ----------
@@ -127,6 +162,14 @@ def lsh_attention(
         Of :func:`rotations`.
     bucket
         Keys of a chunk.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import lsh_attention, rotations
+    >>> qk, v, seen = torch.zeros(1, 1, 6, 4), torch.ones(1, 1, 6, 4), torch.ones(1, 6, dtype=torch.bool)
+    >>> lsh_attention(qk, v, seen, rotations(4, 6, bucket=2, rounds=2), bucket=2).unique()
+    tensor([1.])
     """
     b, heads, n, e = qk.shape
     q, k = qk.reshape(b * heads, n, e), F.normalize(qk, dim=-1).reshape(b * heads, n, e)
@@ -139,20 +182,29 @@ def lsh_attention(
 
 @dataclass(frozen=True)
 class Meetings:
-    """Who meets whom in one round: blocks of queries, each before two chunks of keys.
+    """Which queries meet which keys in one round: blocks of queries, each with two chunks of keys.
 
     Attributes
     ----------
     key
-        ``int64 [l c s]``: token at each place of each chunk; ``n``: the place is empty.
+        ``int64 [l c s]``: token in each slot of each chunk; ``n``: the slot is empty.
     query
-        ``int64 [l B s]``: token at each place of each block; ``n``: the place is empty.
+        ``int64 [l B s]``: token in each slot of each block; ``n``: the slot is empty.
     itself
         ``int64 [l B s]``: where a query meets its own key, among the ``2 s`` keys; -1: nowhere.
     slot
-        ``int64 [l n]``: each token's place among the queries ``[B s]``.
+        ``int64 [l n]``: slot of each token among the queries ``[B s]``.
     chunk, before
-        ``int64 [l B]``: a block's chunk and the one before; equal where there is but one.
+        ``int64 [l B]``: a block's chunk and the one before; equal where there is only one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import meetings
+    >>> pairs = meetings(torch.tensor([[0.3, 2.1, 1.2]]), torch.ones(1, 3, dtype=torch.bool), bucket=2)
+    >>> pairs.key  # two chunks of two tokens, sorted by bucket; 3 marks an empty slot
+    tensor([[[0, 2],
+             [1, 3]]])
     """
 
     key: Tensor
@@ -163,7 +215,7 @@ class Meetings:
     before: Tensor
 
     def parts(self) -> Iterator[tuple[slice, Meetings]]:
-        """Pieces of the ``l`` (cell, head) pairs whose logits fit the workspace."""
+        """Parts of the ``l`` (cell, head) pairs, each small enough for its logits to fit the workspace."""
         pairs, blocks, size = self.query.shape
         room = WORKSPACE.get(self.query.device.type, WORKSPACE["cuda"])
         some = max(1, room // (blocks * size * 2 * size))
@@ -172,7 +224,7 @@ class Meetings:
             yield at, Meetings(*(getattr(self, field.name)[at] for field in fields(self)))
 
     def keys(self) -> Int[Tensor, "l B t"]:
-        """The tokens that each block looks at; ``n``: none."""
+        """The tokens that each block attends to; ``n``: none."""
         pairs = torch.arange(len(self.key), device=self.key.device).unsqueeze(1)
         second = self.key[pairs, self.before].masked_fill((self.before == self.chunk).unsqueeze(-1), self.slot.shape[1])
         return torch.cat((self.key[pairs, self.chunk], second), -1)
@@ -180,35 +232,45 @@ class Meetings:
     def logits(
         self, q: Float[Tensor, "l n e"], k: Float[Tensor, "l n e"], keys: Int[Tensor, "l B t"]
     ) -> Float[Tensor, "l B s t"]:
-        """``q k'`` of all meetings, ``-inf`` at empty places, ``ITSELF`` where a query meets its own key."""
+        """``q k'`` of all meetings, ``-inf`` at empty slots, ``ITSELF`` where a query meets its own key."""
         empty = torch.where(keys == self.slot.shape[1], -torch.inf, 0.0).to(q.dtype).flatten(0, 1).unsqueeze(1)
         asked, met = _take(q, self.query).flatten(0, 1), _take(k, keys).flatten(0, 1)
         logits = torch.baddbmm(empty, asked, met.transpose(1, 2)).unflatten(0, keys.shape[:2]).float()
         return self.at_itself(logits, ITSELF)
 
     def at_itself(self, matrix: Float[Tensor, "l B s t"], value: float) -> Float[Tensor, "l B s t"]:
-        """Overwrite, in place, what stands where a query meets its own key."""
+        """Overwrite, in place, the entries where a query meets its own key."""
         where = self.itself.clamp_min(0).unsqueeze(-1)
-        there = matrix.gather(-1, where).masked_fill_((self.itself >= 0).unsqueeze(-1), value)
-        return matrix.scatter_(-1, where, there)
+        overwritten = matrix.gather(-1, where).masked_fill_((self.itself >= 0).unsqueeze(-1), value)
+        return matrix.scatter_(-1, where, overwritten)
 
     def back(self, values: Float[Tensor, "l B s e"]) -> Float[Tensor, "l n e"]:
-        """From the blocks' places to the tokens."""
+        """From the slots of the blocks back to the tokens."""
         return _take(values.flatten(1, 2), self.slot)
 
 
 def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -> Meetings:
-    """Sort and cut one round (see :func:`lsh_attention`) of tokens that belong at those :func:`places`."""
+    """Sort and cut tokens into one round of :func:`lsh_attention`; ``at`` comes from :func:`places`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.denoise.lsh import meetings
+    >>> seen = torch.tensor([[True, True, False]])
+    >>> meetings(torch.tensor([[0.3, 2.1, 1.2]]), seen, bucket=2).key  # the unseen token is no key
+    tensor([[[0, 1],
+             [3, 3]]])
+    """
     pairs, n = at.shape
     size = min(bucket, n)
     chunks = -(-n // size)
     line, order = torch.where(seen, at, torch.inf).sort(dim=1, stable=True)
     n_seen = seen.sum(1, keepdim=True)
-    place = torch.arange(n, device=at.device).repeat(pairs, 1)
-    key = F.pad(torch.where(place < n_seen, order, n), (0, chunks * size - n), value=n).view(pairs, chunks, size)
+    position = torch.arange(n, device=at.device).repeat(pairs, 1)
+    key = F.pad(torch.where(position < n_seen, order, n), (0, chunks * size - n), value=n).view(pairs, chunks, size)
 
-    # a seen token stands in the line, another where it would
-    own = torch.empty_like(place).scatter_(1, order, place)
+    # a seen token has its rank among the seen; an unseen one the rank it would have
+    own = torch.empty_like(position).scatter_(1, order, position)
     chunk = torch.where(seen, own, torch.minimum(torch.searchsorted(line, at), n_seen - 1)) // size
 
     # the queries of a chunk fill as many blocks as they need
@@ -218,13 +280,13 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
     blocks = -(-count // size)
     ends = blocks.cumsum(1)
     by_chunk, asker = chunk.sort(dim=1, stable=True)
-    within = place - (count.cumsum(1) - count).gather(1, by_chunk)
+    within = position - (count.cumsum(1) - count).gather(1, by_chunk)
     put = (ends - blocks).gather(1, by_chunk) * size + within
     total = int(ends[:, -1].max())
-    query = place.new_full((pairs, total * size), n).scatter_(1, put, asker)
+    query = position.new_full((pairs, total * size), n).scatter_(1, put, asker)
     itself = torch.where(seen, own % size, -1).gather(1, asker)
-    itself = place.new_full((pairs, total * size), -1).scatter_(1, put, itself)
-    slot = torch.empty_like(place).scatter_(1, asker, put)
+    itself = position.new_full((pairs, total * size), -1).scatter_(1, put, itself)
+    slot = torch.empty_like(position).scatter_(1, asker, put)
     number = torch.arange(total, device=at.device).repeat(pairs, 1)
     chunk = torch.searchsorted(ends, number, right=True).clamp(max=chunks - 1)
     before = (chunk - 1) % (-(-n_seen // size))
@@ -233,9 +295,9 @@ def meetings(at: Float[Tensor, "l n"], seen: Bool[Tensor, "l n"], bucket: int) -
 
 
 class _Hashed(torch.autograd.Function):
-    """One softmax over all meetings of all rounds: forwards online, backwards from the normaliser alone.
+    """One softmax over all rounds: online in the forward pass, from the normaliser in the backward pass.
 
-    Arrays over tokens get a row of zeros behind the last, where empty places read and write.
+    Arrays over tokens get one more row of zeros, which empty slots read and write.
     """
 
     @staticmethod
@@ -292,11 +354,11 @@ def _flat(at: Int[Tensor, "l ..."], n: int) -> Int[Tensor, " places"]:
 
 
 def _take(values: Float[Tensor, "l n e"], at: Int[Tensor, "l ..."]) -> Float[Tensor, "l ... e"]:
-    """Values at those places."""
+    """Values of the tokens ``at``."""
     flat = _flat(at, values.shape[1])
     return values.flatten(0, 1).index_select(0, flat).view(*at.shape, values.shape[-1])
 
 
 def _add(to: Float[Tensor, "l n e"], at: Int[Tensor, "l B t"], values: Float[Tensor, "l B t e"]) -> None:
-    """Add values at those places."""
+    """Add values to the tokens ``at``."""
     to.view(-1, to.shape[-1]).index_add_(0, _flat(at, to.shape[1]), values.flatten(0, 2).float())

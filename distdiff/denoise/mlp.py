@@ -11,7 +11,7 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 
 
 class MLP(Denoiser):
-    """Gene vector -> ``width`` -> residual blocks with adaptive norm -> answers for all genes.
+    """Gene vector -> ``width`` -> residual blocks with adaptive norm -> outputs for all genes.
 
     Parameters
     ----------
@@ -22,14 +22,22 @@ class MLP(Denoiser):
     depth
         Number of residual blocks.
     rank
-        Factorise the two input layers through one embedding of this many numbers a gene (0: a full layer each): for
-        many genes, where they hold most of the weights. (Summing over non-zero entries alone does not pay: on a CPU
-        the dense product is as fast up to 20,000 genes at 3 % non-zero; docs/ANSWERS.md.)
+        Factorise the two input layers through one embedding of this many numbers a gene (0: full layers). Useful with
+        many genes, when these layers hold most weights. (A sum over non-zero entries is no faster: on a CPU the dense
+        product is as fast up to 20,000 genes at 3 % non-zero; docs/ANSWERS.md.)
     linear
-        Rank of a linear path around the trunk, from the evidence to the log rates, which is what PCA and ridge
-        regression have (0: none). It is scaled by the share of molecules seen, as in a regression on masked inputs. It
-        helped before the process weighed a gene's own count in; since then it only biases middle p
-        (benchmarks/ablation.py).
+        Rank of a linear path around the trunk, from the evidence to the log rates, as in PCA and ridge regression (0:
+        none). It is scaled by the share of molecules seen, as in a regression on masked inputs. With ``own: true`` in
+        the process it only adds a bias at middle p; it is of use without (benchmarks/ablation.py).
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.mlp import MLP
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = MLP(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8, depth=1)
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     def __init__(
@@ -58,19 +66,19 @@ class MLP(Denoiser):
             self.linear.extend((down, up))
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         h = self.evidence(self.embed(surprise)) + self.survival(self.embed(p - 0.5))
         for block in self.blocks:
             h = block(h, c)
         h, _ = self.norm(h, c)
-        first, *others = self.answer(h).float().unflatten(1, (self.outputs, -1)).unbind(1)
+        first, *further = self.answer(h).float().unflatten(1, (self.outputs, -1)).unbind(1)
         offset: Tensor | float = self.expectation.log_rate(log_depth) if self.relative else 0.0
         if self.linear:
             down, up = self.linear
             offset = offset + up(down(surprise) / (p.mean(1, keepdim=True) + 0.05))
-        return torch.stack((first + offset, *others), 1).transpose(1, 2)
+        return torch.stack((first + offset, *further), 1).transpose(1, 2)
 
 
 class _Block(nn.Module):

@@ -16,7 +16,7 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 class Transformer(Denoiser):
     """Gene token = gene embedding + projection of (surprise, count, p, seen at all); pre-norm blocks with adaLN.
 
-    Tokens of genes with ``p = 0`` ask and are not looked at (see :mod:`~distdiff.denoise.attention`).
+    Tokens of genes with ``p = 0`` are queries and no keys (see :mod:`~distdiff.denoise.attention`).
 
     Parameters
     ----------
@@ -27,10 +27,11 @@ class Transformer(Denoiser):
     heads
         Attention heads; they must divide ``width``.
     shortcut
-        One matrix from all evidence to the cell's vector and one from the cell token to all answers, beside the tokens.
+        One matrix from all evidence to the cell's vector and one from the cell token to all outputs, in parallel to the
+        tokens.
     pack
-        Compute only tokens that matter: what is asked (``p < 1``) and evidence that is not 0. An evidence of 0 is then
-        told by the absence of its token. Saves most where few genes are asked; no use with ``train.compile``.
+        Compute only tokens of genes to predict (``p < 1``) and of evidence that is not 0. Saves most where few genes
+        are predicted; does not help with ``train.compile``.
     checkpoint
         Recompute each block in the backward pass instead of keeping its activations: memory for about a third more
         time.
@@ -39,6 +40,15 @@ class Transformer(Denoiser):
     ------
     ValueError
         ``heads`` does not divide ``width``.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from distdiff.denoise.transformer import Transformer
+    >>> from distdiff.types import Condition, DataSpec
+    >>> network = Transformer(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 2, width=8, depth=1, heads=2)
+    >>> network(torch.zeros(3, 2), torch.ones(3, 2), Condition()).shape
+    torch.Size([3, 2, 2])
     """
 
     def __init__(
@@ -50,7 +60,7 @@ class Transformer(Denoiser):
         check_heads(type(self).__name__.lower(), width, heads)
         self.pack, self.checkpoint = pack, checkpoint
         if pack:
-            self.ragged = "denoiser.pack computes as many tokens as matter"
+            self.ragged = "denoiser.pack computes a number of tokens that depends on the cells"
         self.expectation = Expectation(spec)
         self.condition = Conditioning(spec, width)
         self.shortcut = Shortcut(spec, outputs, width) if shortcut else None
@@ -70,30 +80,32 @@ class Transformer(Denoiser):
         return SelfAttention(width, heads)
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to gene mean x depth."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         if self.shortcut is not None:
             c = c + self.shortcut.evidence(surprise)
-        values = F.pad(torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1), (0, 0, 1, 0))  # token 0: the cell's
+        values = F.pad(
+            torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1), (0, 0, 1, 0)
+        )  # token 0 is the cell token
         identity = torch.cat((self.cell, self.gene))
         seen = F.pad(p > 0, (1, 0), value=True)
         if self.pack:
-            cell, place = F.pad((p < 1) | (x != 0), (1, 0), value=True).nonzero(as_tuple=True)
-            tokens: Whole | Packed = Packed(cell, seen[cell, place], len(x))
-            h = self.value(values[cell, place]) + identity[place]
+            cell, token = F.pad((p < 1) | (x != 0), (1, 0), value=True).nonzero(as_tuple=True)
+            tokens: Whole | Packed = Packed(cell, seen[cell, token], len(x))
+            h = self.value(values[cell, token]) + identity[token]
         else:
             tokens = Whole(seen)
             h = self.value(values) + identity
         for block in self.blocks:
             h = checkpoint(block, h, c, tokens, use_reentrant=False) if self._recompute() else block(h, c, tokens)
         h, _ = self.norm(h, c, tokens.spread)
-        raw, told = self.answer(h).float(), h[place == 0] if self.pack else h[:, 0]
+        raw, cell_token = self.answer(h).float(), h[token == 0] if self.pack else h[:, 0]
         if self.pack:
-            raw = raw.new_zeros(*seen.shape, raw.shape[-1]).index_put((cell, place), raw)
+            raw = raw.new_zeros(*seen.shape, raw.shape[-1]).index_put((cell, token), raw)
         raw = raw[:, 1:] + self.bias
         if self.shortcut is not None:
-            raw = raw + self.shortcut.answers(told)
+            raw = raw + self.shortcut.answers(cell_token)
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def _recompute(self) -> bool:

@@ -16,7 +16,7 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 class UNet(Denoiser):
     """``diffusers.UNet2DModel`` over pixels whose intensities are counts; a "gene" is one colour of one pixel.
 
-    The input is ``(x_t - 127.5 p) / 255`` in molecules of light, as published; nothing at p = 0. Labels, the level of
+    The input is ``(x_t - 127.5 p) / 255`` with intensities as molecules, as published; 0 at p = 0. Labels, the level of
     thinning and depth go in as the class embedding.
 
     Parameters
@@ -24,11 +24,11 @@ class UNet(Denoiser):
     shape
         Colours, height, width; the genes in that order (colour slowest).
     channels
-        Of each resolution, halved from one to the next.
+        Channels of each resolution; height and width are halved from one to the next.
     attention
         Resolutions with self-attention, counted from 0: CIFAR-10 ``[1]``, CelebA-64 ``[2]``.
     layers
-        Residual layers a resolution (4 recommended there, 2 in the paper).
+        Residual layers a resolution (2 in the paper, whose code recommends 4).
     dropout
         Share of activations dropped in training.
     groups
@@ -40,6 +40,16 @@ class UNet(Denoiser):
         ``shape`` does not hold the data's number of genes, or cannot be halved that often.
     ImportError
         diffusers is not installed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.denoise.unet import UNet
+    >>> from distdiff.types import DataSpec
+    >>> UNet(DataSpec(("A", "B"), {}, np.ones(2, np.float32)), 1, shape=(3, 32, 32))
+    Traceback (most recent call last):
+        ...
+    ValueError: denoiser unet: shape=[3, 32, 32] holds 3072 values, the data 2
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class UNet(Denoiser):
         if height % 2 ** (len(channels) - 1) or width % 2 ** (len(channels) - 1):
             raise ValueError(
                 f"denoiser unet: {height} x {width} cannot be halved {len(channels) - 1} times, as {len(channels)} "
-                "channels ask"
+                "channels need"
             )
         try:
             from diffusers import UNet2DModel
@@ -84,7 +94,7 @@ class UNet(Denoiser):
         self.unet = unet
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
-        """See :class:`~distdiff.denoise.Denoiser`; answer 0 is relative to pixel mean x brightness."""
+        """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to pixel mean x brightness."""
         log_depth, _ = self.expectation(x, p)
         light = torch.where(p > 0, torch.expm1(x) - 127.5 * p, 0.0) / 255
         c = self.condition(log_depth, p, cond)

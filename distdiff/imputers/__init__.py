@@ -30,6 +30,13 @@ class Imputed:
         ``float32 [k b g]`` whole-number draws from the predictive law, or ``None`` for a point estimate.
     statistics
         Others of the predictive law, by name (``sd``, ``q5`` ...), each ``float32 [b g]``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.imputers import Imputed
+    >>> Imputed(torch.ones(2, 3), torch.zeros(5, 2, 3)).draws.shape  # 5 draws of 2 cells x 3 genes
+    torch.Size([5, 2, 3])
     """
 
     mean: Float[Tensor, "b g"]
@@ -48,6 +55,18 @@ class Imputer(ABC):
         What :attr:`Imputed.mean` holds (see :mod:`~distdiff.readouts`).
     statistics
         Names of :attr:`Imputed.statistics`, in order.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.imputers import Imputed, Imputer
+    >>> from distdiff.types import Cells, Condition
+    >>> class One(Imputer):
+    ...     def impute(self, cells, observed, *, draws=0, seed=0):
+    ...         return Imputed(torch.where(observed, cells.counts, 1.0))
+    >>> cells = Cells(torch.tensor([[4.0, 0.0]]), Condition(), torch.tensor([0]))
+    >>> One().impute(cells, torch.tensor([[True, False]])).mean
+    tensor([[4., 1.]])
     """
 
     readout: str = "mean"

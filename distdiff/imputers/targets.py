@@ -26,7 +26,16 @@ class Rows(Protocol):
 
 
 def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
-    """Targets are the true (non-zero) entries of ``mask`` ``[cells, genes]``; what stands there is not looked at."""
+    """Targets are the true (non-zero) entries of ``mask`` ``[cells, genes]``; what stands there is not looked at.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.imputers.targets import by_mask
+    >>> hidden = by_mask(np.array([[True, False], [False, True]]))
+    >>> hidden(1, 2, None)  # the mask of row 1
+    array([[False,  True]])
+    """
     rows: Any = sp.csr_matrix(mask) if sp.issparse(mask) else mask
 
     def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Processes: laws on data. A process owns no weights, no device and no file; its fields are its hyper-parameters."""
+"""Processes: how molecules are removed from cells, and drawn back. A process owns no weights, no device, no file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ class Process(ABC):
     """A corruption of data with a survival probability ``p`` (1 = clean, 0 = nothing left), and its reversal.
 
     ``p`` broadcasts against ``[b g]`` everywhere, so each gene of each cell may have its own (docs/MATHS.md 5).
-    Data are molecules; a *state* is what the process walks on, from :meth:`prior` (p = 0) to :meth:`enter` of the data
-    (p = 1). ``eta`` is the network's answer in the parameters in which guidance is linear, ``[b g k]``.
+    Data are molecules. A *state* is what the process changes step by step, from :meth:`prior` (p = 0) to :meth:`enter`
+    of the data (p = 1). ``eta`` (``[b g k]``) is the network's output as natural parameters: those in which guidance is
+    a weighted sum. A process is a frozen dataclass; its fields are its hyper-parameters.
+
+    Examples
+    --------
+    >>> from distdiff.component import build
+    >>> from distdiff.process import Process
+    >>> law = build(Process, {"kind": "counts", "head": "mean"})  # the class in distdiff/process/counts.py
+    >>> law.outputs, law.entrywise
+    (1, True)
     """
 
     schedule: Any
-    """A :class:`~distdiff.process.schedule.Schedule`; constructors also take its name or options."""
+    """A :class:`~distdiff.process.schedule.Schedule`; a constructor also accepts a name or a mapping of options."""
 
     relative: bool = True
-    """Whether the network's answer 0 is a log rate, to be given relative to the denoiser's cheap expectation."""
+    """Whether output 0 of the network is a log rate, which the denoiser gives relative to gene mean x depth."""
 
     whole: ClassVar[bool] = True
-    """Whether it is a law of whole counts: it trains on none but a store of counts."""
+    """Whether the law holds for whole counts only; it then trains on a store of counts and refuses measurements."""
 
     @property
     def entrywise(self) -> bool:
-        """Whether :meth:`reverse` draws each entry by itself, so that it can be asked for some of them."""
+        """Whether :meth:`reverse` draws entries independently, so that a caller may draw only some of them."""
         return False
 
     @property
@@ -60,7 +69,7 @@ class Process(ABC):
     def encode(
         self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
     ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
-        """What the network sees of the state, on the scale of ``log(1 + molecules)``, and the p it was seen with."""
+        """Network inputs: the state on the scale of ``log(1 + molecules)``, and the p that the network is given."""
 
     @abstractmethod
     def natural(
@@ -72,7 +81,7 @@ class Process(ABC):
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g"]:
-        """Weighted loss of every entry (``x_0`` the state at p = 1), never reduced; exactly 0 where ``p == 1``."""
+        """Weighted loss of every entry, not summed or averaged; exactly 0 where ``p == 1``. ``x_0``: state at p = 1."""
 
     @abstractmethod
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
@@ -105,7 +114,17 @@ class Process(ABC):
 
 
 def tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a tensor of the type and device of ``like``; a number is written there, as copying it would wait."""
+    """``value`` as a tensor with the dtype and device of ``like``.
+
+    A number is filled in on the device: copying it from the host would stall a GPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process import tensor
+    >>> tensor(0.5, torch.zeros(3))
+    tensor(0.5000)
+    """
     if isinstance(value, Tensor):
         return value.to(like)
     return torch.full((), value, dtype=like.dtype, device=like.device)

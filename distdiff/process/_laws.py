@@ -18,8 +18,8 @@ def nb_nll(d: Tensor, mean: Tensor, log_size: Tensor) -> Tensor:
     """``-log NB(d; mean, size)`` in nats (docs/MATHS.md 3.5), exact for ``mean = 0`` too.
 
     ``size log(1 + mean / size) + d log((size + mean) / mean) - log(Gamma(d + size) / (Gamma(size) d!))``. The terms in
-    d are 0 where nothing was lost, which is in most entries. On a CPU only the others are touched (a log-gamma and its
-    derivative cost more than all else); on a GPU finding them would wait for the device.
+    d are 0 where nothing was lost, which is in most entries. On a CPU only entries with ``d > 0`` are computed, because
+    log-gamma is the slowest part; a GPU computes all, because finding those entries would stall it.
     """
     size = log_size.exp()
     none = size * torch.log1p(mean / size)
@@ -32,7 +32,7 @@ def nb_nll(d: Tensor, mean: Tensor, log_size: Tensor) -> Tensor:
 
 
 def _some(d: Tensor, mean: Tensor, size: Tensor) -> Tensor:
-    """What molecules add to ``-log NB``: ``-log (size)_d / d! + d log((size + mean) / mean)``.
+    """Terms of ``-log NB`` for ``d > 0``: ``-log (size)_d / d! + d log((size + mean) / mean)``.
 
     Log-gammas of large sizes cancel (at 1e6, float32 keeps one digit of their difference): there, Stirling's series.
     """
@@ -58,8 +58,8 @@ def low_rank_score(e: Tensor, own: Tensor, shared: Tensor, where: Tensor) -> Ten
     """Dawid-Sebastiani score of residuals with covariance ``diag(own) + U U'``, entry by entry ``[b g]``.
 
     ``(e' S^-1 e + log det S) / 2`` (docs/MATHS.md 3.7), proper for the covariance whatever the law of ``e``; by
-    Woodbury's identity its cost is ``g k^2``. What belongs to no entry (the small matrix's ``log det``) is shared out
-    among those in ``where``.
+    Woodbury's identity its cost is ``g k^2``. The small matrix's ``log det`` belongs to no single entry; it is divided
+    equally among the entries in ``where``.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def low_rank_score(e: Tensor, own: Tensor, shared: Tensor, where: Tensor) -> Ten
     """
     weighted = shared / own.unsqueeze(-1)
     small = torch.eye(shared.shape[-1], device=e.device) + shared.mT @ weighted
-    # whether it succeeded is looked at on the CPU only, as that waits for a GPU; what failed there is not finite
+    # success is checked on the CPU only, because the check stalls a GPU; a failed factor there gives non-finite numbers
     root, _ = torch.linalg.cholesky_ex(small, check_errors=small.device.type == "cpu")
     along = torch.cholesky_solve((weighted.mT @ e.unsqueeze(-1)), root)
     fitted = (shared @ along).squeeze(-1)
@@ -87,10 +87,10 @@ def nb_mean_log1p(base: Tensor, mean: Tensor, log_size: Tensor, scale: Tensor) -
     """``E[log(1 + scale (base + d))]`` for ``d ~ NB(mean, size)``, entry by entry (docs/MATHS.md 5.8).
 
     ``log(1 + y)`` is the integral of ``(1 - e^(-ty)) e^-t / t`` over ``t > 0``, and the expected ``e^(-t scale d)`` has
-    a closed form, so that one integral answers for laws of any width:
+    a closed form, so one integral serves laws of any width:
     ``int e^-t (1 - exp(-t scale base - size log(1 + (1 - e^(-t scale)) mean / size))) dt / t``. By the trapezoid rule
     on a grid of ``log t`` its error falls exponentially with the number of points. What lies below the grid, where the
-    integrand is proportional to t, is a geometric series. No point waits for a GPU.
+    integrand is proportional to t, is a geometric series. Nothing stalls a GPU.
 
     Parameters
     ----------
@@ -111,8 +111,8 @@ def nb_mean_log1p(base: Tensor, mean: Tensor, log_size: Tensor, scale: Tensor) -
     low, high = -9.0 - torch.log1p(scale * (1 + base + mean + ratio)), 3.0  # log t: e^(-e^3) is 2e-9
     step = (high - low) / (POINTS - 1)
     total = slope * low.exp() / torch.expm1(step)
-    for point in range(POINTS):
-        t = torch.exp(low + point * step)
+    for number in range(POINTS):
+        t = torch.exp(low + number * step)
         exponent = t * scale * base + size * torch.log1p(ratio * -torch.expm1(-t * scale))
         total = total + torch.exp(-t) * -torch.expm1(-exponent)
     return step * total

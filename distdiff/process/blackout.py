@@ -14,15 +14,22 @@ from distdiff.types import Tensor
 
 @dataclass(frozen=True)
 class Blackout(Counts):
-    """Pure death observed at ``times`` points uniform in logit p (docs/MATHS.md 1.4), mean alone, plain steps.
+    """Pure death at ``times`` times, uniform in logit p (docs/MATHS.md 1.4), mean alone, plain steps.
 
     Parameters
     ----------
     schedule
-        A discrete one.
+        A discrete one, such as ``fisher@1000``.
     weight
         ``instantaneous``: ``p_k log(p_{k-1} / p_k) / pi_k``, the birth rates at the end of each interval; ``finite``:
-        ``(p_{k-1} - p_k) / pi_k``, the births of the whole interval; ``pi_k = 1 / times``. Both tend to ``-p'``.
+        ``(p_{k-1} - p_k) / pi_k``, the expected births of the interval; ``pi_k = 1 / times``. Both tend to ``-p'``.
+
+    Examples
+    --------
+    >>> from distdiff.process.blackout import Blackout
+    >>> law = Blackout()
+    >>> law.schedule.times, law.outputs
+    (1000, 1)
     """
 
     schedule: Any = "fisher@1000"

@@ -1,6 +1,6 @@
 """Count diffusion: molecules are lost one by one and born again (CountsDiff; docs/MATHS.md 2-4).
 
-Each of ``x_0`` molecules survives with probability ``p``; ``d = x_0 - x_p`` is what was lost. The network answers with
+Each of ``x_0`` molecules survives with probability ``p``; ``d = x_0 - x_p`` is what was lost. The network predicts
 a rate ``lambda = f / (1 - p)`` (docs/MATHS.md 3.4), ``f`` being the expected number of lost molecules, and optionally
 with the size of a negative binomial around it (docs/MATHS.md 3.5) and the directions in which genes vary together
 (docs/MATHS.md 4.9). All functions are exact entry by entry, whatever p each gene has.
@@ -21,9 +21,9 @@ from distdiff.process.schedule import births_share, check_sigma, schedule, survi
 from distdiff.rng import Rng
 from distdiff.types import Float, Tensor
 
-LOG_RATE = (-18.0, 16.0)  # molecules per cell: e^16 is 9 million, beyond any droplet
-SHARP = 16.0  # how sharply the positive part of xhat_0 - x bends
-LOG_SIZE = (-6.0, 9.0)  # NB size: e^9 is Poisson for all purposes; below e^-6 a gene is silent in all cells but a few
+LOG_RATE = (-18.0, 16.0)  # log molecules per cell: e^16 is 9 million, more than any droplet holds
+SHARP = 16.0  # steepness of the softplus that keeps xhat_0 - x positive
+LOG_SIZE = (-6.0, 9.0)  # log NB size: e^9 is practically Poisson; below e^-6 nearly all cells have no molecule
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Counts(Process):
         :func:`~distdiff.process.schedule.schedule`.
     weight
         ``paper``: ``w = -p'`` (docs/MATHS.md 3.2); ``nll``: ``w = -p' / (1 - p)`` (docs/MATHS.md 3.3 with t uniform),
-        the bound on ``-log p(x_0)``; ``none``: 1, which keeps both ends of the path in view: the first step of a short
-        walk is the largest (benchmarks/toy.py, benchmarks/ablation.py).
+        the bound on ``-log p(x_0)``; ``none``: 1, so that small p, where a short walk takes its largest step, counts as
+        much as large p (benchmarks/toy.py, benchmarks/ablation.py).
     head
         ``mean``: the network gives the rate alone. ``nb``: also a dispersion (docs/MATHS.md 3.5). ``loadings``: also
         how much of that dispersion genes share, as ``loadings`` directions per gene (docs/MATHS.md 4.9).
@@ -47,22 +47,36 @@ class Counts(Process):
         likelihood with the mean held fixed; ``joint``: both by likelihood, which is proper too but lets dispersed
         genes pull the mean.
     predict
-        ``rate``: the network's first answer is ``log lambda``. ``x0``: it is ``log xhat_0``, and f is ``xhat_0 - x``,
-        kept positive in proportion to ``xhat_0`` (the published ``softplus(xhat_0 - x)`` is at least .69 at zero); no
-        rate at p = 1, so no denoising.
+        ``rate``: output 0 of the network is ``log lambda``. ``x0``: it is ``log xhat_0``, and f is ``xhat_0 - x``, kept
+        positive by a softplus that scales with ``xhat_0`` (the published ``softplus(xhat_0 - x)`` is .69 molecules
+        where ``xhat_0 = x``). With ``x0`` there is no rate at p = 1, so a model cannot denoise.
     own
-        Whether a gene's own count is weighed in exactly. The network's rate and size are then a Gamma law *before* the
-        gene's count is seen, and the answer is the law after it: rate ``(x + k) / (p + k / lambda)``, size ``k + x``
-        (docs/MATHS.md 3.6, at every p). A network of low rank cannot learn one such response a
-        gene, and without it a walk of many steps forgets the dispersion: its births do not reinforce themselves.
+        Whether each gene's own observed count enters by Bayes' rule. The network's rate and size are then a Gamma
+        prior, and ``eta`` holds the posterior after ``x`` molecules were seen: rate ``(x + k) / (p + k / lambda)``,
+        size ``k + x`` (docs/MATHS.md 3.6, at every p). Without it the network would have to learn this response for
+        every gene separately, which a narrow hidden layer cannot; the draws of a walk with many steps are then too
+        little dispersed.
     leap
         How a reverse step draws its births: ``plain`` (docs/MATHS.md 4.2), ``nb`` (docs/MATHS.md 4.8),
-        ``correlated`` (docs/MATHS.md 4.9); empty: the one that uses all that the head knows.
+        ``correlated`` (docs/MATHS.md 4.9); empty: the richest one for which the head has the parameters.
     rounding
         How a plain step turns the real ``f`` into molecules: ``random`` (docs/MATHS.md 4.5), ``nearest`` (which
         collapses small rates to 0; kept for comparison), ``poisson`` (births ``Poisson(beta f)``).
     loadings
         Directions per gene of the head ``loadings``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.counts import Counts
+    >>> from distdiff.rng import generator
+    >>> law, cells = Counts(head="mean"), torch.full((2, 50_000), 8.0)
+    >>> thinned = law.forward(cells, 1.0, 0.25, rng=generator(0, "example"))  # a quarter of the molecules survive
+    >>> round(thinned.mean().item(), 1)
+    2.0
+    >>> eta = torch.full((2, 50_000, 1), 8.0).log()  # output of a perfect network: a rate of 8
+    >>> law.lost(eta, 0.25)[0, 0].item()
+    6.0
     """
 
     schedule: Any = "cosine"
@@ -76,7 +90,7 @@ class Counts(Process):
     loadings: int = 8
 
     molecules: ClassVar[bool] = True
-    """Whether a state's counts are the molecules of the data."""
+    """Whether the counts of a state are molecules of the data (not so for :class:`~distdiff.process.jump.Jump`)."""
 
     ALLOWED: ClassVar[dict[str, tuple[str, ...]]] = {
         "weight": ("paper", "nll", "none"),
@@ -92,8 +106,9 @@ class Counts(Process):
         for field, allowed in self.ALLOWED.items():
             if (value := getattr(self, field)) not in allowed:
                 raise ValueError(f"process {name}: {field}={value!r}{nearest(value, allowed)}")
-        if {"nb": 1, "correlated": 2}.get(self.leap, 0) > ("mean", "nb", "loadings").index(self.head):
-            raise ValueError(f"process {name}: leap={self.leap!r} needs more than head={self.head!r} gives")
+        heads = ("mean", "nb", "loadings")
+        if (needed := {"nb": 1, "correlated": 2}.get(self.leap, 0)) > heads.index(self.head):
+            raise ValueError(f"process {name}: leap={self.leap!r} needs head={heads[needed]!r}, got {self.head!r}")
         if self.head == "loadings" and self.loadings < 1:
             raise ValueError(f"process {name}: loadings must be at least 1, got {self.loadings}")
         object.__setattr__(self, "schedule", schedule(self.schedule))
@@ -156,14 +171,14 @@ class Counts(Process):
     def encode(
         self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
     ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
-        """``log(1 + x)``, as thinned as it is."""
+        """``log(1 + x)`` of the thinned counts, not rescaled by p."""
         return torch.log1p(x), p
 
     def natural(
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
         """Log rate (log size, loadings), as float32 can hold them: ``f = (1 - p) exp(eta_0)`` (docs/MATHS.md 3.4)."""
-        first, *others = raw.unbind(-1)  # (a gradient of slices would be as many whole arrays, added up)
+        first, *further = raw.unbind(-1)  # not slices: the gradient of each slice would be as large as raw
         log_rate = first.float()
         if self.predict == "x0":
             whole = log_rate.clamp(*LOG_RATE).exp()
@@ -172,11 +187,11 @@ class Counts(Process):
         log_rate = log_rate.clamp(*LOG_RATE)
         if self.head == "mean":
             return log_rate.unsqueeze(-1)
-        log_size = others[0].float().clamp(*LOG_SIZE)
+        log_size = further[0].float().clamp(*LOG_SIZE)
         if self.own and self.predict == "rate":
             log_rate, log_size = _with_own(log_rate, log_size, x, tensor(p, x))
-        # one slab a number, not one a gene: what follows takes them apart again
-        return torch.stack((log_rate, log_size, *(other.float() for other in others[1:])), 1).movedim(1, -1)
+        # memory order [b k g]: later code reads one of the k numbers for all genes at a time
+        return torch.stack((log_rate, log_size, *(answer.float() for answer in further[1:])), 1).movedim(1, -1)
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """``lambda = f / (1 - p)``: expected molecules of a cell at full depth (docs/MATHS.md 3.4, 5.4).
@@ -195,15 +210,15 @@ class Counts(Process):
         return (1 - tensor(p, eta)) * eta[..., 0].clamp_max(LOG_RATE[1]).exp()
 
     def log_size(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
-        """Log size of the lost molecules' negative binomial; Poisson for all purposes where the head has none."""
+        """Log size of the lost molecules' negative binomial; practically Poisson where the head gives no size."""
         if self.head == "mean":
             return torch.full_like(eta[..., 0], LOG_SIZE[1])
-        return eta[..., 1].clamp(LOG_SIZE[0], LOG_RATE[1])  # guidance may go too far; a gene's own count may be large
+        return eta[..., 1].clamp(LOG_SIZE[0], LOG_RATE[1])  # guidance extrapolates; the size grows with the own count
 
     def shared(self, eta: Float[Tensor, "b g k"]) -> tuple[Float[Tensor, "b g l"], Float[Tensor, "b g"]]:
-        """Loadings ``L`` (docs/MATHS.md 4.9) and the log size that is left once a cell's ``z`` is known.
+        """Loadings ``L`` (docs/MATHS.md 4.9) and the log size of the remaining dispersion, given a cell's ``z``.
 
-        The loadings divide the dispersion and do not add to it: ``1 + 1 / left = (1 + 1 / size) exp(-|L|^2)`` with
+        The loadings divide the dispersion and do not add to it: ``1 + 1 / rest = (1 + 1 / size) exp(-|L|^2)`` with
         ``|L|^2 < log(1 + 1 / size)``, so that mean and variance of every gene are those of the head's negative binomial
         whatever the loadings.
         """
@@ -212,8 +227,8 @@ class Counts(Process):
         raw = eta[..., 2:]
         length = raw.square().sum(-1, keepdim=True)
         loading = raw * torch.sqrt(0.98 * whole.unsqueeze(-1) / (1 + length))
-        left = torch.expm1(whole - loading.square().sum(-1)).clamp_min(1e-9)
-        return loading, -left.log()
+        rest = torch.expm1(whole - loading.square().sum(-1)).clamp_min(1e-9)  # 1 / remaining size
+        return loading, -rest.log()
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
         """``E[x_0 | x_p] = x_p + f`` (docs/MATHS.md 4.11)."""
@@ -222,9 +237,8 @@ class Counts(Process):
     def weights(self, p: Tensor) -> Tensor:
         """``w = -p'`` (docs/MATHS.md 3.2) or ``-p' / (1 - p)`` (docs/MATHS.md 3.3): the loss weight of an entry at p.
 
-        ``p = 0`` exactly is no point of a path but an atom of the training mixture (a gene that is hidden outright):
-        it weighs 1, the mean of the ``paper`` weight over a path. ``nll`` is capped at ``p = 0.999``, where hardly a
-        molecule is lost.
+        ``p = 0`` exactly belongs to no walk: it marks the imputation targets of the training mixture, which get weight
+        1, the mean of the ``paper`` weight over t. ``nll`` is capped at ``p = 0.999``, where hardly a molecule is lost.
         """
         if self.weight == "none":
             return torch.ones_like(p)
@@ -322,20 +336,26 @@ class Counts(Process):
 
 
 def of_molecules(process: Process, task: str) -> Counts:
-    """``process``, if its states are the molecules of the data themselves.
+    """Return ``process`` if its states are molecules of the data.
 
     Raises
     ------
     ValueError
-        They are not; ``task`` says what needs them.
+        They are not; the message names the ``task``.
+
+    Examples
+    --------
+    >>> from distdiff.process.counts import Counts, of_molecules
+    >>> of_molecules(Counts(), "denoising").molecules
+    True
     """
     if isinstance(process, Counts) and process.molecules:
         return process
-    raise ValueError(f"{task} needs a law of molecules, which process {type(process).__name__} has not; use counts")
+    raise ValueError(f"{task} needs a process whose states are molecules, got {type(process).__name__}; use counts")
 
 
 def _with_own(log_rate: Tensor, log_size: Tensor, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Gamma law of a rate (log mean, log size) -> the same once ``x ~ Poisson(p rate)`` molecules were seen.
+    """Gamma prior of a rate (log mean, log size) -> its posterior after ``x ~ Poisson(p rate)`` molecules were seen.
 
     ``(x + k) / (p + k / lambda_0)`` and ``k + x`` (docs/MATHS.md 3.6).
     """

@@ -24,15 +24,27 @@ class Gaussian(Process):
     Parameters
     ----------
     schedule
-        As for counts; ``p = abar``.
+        As for `Counts`; ``p`` is the ``abar`` of the papers.
     predict
-        ``x0``: the network gives the clean value. ``eps``: it gives the noise, as in the papers; it then answers from
-        scratch, and knows nothing where nothing is left (p below 0.001 counts as 0.001), so it cannot impute in one
-        call.
+        ``x0``: the network predicts the clean value. ``eps``: it predicts the noise, as in the papers; its output is
+        then not relative to the gene mean, and carries no information near p = 0 (p below 0.001 counts as 0.001), so
+        such a model cannot impute in one call.
     noise
         0: the deterministic walk (DDIM). 1: the ancestral one (DDPM, docs/MATHS.md 8.3).
     scale
         Log molecules per unit of the state.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.gaussian import Gaussian
+    >>> from distdiff.rng import generator
+    >>> law, cells = Gaussian(), torch.tensor([[0.0, 7.0]])
+    >>> state = law.enter(cells, rng=generator(0, "example"))
+    >>> state
+    tensor([[0.0000, 2.0794]])
+    >>> law.leave(state)
+    tensor([[0., 7.]])
     """
 
     whole: ClassVar[bool] = False
@@ -84,10 +96,7 @@ class Gaussian(Process):
     def encode(
         self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
     ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
-        """``sqrt(p) x`` in log molecules: the data where p = 1, nothing where nothing is known.
-
-        To predict the noise the network must see it: then ``x`` as it is.
-        """
+        """``sqrt(p) x`` in log molecules: the data where p = 1, 0 where p = 0; ``x`` itself if noise is predicted."""
         return (p.sqrt() * x if self.predict == "x0" else x) * self.scale, p
 
     def natural(
@@ -111,7 +120,7 @@ class Gaussian(Process):
         return torch.where(p < 1, error, torch.zeros_like(error))
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """``exp(scale xhat_0) - 1``: the inverse of the mean log, which lies below the mean of the molecules."""
+        """``exp(scale xhat_0) - 1``: the exponential of a mean logarithm, which is below the mean of the molecules."""
         clean = torch.where(tensor(p, x).expand_as(x) == 1, x, eta[..., 0])
         return torch.expm1((self.scale * clean).clamp(0, LOG_MOST))
 
@@ -128,7 +137,7 @@ class Gaussian(Process):
         """``x_s = sqrt(p_s) xhat_0 + c (x_t - sqrt(p_t) xhat_0) + v z`` (docs/MATHS.md 8.3, DDIM).
 
         ``c^2 (1 - p_t) + v^2 = 1 - p_s`` keeps the marginal; ``noise`` sets v between 0 and the ancestral step's, and
-        attrition forgets a further share ``sigma`` of the noise carried over: ``c <- (1 - sigma) c``.
+        attrition replaces a further share ``sigma`` of the noise carried over: ``c <- (1 - sigma) c``.
 
         Raises
         ------
@@ -142,7 +151,7 @@ class Gaussian(Process):
         carried = (1 - sigma) * ((1 - p_s - fresh).clamp_min(0) / gone).sqrt()
         v = (1 - p_s - carried.square() * (1 - p_t)).clamp_min(0).sqrt()
         clean = eta[..., 0]
-        if self.predict == "eps":  # at small p a little error of the noise is a large one of the data
+        if self.predict == "eps":  # at small p a small error of the noise is a large error of the data
             clean = clean.clamp(0, LOG_MOST / self.scale)
         z = rng.normal(*x.shape)
         out = p_s.sqrt() * clean + carried * (x - p_t.sqrt() * clean) + v * z

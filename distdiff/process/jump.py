@@ -18,7 +18,15 @@ class Jump(Counts):
     ----------
     scale
         Molecules per unit of the data (the paper's lambda). The relative noise of the round trip is
-        ``1 / sqrt(scale x)``; a larger scale costs longer walks, not larger networks.
+        ``1 / sqrt(scale x)``; a larger scale needs walks of more steps, not larger networks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.jump import Jump
+    >>> law = Jump(scale=100)
+    >>> law.leave(torch.tensor([[250.0]]))  # 250 Poisson counts stand for a measurement of 2.5
+    tensor([[2.5000]])
     """
 
     scale: float = 100.0
@@ -47,9 +55,9 @@ class Jump(Counts):
         return x / self.scale
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """Posterior mean of the data: that of the counts, divided."""
+        """Posterior mean of the data: that of the Poisson counts, divided by ``scale``."""
         return self.leave(super().mean(eta, x, p))
 
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
-        """Rate of the data."""
+        """Rate of the Poisson counts, divided by ``scale``."""
         return self.leave(super().rate(eta))

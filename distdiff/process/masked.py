@@ -22,11 +22,20 @@ class Masked(Process):
     Parameters
     ----------
     schedule
-        As for counts; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
+        As for `Counts`; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
     classes
-        Counts ``0 ... classes - 1``. Larger ones are held at the last class if ``clamp``, else refused.
+        Counts ``0 ... classes - 1``.
     clamp
-        Whether counts above the last class are held at it, not refused.
+        Whether larger counts become the last class; otherwise they are refused.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.masked import Masked
+    >>> law = Masked(classes=4)
+    >>> encoded, seen = law.encode(torch.tensor([[3.0, -1.0]]), torch.full((1, 2), 0.5))  # -1 marks a masked entry
+    >>> encoded, seen
+    (tensor([[1.3863, 0.0000]]), tensor([[1., 0.]]))
     """
 
     schedule: Any = "cosine"
@@ -40,7 +49,7 @@ class Masked(Process):
 
     @property
     def outputs(self) -> int:
-        """One logit a class; that of class 0 is the log rate of a Poisson on which the others build."""
+        """One number a class: output 0 is the log rate of a Poisson law, the others correct its log probabilities."""
         return self.classes
 
     def enter(self, counts: Float[Tensor, "b g"], *, rng: Rng) -> Float[Tensor, "b g"]:
@@ -49,7 +58,7 @@ class Masked(Process):
         Raises
         ------
         ValueError
-            A count that has no class (looked at on the CPU).
+            A count that has no class (checked on the CPU only: the check stalls a GPU).
         """
         if not self.clamp and counts.device.type == "cpu" and bool((counts >= self.classes).any()):
             raise ValueError(
@@ -78,13 +87,13 @@ class Masked(Process):
     def encode(
         self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"]
     ) -> tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]:
-        """``log(1 + x)`` of the entries that are seen, which are seen whole."""
+        """``log(1 + x)`` of the seen entries, and p as the network is given it: 1 where seen, 0 where masked."""
         return torch.log1p(x.clamp_min(0)), (x >= 0).to(x.dtype)
 
     def natural(
         self, raw: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor
     ) -> Float[Tensor, "b g k"]:
-        """Log probabilities of the classes: a Poisson of log rate ``raw_0``, tilted by the other answers."""
+        """Log probabilities of the classes: a Poisson of log rate ``raw_0``, tilted by the other outputs."""
         raw = raw.float()
         k = torch.arange(self.classes, device=raw.device, dtype=raw.dtype)
         tilt = torch.cat((torch.zeros_like(raw[..., :1]), raw[..., 1:]), -1)
@@ -109,7 +118,7 @@ class Masked(Process):
         return self._cross_entropy(eta, x_0, x) / (1 - tensor(p, x))
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
-        """Mean class of masked entries; seen ones as they are."""
+        """Mean class of masked entries; seen entries unchanged."""
         k = torch.arange(self.classes, device=eta.device, dtype=eta.dtype)
         return torch.where(x < 0, eta.softmax(-1) @ k, x)
 

@@ -20,7 +20,19 @@ from distdiff.types import Float, Tensor
 
 
 class Schedule(ABC):
-    """``p : [0, 1] -> [0, 1]``, differentiable and falling, ``p(0) = 1`` (data), ``p(1) = 0`` (docs/MATHS.md 1.1)."""
+    """``p : [0, 1] -> [0, 1]``, differentiable and falling, ``p(0) = 1`` (data), ``p(1) = 0`` (docs/MATHS.md 1.1).
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import Schedule, levels
+    >>> class Square(Schedule):
+    ...     def p(self, t):
+    ...         return (1 - t) ** 2
+    ...     def speed(self, p):
+    ...         return 2 * p.sqrt()
+    >>> levels(Square(), 2)
+    tensor([0.0000, 0.2500, 1.0000])
+    """
 
     @abstractmethod
     def p(self, t: Tensor) -> Tensor:
@@ -33,7 +45,15 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """``p = cos^2(pi t / 2)``; ``-p' = (pi/2) sin(pi t) = pi sqrt(p (1 - p))`` (docs/MATHS.md 1.2)."""
+    """``p = cos^2(pi t / 2)``; ``-p' = (pi/2) sin(pi t) = pi sqrt(p (1 - p))`` (docs/MATHS.md 1.2).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Cosine
+    >>> Cosine().p(torch.tensor([0.5])), Cosine().speed(torch.tensor([0.5]))
+    (tensor([0.5000]), tensor([1.5708]))
+    """
 
     def p(self, t: Tensor) -> Tensor:
         """``cos^2(pi t / 2)`` (docs/MATHS.md 1.2)."""
@@ -50,6 +70,13 @@ class Fisher(Schedule):
 
     It is Blackout's. Its ends are ``1 - eps`` and ``eps``, ``L = log((1 - eps) / eps)``: :func:`levels` puts the first
     and the last level at exactly 0 and 1, so that the prior is empty and the last step ends on data.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Fisher
+    >>> Fisher().p(torch.tensor([0.25, 0.5]))
+    tensor([0.9994, 0.5000])
     """
 
     log_eps: float = -15.0
@@ -74,7 +101,15 @@ class Fisher(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """``p = 1 - t``: every survival probability is as likely as any other (docs/MATHS.md 1.6)."""
+    """``p = 1 - t``: every survival probability is as likely as any other (docs/MATHS.md 1.6).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Linear
+    >>> Linear().p(torch.tensor([0.0, 0.25, 1.0]))
+    tensor([1.0000, 0.7500, 0.0000])
+    """
 
     def p(self, t: Tensor) -> Tensor:
         """``1 - t``."""
@@ -87,7 +122,7 @@ class Linear(Schedule):
 
 @functools.lru_cache(maxsize=32)
 def _on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Constants on a device, copied there once, as each copy waits for it."""
+    """Constants as a tensor on a device, cached: each copy from the host would stall a GPU."""
     return torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
 
 
@@ -99,6 +134,13 @@ class Table(Schedule):
     ----------
     values
         Decreasing, from 1 (``t = 0``) to 0 (``t = 1``).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Table
+    >>> Table((1.0, 0.5, 0.0)).p(torch.tensor([0.25, 0.75]))
+    tensor([0.7500, 0.2500])
     """
 
     values: tuple[float, ...]
@@ -119,7 +161,7 @@ class Table(Schedule):
         return low + (v[k.long() + 1] - low) * (t * n - k)
 
     def speed(self, p: Tensor) -> Tensor:
-        """The slope of the piece that ``p`` lies in."""
+        """``-slope`` of the linear piece that contains ``p``."""
         v, n = _on(self.values, p.dtype, p.device), len(self.values) - 1
         piece = n - torch.searchsorted(v.flip(0), p.contiguous(), right=False).clamp(1, n)
         return (v[piece] - v[piece + 1]) * n
@@ -132,7 +174,16 @@ MOST_TIMES = 1_000_000
 class Discrete(Schedule):
     """A schedule at ``times`` points: discrete-time training (docs/MATHS.md 1.4); Fisher at 1000 points is Blackout's.
 
-    ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k alike.
+    ``p_k = p(k / times)``, ``k = 1 ... times``, and ``p_0 = 1``; a uniform time falls on each k with the same
+    probability.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Discrete, Linear
+    >>> coarse = Discrete(Linear(), 4)
+    >>> coarse.p(torch.tensor([0.1, 0.3])), coarse.index(torch.tensor([0.75]))
+    (tensor([0.7500, 0.5000]), tensor([1]))
     """
 
     base: Schedule
@@ -147,11 +198,11 @@ class Discrete(Schedule):
         object.__setattr__(self, "_values", (1.0, *p[1:]))
 
     def table(self, like: Tensor) -> Tensor:
-        """``p_0 ... p_times`` on the device and in the type of ``like``."""
+        """``p_0 ... p_times`` with the device and dtype of ``like``."""
         return _on(self._values, like.dtype, like.device)  # type: ignore[attr-defined]
 
     def p(self, t: Tensor) -> Tensor:
-        """``p_k`` of the next point after ``t``."""
+        """``p_k`` of the next of the ``times`` times at or after ``t``."""
         return self.table(t)[(t * self.times).ceil().long().clamp(1, self.times)]
 
     def index(self, p: Tensor) -> Tensor:
@@ -173,19 +224,29 @@ def schedule(given: Any) -> Schedule:
     """A schedule from a config: a name, a list of values, or a mapping with ``kind`` and options.
 
     ``{kind: fisher, times: 1000}``, or ``fisher@1000`` for short, is the discrete-time form of any kind;
-    ``kind: module:Class`` is one's own.
+    ``kind: module:Class`` is a class of your own.
 
     Raises
     ------
     ValueError
-        Unknown name or option (the nearest one is told), a table that does not fall from 1 to 0.
+        Unknown name or option (the message names the nearest), or a table that does not fall from 1 to 0.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import schedule
+    >>> schedule("fisher@1000")
+    Discrete(base=Fisher(log_eps=-15.0), times=1000)
+    >>> schedule([1.0, 0.4, 0.0])
+    Table(values=(1.0, 0.4, 0.0))
+    >>> schedule({"kind": "fisher", "log_eps": -10.0})
+    Fisher(log_eps=-10.0)
     """
     if isinstance(given, Schedule):
         return given
     if isinstance(given, str):
         name, at, times = given.partition("@")
         if at and not times.isdigit():
-            raise ValueError(f"schedule {given!r}: after @ stands the number of times, for example fisher@1000")
+            raise ValueError(f"schedule {given!r}: the number of times is wanted after @, for example fisher@1000")
         given = {"kind": name, "times": int(times)} if at else {"kind": name}
     elif not isinstance(given, (Mapping, Sequence)):
         raise ValueError(f"schedule must be a name, a list of numbers or a mapping, got {given!r}")
@@ -210,11 +271,11 @@ def schedule(given: Any) -> Schedule:
 
 
 LOGIT_SPAN = math.log(999)
-"""A walk spaced evenly in ``logit p`` spans this to either side: p from .001 to .999, its ends then set to 0 and 1."""
+"""Half the range of ``logit p`` in a walk with ``logit`` spacing: p from .001 to .999, the ends then set to 0 and 1."""
 
 
 LONGEST = 100_000
-"""Steps of a walk; one of more would not end in a lifetime."""
+"""Most steps of a walk."""
 
 
 def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "time") -> Float[Tensor, " n"]:
@@ -223,13 +284,21 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
     Parameters
     ----------
     spacing
-        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. Or the levels themselves, for example of
+        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. Or the levels themselves, for example from
         :func:`placed`.
 
     Raises
     ------
     ValueError
         ``steps`` below 1 or above 100,000, an unknown spacing, levels that do not rise from 0 to 1 in ``steps`` steps.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import Linear, levels
+    >>> levels(Linear(), 4)
+    tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
+    >>> levels(Linear(), 2, "logit")
+    tensor([0.0000, 0.5000, 1.0000])
     """
     if not 1 <= steps <= LONGEST:
         raise ValueError(f"a walk has 1 to {LONGEST:,} steps, got steps={steps:,}")
@@ -251,12 +320,21 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
 
 
 def check_grid(grid: Sequence[float]) -> None:
-    """Levels must rise and end at 1.
+    """Check that levels rise and end at 1.
 
     Raises
     ------
     ValueError
-        They do not; the first offender is named.
+        They do not; the message names the first level that is wrong.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import check_grid
+    >>> check_grid([0.0, 0.5, 1.0])
+    >>> check_grid([0.5, 0.2, 1.0])
+    Traceback (most recent call last):
+        ...
+    ValueError: a grid must rise within [0, 1], got 0.5 before 0.2
     """
     if not grid or grid[-1] != 1:
         raise ValueError(f"a grid must end at p = 1 (whole cells), this one ends at {grid[-1] if grid else 'nothing'}")
@@ -281,28 +359,42 @@ def placed(p: Sequence[float], excess: Sequence[float], steps: int, start: float
     ------
     ValueError
         More steps than levels.
+
+    Examples
+    --------
+    >>> from distdiff.process.schedule import placed
+    >>> placed([0.0, 0.25, 0.5, 0.75], [8.0, 4.0, 1.0, 0.2], steps=2)
+    [0.0, 0.5, 1.0]
     """
     v = np.maximum(np.interp([start, *(q for q in p if q > start)], p, excess), 0.0)
-    at = np.array([start, *(q for q in p if q > start), 1.0])
-    n = len(at)
+    grid = np.array([start, *(q for q in p if q > start), 1.0])
+    n = len(grid)
     if steps > n - 1:
         raise ValueError(f"{steps} steps cannot be placed on {n - 1} measured levels")
-    gap = (at[None, :] - at[:, None]) / (1 - at[:, None]).clip(1e-12)
+    gap = (grid[None, :] - grid[:, None]) / (1 - grid[:, None]).clip(1e-12)
     cost = np.where(gap > 0, gap**2 * np.append(v, 0.0)[:, None], np.inf)
-    best, came = cost[0], []
+    best, predecessors = cost[0], []
     for _ in range(steps - 1):
-        through = best[:, None] + cost
-        came.append(through.argmin(0))
-        best = through.min(0)
+        totals = best[:, None] + cost
+        predecessors.append(totals.argmin(0))
+        best = totals.min(0)
     node, path = n - 1, [n - 1]
-    for back in reversed(came):
-        node = int(back[node])
+    for predecessor in reversed(predecessors):
+        node = int(predecessor[node])
         path.append(node)
-    return [float(at[i]) for i in [0, *reversed(path)]]
+    return [float(grid[i]) for i in [0, *reversed(path)]]
 
 
 def sigma_max(p_t: Tensor, p_s: Tensor) -> Tensor:
-    """Largest attrition of a step ``p_t -> p_s``: ``min(1, (1 - p_s) / p_t)`` (docs/MATHS.md 4.3)."""
+    """Largest attrition of a step ``p_t -> p_s``: ``min(1, (1 - p_s) / p_t)`` (docs/MATHS.md 4.3).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import sigma_max
+    >>> sigma_max(torch.tensor(0.5), torch.tensor(0.75))
+    tensor(0.5000)
+    """
     return ((1 - p_s) / p_t.clamp_min(1e-38)).clamp(0, 1)
 
 
@@ -313,6 +405,13 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
     ------
     ValueError
         Unknown rule, or ``eta`` outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import attrition
+    >>> attrition("cap", 0.1, torch.tensor([0.5, 0.9]), torch.tensor([0.75, 1.0]))
+    tensor([0.1000, 0.0000])
     """
     rules = {
         "none": lambda cap: torch.zeros_like(cap),
@@ -328,13 +427,24 @@ def attrition(kind: str, eta: float, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
-    """``sigma`` as a tensor, if the step allows it; a plain 0 always is. Looked at on the CPU only, as `survivors`.
+    """``sigma`` as a tensor, checked to be in the range of this step (on the CPU only, as in `survivors`).
 
     Raises
     ------
     ValueError
         ``sigma`` negative or above ``sigma_max`` (docs/MATHS.md 4.3): a larger one would need more births than there
         are lost molecules.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import check_sigma
+    >>> check_sigma(0.2, torch.tensor(0.5), torch.tensor(0.75))
+    tensor(0.2000)
+    >>> check_sigma(0.9, torch.tensor(0.5), torch.tensor(0.75))
+    Traceback (most recent call last):
+        ...
+    ValueError: attrition sigma=0.9 is outside [0, 0.5], its range for this step (p_t=0.5, p_s=0.75)
     """
     none = not isinstance(sigma, Tensor) and sigma == 0
     sigma = tensor(sigma, p_t)
@@ -350,20 +460,35 @@ def check_sigma(sigma: float | Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
 
 
 def births_share(p_t: Tensor, p_s: Tensor, sigma: Tensor) -> Tensor:
-    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (docs/MATHS.md 4.2, 9.3); 0 where ``p_t == 1``."""
+    """``beta = (p_s - (1 - sigma) p_t) / (1 - p_t)`` (docs/MATHS.md 4.2, 9.3); 0 where ``p_t == 1``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import births_share
+    >>> births_share(torch.tensor(0.5), torch.tensor(0.75), torch.tensor(0.0))
+    tensor(0.5000)
+    """
     beta = (p_s - (1 - sigma) * p_t) / (1 - p_t).clamp_min(1e-12)
     return torch.where(p_t < 1, beta.clamp(0, 1), torch.zeros_like(beta))
 
 
 def survivors(x: Tensor, p_s: float | Tensor, p_t: float | Tensor) -> Tensor:
-    """Share ``p_t / p_s`` of what is left at ``p_s`` that is left at ``p_t`` (docs/MATHS.md 2.3), like ``x``.
+    """Share ``p_t / p_s`` of the molecules present at ``p_s`` that are kept at ``p_t`` (docs/MATHS.md 2.3).
 
-    The range is looked at on the CPU only, as on a GPU each look waits for the device.
+    The range is checked on the CPU only, because each check stalls a GPU. The result broadcasts against ``x``.
 
     Raises
     ------
     ValueError
         Not ``0 <= p_t <= p_s <= 1``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import survivors
+    >>> survivors(torch.zeros(1, 2), 0.8, 0.2)
+    tensor(0.2500)
     """
     whole = not isinstance(p_s, torch.Tensor) and p_s == 1
     p_s, p_t = tensor(p_s, x), tensor(p_t, x)

@@ -1,4 +1,4 @@
-"""The mixture of survival probabilities that one model is trained on: one p per gene of each cell (docs/MATHS.md 5)."""
+"""The mixture of survival probabilities that a model is trained on: one p per gene of each cell (docs/MATHS.md 5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Survival:
     Parameters
     ----------
     hidden
-        Evidence at p = 1, targets at exactly 0: what the posterior mean in one call is asked (docs/MATHS.md 5.3, 5.6).
+        Evidence at p = 1, targets at exactly 0: the input of an imputation in one call (docs/MATHS.md 5.3, 5.6).
     two_level
         Evidence at p = 1, targets at p(t): the walk of an imputation (docs/MATHS.md 5.2).
     uniform
@@ -31,6 +31,17 @@ class Survival:
         How t is drawn: ``uniform`` for each cell; ``stratified``: evenly over the global batch, with one random shift
         a step; ``learned``: stratified and denser where the loss is larger, weighted back, so that the gradient keeps
         its mean and loses variance.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.schedule import Linear
+    >>> from distdiff.process.survival import Survival
+    >>> from distdiff.rng import generator
+    >>> imputation = Survival(hidden=1, two_level=0, uniform=0)
+    >>> p, timed = imputation.draw(Linear(), torch.full((64, 1), 0.5), 20, rng=generator(0, "example"))
+    >>> p.unique(), bool(timed.any())  # targets at 0, evidence at 1, whatever the time
+    (tensor([0., 1.]), False)
     """
 
     hidden: float = 0.5
@@ -50,7 +61,7 @@ class Survival:
     def draw(
         self, schedule: Schedule, t: Float[Tensor, "b 1"], genes: int, *, rng: Rng
     ) -> tuple[Float[Tensor, "b g"], Bool[Tensor, "b 1"]]:
-        """Draw p for cells whose times are ``t``: p, and which cells' p depends on t (all but the ``hidden``)."""
+        """Draw p for cells with times ``t``; the second result marks cells whose p depends on t (not ``hidden``)."""
         cells = len(t)
         pattern = rng.uniform(cells, 1) * (self.hidden + self.two_level + self.uniform)
         timed = pattern >= self.hidden

@@ -31,6 +31,15 @@ class Rows(Rng):
     fused
         Draw by one Triton kernel each (:mod:`~distdiff.rng.fused`), which does not wait for the GPU. Not so, every draw
         of counts there waits some ten times, as entries that are done are taken out.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.rng.rows import Rows
+    >>> both = Rows(torch.tensor([4, 9]), torch.tensor([0, 0]), 0, "impute").uniform(2, 3)
+    >>> alone = Rows(torch.tensor([9]), torch.tensor([0]), 0, "impute").uniform(1, 3)
+    >>> bool((both[1] == alone[0]).all())  # row 9 has the same numbers in any batch
+    True
     """
 
     def __init__(self, rows: Tensor, draws: Tensor, seed: int, *address: int | str, fused: bool = False):

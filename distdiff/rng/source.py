@@ -20,6 +20,12 @@ def key(seed: int, *address: int | str) -> int:
         The run's seed.
     *address
         Stream name and counters, for example ``("thin", step, group)``.
+
+    Examples
+    --------
+    >>> from distdiff.rng import key
+    >>> key(0, "noise", 1) == key(0, "noise", 1), key(0, "noise", 1) == key(0, "noise", 2)
+    (True, False)
     """
     text = "/".join([str(int(seed)), *map(str, address)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
@@ -29,6 +35,15 @@ class Rng(ABC):
     """A source of draws; every method moves it on.
 
     Parameters of laws are float tensors of the shape of the answer; counts come as whole numbers in floating point.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.rng import generator
+    >>> rng = generator(0, "example")
+    >>> thinned = rng.binomial(torch.full((100_000,), 10.0), torch.full((100_000,), 0.3))
+    >>> round(thinned.mean().item(), 1)
+    3.0
     """
 
     device: torch.device

@@ -11,7 +11,15 @@ from distdiff.rng.source import Rng
 
 
 class Stream(Rng):
-    """torch's own draws from one generator: fast, but a draw depends on all that came before it in the batch."""
+    """torch's own draws from one generator: fast, but a draw depends on all that came before it in the batch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.rng.stream import Stream
+    >>> Stream(torch.Generator().manual_seed(0)).uniform(2, 3).shape
+    torch.Size([2, 3])
+    """
 
     def __init__(self, generator: torch.Generator):
         self.generator, self.device = generator, generator.device

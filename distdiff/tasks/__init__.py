@@ -168,8 +168,8 @@ class Reader:
         counts = as_counts(self.rows.read(start, stop))
         away = None if hidden is None else hidden(start, stop, counts)
         away = away if away is not None and away.any() else None
-        odd = first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT)
-        if odd:
+        refused = first_bad(counts) is not None or (counts.nnz and counts.data.max() >= LAST_EXACT)
+        if refused:
             self._refuse(counts, away, start, stop)
             counts = self._finite(counts)
         given = counts.astype(np.float32, copy=False).toarray()
@@ -199,7 +199,7 @@ class Reader:
         dense(looked_at)
 
     def _finite(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """The same with 0 for what is no finite number of 32 bits and is not looked at; the first time, with a word."""
+        """The same with 0 for what is no finite number of 32 bits and is not looked at; warns once."""
         bad = ~(np.abs(counts.data) <= np.finfo(np.float32).max)
         if not bad.any():
             return counts

@@ -19,6 +19,7 @@ from distdiff.data.ingest.scan import select
 from distdiff.data.ingest.source import codes, layer_names
 from distdiff.data.masks import check_indices
 from distdiff.imputers import Imputer, targets
+from distdiff.process import Process
 from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader
 from distdiff.tasks.frame import reindex_genes
@@ -34,8 +35,17 @@ LAYERS = ("mean", "draws", "mask", "sd", "ood")
 """What an imputation can write, besides quantiles (``q5``)."""
 
 
-def chosen_layers(layers: Sequence[str], method: str = "conditional") -> tuple[tuple[str, ...], list[str]]:
+def chosen_layers(
+    layers: Sequence[str] | None, process: Process, *, method: str = "conditional", mean_only: bool = False,
+    panel: bool = False,
+) -> tuple[tuple[str, ...], list[str]]:  # fmt: skip
     """Check names of layers; returns them without repeats, and which of them are statistics of the predictive law.
+
+    Parameters
+    ----------
+    layers
+        Names; ``None``: mean, draws, mask and ood, less draws and ood (which costs network calls) for ``mean_only``,
+        mask where all targets are appended genes (``panel``), and ood where the process has no likelihood.
 
     Raises
     ------
@@ -45,11 +55,16 @@ def chosen_layers(layers: Sequence[str], method: str = "conditional") -> tuple[t
     Examples
     --------
     >>> from distdiff.tasks.impute import chosen_layers
-    >>> chosen_layers(["mean", "sd", "q95"])
+    >>> from distdiff.process.counts import Counts
+    >>> chosen_layers(["mean", "sd", "q95"], Counts())
     (('mean', 'sd', 'q95'), ['sd', 'q95'])
     """
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r}: a list of names is wanted, such as layers=['mean', 'sd']")
+    if layers is None:
+        bound = type(process).bound is not Process.bound
+        asked = {"mean": True, "draws": not mean_only, "mask": not panel, "ood": bound and not mean_only}
+        layers = [name for name, wanted in asked.items() if wanted]
     layers = tuple(dict.fromkeys(layers))
     statistics = [name for name in layers if name not in LAYERS or name == "sd"]
     if unknown := [name for name in statistics if name != "sd" and not name.startswith("q")]:

@@ -17,7 +17,17 @@ EVERY = 4
 
 
 class Ema(Generic[M]):
-    """A copy of a model whose weights trail it: ``decay = min(ema, (1 + n) / (10 + n))`` a step, every fourth step."""
+    """A copy of a model whose weights trail it: ``decay = min(ema, (1 + n) / (10 + n))`` a step, every fourth step.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.training.ema import Ema
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> average = Ema(model, decay=0.99)
+    >>> [average.due(step) for step in range(4)]
+    [False, False, False, True]
+    """
 
     def __init__(self, model: M, decay: float):
         self.model: M = copy.deepcopy(model).eval().requires_grad_(False)

@@ -71,7 +71,7 @@ def test_the_result_is_that_of_the_model_in_memory(model, atlas, mask, tmp_path,
         sparse=sparse,
         seed=3,
         command="it",
-        say=said.append,
+        notify=said.append,
         **SMALL,
     )
     given, hidden = as_anndata(atlas), np.load(mask)
@@ -290,7 +290,7 @@ def test_a_plan_that_is_none_is_removed_and_its_paths_stay_inside(model, atlas, 
         work.mkdir()
         (work / "job.json").write_text(text)
         said = []
-        impute_file(model, atlas, out, mask=mask, say=said.append, **SMALL)
+        impute_file(model, atlas, out, mask=mask, notify=said.append, **SMALL)
         assert f"{work}: removed, its plan was left by another version of distdiff or is damaged" in said[0]
         assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
         shutil.rmtree(out)
@@ -310,7 +310,7 @@ def test_the_work_folder_of_a_killed_build_is_removed(model, atlas, mask, tmp_pa
     for name in ("lock", "identity"):
         (work / name).touch()
     said = []
-    impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, say=said.append, **SMALL)
+    impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, notify=said.append, **SMALL)
     assert said[0] == f"{work}: removed, it was left by a distdiff shard that was killed"
     assert [p.name for p in tmp_path.iterdir()] == ["out.zarr"]
     assert not (tmp_path / "out.zarr" / "counts").exists()

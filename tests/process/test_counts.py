@@ -382,8 +382,8 @@ def test_one_set_of_weights_walks_every_way():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Counts(head="mean", leap="nb"), "leap='nb' needs more than head='mean'"),
-        (lambda: Counts(leap="correlated"), "leap='correlated' needs more than head='nb'"),
+        (lambda: Counts(head="mean", leap="nb"), "leap='nb' needs head='nb', got 'mean'"),
+        (lambda: Counts(leap="correlated"), "leap='correlated' needs head='loadings', got 'nb'"),
         (lambda: Counts(head="loadings", loadings=0), "loadings must be at least 1"),
         (
             lambda: Counts().bridge(torch.full((1, 2), 3.0), torch.tensor([[4.0, 2.0]]), 0.1, 0.5, rng=generator(0)),

@@ -143,7 +143,7 @@ def test_placed_levels_lose_least_variance():  # docs/MATHS.md 4.11: against eve
         (lambda: schedule([1, 0.5]), "must fall from 1 to 0"),
         (lambda: schedule([1, 0.5, 0.6, 0]), "must fall from 1 to 0"),
         (lambda: schedule({"kind": "fisher", "times": 1}), "times >= 2, got 1"),
-        (lambda: schedule("fisher@many"), "after @ stands the number of times"),
+        (lambda: schedule("fisher@many"), "the number of times is wanted after @"),
         (lambda: schedule("distdiff.types:Cells"), "is not a subclass of"),
         (lambda: levels(schedule("cosine"), 2, [0, 0.5, 0.9]), "must end at p = 1 .* ends at 0.9"),
         (lambda: levels(schedule("cosine"), 2, [0, 0.5, 0.5, 1]), "must rise within"),

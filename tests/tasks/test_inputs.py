@@ -250,7 +250,7 @@ def test_damage_is_met_before_the_work(model, tmp_path, name, monkeypatch):
         if name == "obs column":
             file["obs"].attrs["column-order"] = np.array([*file["obs"].attrs["column-order"], "donor2"], dtype=object)
     begun = []
-    monkeypatch.setattr(batch.job, "run", lambda *args, **options: begun.append(args))
+    monkeypatch.setattr(batch.local, "run", lambda *args, **options: begun.append(args))
     with pytest.raises(ValueError, match=r"a.h5ad") as found:
         batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / "o.h5ad", **QUIET)
     assert "\n" not in str(found.value)

@@ -203,11 +203,11 @@ def test_denoising_on_anndata(model, counts):
 
 def test_denoising_refuses_what_has_no_rate(model, counts):
     gaussian = Model.new(model.spec, {"kind": "gaussian"}, {"kind": "mlp", "width": 8, "depth": 1})
-    with pytest.raises(ValueError, match="denoising needs a law of molecules, which process Gaussian has not"):
+    with pytest.raises(ValueError, match="denoising needs a process whose states are molecules, got Gaussian"):
         gaussian.denoise(counts)
     with pytest.raises(ValueError, match="depth must be positive, got 0"):
         model.denoise(counts, depth=0)
-    with pytest.raises(ValueError, match="readout='log1p' needs a law of molecules"):
+    with pytest.raises(ValueError, match="readout='log1p' needs a process whose states are molecules"):
         gaussian.imputer(readout="log1p")
     with pytest.raises(ValueError, match="no number of molecules"):
         model.imputer(readout="log1p_cp10k")
@@ -358,5 +358,5 @@ def test_every_process_imputes_and_generates_through_the_model(model, counts, ki
         assert np.corrcoef(mean[fine][mask[fine]], x[fine][mask[fine]])[0, 1] > 0.3
     assert dense(rival.generate(10, steps=3).X).shape == (10, 30)
     if kind == "jump":
-        with pytest.raises(ValueError, match="deepening needs a law of molecules, which process Jump has not"):
+        with pytest.raises(ValueError, match="deepening needs a process whose states are molecules, got Jump"):
             rival.deepen(counts, 2)

@@ -200,7 +200,7 @@ DAMAGES = {
     "NaN": (poison("weights", {"a": torch.tensor([math.nan])}), "tensor a holds 1 numbers that are not finite"),
     "shape": (poison("ema", {"a": torch.ones(2)}), r"ema: tensor a has shape \[2\], \[1\] is wanted"),
     "name": (poison("weights", {"b": torch.ones(1)}), "weights: tensor a is missing"),
-    "more": (poison("weights", {"a": torch.ones(1), "b": torch.ones(1)}), "weights: tensor b belongs to nothing"),
+    "more": (poison("weights", {"a": torch.ones(1), "b": torch.ones(1)}), "weights: tensor b is not part"),
     "moments": (poison("optimizer", {"a/exp_avg": torch.ones(3)}), "optimizer: tensor a/exp_avg of shape"),
 }  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_a_loss_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kind": "transformer", "pack": True}, "denoiser.pack computes as many tokens as matter"),
+        ({"kind": "transformer", "pack": True}, "denoiser.pack computes a number of tokens that depends on the cells"),
         ({"kind": "latent"}, "as many tokens as there are non-zero entries"),
         ({"kind": "lsh"}, "as many blocks as"),
     ],

@@ -1,8 +1,8 @@
-"""Batches of a plan out of a store, read ahead by threads; the whole state is the step.
+"""Batches from a store in the order of a plan, read ahead by threads; the step is the whole state.
 
-Which cells a batch holds is the plan's business, so every way of loading gives the same batches: from disk by threads
-of this process, from memory of this process or of the GPU (`distdiff.data.feed.resident`), or through dask workers
-anywhere (`distdiff.data.feed.stream`).
+The plan alone decides which cells a batch holds, so every way of loading gives the same batches: from disk by threads
+of this process, from memory of this process or of the GPU (`distdiff.data.feed.resident`), or through dask workers on
+other machines (`distdiff.data.feed.stream`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BUNDLE = 4096
 """Cells whose blocks are looked up together."""
 
 SHARE = 0.25
-"""Share of the free memory that a resident copy may take."""
+"""Share of the free memory that a resident copy may use."""
 
 
 STEEPEST = 10
@@ -46,33 +46,41 @@ MOST = 10**9
 
 @dataclass(frozen=True)
 class Loading:
-    """How training cells come in.
+    """Settings of reading training cells.
 
     Parameters
     ----------
     reader
-        ``direct``, ``tensorstore``, ``zarr``; ``auto`` is the first for a local store, else the second; ``dask`` has
-        dask workers read, decode and cut batches.
+        ``direct``, ``tensorstore``, ``zarr``; ``auto`` is ``direct`` for a local store, else ``tensorstore``. With
+        ``dask``, workers read and decode cells and make the batches.
     scheduler
-        For ``dask``: the scheduler's address, tcp://...
+        For ``dask``: address of the scheduler, tcp://...
     cache_mb
         Memory for coded blocks, MiB.
     resident
-        ``yes`` keeps the coded training genes in memory (of the GPU where there is one), ``auto`` where they take less
-        than a quarter of what is free, ``no`` never.
+        ``yes`` keeps the coded counts of the training genes in memory (of the GPU, if there is one); ``auto`` does so
+        if they need less than a quarter of the free memory; ``no`` never.
     window
         Blocks (of 256 cells) that are shuffled together; the larger the atlas, the larger it should be.
     ahead
-        Batches made before they are asked for; for ``dask`` pieces of the order in flight.
+        Batches to prepare in advance; for ``dask``, requests in flight.
     strata
-        Label whose values are read in given proportions; a store built with that ``--strata`` reads them fastest.
+        Label whose values are read in given proportions; fastest on a store that was built with this ``--strata``.
     weights
-        A power of the number of cells a value has (1: as they are, 0: balanced), or a weight for each value.
+        A power of the number of cells of a value (1: proportions of the data, 0: equal), or a weight for each value.
 
     Raises
     ------
     ValueError
         A size below 1, ``dask`` without a scheduler, or a scheduler without ``dask``.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.loader import Loading
+    >>> loading = Loading(window=8, strata="cell_type", weights=0.0)  # as many cells of every type
+    >>> store = loading.open("atlas.zarr")
+    >>> loading.plan(store, store.rows("train"), batch=64, seed=0).rows(0).shape
+    (64,)
     """
 
     reader: Literal["auto", "direct", "tensorstore", "zarr", "dask"] = "auto"
@@ -107,7 +115,7 @@ class Loading:
             )
 
     def open(self, path: str | Path) -> CountStore:
-        """The store at ``path``, read in this way."""
+        """Open the store at ``path`` with these settings."""
         reader = "auto" if self.reader == "dask" else self.reader
         return CountStore.open(path, cache_bytes=self.cache_mb << 20, reader=reader)
 
@@ -126,21 +134,21 @@ class Loading:
                         block=store.manifest.block, window=self.window, seed=seed)  # fmt: skip
 
     def keep(self, store: CountStore, device: torch.device, ranks: int = 1) -> tuple[CountStore, Resident | None, str]:
-        """Keep the store in memory if that is wanted and fits.
+        """Keep the store in memory if ``resident`` says so and it fits.
 
         Parameters
         ----------
         store
-            Looked at through the genes that are trained on.
+            The store, restricted to the genes of the model.
         device
-            Where batches go.
+            Device of the batches.
         ranks
-            Processes of this machine that share its memory.
+            Processes on this machine that share its memory.
 
         Returns
         -------
         (CountStore, Resident or None, str)
-            The store to read from, its copy on the GPU, and what to tell.
+            The store to read from, its copy on the GPU, and a message for the log.
         """
         need = store.coded_bytes
         if self.resident == "no" or self.reader == "dask":
@@ -158,12 +166,12 @@ class Loading:
 
 @dataclass(eq=False)
 class _Bundle:
-    """Some steps whose blocks are held together."""
+    """Consecutive steps whose blocks are kept in memory together."""
 
     steps: list[int]
     rows: list[np.ndarray]
     leases: list[Lease] | None = None
-    left: int = 0
+    steps_left: int = 0
     blocks: set[int] = field(default_factory=set)
 
 
@@ -184,28 +192,29 @@ def loader(
 ) -> Generator[tuple[int, Cells], None, None]:
     """One rank's batches from step ``start`` on.
 
-    Resuming is calling it again with another ``start``; closing the iterator stops its threads.
+    To resume, call it with another ``start``. Closing the iterator stops its threads.
 
     Parameters
     ----------
     store, plan
-        Where the cells are, and when each is read.
+        Source of the cells, and the order in which they are read.
     index
         ``int64 [plan.n_cells]``, store row of each position of the plan, for example ``store.rows("train")``.
     start, stop
         First step and one past the last (None is no end).
     rank, world
-        Which slice of each global batch.
+        This process and the number of processes: which slice of each global batch to read.
     labels
-        Covariates wanted; None is all.
+        Covariates to return; None is all.
     ahead
-        Batches made before they are asked for (for dask: pieces of the order).
+        Batches to prepare in advance (for dask: requests in flight).
     device
-        Where batches go; a GPU gets them coded, through pinned memory, and decodes them beside the training.
+        Device of the batches; a GPU receives coded counts through pinned memory and decodes them on a stream of its
+        own.
     resident
-        A copy to cut batches from instead of reading.
+        Copy in memory to take batches from, instead of reading.
     scheduler
-        Address of a dask scheduler whose workers make the batches instead.
+        Address of a dask scheduler whose workers read the cells.
 
     Yields
     ------
@@ -215,7 +224,19 @@ def loader(
     Raises
     ------
     ValueError
-        Plan and index differ in size, the batch does not divide by ``world``, or whatever reading raises.
+        Plan and index differ in size, the batch cannot be divided by ``world``, or an error of reading.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.loader import loader
+    >>> from distdiff.data.feed.plan import Plan
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> train = store.rows("train")
+    >>> for step, cells in loader(store, Plan(len(train), batch=32), train, start=5, stop=7):
+    ...     print(step, tuple(cells.counts.shape))
+    5 (32, 30)
+    6 (32, 30)
     """
     index = np.asarray(index)
     if plan.n_cells != len(index):
@@ -251,7 +272,7 @@ def batches(
     store: CountStore, plan: Order, feed: Iterator[tuple[int, np.ndarray]],
     make: Callable[[np.ndarray, list[Lease] | None], B], ahead: int = 2,
 ) -> Generator[tuple[int, B], None, None]:  # fmt: skip
-    """Batches of any form, cut by one thread from blocks that the store's threads read ahead of it.
+    """Batches of any form: one thread makes them from blocks that the store's threads read in advance.
 
     Parameters
     ----------
@@ -260,15 +281,27 @@ def batches(
     feed
         Steps and the store rows of each.
     make
-        Makes a batch of rows whose blocks are held; without leases there was no room to hold them.
+        Function from store rows and leases on their blocks to a batch; the leases are None where memory had no room.
     ahead
-        Batches made before they are asked for.
+        Batches to prepare in advance.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.loader import batches
+    >>> from distdiff.data.feed.plan import Plan
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> train = store.rows("train")
+    >>> plan = Plan(len(train), batch=32)
+    >>> feed = ((step, train[plan.rows(step)]) for step in range(2))
+    >>> [(step, counts.shape) for step, counts in batches(store, plan, feed, lambda rows, leases: store.read(rows))]
+    [(0, (32, 30)), (1, (32, 30))]
     """
     done: Queue[tuple[int, B] | BaseException | None] = Queue(ahead)
-    left = threading.Event()
+    closed = threading.Event()
 
     def put(what: tuple[int, B] | BaseException | None) -> None:
-        while not left.is_set():
+        while not closed.is_set():
             with contextlib.suppress(Full):
                 done.put(what, timeout=0.1)
                 return
@@ -278,13 +311,13 @@ def batches(
         try:
             for step, rows, bundle in scout:
                 put((step, make(rows, bundle.leases)))
-                bundle.left -= 1
-                if not bundle.left:
+                bundle.steps_left -= 1
+                if not bundle.steps_left:
                     scout.release(bundle)
-                if left.is_set():
+                if closed.is_set():
                     return
             put(None)
-        except BaseException as error:  # whatever it is, it belongs to whoever waits for the batch
+        except BaseException as error:  # raised again where the batch is awaited
             put(error)
         finally:
             scout.close()
@@ -297,12 +330,12 @@ def batches(
                 raise found
             yield found
     finally:
-        left.set()
+        closed.set()
         thread.join()
 
 
 class _Scout:
-    """Runs ahead over the plan and has the blocks read that the coming steps need, as far as there is room."""
+    """Reads, in advance, the blocks that the next steps need, as far as memory has room."""
 
     def __init__(self, store: CountStore, feed: Iterator[tuple[int, np.ndarray]], room: int) -> None:
         self.store, self.feed = store, feed
@@ -322,14 +355,14 @@ class _Scout:
                 yield step, rows, bundle
 
     def _look(self) -> None:
-        """Lease blocks for bundle after bundle until there is no room; the very next one comes in any case."""
+        """Lease blocks for one bundle after the other until memory is full; the next bundle is added in any case."""
         while len(self.coming) < self.far:
             bundle = self.next or self._bundle()
             self.next = bundle
             if bundle is None:
                 return
             live = set().union(*(b.blocks for b in list(self.held)))
-            # counts beyond float32 go the way that checks them
+            # counts that float32 cannot hold take the path that checks them
             fits = len(live | bundle.blocks) <= self.room and self.store.exact
             bundle.leases = self.store.lease(np.concatenate(bundle.rows)) if fits else None
             if bundle.leases is None and (self.coming or (fits and self.held)):
@@ -355,7 +388,7 @@ class _Scout:
         return _Bundle(steps, rows, None, len(steps), blocks)
 
     def release(self, bundle: _Bundle) -> None:
-        """Give the blocks of a bundle back."""
+        """Release the blocks of a bundle."""
         if bundle in self.held:
             self.held.remove(bundle)
         for lease in bundle.leases or ():
@@ -363,19 +396,19 @@ class _Scout:
         bundle.leases = None
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all blocks."""
         for bundle in list(self.held):
             self.release(bundle)
 
 
 def memory_allowed(device: torch.device) -> float:
-    """Share of a GPU's memory that this process may take (``torch.cuda.set_per_process_memory_fraction``)."""
-    told = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
-    return 1.0 if told is None else float(told(device))
+    """Share of a GPU's memory that this process may use (``torch.cuda.set_per_process_memory_fraction``)."""
+    read_fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
+    return 1.0 if read_fraction is None else float(read_fraction(device))
 
 
 def _free_on(device: torch.device) -> int:
-    """Bytes of a GPU that this process may still take."""
+    """Bytes of a GPU that this process may still allocate."""
     free, total = torch.cuda.mem_get_info(device)
     return min(free, int(memory_allowed(device) * total) - torch.cuda.memory_allocated(device))
 

@@ -1,9 +1,9 @@
-"""Which training cell is read when: a pure function of (seed, step), with no file, queue or rank in it.
+"""Which training cell is read at which step: a pure function of (seed, step), without file, queue or rank.
 
 An epoch reads every cell once: blocks of neighbouring cells are permuted, cut into windows of a few blocks, and the
-cells of each window are permuted. Epochs follow each other without a gap, so a batch may straddle two windows or two
-epochs. Resuming, and any number of ranks, need only the step. `Mixed` does the same for each of several strata, and
-takes them in given proportions.
+cells of each window are permuted. Epochs follow each other without a gap, so a batch may contain cells of two windows
+or two epochs. To resume, or to change the number of ranks, only the step is needed. `Mixed` does the same for each of
+several strata, which it reads in given proportions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ import numpy as np
 from distdiff.rng import numpy_generator
 
 TURNS = 1 << 14
-"""Places in the cycle of a `Mixed` plan: proportions are kept to one in so many."""
+"""Length of the cycle of a `Mixed` plan: proportions are multiples of ``1 / TURNS``."""
 
 
 class Order(ABC):
-    """What a loader asks of a plan: ``batch`` cells a step, ``n_cells`` cells in all, ``window`` blocks shuffled
-    together."""
+    """What a loader needs of a plan: ``batch`` cells a step, ``n_cells`` cells in all, ``window`` blocks shuffled
+    together.
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.plan import Plan
+    >>> plan = Plan(n_cells=100, batch=8)
+    >>> halves = [plan.rank_rows(3, rank, world=2) for rank in (0, 1)]
+    >>> bool((plan.rows(3) == [*halves[0], *halves[1]]).all())  # two ranks share the batch of one
+    True
+    """
 
     batch: int
     n_cells: int
@@ -34,8 +43,8 @@ class Order(ABC):
     def rows(self, step: int) -> np.ndarray:
         """The cells of a step.
 
-        Which cells these are is random; within the step they are ascending, so that neighbours in the store go to the
-        same rank and each rank decodes few blocks.
+        The choice of cells is random; within the step they are in ascending order, so that neighbours in the store are
+        read by the same rank and each rank decodes few blocks.
 
         Returns
         -------
@@ -50,7 +59,7 @@ class Order(ABC):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which as many cells are read as there are."""
+        """Number of steps that read ``n_cells`` cells."""
         return self.n_cells / self.batch
 
     def rank_rows(self, step: int, rank: int, world: int) -> np.ndarray:
@@ -59,7 +68,7 @@ class Order(ABC):
         Raises
         ------
         ValueError
-            The batch cannot be dealt evenly (the nearest numbers of ranks that divide it are named), or no such rank.
+            The batch cannot be divided evenly (the message names the nearest numbers of ranks), or no such rank.
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: 0 to {world - 1} is wanted")
@@ -73,8 +82,11 @@ class Order(ABC):
         share = self.batch // world
         return self.rows(step)[rank * share : (rank + 1) * share]
 
-    def turn(self, step: int) -> int:
-        """Which stretch of about ``block * window`` cells a step lies in: steps of one stretch read the same blocks."""
+    def window_number(self, step: int) -> int:
+        """Number of the window (``block * window`` cells) in which a step starts.
+
+        Steps of one window read the same blocks, so a reader that takes them together reads each block once.
+        """
         return step * self.batch // (self.block * self.window)
 
 
@@ -87,16 +99,25 @@ class Plan(Order):
     n_cells
         Training cells.
     batch
-        Cells a step takes in the whole world, over all ranks.
+        Cells of a step, over all ranks.
     block, window
-        Cells a block and blocks a window: ``block * window`` cells are shuffled together.
+        Cells in a block and blocks in a window: ``block * window`` cells are shuffled together.
     seed
-        Another seed is another order.
+        Seed of the order.
 
     Raises
     ------
     ValueError
         A size below 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.plan import Plan
+    >>> plan = Plan(n_cells=100, batch=10, block=5, window=4)
+    >>> epoch = np.concatenate([plan.rows(step) for step in range(10)])
+    >>> bool((np.sort(epoch) == np.arange(100)).all())  # every cell once
+    True
     """
 
     n_cells: int
@@ -119,7 +140,7 @@ class Plan(Order):
         return np.sort(self.stretch(first, first + self.batch))
 
     def stretch(self, first: int, last: int) -> np.ndarray:
-        """Cells number ``first`` to ``last`` (exclusive) of the endless order, in reading order, ``int64``."""
+        """Cells number ``first`` to ``last`` (exclusive) of the reading order over all epochs, ``int64``."""
         at, parts = first, [np.empty(0, np.int64)]
         while at < last:
             epoch, offset = divmod(at, self.n_cells)
@@ -130,9 +151,9 @@ class Plan(Order):
         return np.concatenate(parts)
 
     def _window_at(self, epoch: int, offset: int) -> tuple[int, np.ndarray]:
-        """Where in its epoch the window that covers ``offset`` starts, and its cells in reading order."""
+        """Start (within its epoch) and cells, in reading order, of the window that covers ``offset``."""
         size = self.block * self.window
-        missing = -self.n_cells % self.block  # cells that the last block, wherever it is permuted to, lacks
+        missing = -self.n_cells % self.block  # cells by which the last block is short
         short = _short_block_window(self, epoch)
         number = offset // size
         if offset >= (number + 1) * size - (missing if short <= number else 0):
@@ -143,22 +164,31 @@ class Plan(Order):
 class Mixed(Order):
     """Several strata in given proportions, each read like a `Plan` of its own: without replacement, epoch after epoch.
 
-    The strata take turns in a fixed cycle in which, after any number of cells, each has had its share to within one
-    cell; so every batch has its share of each to within two.
+    The strata alternate in a fixed cycle. After any number of cells, the cells read of each stratum differ from its
+    share by less than one; in a batch they differ by less than two.
 
     Parameters
     ----------
     strata
         For each stratum the positions of its cells in the training set, ``int64``; together every position once.
     weights
-        Share of the cells read that comes from each; scaled to sum 1. None is equal shares.
+        Share of the cells read from each stratum; scaled to sum 1. None is equal shares.
     batch, block, window, seed
-        As in `Plan`; the window is shared out among the strata.
+        As in `Plan`; the blocks of the window are divided among the strata.
 
     Raises
     ------
     ValueError
         An empty stratum, weights that are negative, not finite, all 0, or too many.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.plan import Mixed
+    >>> codes = np.repeat([0, 1], [90, 10])  # a common and a rare type
+    >>> plan = Mixed.of(codes, ("T", "B"), weights=0.0, batch=10)
+    >>> np.bincount(codes[plan.rows(0)])  # read alike
+    array([5, 5])
     """
 
     def __init__(
@@ -196,12 +226,12 @@ class Mixed(Order):
         Parameters
         ----------
         codes
-            ``int64 [n_cells]``, label of each training cell; cells without one (-1) are a stratum of their own.
+            ``int64 [n_cells]``, label of each training cell; cells without a label (-1) form one stratum.
         values
             Name of each code.
         weights
-            Share of each value, 1 where it is not named; or one power: a value with n cells has the weight n^power
-            (1: as they are, 0: balanced).
+            Share of each value, 1 if it is not named; or one power: a value with n cells has the weight n^power (1:
+            proportions of the data, 0: equal).
 
         Raises
         ------
@@ -221,27 +251,27 @@ class Mixed(Order):
 
 
 def _cycle(share: np.ndarray) -> list[np.ndarray]:
-    """Places of each stratum in a cycle of `TURNS`, ascending: as many as its share (largest remainders).
+    """Positions of each stratum in a cycle of length `TURNS`, ascending: as many as its share (largest remainders).
 
-    Tijdeman's rule (The chairman assignment problem, 1980): of the strata that are far enough behind their share, the
-    turn is for the one that would be a whole turn behind first; none is ever a whole turn off.
+    Tijdeman's rule (The chairman assignment problem, 1980): among the strata that are far enough behind their share,
+    the next position goes to the one that would first be a whole position behind; none ever is.
     """
     exact = share * TURNS
     quota = np.floor(exact).astype(np.int64)
     quota[np.argsort(quota - exact, kind="stable")[: TURNS - int(quota.sum())]] += 1
-    quota[(quota == 0) & (share > 0)] += 1  # whoever has a share gets a turn, at the cost of the largest
+    quota[(quota == 0) & (share > 0)] += 1  # every positive share gets a position, at the cost of the largest
     quota[np.argmax(quota)] -= int(quota.sum()) - TURNS
-    taking = np.flatnonzero(quota)
-    rate = quota[taking] / TURNS
-    slack = 1 / max(1, 2 * len(taking) - 2)
-    behind, whose = np.zeros(len(taking)), np.empty(TURNS, np.int64)
-    for turn in range(TURNS):
-        behind += rate
-        wait = np.where(behind >= slack - 1e-9, (1 - slack - behind) / rate, np.inf)
-        who = int(np.argmin(wait))
-        whose[turn] = taking[who]
-        behind[who] -= 1
-    return [np.flatnonzero(whose == i) for i in range(len(quota))]
+    present = np.flatnonzero(quota)
+    rate = quota[present] / TURNS
+    slack = 1 / max(1, 2 * len(present) - 2)
+    lag, stratum = np.zeros(len(present)), np.empty(TURNS, np.int64)
+    for position in range(TURNS):
+        lag += rate
+        deadline = np.where(lag >= slack - 1e-9, (1 - slack - lag) / rate, np.inf)
+        first = int(np.argmin(deadline))
+        stratum[position] = present[first]
+        lag[first] -= 1
+    return [np.flatnonzero(stratum == i) for i in range(len(quota))]
 
 
 def _seed(seed: int, stratum: int) -> int:
@@ -262,7 +292,7 @@ def _blocks(plan: Plan, epoch: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=128)
 def _short_block_window(plan: Plan, epoch: int) -> int:
-    """Number of the window that holds the last block, the one that may be short."""
+    """Number of the window that holds the last block, which may be short."""
     order = _blocks(plan, epoch)
     return int(np.argmax(order == len(order) - 1)) // plan.window
 

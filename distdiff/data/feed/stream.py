@@ -1,7 +1,7 @@
-"""Batches made by dask workers: they read, decode, choose genes and cut; this process only unpacks.
+"""Batches from dask workers: they read cells and choose genes; this process only decodes.
 
-For a store far from the GPUs, or when decoding should not cost the training host's cores. The plan is the same, so the
-batches are, bit for bit. A worker that dies has its pieces made again by another.
+For a store far from the GPUs, or to keep the cores of the training host free. The plan is the same, so the batches are
+the same, bit for bit. If a worker dies, another one repeats its work.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from distdiff.data.store.store import CountStore
 from distdiff.types import Cells, Condition
 
 IN_FLIGHT = 512 << 20
-"""Bytes of pieces that wait at the workers for one rank, at most (one piece always may)."""
+"""Most bytes of finished pieces that wait at the workers for one rank (one piece is always allowed)."""
 
 PATIENCE = 60.0
-"""Seconds without an answer after which to see whether any worker is left."""
+"""Seconds without a result after which to check that the scheduler still has a worker."""
 
 Piece = tuple[list[Coded], bool, dict[str, np.ndarray]]
-"""Some cells, coded as in the store (a part for each column group of the view) or in the genes of the view; whether it
-is the first; their label codes."""
+"""Coded cells (one part for each column group, or one part in the genes of the view); whether they are coded as in the
+store; their label codes."""
 
 
 def stream(
@@ -48,24 +48,26 @@ def stream(
     Parameters
     ----------
     scheduler
-        Its address; its workers must see the store under the same path or URL.
+        Address of the scheduler; its workers must be able to open the store at the same path or URL.
     rows_of
         Store rows of a step.
     ahead
-        Pieces in flight; a piece is all steps within one stretch of the plan, so that its blocks are read once.
+        Pieces in flight; a piece holds all steps of one window of the plan, so that its blocks are read once.
 
     Raises
     ------
     OSError
-        No scheduler with workers answers there, it is lost, or all workers are.
+        No scheduler with workers answers at this address, or the connection to it or all workers are lost.
     ValueError
-        What reading raises.
+        An error of reading, on a worker.
     """
     from dask.distributed import TimeoutError as Late
 
     client = connect(scheduler)
-    client.direct_to_workers = within_reach(list(client.nthreads())[:1])  # else pieces come by way of the scheduler
-    columns = places(store)
+    client.direct_to_workers = within_reach(
+        list(client.nthreads())[:1]
+    )  # otherwise results travel through the scheduler
+    columns = gene_columns(store)
     how = (store.url, store.manifest.fingerprint, store.genes if store.narrowed else None)
     pieces = _pieces(plan, rows_of, steps)
     waiting: deque[tuple[list[int], list[np.ndarray], Any]] = deque()
@@ -111,9 +113,19 @@ def stream(
 
 
 def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels: Sequence[str] | None) -> Piece:
-    """A worker's task: coded cells of a store with their label codes.
+    """The task of a worker: coded cells of a store with their label codes.
 
-    Where the view has all genes of its column groups, cells are cut out of their blocks as they are.
+    Where the view has all genes of its column groups, cells are cut out of their blocks without decoding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.stream import make
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> coded, as_stored, codes = make((store.url, store.manifest.fingerprint, None), np.array([0, 1]), ["cell_type"])
+    >>> len(coded), as_stored, codes["cell_type"].shape
+    (1, True, (2,))
     """
     store = _store(*how)
     codes = store.labels(rows, labels)
@@ -128,20 +140,29 @@ def make(how: tuple[str, str, tuple[str, ...] | None], rows: np.ndarray, labels:
     return [coding.encode(counts, store.manifest.dtype)], False, codes
 
 
-def places(store: CountStore) -> dict[bool, list[np.ndarray]]:
-    """For each part of a piece the column of each of its genes: coded as stored (True), or in the genes of the view."""
-    return {True: [c.place for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
+def gene_columns(store: CountStore) -> dict[bool, list[np.ndarray]]:
+    """Column of each gene in each part of a piece: coded as in the store (True), or in the genes of the view (False).
+
+    Examples
+    --------
+    >>> from distdiff.data.feed.stream import gene_columns
+    >>> from distdiff.data.store.store import CountStore
+    >>> view = CountStore.open("atlas.zarr").panel(["gene2", "gene0"])
+    >>> gene_columns(view)[True][0][:4]  # gene0 is the view's column 1; -1: not in the view
+    array([ 1, -1,  0, -1], dtype=int32)
+    """
+    return {True: [c.column for c in store.columns], False: [np.arange(len(store.genes), dtype=np.int32)]}
 
 
 def _unpack(
     coded: list[Coded], columns: list[np.ndarray], codes: dict[str, np.ndarray], first: int, rows: np.ndarray
 ) -> Cells:
-    """Cells of one step out of a piece; for each part of it the column of each of its genes."""
-    n_genes = sum(int((place >= 0).sum()) for place in columns)
+    """Cells of one step from a piece; ``columns`` has the column of each gene in each part."""
+    n_genes = sum(int((gene_column >= 0).sum()) for gene_column in columns)
     out = recycle.empty((len(rows), n_genes), np.float32)
     local, alone = np.arange(first, first + len(rows)), np.zeros(len(rows), np.int64)
-    for part, (of, place) in enumerate(zip(coded, columns, strict=True)):
-        coding.add_dense(Slots(*(a[None] for a in of)), alone, local, place, out, clear=part == 0)
+    for part, (of, gene_column) in enumerate(zip(coded, columns, strict=True)):
+        coding.add_dense(Slots(*(a[None] for a in of)), alone, local, gene_column, out, clear=part == 0)
     labels = {k: torch.from_numpy(v[first : first + len(rows)].copy()) for k, v in codes.items()}
     return Cells(torch.from_numpy(out), Condition(labels), torch.from_numpy(rows))
 
@@ -149,11 +170,11 @@ def _unpack(
 def _pieces(
     plan: Order, rows_of: Callable[[int], np.ndarray], steps: Iterable[int]
 ) -> Generator[tuple[list[int], list[np.ndarray]], None, None]:
-    """Steps of one stretch of the plan together."""
+    """Group steps by the window of the plan that they start in."""
     numbers: list[int] = []
     rows: list[np.ndarray] = []
     for step in steps:
-        if numbers and plan.turn(step) != plan.turn(numbers[-1]):
+        if numbers and plan.window_number(step) != plan.window_number(numbers[-1]):
             yield numbers, rows
             numbers, rows = [], []
         numbers.append(step)
@@ -164,7 +185,7 @@ def _pieces(
 
 @functools.lru_cache(maxsize=4)
 def _store(url: str, fingerprint: str, genes: tuple[str, ...] | None) -> CountStore:
-    """One open store per worker process."""
+    """The open store, cached in the worker process."""
     store = CountStore.open(url)
     if store.manifest.fingerprint != fingerprint:
         raise ValueError(

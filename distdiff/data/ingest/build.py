@@ -24,7 +24,7 @@ from distdiff.data.ingest import foreign
 from distdiff.data.ingest import split as splits
 from distdiff.data.ingest import turn as turning
 from distdiff.data.ingest.choose import Choice
-from distdiff.data.ingest.scan import Job, Scanned, ShardTask, Span, Written, clipped, measure, scatter, write
+from distdiff.data.ingest.scan import BuildSettings, Scanned, ShardTask, Span, Written, clipped, measure, scatter, write
 from distdiff.data.ingest.source import Source, codes
 from distdiff.data.store import manifest as about
 from distdiff.data.store.coding import narrowest
@@ -56,7 +56,9 @@ GROUPS = ("panel", "rest")
 class Run(Protocol):
     """Runs a task function on every task of a pass; results come in the order of the tasks."""
 
-    def __call__(self, fn: Callable[[T, Job], R], tasks: Sequence[T], job: Job, what: str) -> list[R]: ...
+    def __call__(
+        self, fn: Callable[[T, BuildSettings], R], tasks: Sequence[T], job: BuildSettings, what: str
+    ) -> list[R]: ...
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ class Wanted:
 class Build:
     """The sources of one build and the steps from them to a store."""
 
-    def __init__(self, paths: Sequence[str | Path], wanted: Wanted, say: Callable[[str], None]) -> None:
+    def __init__(self, paths: Sequence[str | Path], wanted: Wanted, notify: Callable[[str], None]) -> None:
         if not paths:
             raise ValueError(f"no input files; give {foreign.KINDS}")
         if len(set(wanted.labels)) < len(wanted.labels):
             raise ValueError(f"labels {list(wanted.labels)}: one is named twice")
         if wanted.join not in ("inner", "outer"):
             raise ValueError(f"join {wanted.join!r}: 'inner' (genes in every file) or 'outer' (in any) is wanted")
-        self.wanted, self.say = wanted, say
+        self.wanted, self.notify = wanted, notify
         self.paths = tuple(str(Path(p).absolute()) for p in paths)
         self.sources = [Source.open(p, wanted.layer) for p in paths]
         self.stamps = tuple(files.stamp(p) for p in self.paths)
@@ -121,18 +123,18 @@ class Build:
     def tell(self) -> None:
         """Say what will surprise."""
         for note in filter(None, (note for s in self.sources for note in (s.note, s.renamed))):
-            self.say(note)
+            self.notify(note)
         if self.not_shared:
-            self.say(f"{self.not_shared} genes left out: some file lacks them; {len(self.known)} are shared")
+            self.notify(f"{self.not_shared} genes left out: some file lacks them; {len(self.known)} are shared")
         for a, b, shared in self.alike:
             of = min(self.sources[a].n_cells, self.sources[b].n_cells)
-            self.say(
+            self.notify(
                 f"warning: {self.sources[a].where} and {self.sources[b].where} share {shared} cell names of {of}; if "
                 "these are the same cells they count twice, and one in training may be among the test cells"
             )
         for s in self.sources:
             if lacks := len(self.known) - len(set(self.known).intersection(s.genes)):
-                self.say(f"{s.where} lacks {lacks} of the {len(self.known)} genes: its cells get zeros there")
+                self.notify(f"{s.where} lacks {lacks} of the {len(self.known)} genes: its cells get zeros there")
 
     def run(self, work: Path, run: Run, memory: int) -> Manifest:
         """Scatter, choose, write into ``work/store``; the manifest comes last.
@@ -173,7 +175,7 @@ class Build:
         if not (code[cells] == 0).any():
             raise ValueError("no training cell has a count of the chosen genes; choose more genes or another split")
         failed = np.concatenate([f.nnz for f in found]) == -1
-        self.say(
+        self.notify(
             f"{len(kept)} cells kept, {self.n_cells - len(kept) - int(failed.sum())} without counts dropped"
             + (f", {int(failed.sum())} under a threshold dropped" if self.wanted.quality else "")
         )
@@ -204,7 +206,7 @@ class Build:
                 run(partial(_turn, folder=str(folder)), tasks, self.job(work, (None,) * len(self.sources)), "turn")
         return tuple(turned)
 
-    def job(self, work: Path, turned: tuple[str | None, ...]) -> Job:
+    def job(self, work: Path, turned: tuple[str | None, ...]) -> BuildSettings:
         """What the tasks share: spills hold the genes that can be chosen."""
         known = self.genes.names or self.known
         at = {g: i for i, g in enumerate(known)}
@@ -216,7 +218,7 @@ class Build:
                     f"max_mito: {source.where}: no gene's name starts with MT-; mitochondrial genes cannot be told, "
                     "leave it out"
                 )
-        return Job(
+        return BuildSettings(
             str(work), self.paths, self.wanted.layer, self.stamps, turned, columns, len(known), self.wanted.quality,
             mito, self.wanted.counts, self.wanted.seed if self.wanted.rounding else None,
         )  # fmt: skip
@@ -250,7 +252,7 @@ class Build:
         strata = () if self.wanted.strata is None else (codes(self.obs[self.wanted.strata]),)
         return np.lexsort((lot, *strata, code))
 
-    def with_genes(self, job: Job, found: Sequence[Scanned], run: Run) -> Job:
+    def with_genes(self, job: BuildSettings, found: Sequence[Scanned], run: Run) -> BuildSettings:
         """The job once genes are chosen: where each gene of the spills goes, and how wide values are."""
         known = self.genes.names or self.known
         gene_nnz = reduce(add, [f.gene_nnz for f in found])
@@ -271,19 +273,19 @@ class Build:
         panel = genes if self.panel is None else self.panel.pick(known, among, moments, clip)
         if len(panel) == len(genes):
             panel = genes
-        place, group = np.full(len(known), -1, np.int32), np.zeros(len(known), np.int8)
+        column, group = np.full(len(known), -1, np.int32), np.zeros(len(known), np.int8)
         rest = np.setdiff1d(genes, panel)
         for number, columns in enumerate((panel, rest)):
-            place[columns], group[columns] = np.arange(len(columns)), number
-        self.say(f"{len(genes)} genes kept" + (f", {len(panel)} of them in the panel" if len(rest) else ""))
+            column[columns], group[columns] = np.arange(len(columns)), number
+        self.notify(f"{len(genes)} genes kept" + (f", {len(panel)} of them in the panel" if len(rest) else ""))
         if never := int((gene_nnz == 0).sum()) if self.genes.names is None else 0:
-            self.say(f"{never} genes dropped: never counted")
+            self.notify(f"{never} genes dropped: never counted")
         sums = [sum(f.needed[i] for f in found) for i in range(2)]
         largest = max(f.largest for f in found)
         width = "float32"
         if self.wanted.counts:
             width = narrowest(int(gene_nnz.sum()), dict(zip(("uint8", "uint16"), sums, strict=True)), largest)
-        return replace(job, place=place, group=group, dtype=width)
+        return replace(job, column=column, group=group, dtype=width)
 
     def check_room(self, work: Path, found: Sequence[Scanned], layout: Layout) -> None:
         """Refuse to write what the disk cannot hold."""
@@ -297,7 +299,12 @@ class Build:
             )
 
     def describe(
-        self, job: Job, found: Sequence[Scanned], cells: np.ndarray, code: np.ndarray, written: Sequence[Written]
+        self,
+        job: BuildSettings,
+        found: Sequence[Scanned],
+        cells: np.ndarray,
+        code: np.ndarray,
+        written: Sequence[Written],
     ) -> Manifest:
         """The manifest of what was written; ``cells`` are the kept cells' places in the sources."""
         w, layout = self.wanted, job.layout
@@ -340,7 +347,7 @@ class Build:
         return codes(self.obs[key][cells], values).astype(np.int32)
 
     def write_columns(
-        self, job: Job, made: Manifest, cells: np.ndarray, code: np.ndarray, found: Sequence[Scanned]
+        self, job: BuildSettings, made: Manifest, cells: np.ndarray, code: np.ndarray, found: Sequence[Scanned]
     ) -> dict[str, str]:
         """Everything a cell or a gene has one of; the hash of each."""
         every, genes = reduce(add, [f.moments for f in found]), columns_of(job)
@@ -365,16 +372,16 @@ class Build:
         return {name: about.hash_of(value) for name, value in columns.items()}
 
 
-def job_groups(job: Job) -> list[tuple[str, int]]:
+def job_groups(job: BuildSettings) -> list[tuple[str, int]]:
     """Name and number of genes of each column group."""
-    sizes = [int(((job.group == g) & (job.place >= 0)).sum()) for g in range(2)]
+    sizes = [int(((job.group == g) & (job.column >= 0)).sum()) for g in range(2)]
     return list(zip(GROUPS, sizes, strict=True)) if sizes[1] else [("all", sizes[0])]
 
 
-def columns_of(job: Job) -> np.ndarray:
+def columns_of(job: BuildSettings) -> np.ndarray:
     """Genes of the spills in store order, ``int64 [n_genes]``: group after group."""
-    kept = np.flatnonzero(job.place >= 0)
-    return kept[np.lexsort((job.place[kept], job.group[kept]))]
+    kept = np.flatnonzero(job.column >= 0)
+    return kept[np.lexsort((job.column[kept], job.group[kept]))]
 
 
 def shard_tasks(layout: Layout, rank: np.ndarray, spills: int) -> list[ShardTask]:

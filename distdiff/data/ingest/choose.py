@@ -90,9 +90,9 @@ class Choice:
             return np.array([at[n] for n in self.names], np.int64)
         if self.measure is None:
             return np.flatnonzero(among)
-        top, there = self.top or 0, int(among.sum())
-        if top > there:
-            raise ValueError(f"genes {self.how!r}: only {there} genes have a count; ask for at most that many")
+        top, n_counted = self.top or 0, int(among.sum())
+        if top > n_counted:
+            raise ValueError(f"genes {self.how!r}: only {n_counted} genes have a count; ask for at most that many")
         score = np.where(among, _SCORES[self.measure](moments, clip), -np.inf)
         return np.sort(np.argsort(-score, kind="stable")[:top])
 
@@ -155,8 +155,8 @@ def _check_names(names: Sequence[str], known: Sequence[str], where: str) -> None
         seen: set[str] = set()
         twice = next(g for g in names if g in seen or seen.add(g))  # type: ignore[func-returns-value]
         raise ValueError(f"{where} names gene {twice!r} more than once")
-    there = set(known)
-    if unknown := [g for g in names if g not in there]:
+    known_names = set(known)
+    if unknown := [g for g in names if g not in known_names]:
         near = nearest(unknown[0], known) if len(known) <= 100_000 else ""
         near = near if near.startswith("; did") else ""
         raise ValueError(

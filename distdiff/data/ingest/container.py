@@ -1,4 +1,4 @@
-"""An AnnData in a file, h5ad or zarr: opened, and its tables and matrices read, with damage told before it is met."""
+"""An AnnData in a file, h5ad or zarr: opened, and its tables and matrices read, each checked as it is read."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def table_of(root: Any, key: str, where: str) -> Any:
 
 
 def check(path: Path) -> None:
-    """Read whatever an AnnData file holds, so that damage is met before work on it begins.
+    """Read whatever an AnnData file holds, so that damage is found before work on it begins.
 
     Elements of more than 64 MiB are looked at, not read: their shapes, their parts, their first and last rows.
 
@@ -227,11 +227,12 @@ def _check_writable(path: Path) -> None:
 
     with reading(str(path)), h5py.File(io.BytesIO(path.read_bytes()), "r+") as file:
         before = _names(file)
-        for key in ("layers", "obs", "uns"):
+        for key in ("obs", "uns", *_AXES):
             file.require_group(key)["distdiff probe"] = np.zeros(1)
         file["obs"].attrs["column-order"] = np.array([*columns_of(file["obs"]), "distdiff probe"], dtype=object)
         file.flush()
-        if lost := sorted(before - _names(file)):
+        found = _names(file)
+        if lost := sorted(name for name in before if name not in found or name not in file):
             raise InputError(f"{path}: nothing can be added without losing {lost[0]}: damaged; copy the file again")
 
 
@@ -247,11 +248,11 @@ def _check(root: Any, where: str, beat: Callable[[], None]) -> None:
         for key in ("obs", "var"):
             table_of(root, key, where)
         dict(root.attrs)
-        _check_kind(root)
+        _check_kind(root, where)
         keys = [key for key in root if key not in ("obs", "var")]
     for key in keys:
         with reading(f"{where}: {key}"):
-            _check_kind(root[key])
+            _check_kind(root[key], f"{where}: {key}")
             if key == "raw":
                 _check_raw(root, sizes["obs"], where)
                 continue
@@ -276,7 +277,7 @@ def _check_raw(root: Any, n: int, where: str) -> None:
     for name in raw:
         path = f"{where}: raw/{name}"
         with reading(path):
-            _check_kind(raw[name])
+            _check_kind(raw[name], path)
             if name == "varm":
                 for key in raw[name]:
                     _check_element(raw[name][key], (genes,), f"{path}/{key}")
@@ -284,13 +285,14 @@ def _check_raw(root: Any, n: int, where: str) -> None:
                 _check_element(raw[name], (n, genes) if name == "X" else (), path)
 
 
-def _check_kind(element: Any) -> None:
-    """Find anndata's reader for an element, which is not called, and see that names of its members are text."""
+def _check_kind(element: Any, where: str) -> None:
+    """Find anndata's reader for an element, without a call, and each of its members by its name."""
     import anndata as ad
 
-    if hasattr(element, "keys") and (odd := [name for name in element if not isinstance(name, str)]):
-        raise InputError(f"{element.file.filename}: {element.name} holds {odd[0]!r}; damaged: copy the file again")
-
+    members = list(element) if hasattr(element, "keys") else []
+    not_text = [name for name in members if not isinstance(name, str) or name not in element]
+    if not_text or len(set(members)) < len(members):
+        raise InputError(f"{where}: its list of members {members!r:.200} is damaged; copy the file again")
     ad.experimental.read_dispatched(element, lambda *args, **kwargs: None)
 
 
@@ -298,7 +300,7 @@ def _check_element(element: Any, shape: tuple[int, ...], where: str) -> None:
     """Read an element if it is small, else look at its shape and its ends; its first sizes must be ``shape``."""
     from anndata.io import read_elem
 
-    _check_kind(element)
+    _check_kind(element, where)
     kind = encoding(element)
     if kind == "awkward-array" and importlib.util.find_spec("awkward") is None:
         for name in element:
@@ -341,7 +343,7 @@ def _check_rows(rows: Any, start: int, stop: int, where: str) -> None:
 
 
 def _sizes(element: Any, where: str) -> Iterator[int]:
-    """Bytes of all arrays of an element, by what is said about them.
+    """Bytes of all arrays of an element, by the shapes that it declares.
 
     Raises
     ------
@@ -350,14 +352,14 @@ def _sizes(element: Any, where: str) -> Iterator[int]:
     """
     if hasattr(element, "keys"):
         dict(element.attrs)
-        _check_kind(element)
+        _check_kind(element, where)
         for name in element:
             yield from _sizes(element[name], where)
         return
     size = _bytes(element)
     if size > SMALL and size > _most(element):
         raise InputError(
-            f"{where} promises {size >> 20} MiB, far more than is stored; the file is damaged: copy it again"
+            f"{where} declares {size >> 20} MiB, far more than is stored; the file is damaged: copy it again"
         )
     yield size
 
@@ -378,7 +380,7 @@ def _index_of(table: Any) -> str:
 
 
 def _length(element: Any) -> int:
-    """Rows of a column, whatever its kind, by what is said about it."""
+    """Rows of a column, whatever its kind, by the shape that it declares."""
     if not hasattr(element, "keys"):
         return int(element.shape[0])
     return int(element["codes" if "codes" in element else "values"].shape[0])

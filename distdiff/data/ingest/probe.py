@@ -82,12 +82,12 @@ def first(work: Callable[[Callable[[], None]], None], where: str) -> None:
     if pid == 0:
         _child(work, send)
     os.close(send)
-    text, said = b"", b""
+    text, part = b"", b""
     try:
         while select.select([receive], [], [], SILENT)[0]:
-            if not (said := os.read(receive, 1 << 16)):
+            if not (part := os.read(receive, 1 << 16)):
                 break
-            text += said.replace(b"\0", b"")
+            text += part.replace(b"\0", b"")
         else:
             raise InputError(
                 f"{where} cannot be read (no progress for {SILENT:.0f} s): damaged, or its disk does not answer; copy "

@@ -1,6 +1,6 @@
 """The tasks of a build: read rows of the sources, choose columns, count, and write one shard.
 
-Each is a plain function of a small task and a shared `Job`, so it runs the same in this process and on a dask worker,
+Each is a plain function of a small task and shared `BuildSettings`, so it runs the same in this process and on a dask worker,
 and running it twice leaves what running it once leaves.
 """
 
@@ -33,7 +33,7 @@ PIECE = 4 << 20
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildSettings:
     """What every task of a pass shares.
 
     Attributes
@@ -56,7 +56,7 @@ class Job:
         False takes any finite number.
     rounding
         Seed with which counts with decimals are rounded at random; None refuses them.
-    place, group
+    column, group
         For each gene of the spills its column in the store's group (-1: dropped), and the group (for `measure`,
         `write`).
     limit
@@ -78,7 +78,7 @@ class Job:
     mito: tuple[np.ndarray, ...]
     counts: bool
     rounding: int | None = None
-    place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    column: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
     limit: np.ndarray = field(default_factory=lambda: np.zeros(0))
     dtype: str = "uint8"
@@ -94,8 +94,10 @@ class Job:
 
     def groups(self, of: coding.Coded, which: np.ndarray) -> list[sparse.csr_matrix]:
         """Some cells of the spills, a matrix for each of the store's column groups."""
-        places = [np.where(self.group == g, self.place, -1).astype(np.int32) for g in range(int(self.group.max()) + 1)]
-        return [spill.cells(of, which, place, int((place >= 0).sum())) for place in places]
+        columns_by_group = [
+            np.where(self.group == g, self.column, -1).astype(np.int32) for g in range(int(self.group.max()) + 1)
+        ]
+        return [spill.cells(of, which, column, int((column >= 0).sum())) for column in columns_by_group]
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Span:
     Attributes
     ----------
     rank
-        ``int64 [stop - start]``, place of each cell in the new order.
+        ``int64 [stop - start]``, position of each cell in the new order.
     train
         ``bool [stop - start]``, training cells.
     """
@@ -169,7 +171,7 @@ class Written:
     sha256: str
 
 
-def scatter(span: Span, job: Job) -> Scanned:
+def scatter(span: Span, job: BuildSettings) -> Scanned:
     """Pass 1: check every entry of a span, write its cells to a spill, sum up what they hold.
 
     Raises
@@ -183,7 +185,7 @@ def scatter(span: Span, job: Job) -> Scanned:
     return _scanned(folder)
 
 
-def _scatter(span: Span, job: Job, folder: Path) -> None:
+def _scatter(span: Span, job: BuildSettings, folder: Path) -> None:
     source = _source(job, span.file)
     parts, every = [], []
     for start, rows in _pieces(source, span):
@@ -217,7 +219,7 @@ def _scanned(folder: Path) -> Scanned:
     return Scanned(nnz, total, moments, gene_nnz, (int(one), int(two)), largest)
 
 
-def _quality(counts: sparse.csr_matrix, job: Job, file: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _quality(counts: sparse.csr_matrix, job: BuildSettings, file: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Genes and molecules of cells over all genes of their source, and whether they pass the thresholds, ``[n]``."""
     nnz, total = np.diff(counts.indptr).astype(np.int32), coding.totals(counts)
     good = (total >= job.quality.get("min_counts", -np.inf)) & (nnz >= job.quality.get("min_genes", 0))
@@ -242,7 +244,7 @@ def check(rows: sparse.csr_matrix, source: Source, start: int, counts: bool) -> 
         )
 
 
-def clipped(number: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
+def clipped(number: int, job: BuildSettings) -> tuple[np.ndarray, np.ndarray]:
     """Sums and squares of the training cells' counts cut at ``job.limit``, ``float64 [n_genes]`` each."""
     folder = job.spill(number)
     _, of = spill.coded(folder)
@@ -253,34 +255,34 @@ def clipped(number: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
             np.bincount(cells.indices, values**2, minlength=job.n_genes))  # fmt: skip
 
 
-def measure(number: int, job: Job) -> Measured:
+def measure(number: int, job: BuildSettings) -> Measured:
     """Between the passes: how many entries each cell of a spill takes in each column group."""
     rank, of = spill.coded(job.spill(number))
-    return Measured(rank, coding.recoded(of, job.place, job.group, job.dtype))
+    return Measured(rank, coding.recoded(of, job.column, job.group, job.dtype))
 
 
-def write(task: ShardTask, job: Job) -> Written:
+def write(task: ShardTask, job: BuildSettings) -> Written:
     """Pass 2: gather the cells of one shard from all spills, write it whole, tell what it holds."""
     if job.layout is None:
         raise ValueError("write needs a job with a layout")
     done = Path(job.work) / "done" / f"{task.shard:06d}"
     about = json.loads(bytes(spill.load(done, "about")).decode()) if spill.whole(done) else {}
     if not about or about["files"] != _records(job, job.layout, task.shard):
-        for left in (done, *_files(job, job.layout, task.shard).values()):
-            files.remove(left)
+        for remains in (done, *_files(job, job.layout, task.shard).values()):
+            files.remove(remains)
         _write(task, job, job.layout, done)
         about = json.loads(bytes(spill.load(done, "about")).decode())
     return Written(about["nnz"], about["sha256"])
 
 
-def _files(job: Job, layout: Layout, shard: int) -> dict[str, Path]:
+def _files(job: BuildSettings, layout: Layout, shard: int) -> dict[str, Path]:
     """The files of a shard."""
     names = [(group.name, part) for group in layout.groups for part in coding.Slots._fields]
     counts = job.store / "counts"
     return {f"{group}/{part}": counts / group / part / "c" / str(shard) / "0" for group, part in names}
 
 
-def _records(job: Job, layout: Layout, shard: int) -> dict[str, list[int]]:
+def _records(job: BuildSettings, layout: Layout, shard: int) -> dict[str, list[int]]:
     """Bytes and CRC-32C of each file of a shard that is there."""
     found = {}
     for name, file in _files(job, layout, shard).items():
@@ -289,7 +291,7 @@ def _records(job: Job, layout: Layout, shard: int) -> dict[str, list[int]]:
     return found
 
 
-def _write(task: ShardTask, job: Job, layout: Layout, done: Path) -> None:
+def _write(task: ShardTask, job: BuildSettings, layout: Layout, done: Path) -> None:
     rank, of = spill.gather([job.spill(n) for n in range(task.spills)], int(task.rank[0]), int(task.rank[-1]) + 1)
     order = np.argsort(rank)
     which = order[np.searchsorted(rank[order], task.rank)]
@@ -357,7 +359,7 @@ def _pieces(source: Source, span: Span) -> Iterator[tuple[int, sparse.csr_matrix
         yield start, source.read(start, min(start + step, span.stop))
 
 
-def same(job: Job, file: int) -> None:
+def same(job: BuildSettings, file: int) -> None:
     """Refuse a source that is not what it was when the build began."""
     if stamp(job.paths[file]) != job.stamps[file]:
         raise ValueError(
@@ -365,7 +367,7 @@ def same(job: Job, file: int) -> None:
         )
 
 
-def _source(job: Job, file: int) -> Source:
+def _source(job: BuildSettings, file: int) -> Source:
     same(job, file)
     return _open(job.paths[file], job.layer, job.turned[file], job.stamps[file])
 

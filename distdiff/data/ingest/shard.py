@@ -23,9 +23,9 @@ import psutil
 from tqdm import tqdm
 
 from distdiff import files
-from distdiff.cluster import Company, connect, explained
+from distdiff.cluster import WorkerWatch, connect, explained
 from distdiff.data.ingest.build import Build, Run, Wanted
-from distdiff.data.ingest.scan import Job, forget
+from distdiff.data.ingest.scan import BuildSettings, forget
 from distdiff.data.ingest.split import shares as checked_shares
 from distdiff.data.store import manifest as about
 from distdiff.data.store.manifest import Manifest
@@ -159,7 +159,7 @@ def shard(
     for path in paths:
         files.refuse_nested(out, path)
     _refuse_foreign(out)
-    say = partial(print, flush=True) if progress else lambda text: None
+    notify = partial(print, flush=True) if progress else lambda text: None
     kept_labels = tuple(labels) + ((strata,) if strata and strata not in labels else ())
     bounds = {"min_counts": (min_counts, 0), "min_genes": (min_genes, 0), "min_cells": (min_cells, 0),
               "max_mito": (max_mito, 100.0)}  # fmt: skip
@@ -168,14 +168,14 @@ def shard(
         layer, genes, panel, join, kept_labels, shares, split_by, strata, shuffle, seed, quality, counts, rounding,
         codec, block, blocks_per_shard,
     )  # fmt: skip
-    build = Build(paths, wanted, say)
-    with files.resumable(out, build.identity(), overwrite=overwrite, say=say) as work:
+    build = Build(paths, wanted, notify)
+    with files.resumable(out, build.identity(), overwrite=overwrite, notify=notify) as work:
         if work is None:
-            say(f"{out} is whole: the command that was killed had finished it")
+            notify(f"{out} is whole: the command that was killed had finished it")
             return Manifest.read(out)
         with _runner(workers, scheduler, progress, build.n_cells, build.n_bytes) as runner:
             if (work / "spill").is_dir():
-                say(f"going on with the build in {work}")
+                notify(f"going on with the build in {work}")
             build.tell()
             try:
                 return build.run(work, *runner)
@@ -235,7 +235,12 @@ def _memory(client: Any) -> int:
 
 
 def _run_threads(
-    threads: ThreadPoolExecutor, fn: Callable[[T, Job], R], tasks: Sequence[T], job: Job, what: str, progress: bool
+    threads: ThreadPoolExecutor,
+    fn: Callable[[T, BuildSettings], R],
+    tasks: Sequence[T],
+    job: BuildSettings,
+    what: str,
+    progress: bool,
 ) -> list[R]:
     """Run one pass on threads; the first error ends it."""
     futures = [threads.submit(fn, task, job) for task in tasks]
@@ -252,7 +257,7 @@ def _run_threads(
 
 
 def _run_dask(
-    client: Any, fn: Callable[[T, Job], R], tasks: Sequence[T], job: Job, what: str, progress: bool
+    client: Any, fn: Callable[[T, BuildSettings], R], tasks: Sequence[T], job: BuildSettings, what: str, progress: bool
 ) -> list[R]:
     """Run one pass on a cluster, a few tasks ahead of the workers, results in order of the tasks."""
     from dask.distributed import KilledWorker
@@ -273,14 +278,14 @@ def _run_dask(
     def room() -> int:
         return 2 * max(1, sum(client.nthreads().values())) - len(number)  # workers come and go
 
-    company = Company(client, partial(print, flush=True) if progress else lambda text: None)
+    watch = WorkerWatch(client, partial(print, flush=True) if progress else lambda text: None)
     looked = time.monotonic()
     feed(room())
     with _bar(tasks, what, progress) as bar:
         while number:
             if not done.has_ready():
                 if time.monotonic() - looked > LOOK:
-                    company.look()
+                    watch.workers()
                     looked = time.monotonic()
                 time.sleep(SOON)
                 continue
@@ -296,7 +301,7 @@ def _run_dask(
     return [results[i] for i in range(len(tasks))]
 
 
-def _itself(job: Job) -> Job:
+def _itself(job: BuildSettings) -> BuildSettings:
     return job
 
 

@@ -83,8 +83,8 @@ def by_group(groups: np.ndarray, split: tuple[float, float, float], seed: int, c
     empty = set(wanted)
     split_of = np.empty(len(names), np.uint8)
     largest_first = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-    for left, group in zip(range(len(names), 0, -1), largest_first, strict=True):
-        among = empty if left <= len(empty) else wanted
+    for remaining, group in zip(range(len(names), 0, -1), largest_first, strict=True):
+        among = empty if remaining <= len(empty) else wanted
         best = max(sorted(among), key=lambda i: lacking[i])
         split_of[group] = best
         lacking[best] -= sizes[group]

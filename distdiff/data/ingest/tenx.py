@@ -254,11 +254,11 @@ def expression(kinds: np.ndarray | None, where: str) -> tuple[np.ndarray | None,
     if kinds is None or not (other := ~np.isin(kinds, (EXPRESSION, "GEX"))).any():
         return None, ""
     found, n = np.unique(kinds[other], return_counts=True)
-    told = ", ".join(f"{i} {what}" for what, i in zip(found, n, strict=True))
+    counts_by_kind = ", ".join(f"{i} {what}" for what, i in zip(found, n, strict=True))
     if other.all():
-        return None, f"{where}: has no {EXPRESSION}, all of its features are read ({told})"
+        return None, f"{where}: has no {EXPRESSION}, all of its features are read ({counts_by_kind})"
     return np.flatnonzero(~other), (
-        f"{where}: only {EXPRESSION} is read, {other.sum()} other features were left out ({told})"
+        f"{where}: only {EXPRESSION} is read, {other.sum()} other features were left out ({counts_by_kind})"
     )
 
 
@@ -266,8 +266,8 @@ def _features(names: np.ndarray, kinds: np.ndarray | None, where: str) -> Featur
     if (names == "").any():
         at = int(np.argmax(names == "")) + 1
         raise InputError(f"{where}: feature {at}, counted from 1, has no name; the file is damaged: copy it again")
-    keep, told = expression(kinds, where)
-    notes = [told] if told else []
+    keep, note = expression(kinds, where)
+    notes = [note] if note else []
     if keep is not None:
         names = names[keep]
     once = unique(names)

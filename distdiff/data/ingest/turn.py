@@ -124,8 +124,14 @@ def turn(slab: Slab, folder: str | Path) -> int:
         for rows, columns, values in matrix.pieces(slab.start, slab.stop, slab.entries):
             _write(temporary / str(pieces), rows, columns, values, matrix.shape)
             pieces, nnz = pieces + 1, nnz + len(rows)
-        told = {"pieces": pieces, "nnz": nnz, "promised": matrix.nnz, "shape": matrix.shape, "dtype": matrix.dtype.str}
-        (temporary / "slab.json").write_text(json.dumps(asdict(slab) | told, indent=1))
+        record = {
+            "pieces": pieces,
+            "nnz": nnz,
+            "promised": matrix.nnz,
+            "shape": matrix.shape,
+            "dtype": matrix.dtype.str,
+        }
+        (temporary / "slab.json").write_text(json.dumps(asdict(slab) | record, indent=1))
     return nnz
 
 

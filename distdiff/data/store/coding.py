@@ -1,8 +1,8 @@
-"""Counts in two bytes: the gap to the next gene, and the count; compiled loops that write and read them.
+"""Counts in two bytes, the gap to the next gene and the count, and compiled loops that write and read them.
 
 A cell is a run of entries ``(gap, value)``. Its gene numbers are the running sums of its gaps from 0, and its counts
-are the sums of the values that fall on one gene: an entry ``(255, 0)`` only moves on, an entry ``(0, value)`` adds to
-the gene before. So any count fits any width of value, without loss, and the sum is all that a reader has to know.
+are the sums of the values that fall on one gene: an entry ``(255, 0)`` only advances the gene number, an entry ``(0,
+value)`` adds to the gene before. So any count fits any width of value without loss, and a reader only has to add up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,21 @@ GAP = 255
 """Largest gap of one entry."""
 
 RUN = 64
-"""Entries that are coded together where each takes one entry."""
+"""Counts that are coded together in a fast loop, if each of them takes one entry."""
 
 
 class Coded(NamedTuple):
-    """Coded cells: ``gaps`` uint8 ``[e]``, ``values`` ``[e]``, ``starts`` of the cells in them, int64 ``[n + 1]``."""
+    """Coded cells: ``gaps`` uint8 ``[e]``, ``values`` ``[e]``, ``starts`` of the cells in them, int64 ``[n + 1]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import encode
+    >>> coded = encode(sparse.csr_matrix([[2, 0, 0, 9], [0, 1, 0, 0]]), "uint8")
+    >>> coded.gaps, coded.values, coded.starts
+    (array([0, 3, 1], dtype=uint8), array([2, 9, 1], dtype=uint8), array([0, 2, 3]))
+    """
 
     gaps: np.ndarray
     values: np.ndarray
@@ -31,7 +41,15 @@ class Coded(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Blocks of coded cells: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``."""
+    """Blocks of coded cells: ``gaps``, ``values`` ``[slots, cap]``, ``starts`` uint32 ``[slots, R + 1]``.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.coding import Slots
+    >>> slots = Slots.zeros(2, cap=64, block=16, dtype="uint8")
+    >>> slots.gaps.shape, slots.starts.shape
+    ((2, 64), (2, 17))
+    """
 
     gaps: np.ndarray
     values: np.ndarray
@@ -39,12 +57,12 @@ class Slots(NamedTuple):
 
     @classmethod
     def zeros(cls, n: int, cap: int, block: int, dtype: str) -> Slots:
-        """``n`` blocks without cells."""
+        """Memory of ``n`` blocks, all zero."""
         return cls(np.zeros((n, cap), np.uint8), np.zeros((n, cap), dtype), np.zeros((n, block + 1), np.uint32))
 
     @classmethod
     def empty(cls, n: int, cap: int, block: int, dtype: str) -> Slots:
-        """Room for ``n`` blocks; memory is taken when it is first written."""
+        """Memory for ``n`` blocks, not initialised; the system provides it when it is first written."""
         return cls(np.empty((n, cap), np.uint8), np.empty((n, cap), dtype), np.empty((n, block + 1), np.uint32))
 
 
@@ -58,7 +76,14 @@ def encode(counts: sparse.csr_matrix, dtype: Any, order: np.ndarray | None = Non
     dtype
         Of the values: uint8, uint16, uint32, or float32.
     order
-        ``int64 [m]``, the cells to code, in this order; None is all as they come.
+        ``int64 [m]``, the rows to code, in this order; None is all rows.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import encode
+    >>> encode(sparse.csr_matrix([[300]]), "uint8").values  # 300 = 255 + 45, in two entries
+    array([255,  45], dtype=uint8)
     """
     top = _top(dtype)
     order = np.arange(counts.shape[0]) if order is None else order
@@ -70,34 +95,52 @@ def encode(counts: sparse.csr_matrix, dtype: Any, order: np.ndarray | None = Non
     return coded
 
 
-def recoded(of: Coded, place: np.ndarray, group: np.ndarray, dtype: Any) -> np.ndarray:
-    """Entries that cells will take once their genes have other places, ``int64 [groups, n]``.
+def recoded(of: Coded, gene_column: np.ndarray, group: np.ndarray, dtype: Any) -> np.ndarray:
+    """Entries that each cell takes after its genes were moved to other columns, ``int64 [groups, n]``.
 
     Parameters
     ----------
     of
-        The cells.
-    place, group
-        For each gene its column in its column group (ascending within a group; -1: dropped), and the group.
+        The coded cells.
+    gene_column, group
+        ``int [g]`` each: column of every gene within its column group (ascending within a group; -1: dropped), and
+        the number of that group.
     dtype
         Of the values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import encode, recoded
+    >>> coded = encode(sparse.csr_matrix([[2, 0, 9]]), "uint8")
+    >>> recoded(coded, np.array([0, -1, 1]), np.zeros(3, np.int64), "uint8")  # without the middle gene
+    array([[2]])
     """
-    if _same(place) and not group.any() and np.dtype(dtype) == of.values.dtype:
+    if _same(gene_column) and not group.any() and np.dtype(dtype) == of.values.dtype:
         return np.diff(of.starts)[None]
     out = np.zeros((int(group.max(initial=0)) + 1, len(of.starts) - 1), np.int64)
-    _recoded(of.gaps, of.values, of.starts, place, group, _top(dtype), _top(of.values.dtype), out)
+    _recoded(of.gaps, of.values, of.starts, gene_column, group, _top(dtype), _top(of.values.dtype), out)
     return out
 
 
 def decode(coded: Coded, n_genes: int, dtype: Any) -> sparse.csr_matrix:
-    """Canonical CSR ``[n, n_genes]`` of `dtype`: the inverse of `encode`."""
+    """Canonical CSR ``[n, n_genes]`` of `dtype`: the inverse of `encode`.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import decode, encode
+    >>> decode(encode(sparse.csr_matrix([[2, 0, 300]]), "uint8"), 3, "int32").toarray()
+    array([[  2,   0, 300]], dtype=int32)
+    """
     n = len(coded.starts) - 1
     slots = Slots(coded.gaps[None], coded.values[None], coded.starts[None])
     return csr(slots, np.zeros(n, np.int64), np.arange(n), np.arange(n_genes, dtype=np.int32), n_genes, dtype)
 
 
 def csr(
-    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, n_genes: int, dtype: Any
+    slots: Slots, slot: np.ndarray, local: np.ndarray, gene_column: np.ndarray, n_genes: int, dtype: Any
 ) -> sparse.csr_matrix:
     """Some cells of some blocks as canonical CSR.
 
@@ -106,20 +149,29 @@ def csr(
     slots
         The blocks, checked by `fault`.
     slot, local
-        ``int64 [n]``, block and place in it of each cell.
-    place
-        ``int32 [genes of the blocks]``, output column of each gene, -1 where it is not wanted.
+        ``int64 [n]``: block of each cell, and its row within that block.
+    gene_column
+        ``int32 [genes of the blocks]``: output column of each gene, -1 for a gene that is not wanted.
     n_genes, dtype
-        Columns and dtype of the answer.
+        Number of columns and dtype of the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import Slots, csr, encode
+    >>> slots = Slots(*(array[None] for array in encode(sparse.csr_matrix([[2, 0, 9], [0, 4, 0]]), "uint8")))
+    >>> csr(slots, np.array([0]), np.array([1]), np.array([-1, 0, -1]), 1, "int32").toarray()  # row 1, gene 1
+    array([[4]], dtype=int32)
     """
-    room, same = int(_room(slots.starts, slot, local)), _same(place)
+    room, same = int(_room(slots.starts, slot, local)), _same(gene_column)
     indptr = np.zeros(len(slot) + 1, np.int32 if room < 2**31 else np.int64)
     indices, data = recycle.empty(room, np.int32), recycle.empty(room, dtype)
-    nnz = _csr(slots.gaps, slots.values, slots.starts, slot, local, place, same, indptr, indices, data)
+    nnz = _csr(slots.gaps, slots.values, slots.starts, slot, local, gene_column, same, indptr, indices, data)
     indices, data = indices[:nnz], data[:nnz]
     made = sparse.csr_matrix((len(slot), n_genes), dtype=dtype)
-    made.data, made.indices, made.indptr = data, indices, indptr  # checked here, not by scipy once more
-    if same or (np.diff(place[place >= 0]) > 0).all():
+    made.data, made.indices, made.indptr = data, indices, indptr  # set directly: scipy would check them once more
+    if same or (np.diff(gene_column[gene_column >= 0]) > 0).all():
         made.has_canonical_format = True
     else:
         made.sort_indices()
@@ -127,19 +179,40 @@ def csr(
 
 
 def add_dense(
-    slots: Slots, slot: np.ndarray, local: np.ndarray, place: np.ndarray, out: np.ndarray, *, clear: bool = False
+    slots: Slots, slot: np.ndarray, local: np.ndarray, gene_column: np.ndarray, out: np.ndarray, *, clear: bool = False
 ) -> None:
-    """Add some cells of some blocks to ``out`` float32 ``[n, g]`` (cleared first); the rest is as of `csr`."""
-    _dense(slots.gaps, slots.values, slots.starts, slot, local, place, _same(place), clear, out)
+    """Add some cells of some blocks to ``out``, ``float32 [n, g]``; ``clear`` zeroes it first. The rest as in `csr`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import Slots, add_dense, encode
+    >>> slots = Slots(*(array[None] for array in encode(sparse.csr_matrix([[2, 0, 9]]), "uint8")))
+    >>> out = np.ones((1, 3), np.float32)
+    >>> add_dense(slots, np.array([0]), np.array([0]), np.arange(3), out)
+    >>> out
+    array([[ 3.,  1., 10.]], dtype=float32)
+    """
+    _dense(slots.gaps, slots.values, slots.starts, slot, local, gene_column, _same(gene_column), clear, out)
 
 
 def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarray, np.ndarray] | None = None) -> Coded:
-    """Some cells of some blocks, still coded, one after the other.
+    """Some cells of some blocks, coded, one after the other.
 
     Parameters
     ----------
     into
-        Buffers to write to, when they are long enough (``gaps``, ``values``), so that pinned memory is reused.
+        Buffers for ``gaps`` and ``values``, used if they are long enough; so pinned memory is reused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import Slots, cut, encode
+    >>> slots = Slots(*(array[None] for array in encode(sparse.csr_matrix([[2, 0, 9], [0, 4, 0]]), "uint8")))
+    >>> cut(slots, np.array([0]), np.array([1])).values
+    array([4], dtype=uint8)
     """
     lengths = slots.starts[slot, local + 1].astype(np.int64) - slots.starts[slot, local]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -152,8 +225,10 @@ def cut(slots: Slots, slot: np.ndarray, local: np.ndarray, into: tuple[np.ndarra
 
 
 def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
-    """Why a block cannot be what a build wrote, or ``""``: zarr reads a chunk that is not there as its fill value, and
-    no gene may lie outside of the answer. (Anything else is for the checksums.)
+    """Why a block cannot be what a build wrote, or ``""``.
+
+    It finds missing chunks, which zarr reads as their fill value, and gene numbers out of range. Other damage is found
+    by checksums.
 
     Parameters
     ----------
@@ -163,22 +238,36 @@ def fault(slots: Slots, slot: int, n: int, n_genes: int) -> str:
         Cells the block holds; those after them must be empty.
     n_genes
         Genes of the blocks.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.coding import Slots, fault
+    >>> slots = Slots.zeros(1, cap=64, block=4, dtype="uint8")
+    >>> slots.starts[0, 1:] = 1
+    >>> fault(slots, 0, n=4, n_genes=10)
+    'its entries are all 0'
     """
     kind = _fault(slots.gaps[slot], slots.values[slot], slots.starts[slot], n, n_genes)
     return ("", "its cell starts make no sense", "its gene numbers make no sense", "its entries are all 0")[kind]
 
 
 def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
-    """The width of value that takes the fewest bytes.
+    """The dtype of values that takes the fewest bytes.
 
     Parameters
     ----------
     nnz
         Counts stored.
     sums
-        ``uint8``, ``uint16`` -> entries that they would need in all.
+        ``uint8``, ``uint16`` -> number of entries that each would need.
     largest
         Largest count; one count may take 64 entries at most.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.coding import narrowest
+    >>> narrowest(nnz=1000, sums={"uint8": 1010, "uint16": 1000}, largest=400.0)
+    'uint8'
     """
     needed = {**sums, "uint32": nnz}
     fits = [d for d in needed if largest <= 64 * np.iinfo(d).max]
@@ -188,7 +277,7 @@ def narrowest(nnz: int, sums: dict[str, int], largest: float) -> str:
 def sums(
     counts: sparse.csr_matrix, rows: np.ndarray, train: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, float]]:
-    """Everything that a build adds up, in one pass over some rows.
+    """All sums that a build needs, in one pass over some rows.
 
     Parameters
     ----------
@@ -202,6 +291,15 @@ def sums(
     float64 [4, g], int64 [g], (int, int, float)
         Sum, sum of squares, number and largest of the training cells' counts of each gene; number over all rows;
         entries needed in values of one and of two bytes, and the largest count.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import sums
+    >>> moments, nnz, _ = sums(sparse.csr_matrix([[2, 0], [4, 1]]), np.arange(2), np.array([True, True]))
+    >>> moments[0], moments[1], nnz  # sums, sums of squares, cells that have the gene
+    (array([6., 1.]), array([20.,  1.]), array([2, 1]))
     """
     g = counts.shape[1]
     moments, nnz, numbers = np.zeros((g, 4)), np.zeros(g, np.int64), np.zeros(3)
@@ -210,19 +308,27 @@ def sums(
 
 
 def totals(counts: sparse.csr_matrix) -> np.ndarray:
-    """Sum of each row, ``float64 [n]``."""
+    """Sum of each row, ``float64 [n]``.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.coding import totals
+    >>> totals(sparse.csr_matrix([[2, 0, 9], [0, 4, 0]]))
+    array([11.,  4.])
+    """
     out = np.zeros(counts.shape[0])
     _totals(counts.indptr, counts.data, out)
     return out
 
 
-def _same(place: np.ndarray) -> bool:
-    """Whether every gene of the blocks is a column of the answer, in the same order, from 0."""
-    return bool(np.array_equal(place, np.arange(len(place))))
+def _same(gene_column: np.ndarray) -> bool:
+    """Whether gene i of the blocks is column i of the result."""
+    return bool(np.array_equal(gene_column, np.arange(len(gene_column))))
 
 
 def _top(dtype: Any) -> int:
-    """Largest value of one entry; 0 for floats, of which any fits."""
+    """Largest value of one entry; 0 for floats, which have no limit."""
     return 0 if np.dtype(dtype).kind == "f" else int(np.iinfo(dtype).max)
 
 
@@ -263,7 +369,7 @@ def _totals(indptr, data, out):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignore[no-untyped-def]
+def _recoded(gaps, values, starts, gene_column, group, top, full, out):  # type: ignore[no-untyped-def]
     last = np.zeros(len(out), np.int64)
     for i in range(len(starts) - 1):
         last[:] = 0
@@ -282,7 +388,7 @@ def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignor
                     e += 1
             elif full > 0:
                 count = np.int64(value)
-            at, g = place[gene], group[gene]
+            at, g = gene_column[gene], group[gene]
             if at < 0:
                 continue
             gap = at - last[g]
@@ -296,7 +402,7 @@ def _recoded(gaps, values, starts, place, group, top, full, out):  # type: ignor
 
 @njit
 def _plain(indices, data, last, top):  # type: ignore[no-untyped-def]
-    """Whether some entries of a cell take one entry each: no gap and no count needs more."""
+    """Whether some counts of a cell take one entry each: no gap and no count is too large."""
     wide = (indices[0] - last > GAP) | (top > 0 and data[0] > top)
     for j in range(1, len(indices)):
         wide |= (indices[j] - indices[j - 1] > GAP) | ((data[j] > top) & (top > 0))
@@ -352,15 +458,15 @@ def _encode_wide(indices, data, last, top, gaps, values, k):  # type: ignore[no-
             gap -= GAP
             k += 1
         if top > 0 and data[j] > top:
-            left = np.int64(data[j])
-            while left > top:
+            rest = np.int64(data[j])
+            while rest > top:
                 gaps[k] = gap
                 values[k] = top
                 gap = 0
-                left -= top
+                rest -= top
                 k += 1
             gaps[k] = gap
-            values[k] = left
+            values[k] = rest
         else:
             gaps[k] = gap
             values[k] = data[j]
@@ -377,25 +483,25 @@ def _room(starts, slot, local):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _odd(gap, value):  # type: ignore[no-untyped-def]
-    """Entries that do not stand for one count each: those that only move on, or add to the one before."""
-    odd = 0
+def _extra_entries(gap, value):  # type: ignore[no-untyped-def]
+    """Number of entries that are no count of their own: gaps without a count, and additions to the entry before."""
+    extra_entries = 0
     for j in range(len(gap)):
-        odd += (gap[j] == 0) | (value[j] == 0)
+        extra_entries += (gap[j] == 0) | (value[j] == 0)
     if len(gap) > 0 and gap[0] == 0 and value[0] != 0:
-        odd -= 1
-    return odd
+        extra_entries -= 1
+    return extra_entries
 
 
 @njit
-def _csr(gaps, values, starts, slot, local, place, same, indptr, indices, data):  # type: ignore[no-untyped-def]
+def _csr(gaps, values, starts, slot, local, gene_column, same, indptr, indices, data):  # type: ignore[no-untyped-def]
     k = 0
     for i in range(len(slot)):
         s = slot[i]
         a, b = starts[s, local[i]], starts[s, local[i] + 1]
         gap, value = gaps[s, a:b], values[s, a:b]
         n = len(gap)
-        if same and _odd(gap, value) == 0:  # simple loops, one thing each: the compiler makes them fast
+        if same and _extra_entries(gap, value) == 0:  # simple loops, one thing each: the compiler makes them fast
             some, counts = indices[k : k + n], data[k : k + n]
             for j in range(n):
                 counts[j] = value[j]
@@ -410,7 +516,7 @@ def _csr(gaps, values, starts, slot, local, place, same, indptr, indices, data):
                 gene += gap[j]
                 if value[j] == 0:
                     continue
-                at = place[gene]
+                at = gene_column[gene]
                 if at >= 0:
                     if gene == last:
                         data[k - 1] += value[j]
@@ -424,7 +530,7 @@ def _csr(gaps, values, starts, slot, local, place, same, indptr, indices, data):
 
 
 @njit
-def _dense(gaps, values, starts, slot, local, place, same, clear, out):  # type: ignore[no-untyped-def]
+def _dense(gaps, values, starts, slot, local, gene_column, same, clear, out):  # type: ignore[no-untyped-def]
     for i in range(len(slot)):
         s = slot[i]
         a, b = starts[s, local[i]], starts[s, local[i] + 1]
@@ -439,7 +545,7 @@ def _dense(gaps, values, starts, slot, local, place, same, clear, out):  # type:
         else:
             for j in range(len(gap)):
                 gene += np.uint64(gap[j])
-                at = place[gene]
+                at = gene_column[gene]
                 if at >= 0:
                     row[at] += value[j]
 

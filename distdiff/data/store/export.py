@@ -1,4 +1,4 @@
-"""A store back as AnnData: the cells in the order of their sources, every count as it was."""
+"""Write a store as AnnData: cells in the order of their sources, counts unchanged."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PIECE = 16 << 20
-"""Counts in memory at a time."""
+"""Counts in memory at one time."""
 
 CHUNK = 1 << 20
-"""Numbers of a chunk on disk."""
+"""Numbers in a chunk on disk."""
 
 
 def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
-    """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read back in that order.
+    """Write a store as AnnData, with bounded memory: shards are spilled by source row, then read in that order.
 
-    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, and of each cell ``distdiff_split``,
-    ``distdiff_source`` (the file), ``n_counts`` and ``n_genes`` (before genes were chosen), which get another name
-    where a label is called so; ``var`` which genes are in the panel; ``uns['distdiff']`` the fingerprint. Cells and
-    genes that the build dropped are not in it, nor the columns of obs that were not kept as labels.
+    ``X`` is CSR float32 (float64 for counts from 2^24 on); ``obs`` has the labels, and for each cell
+    ``distdiff_split``, ``distdiff_source`` (the file), ``n_counts`` and ``n_genes`` (before genes were chosen); these
+    get another name if a label has the same name. ``var`` says which genes are in the panel; ``uns['distdiff']`` has
+    the fingerprint. Cells and genes that the build dropped are missing, and so are columns of obs that were not kept as
+    labels.
 
     Parameters
     ----------
     store
-        Whole or seen through a panel.
+        The store, whole or restricted to a panel.
     out
-        ``.h5ad`` or ``.zarr``; needs as much room beside it for a while as the counts take coded.
+        ``.h5ad`` or ``.zarr``; the disk needs room for the coded counts as well, until it is written.
 
     Raises
     ------
@@ -48,6 +49,15 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
         ``out`` exists and ``overwrite`` is false.
     ValueError
         Another suffix, or a corrupt shard (named).
+
+    Examples
+    --------
+    >>> import anndata
+    >>> from distdiff.data.store.export import export
+    >>> from distdiff.data.store.store import CountStore
+    >>> export(CountStore.open("atlas.zarr"), "back.h5ad", progress=False)
+    >>> anndata.read_h5ad("back.h5ad").shape
+    (199, 30)
     """
     out = named(out)
     if "://" not in store.url:
@@ -70,15 +80,15 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
             spill.write(spills[-1], wide, rank[rows])
             nnz += counts.nnz
         with _opened(temporary) as root:
-            said = _frames(root, store, order, columns)
+            notes = _frames(root, store, order, columns)
             if progress:
-                print(said, flush=True)
+                print(notes, flush=True)
             matrix = CsrOnDisk(root, "X", (len(order), len(columns)), nnz, dtype)
             step = max(1, int(PIECE * len(order) / max(nnz, 1)))
-            place = np.arange(len(columns), dtype=np.int32)
+            gene_column = np.arange(len(columns), dtype=np.int32)
             for a in tqdm(range(0, len(order), step), desc="write", unit="piece", disable=not progress, ascii=True):
                 ranks, coded = spill.gather(spills, a, min(a + step, len(order)))
-                counts = spill.cells(coded, np.argsort(ranks), place, len(columns)).astype(dtype)
+                counts = spill.cells(coded, np.argsort(ranks), gene_column, len(columns)).astype(dtype)
                 if (np.diff(columns) < 0).any():
                     counts = counts[:, columns]
                     counts.sort_indices()
@@ -86,12 +96,20 @@ def export(store: CountStore, out: str | Path, *, overwrite: bool = False, progr
 
 
 def named(out: str | Path) -> Path:
-    """The path of an AnnData to write.
+    """Check the path of an AnnData to write.
 
     Raises
     ------
     ValueError
-        It ends neither in ``.h5ad`` nor in ``.zarr``, or is a URL.
+        It does not end in ``.h5ad`` or ``.zarr``, or is a URL.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.export import named
+    >>> named("cells.loom")
+    Traceback (most recent call last):
+        ...
+    ValueError: output cells.loom must end in .h5ad or .zarr
     """
     out = files.local(out)
     if out.suffix not in (".h5ad", ".zarr"):
@@ -100,7 +118,7 @@ def named(out: str | Path) -> Path:
 
 
 def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray) -> str:
-    """Everything but the counts; what to tell of obs."""
+    """Write everything but the counts; returns a sentence on the columns of obs."""
     import anndata as ad
     import pandas as pd
 
@@ -121,7 +139,7 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
         while free in labels:
             free = f"{free}_of_store" if free == name else f"{free}_"
         obs[free] = values
-        renamed += [f"{name} of the store stands in {free}, for {name} is a label"] if free != name else []
+        renamed += [f"{name} of the store is in obs column {free}, because {name} is a label"] if free != name else []
     var = pd.DataFrame(index=pd.Index(np.array(store.genes, dtype=object)[columns].astype(str)))
     var["panel"] = columns < about.groups[0].n_genes if len(about.groups) > 1 else True
     uns = {"distdiff": {"fingerprint": about.fingerprint, "layer": about.layer or "X", "chosen_by": about.chosen_by}}
@@ -132,14 +150,27 @@ def _frames(root: Any, store: CountStore, order: np.ndarray, columns: np.ndarray
 
 
 class CsrOnDisk:
-    """A matrix on disk, filled from the first row on: AnnData's own sparse append makes a chunk of every row.
+    """A CSR matrix on disk that is filled row by row (AnnData's own sparse append makes a chunk for every row).
 
     Parameters
     ----------
     root, name
-        Group of h5py or zarr, and what the matrix is called there; one of that name is replaced.
+        Group of h5py or zarr, and the name of the matrix in it; an older matrix of that name is replaced.
     shape, nnz, dtype
-        Of the whole matrix.
+        Shape, number of counts and dtype of the whole matrix.
+
+    Examples
+    --------
+    >>> import anndata, h5py, numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.export import CsrOnDisk
+    >>> with h5py.File("matrix.h5", "w") as file:
+    ...     matrix = CsrOnDisk(file, "X", (2, 3), nnz=2, dtype="float32")
+    ...     matrix.append(sparse.csr_matrix([[0, 1.0, 0]]))
+    ...     matrix.append(sparse.csr_matrix([[0, 0, 2.0]]))
+    ...     print(anndata.io.read_elem(file["X"]).toarray())
+    [[0. 1. 0.]
+     [0. 0. 2.]]
     """
 
     def __init__(self, root: Any, name: str, shape: tuple[int, int], nnz: int, dtype: Any) -> None:
@@ -160,7 +191,7 @@ class CsrOnDisk:
         self._rows = self._nnz = 0
 
     def append(self, counts: sparse.csr_matrix) -> None:
-        """Write the next rows."""
+        """Write the next rows, ``[n, g]``."""
         rows, nnz = self._rows + counts.shape[0], self._nnz + counts.nnz
         self._data[self._nnz : nnz] = counts.data
         self._indices[self._nnz : nnz] = counts.indices
@@ -170,7 +201,16 @@ class CsrOnDisk:
 
 @contextmanager
 def zarr_v3() -> Iterator[None]:
-    """AnnData writes zarr v3, unsharded, and text with missing values, whatever the default of its version is."""
+    """In this context AnnData writes zarr v3, unsharded, and text with missing values.
+
+    Examples
+    --------
+    >>> import anndata
+    >>> from distdiff.data.store.export import zarr_v3
+    >>> with zarr_v3():
+    ...     print(anndata.settings.zarr_write_format)
+    3
+    """
     import anndata as ad
 
     options: dict[str, Any] = {"zarr_write_format": 3}

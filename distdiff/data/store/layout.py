@@ -1,6 +1,6 @@
-"""How counts lie on disk: coded blocks of cells in plain zarr v3, one inner chunk a block (docs/STORE.md).
+"""Counts on disk: coded blocks of cells in plain zarr v3, one inner chunk a block (docs/STORE.md).
 
-One task writes one shard, whole: two writers in one shard lose data in silence.
+One task writes one whole shard: two writers in one shard would lose data without an error.
 """
 
 from __future__ import annotations
@@ -20,15 +20,25 @@ from distdiff.data.store.coding import Slots, encode
 from distdiff.data.store.manifest import CODECS, GroupInfo
 
 CHUNK = 1 << 18
-"""Cells a chunk of the per-cell arrays."""
+"""Cells in a chunk of the per-cell arrays."""
 
 SHARD_BYTES = 32 << 20
-"""Bytes of coded counts that a shard holds by default, before compression."""
+"""Bytes of coded counts in a shard by default, before compression."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of the counts on disk; the fields are those of `Manifest`."""
+    """Shape of the counts on disk; the fields are those of `Manifest`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.layout import Layout
+    >>> entries = np.full(1000, 30)  # entries of each cell
+    >>> layout = Layout.fit([entries], ["all"], [2000], block=256, blocks_per_shard=2, dtype="uint8", codec="local")
+    >>> layout.n_blocks, layout.n_shards, layout.rows(1)
+    (4, 2, (512, 1000))
+    """
 
     n_cells: int
     groups: tuple[GroupInfo, ...]
@@ -58,9 +68,9 @@ class Layout:
         names, n_genes
             Name and number of genes of each group.
         block, blocks_per_shard
-            Cells a block; blocks a shard (None aims at 32 MiB of coded counts).
+            Cells in a block; blocks in a shard (None: about 32 MiB of coded counts).
         dtype, codec
-            Of the values; ``local`` or ``compact``.
+            Dtype of the values; ``local`` or ``compact``.
         """
         caps = []
         for each in entries:
@@ -88,14 +98,25 @@ class Layout:
 
 
 def create(root: Path, layout: Layout) -> None:
-    """Make the group and the empty arrays of counts under ``root``; shards that are there already stay."""
+    """Make the group and the empty arrays of counts under ``root``; existing arrays are kept.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np, zarr
+    >>> from distdiff.data.store.layout import Layout, create
+    >>> layout = Layout.fit([np.ones(8)], ["all"], [3], block=4, blocks_per_shard=2, dtype="uint8", codec="local")
+    >>> create(Path("empty.zarr"), layout)
+    >>> sorted(zarr.open_group("empty.zarr", mode="r")["counts/all"])
+    ['gaps', 'starts', 'values']
+    """
     for about in list(root.rglob("zarr.json")):  # of a build that was killed, whose disk may have damaged it
         files.remove(about)
     group = zarr.open_group(str(root), mode="a", zarr_format=3, use_consolidated=False)
     for info in layout.groups:
-        told = {"encoding": "gap-coded counts", "block": layout.block, "n_genes": info.n_genes}
+        attributes = {"encoding": "gap-coded counts", "block": layout.block, "n_genes": info.n_genes}
         counts = group.require_group(f"counts/{info.name}")
-        counts.update_attributes(told)
+        counts.update_attributes(attributes)
         widths = {"gaps": info.cap, "values": info.cap, "starts": layout.block + 1}
         dtypes = {"gaps": "uint8", "values": layout.dtype, "starts": "uint32"}
         for name, width in widths.items():
@@ -109,12 +130,12 @@ def create(root: Path, layout: Layout) -> None:
                     compressors=_codecs(layout.codec, dtypes[name], name),
                     fill_value=0
                     if name != "starts"
-                    else np.iinfo(np.uint32).max,  # a chunk that is gone makes no sense
+                    else np.iinfo(np.uint32).max,  # start offsets of a missing chunk are then invalid
                 )
 
 
 def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequence[sparse.csr_matrix]]) -> None:
-    """Write one whole shard; doing it again gives the same files.
+    """Write one whole shard; a repetition gives the same files.
 
     Parameters
     ----------
@@ -129,7 +150,19 @@ def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequenc
     Raises
     ------
     ValueError
-        Another number of cells than the shard has, or a block over the cap.
+        The number of cells differs from that of the shard, or a block has more entries than the cap.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np, zarr
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.layout import Layout, create, write_shard
+    >>> layout = Layout.fit([np.ones(2)], ["all"], [3], block=4, blocks_per_shard=1, dtype="uint8", codec="local")
+    >>> create(Path("one.zarr"), layout)
+    >>> write_shard(Path("one.zarr"), layout, 0, [[sparse.csr_matrix([[0, 7, 0], [0, 0, 9]])]])
+    >>> zarr.open_group("one.zarr", mode="r")["counts/all/values"][0, :2]
+    array([7, 9], dtype=uint8)
     """
     start, stop = layout.rows(shard)
     first, k = start // layout.block, -(-(stop - start) // layout.block)
@@ -146,7 +179,7 @@ def write_shard(root: Path, layout: Layout, shard: int, pieces: Iterable[Sequenc
     for info, slots in zip(layout.groups, whole, strict=True):
         for name, blocks in zip(Slots._fields, slots, strict=True):
             array: Any = group[f"counts/{info.name}/{name}"]
-            array = array.with_config({"write_empty_chunks": True})  # a shard that is absent is then always a fault
+            array = array.with_config({"write_empty_chunks": True})  # so that a missing shard is always an error
             array[first : first + k] = blocks
 
 
@@ -166,7 +199,18 @@ def _fill(slots: Slots, counts: sparse.csr_matrix, layout: Layout) -> None:
 
 
 def write_column(root: Path, name: str, values: np.ndarray) -> None:
-    """Write one small array (a value or a row a cell or gene) under ``root``, in place of one that is there."""
+    """Write one small array (one value or row per cell or gene) under ``root``; replaces an older one.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np, zarr
+    >>> from distdiff.data.store.layout import write_column
+    >>> _ = zarr.open_group("columns.zarr", mode="w")
+    >>> write_column(Path("columns.zarr"), "labels/cell_type", np.array([0, 1, 1]))
+    >>> zarr.open_group("columns.zarr", mode="r")["labels/cell_type"][:]
+    array([0, 1, 1])
+    """
     group = zarr.open_group(str(root), mode="r+", use_consolidated=False)
     parent, _, leaf = name.rpartition("/")
     if parent:
@@ -180,7 +224,16 @@ def write_column(root: Path, name: str, values: np.ndarray) -> None:
 
 
 def encode_names(names: np.ndarray) -> np.ndarray:
-    """Text ``str [n]`` as UTF-8 rows ``uint8 [n, width]``, padded with zero bytes."""
+    """Text ``str [n]`` as UTF-8 rows ``uint8 [n, width]``, padded with zero bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.layout import encode_names
+    >>> encode_names(np.array(["a", "bc"]))
+    array([[97,  0],
+           [98, 99]], dtype=uint8)
+    """
     fixed = np.char.encode(names, "utf-8")
     width = max(1, fixed.dtype.itemsize)
     return fixed.astype(f"S{width}").view(np.uint8).reshape(len(names), width)
@@ -192,7 +245,7 @@ def _codecs(codec: str, dtype: str, part: str = "") -> list[Any]:
         raise ValueError(f"codec {codec!r}: {' or '.join(CODECS)} is wanted")
     if codec == "compact":
         return [ZstdCodec(level=1), Crc32cCodec()]
-    if part == "values" and np.dtype(dtype).itemsize == 1:  # small numbers: their high bits are runs of zeros
+    if part == "values" and np.dtype(dtype).itemsize == 1:  # small numbers have runs of zero bits
         return [BloscCodec(cname="lz4", clevel=3, shuffle="bitshuffle", blocksize=1 << 17), Crc32cCodec()]
     shuffle = "noshuffle" if np.dtype(dtype).itemsize == 1 else "shuffle"
     return [BloscCodec(cname="lz4", clevel=3, shuffle=shuffle, blocksize=1 << 20), Crc32cCodec()]  # type: ignore[arg-type]

@@ -221,7 +221,7 @@ class Manifest:
                 f"{where} has format {version}, this distdiff reads format {FORMAT}: {what} "
                 "(distdiff shard --overwrite)"
             )
-        if (told := raw.pop(OWN_HASH, None)) is not None and told != _own_hash(raw):
+        if (recorded := raw.pop(OWN_HASH, None)) is not None and recorded != _own_hash(raw):
             raise _changed(where, "its content is not that of its own hash")
         top = _checked(raw, cls, where)
         try:

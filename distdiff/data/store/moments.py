@@ -1,4 +1,4 @@
-"""Sums over cells from which each gene's mean and variance follow."""
+"""Sums over cells that give the mean and variance of each gene."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from scipy import sparse
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over training cells, each ``float64 [g]``, exact for whole numbers below 2^53."""
+    """Sums over training cells, each ``float64 [g]``, exact for whole numbers below 2^53; ``+`` adds cells.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.store.moments import Moments
+    >>> half, rest = (Moments.of(sparse.csr_matrix(x)) for x in ([[2, 0]], [[4, 1]]))
+    >>> (half + rest).mean, (half + rest).var
+    (array([3. , 0.5]), array([1.  , 0.25]))
+    """
 
     n: int
     total: np.ndarray

@@ -1,4 +1,4 @@
-"""Coded blocks in memory: slots that are read into once and shared by whoever needs a block."""
+"""Coded blocks in memory: each is read once into a slot and shared by all threads that need it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,37 @@ TASK = 8
 
 
 class Lease:
-    """Blocks that stay in memory until they are given back."""
+    """Blocks that stay in memory until they are released.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> (lease,) = store.lease(np.array([0, 1]))
+    >>> with lease:
+    ...     print(lease.slots().shape)  # one block, in memory until it is released
+    (1,)
+    """
 
     def __init__(self, pool: Pool, blocks: np.ndarray) -> None:
         self.pool, self.blocks = pool, blocks
         self._slots: np.ndarray | None = None
 
     def slots(self) -> np.ndarray:
-        """Slot of each of ``blocks`` ``int64``, once all are read.
+        """Slots of the ``blocks``, ``int64``; waits until all are read.
 
         Raises
         ------
         ValueError, OSError
-            What reading one of them raised.
+            An error of reading one of them.
         """
         if self._slots is None:
             self._slots = self.pool._wait(self.blocks)
         return self._slots
 
     def release(self) -> None:
-        """Give them back; they stay readable until their slot is needed."""
+        """Release the blocks; they stay in memory until their slot is needed."""
         self.pool._release(self.blocks)
 
     def __enter__(self) -> Lease:
@@ -50,7 +61,7 @@ class Lease:
 
 
 class _Held:
-    """A block in a slot: who reads it, and how many hold it."""
+    """A block in a slot: the future of its reading, and the number of leases on it."""
 
     __slots__ = ("future", "holders", "slot")
 
@@ -60,22 +71,31 @@ class _Held:
 
 
 class Pool:
-    """A fixed number of slots for the blocks of one column group; the block unused for longest goes first.
+    """A fixed number of slots for the blocks of one column group; the block unused for longest is replaced first.
 
     Parameters
     ----------
     slots
         The memory.
     read
-        ``(blocks, slots)`` reads and checks blocks into slots, of other memory if it is given as a third.
+        Function ``(blocks, slots, memory=None)`` that reads and checks blocks into slots of the pool, or of ``memory``.
     threads
-        Threads that read and decompress.
+        Threads for reading and decompressing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.store.store import CountStore
+    >>> pool = CountStore.open("atlas.zarr").columns[0].pool
+    >>> memory, slots = pool.borrow(np.array([0]))
+    >>> slots, memory.gaps.dtype
+    (array([0]), dtype('uint8'))
     """
 
     def __init__(self, slots: Slots, read: Callable[..., None], threads: ThreadPoolExecutor) -> None:
         self.memory, self._read, self._threads = slots, read, threads
         self._held: dict[int, _Held] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # blocks that nobody holds, oldest first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # blocks without a lease, oldest first
         self._free = list(range(len(slots.gaps)))[::-1]
         self._lock = threading.Lock()
 
@@ -85,12 +105,12 @@ class Pool:
         return len(self.memory.gaps)
 
     def lease(self, blocks: np.ndarray) -> Lease | None:
-        """Hold some blocks, and start to read those that are not in memory; None where there is no room for them.
+        """Lease some blocks and start to read those that are not in memory; None if there is no room for them.
 
         Parameters
         ----------
         blocks
-            ``int64``, none twice.
+            ``int64``, each block once.
         """
         numbers = blocks.tolist()
         with self._lock:
@@ -115,7 +135,7 @@ class Pool:
         return Lease(self, blocks)
 
     def borrow(self, blocks: np.ndarray) -> tuple[Slots, np.ndarray]:
-        """Blocks in memory of their own, for whoever found no room here: the memory and the slot of each block."""
+        """Read blocks into memory of their own, when the pool has no room: that memory, and the slot of each block."""
         memory = Slots.empty(len(blocks), self.memory.gaps.shape[1], self.memory.starts.shape[1] - 1,
                              str(self.memory.values.dtype))  # fmt: skip
         slots = np.arange(len(blocks))
@@ -145,7 +165,7 @@ class Pool:
                     self._idle[n] = None
 
     def _forget(self, block: int, future: Future[None]) -> None:
-        """Give up a block that could not be read, or that nobody waited for; its slot is free once the task ended."""
+        """Drop a block that failed to be read or that no lease awaits; its slot is free once the task has ended."""
         slot = self._held.pop(block).slot
         if future.done():
             self._free.append(slot)
@@ -154,5 +174,12 @@ class Pool:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.pool import cores
+    >>> cores() >= 1
+    True
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

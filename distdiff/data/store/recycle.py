@@ -1,8 +1,8 @@
-"""Memory of batches that are gone, for batches to come.
+"""Reuse of the memory of large arrays.
 
-The system hands out large arrays page by page as they are first written, which takes longer than decoding cells into
-them. So an array from `empty` gives its memory back to a shelf when the last view of it is gone, torch tensors
-included.
+The system provides a large array page by page when it is first written, which takes longer than decoding cells into
+it. So the memory of an array from `empty` is kept for the next one, once the last view of it is deleted (torch tensors
+included).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 SMALL = 1 << 18
-"""Arrays below so many bytes come from the system: it reuses these itself."""
+"""Arrays of fewer bytes are allocated as usual: the system reuses their memory itself."""
 
 KEEP = 512 << 20
-"""Bytes on the shelf at most."""
+"""Most bytes that are kept for reuse."""
 
 
 class _Shelf:
-    """Free memory by size, a power of two."""
+    """Memory for reuse, by size (a power of two)."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
@@ -46,7 +46,7 @@ _shelf = _Shelf()
 
 
 class _Lent:
-    """Owner of an array's memory; numpy keeps it alive as long as any view."""
+    """Owner of an array's memory; numpy keeps it alive as long as any view exists."""
 
     def __init__(self, memory: np.ndarray, shelf: _Shelf) -> None:
         self._memory, self._shelf = memory, shelf
@@ -57,7 +57,15 @@ class _Lent:
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array as `numpy.empty` gives it."""
+    """An uninitialised array, as from `numpy.empty`, in reused memory if it is large.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.recycle import empty
+    >>> batch = empty((256, 2000), "float32")
+    >>> batch.shape, batch.dtype
+    ((256, 2000), dtype('float32'))
+    """
     shape = (shape,) if isinstance(shape, int) else shape
     n = math.prod(shape) * np.dtype(dtype).itemsize
     if n < SMALL:

@@ -1,8 +1,8 @@
-"""Folders and URLs behind one face, by tensorstore: ``s3://``, ``gs://``, ``http://`` and local paths.
+"""Folders and URLs behind one interface, by tensorstore: ``s3://``, ``gs://``, ``http://`` and local paths.
 
-S3 finds its keys as the AWS tools do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE with ``~/.aws``, the
-machine's role), another server than Amazon's by AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL. Whoever does not answer is
-asked again for some minutes; then an `Unreachable` says who it was and what to do.
+Keys for S3 are found as by the AWS tools (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE with ``~/.aws``, the
+machine's role); AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names a server other than Amazon's. A request that gets no
+answer is repeated for some minutes; then `Unreachable` names the URL and says what to do.
 """
 
 from __future__ import annotations
@@ -21,30 +21,47 @@ from distdiff.files import is_url
 T = TypeVar("T")
 
 RETRIES = {"max_retries": 10, "initial_delay": "1s", "max_delay": "16s"}
-"""Of one request: 1 + 2 + 4 + 8 + 5 x 16 s, so a minute and a half with a second of jitter each."""
+"""Retries of one request: 1 + 2 + 4 + 8 + 5 x 16 s, about a minute and a half, each with a second of jitter."""
 
 FIRST, LATER = 150, 600
-"""Seconds for a small file, all tries together, and for the content of arrays: where packets go nowhere, each try
-alone would take five minutes."""
+"""Most seconds for a small file, with all retries, and for the content of arrays: where packets are lost, a single try
+takes five minutes."""
 
 MUTE = 20
-"""Seconds without a byte after which a request counts as failed; tensorstore would wait for ever."""
+"""Seconds without a byte after which a request counts as failed; without it tensorstore waits for ever."""
 
 FOR_S3 = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE"
 KEYS = {"s3": FOR_S3, "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
 
 class Unreachable(OSError):
-    """A place that cannot be read or written now: no answer, no access, no bucket. Nothing is known of its content."""
+    """A URL that cannot be read or written now: no answer, no access, or no bucket. Its content is unknown.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import Unreachable
+    >>> issubclass(Unreachable, OSError)
+    True
+    """
 
 
 def checked(url: str) -> str:
-    """The URL without a slash at its end.
+    """Check a URL and remove a slash at its end.
 
     Raises
     ------
     ValueError
         It names no host or bucket, or holds a password or a signature: URLs are printed and logged.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import checked
+    >>> checked("s3://bucket/atlas.zarr/")
+    's3://bucket/atlas.zarr'
+    >>> checked("https://user:password@host/atlas.zarr")
+    Traceback (most recent call last):
+        ...
+    ValueError: https://host/atlas.zarr: a URL with a user, a password or a query is refused, as URLs ...
     """
     parts = urlsplit(url)
     if not parts.netloc and parts.scheme != "file":
@@ -58,25 +75,42 @@ def checked(url: str) -> str:
 
 
 def context(cache_bytes: int = 0) -> Any:
-    """How requests are made: retries, keys, and memory for what is read again and again."""
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(MUTE))  # there is no other way to say it
+    """Tensorstore context of all requests: retries, keys, and ``cache_bytes`` of memory for what is read repeatedly.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import context
+    >>> sorted(context(cache_bytes=1 << 20).spec.to_json())[:2]
+    ['aws_credentials', 'cache_pool']
+    """
+    os.environ.setdefault(
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(MUTE)
+    )  # tensorstore has no other setting for it
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     about: dict[str, Any] = {f"{kind}_request_retries": RETRIES for kind in ("s3", "gcs", "http")}
     about["cache_pool"] = {"total_bytes_limit": cache_bytes}
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # first in the usual order anyway; the others complain of missing files
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # these come first anyway; the other ways log missing files
         about["aws_credentials"] = {"type": "environment"}
-    else:  # left out, the name is empty and no profile is read (tensorstore 0.1.86)
+    else:  # without a name no profile is read (tensorstore 0.1.86)
         about["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE", "default")}
     return ts.Context(about)
 
 
 def kvstore(url: str) -> dict[str, Any]:
-    """What tensorstore wants to hear of a folder, local path or URL.
+    """The tensorstore specification of a folder: a local path or a URL.
 
     Raises
     ------
     ValueError
-        A password in the URL or in that of the endpoint, or no kind of URL that is known.
+        A password in the URL or in that of the endpoint, or an unknown kind of URL.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import kvstore
+    >>> kvstore("gs://bucket/atlas.zarr")
+    {'bucket': 'bucket', 'driver': 'gcs', 'path': 'atlas.zarr/'}
+    >>> kvstore("/data/atlas.zarr")
+    {'driver': 'file', 'path': '/data/atlas.zarr/'}
     """
     if not is_url(url):
         return {"driver": "file", "path": f"{url.rstrip('/')}/"}
@@ -86,7 +120,7 @@ def kvstore(url: str) -> dict[str, Any]:
         spec = {"driver": "s3", "bucket": bucket, "path": f"{path}/" if path else ""}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         if not endpoint:
-            return spec  # Amazon tells the bucket's region
+            return spec  # the region of the bucket is found by a request to Amazon
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         return spec | {"endpoint": checked(endpoint), "aws_region": region}
     try:
@@ -95,15 +129,21 @@ def kvstore(url: str) -> dict[str, Any]:
         raise ValueError(f"{url}: s3://BUCKET/PATH, gs://BUCKET/PATH or http://HOST/PATH is wanted ({error})") from None
 
 
-def asked(url: str, request: Callable[[], T]) -> T:
-    """What a request gives.
+def run_request(url: str, request: Callable[[], T]) -> T:
+    """Run a request and return its result; failures of the network become `Unreachable`.
 
     Raises
     ------
     Unreachable
-        It was not answered, or not allowed.
+        There was no answer, or no permission.
     ValueError
-        What came cannot be what was written.
+        The content is damaged.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.remote import run_request
+    >>> run_request("s3://bucket/atlas.zarr", lambda: b"content")
+    b'content'
     """
     try:
         return request()
@@ -116,80 +156,118 @@ def asked(url: str, request: Callable[[], T]) -> T:
 
 
 def _unreachable(url: str, text: str) -> str | None:
-    """The sentence for an answer that says nothing of the content; None where it does."""
+    """The message for an error of the network or of access; None for an error of the content."""
     if not is_url(url):
         return None
     code, _, rest = text.partition(": ")
     status = found[1] if (found := re.search(r"http_response_code='(\d+)'", text)) else ""
-    said = rest.split(" [")[0].strip()  # what follows may quote the request
-    said = (said if said not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
+    reason = rest.split(" [")[0].strip()  # the rest may quote the request
+    reason = (reason if reason not in ("", "Unknown") else code).rstrip(".") + (f", HTTP {status}" if status else "")
     if "NoSuchBucket" in text:
-        return f"{url}: there is no such bucket ({said}); make it first, or look for a mistake in the name"
+        return f"{url}: there is no such bucket ({reason}); make it first, or look for a mistake in the name"
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or "credential" in text or status in ("400", "401", "403"):
         scheme = urlsplit(url).scheme
-        return f"{url}: access denied ({said}); check {KEYS.get(scheme, 'who may read it')} and the bucket's policy"
+        return f"{url}: access denied ({reason}); check {KEYS.get(scheme, 'who may read it')} and the bucket's policy"
     if "aws_region" in text:
-        return f"{url}: no such bucket, or its region is not told ({said}); check the name, or set AWS_ENDPOINT_URL"
+        return f"{url}: no such bucket, or its region is unknown ({reason}); check the name, or set AWS_ENDPOINT_URL"
     if code in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED") or status:
         where = "the network and AWS_ENDPOINT_URL" if url.startswith("s3://") else "the network"
-        return f"{url}: no useful answer ({said}); check {where}, then run the same command again"
+        return f"{url}: no useful answer ({reason}); check {where}, then run the same command again"
     return None
 
 
-class Place:
+class RemoteFolder:
     """Whole files under one URL or folder.
 
     Parameters
     ----------
     url
-        Folder or URL. Nothing is asked of it before the first call.
+        Folder or URL. The first request is made by the first call of a method.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.data.store.remote import RemoteFolder
+    >>> Path("bucket").mkdir()
+    >>> folder = RemoteFolder(str(Path("bucket").absolute()))  # or s3://BUCKET/PATH
+    >>> folder.write("note.txt", b"ready")
+    >>> folder.keys(), folder.read("note.txt")
+    ({'note.txt'}, b'ready')
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self._store = asked(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result(FIRST))
+            self._store = run_request(url, lambda: ts.KvStore.open(kvstore(url), context=context()).result(FIRST))
         except ValueError as error:
             raise error if url in str(error) else ValueError(f"{url}: {error}") from None
 
     def read(self, key: str) -> bytes | None:
-        """Content of one file, None where there is none."""
-        found = asked(self.url, lambda: self._store.read(key).result(FIRST))
+        """Content of one file, None if it does not exist."""
+        found = run_request(self.url, lambda: self._store.read(key).result(FIRST))
         return found.value if found.state == "value" else None
 
     def holds(self, key: str, md5: bytes) -> bool:
-        """Whether a file with this MD5 is there already; false also where the place does not tell."""
+        """Whether a file with this MD5 exists; false as well where the server gives no MD5."""
         stamp = b'\0"' + md5.hex().encode() + b'"'  # tensorstore's form of an entity tag
-        answer = asked(
+        answer = run_request(
             self.url, lambda: self._store.read(key, if_not_equal=stamp, byte_range=slice(0, 1)).result(FIRST)
         )  # fmt: skip
         return answer.state == "unspecified"
 
     def keys(self, prefix: str = "") -> set[str]:
-        """Names of all files, or of those that begin so."""
+        """Names of all files, or of those that begin with ``prefix``."""
         of = ts.KvStore.KeyRange(prefix, f"{prefix}\x7f" if prefix else "")
-        return {key.decode() for key in asked(self.url, lambda: self._store.list(of).result(LATER))}
+        return {key.decode() for key in run_request(self.url, lambda: self._store.list(of).result(LATER))}
 
     def write(self, key: str, content: bytes | None) -> None:
         """Write one file, or remove it (None)."""
-        asked(self.url, lambda: self._store.write(key, content).result(LATER))
+        run_request(self.url, lambda: self._store.write(key, content).result(LATER))
 
 
 def open_array(url: str, name: str, context_: Any = None) -> Any:
-    """One zarr v3 array of a store."""
-    place = kvstore(url)
-    place["path"] += f"{name}/"
-    spec = {"driver": "zarr3", "kvstore": place, "recheck_cached_data": False, "recheck_cached_metadata": False}
-    return asked(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result(FIRST))
+    """Open one zarr v3 array of a store.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.data.store.remote import open_array
+    >>> open_array(str(Path("atlas.zarr").absolute()), "split").shape
+    (199,)
+    """
+    kv_spec = kvstore(url)
+    kv_spec["path"] += f"{name}/"
+    spec = {"driver": "zarr3", "kvstore": kv_spec, "recheck_cached_data": False, "recheck_cached_metadata": False}
+    return run_request(url, lambda: ts.open(spec, context=context_ or context(), open=True, read=True).result(FIRST))
 
 
 def read_array(url: str, array: Any) -> np.ndarray:
-    """All of an array, or of a part of it."""
-    return asked(url, lambda: array.read().result(LATER))
+    """Read an array, or a part of one.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from distdiff.data.store.remote import open_array, read_array
+    >>> url = str(Path("atlas.zarr").absolute())  # or s3://BUCKET/PATH
+    >>> read_array(url, open_array(url, "source/row")[:3]).shape
+    (3,)
+    """
+    return run_request(url, lambda: array.read().result(LATER))
 
 
 def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.ndarray]:
-    """The same rows of several arrays; neighbours on disk come in one request."""
+    """Read the same rows of several arrays; neighbours on disk share a request.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from distdiff.data.store.remote import open_array, read_together
+    >>> url = str(Path("atlas.zarr").absolute())  # or s3://BUCKET/PATH
+    >>> arrays = [open_array(url, name) for name in ("split", "source/row")]
+    >>> [values.shape for values in read_together(url, arrays, np.array([0, 5]))]
+    [(2,), (2,)]
+    """
 
     def read() -> list[np.ndarray]:
         with ts.Batch() as batch:
@@ -197,10 +275,10 @@ def read_together(url: str, arrays: Sequence[Any], rows: np.ndarray) -> list[np.
         return [future.result(LATER) for future in futures]
 
     try:
-        return asked(url, read)
+        return run_request(url, read)
     except Unreachable:
         raise
     except ValueError:
         if not is_url(url):
             raise
-        return asked(url, read)  # what was damaged on its way is not the next time
+        return run_request(url, read)  # damage on the network does not repeat

@@ -41,12 +41,12 @@ class Columns:
     ----------
     pool
         Its blocks in memory.
-    place
+    column
         ``int32 [genes of the group]``, column of the view, -1 where the view does not have the gene.
     """
 
     pool: Pool
-    place: np.ndarray
+    column: np.ndarray
 
 
 class CountStore:
@@ -56,6 +56,15 @@ class CountStore:
     ----------
     url, manifest
         Where it is and what it says about itself.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.store import CountStore
+    >>> store = CountStore.open("atlas.zarr")
+    >>> store.read(store.rows("test")[::-1]).shape  # CSR, rows in any order
+    (20, 30)
+    >>> store.panel(["gene4", "gene2"]).cells(store.rows("val")[:2]).counts.shape  # dense, two genes
+    torch.Size([2, 2])
     """
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int, reader: str, threads: int) -> None:
@@ -149,15 +158,15 @@ class CountStore:
         """
         if genes is None:
             genes = self.manifest.genes[: self.manifest.groups[0].n_genes]
-        place = {gene: i for i, gene in enumerate(self.manifest.genes)}
+        column = {gene: i for i, gene in enumerate(self.manifest.genes)}
         for gene in genes:
-            if gene not in place:
-                raise ValueError(f"{self.url} has no gene {gene!r}{nearest(gene, place)}")
+            if gene not in column:
+                raise ValueError(f"{self.url} has no gene {gene!r}{nearest(gene, column)}")
         if not genes or len(set(genes)) < len(genes):
             raise ValueError(f"a panel of {len(genes)} genes, {len(set(genes))} of them different: name each gene once")
         seen = object.__new__(CountStore)  # everything is shared: the memory, the files, the threads
         seen.__dict__.update(self.__dict__)
-        seen._panel = np.array([place[gene] for gene in genes], dtype=np.int64)
+        seen._panel = np.array([column[gene] for gene in genes], dtype=np.int64)
         seen.columns = seen._columns()
         return seen
 
@@ -325,7 +334,7 @@ class CountStore:
         for first, (columns, lease) in enumerate(zip(self.columns, leases, strict=True)):
             slot = lease.slots()[np.searchsorted(lease.blocks, rows // self.manifest.block)]
             local = rows % self.manifest.block
-            coding.add_dense(columns.pool.memory, slot, local, columns.place, out, clear=first == 0)
+            coding.add_dense(columns.pool.memory, slot, local, columns.column, out, clear=first == 0)
         return out
 
     def csr_of(self, rows: np.ndarray, leases: Sequence[Lease], dtype: str | np.dtype) -> sparse.csr_matrix:
@@ -365,7 +374,7 @@ class CountStore:
     @property
     def whole_groups(self) -> bool:
         """Whether this view has all genes of every column group that it reads."""
-        return all(bool((c.place >= 0).all()) for c in self.columns)
+        return all(bool((c.column >= 0).all()) for c in self.columns)
 
     @property
     def cache_for_all(self) -> int:
@@ -396,13 +405,13 @@ class CountStore:
             neighbours = bool((np.diff(order[a:b]) == 1).all())
             part = out[order[a] : order[a] + b - a] if neighbours else np.empty((b - a, len(self.genes)), np.float32)
             for first, (columns, at) in enumerate(zip(self.columns, held, strict=True)):
-                coding.add_dense(*at, columns.place, part, clear=first == 0)
+                coding.add_dense(*at, columns.column, part, clear=first == 0)
             if not neighbours:
                 out[order[a:b]] = part
         return out
 
     def _csr(self, held: Sequence[tuple[Slots, np.ndarray, np.ndarray]], dtype: Any) -> sparse.csr_matrix:
-        parts = [coding.csr(*at, c.place, len(self.genes), dtype) for c, at in zip(self.columns, held, strict=True)]
+        parts = [coding.csr(*at, c.column, len(self.genes), dtype) for c, at in zip(self.columns, held, strict=True)]
         return functools.reduce(lambda a, b: a + b, parts)
 
     def _held(self, rows: np.ndarray) -> Iterator[tuple[int, int, list[tuple[Slots, np.ndarray, np.ndarray]]]]:
@@ -455,10 +464,10 @@ class CountStore:
     def _columns(self) -> list[Columns]:
         """The column groups that this view needs."""
         groups = self.manifest.groups
-        place = np.full(len(self.manifest.genes), -1, np.int32)
-        seen = np.arange(len(place)) if self._panel is None else self._panel
-        place[seen] = np.arange(len(seen), dtype=np.int32)
-        parts = np.split(place, np.cumsum([g.n_genes for g in groups])[:-1])
+        column = np.full(len(self.manifest.genes), -1, np.int32)
+        seen = np.arange(len(column)) if self._panel is None else self._panel
+        column[seen] = np.arange(len(seen), dtype=np.int32)
+        parts = np.split(column, np.cumsum([g.n_genes for g in groups])[:-1])
         return [Columns(pool, part) for pool, part in zip(self._pools, parts, strict=True) if (part >= 0).any()]
 
     def _opened(self, kind: type[Reader], group: GroupInfo) -> Reader:
@@ -565,18 +574,18 @@ def _release(leases: Sequence[Lease | None]) -> None:
 
 
 def _remote_manifest(url: str) -> Manifest:
-    place = remote.Place(url)
-    if (found := place.read(FILE)) is None:
-        raise FileNotFoundError(f"{url} {_absent(place)}")
+    folder = remote.RemoteFolder(url)
+    if (found := folder.read(FILE)) is None:
+        raise FileNotFoundError(f"{url} {_absent(folder)}")
     return Manifest.from_json(found.decode(), f"{url}/{FILE}")
 
 
-def _absent(place: remote.Place) -> str:
-    """What a place without a manifest is; a bucket that is missing says so itself."""
-    if not place.url.startswith("http"):  # which has no lists
-        if place.read(UPLOADING) is not None:
+def _absent(folder: remote.RemoteFolder) -> str:
+    """What a folder without a manifest is; a missing bucket raises its own error."""
+    if not folder.url.startswith("http"):  # which has no lists
+        if folder.read(UPLOADING) is not None:
             return "is a store that was not uploaded whole: run the same distdiff store upload again"
-        place.keys(FILE)
+        folder.keys(FILE)
     return f"is not a distdiff store (no {FILE}); look for a mistake in its name, or upload it: distdiff store upload"
 
 

@@ -1,4 +1,4 @@
-"""A store from a folder to an object store: whole or invisible there too, as its manifest goes last."""
+"""Copy a store from a folder to an object store; its manifest comes last, so an incomplete copy cannot be opened."""
 
 from __future__ import annotations
 
@@ -10,96 +10,104 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distdiff.data.store.manifest import FILE, Manifest
-from distdiff.data.store.remote import Place, checked
+from distdiff.data.store.remote import RemoteFolder, checked
 from distdiff.data.store.store import UPLOADING, CountStore
 from distdiff.files import is_url
 
 THREADS = 4
-"""Files on their way at once; each is in memory meanwhile (a shard has 32 MiB or less by default)."""
+"""Files sent at the same time; each is in memory as a whole (a shard has 32 MiB or less by default)."""
 
 
 def upload(folder: str | Path, url: str, *, overwrite: bool = False, progress: bool = True) -> tuple[Manifest, int]:
-    """Copy a store to a URL; the same call goes on with one that was cut.
+    """Copy a store to a URL; the same call continues an interrupted one.
 
-    A file that is there already with the same MD5 is not sent again. Until the last file is there nothing opens the
-    copy: ``upload.json`` says whose it will be, and ``manifest.json`` comes last.
+    A file that exists at the URL with the same MD5 is not sent again. An incomplete copy cannot be opened:
+    ``upload.json`` has the fingerprint of the store to come, and ``manifest.json`` is written last.
 
     Parameters
     ----------
     folder
         The store.
     url
-        Where to, ``s3://BUCKET/PATH`` or ``gs://BUCKET/PATH``; the bucket must exist.
+        Target, ``s3://BUCKET/PATH`` or ``gs://BUCKET/PATH``; the bucket must exist.
     overwrite
-        Replace another store there. Whoever reads that one meanwhile fails.
+        Replace another store at the URL. Processes that read that store meanwhile fail.
     progress
-        Show a bar.
+        Show a progress bar.
 
     Returns
     -------
     (Manifest, int)
-        Of the store, and the bytes that were sent.
+        The manifest of the store, and the bytes that were sent.
 
     Raises
     ------
     FileExistsError
-        Another store, a part of one, or other files are there.
+        The URL holds another store, a part of one, or other files.
     FileNotFoundError, ValueError
-        ``folder`` is no whole store, or ``url`` cannot be one.
+        ``folder`` is no complete store, or ``url`` cannot hold one.
     OSError
-        The place cannot be written.
+        The URL cannot be written.
+
+    Examples
+    --------
+    >>> from distdiff.data.store.upload import upload
+    >>> upload("atlas.zarr", "https://host/atlas.zarr")
+    Traceback (most recent call last):
+        ...
+    ValueError: upload to https://host/atlas.zarr: a local folder, then s3://BUCKET/PATH or ...
     """
     url = checked(url)
     if is_url(folder) or url.startswith("http"):
         raise ValueError(f"upload to {url}: a local folder, then s3://BUCKET/PATH or gs://BUCKET/PATH is wanted")
-    store, place = CountStore.open(folder), Place(url)
+    store, remote = CountStore.open(folder), RemoteFolder(url)
     root = Path(store.url)
     manifest = (root / FILE).read_bytes()
     files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
     del files[FILE]
-    found = place.read(FILE)
+    found = remote.read(FILE)
     if found == manifest and not overwrite:
-        place.write(UPLOADING, None)
+        remote.write(UPLOADING, None)
         return store.manifest, 0
-    there = _claimed(place, store.manifest.fingerprint, found is not None, overwrite)
+    existing_keys = _claimed(remote, store.manifest.fingerprint, found is not None, overwrite)
     if found is not None:
-        place.write(FILE, None)
-    for key in there - {*files, FILE, UPLOADING}:
-        place.write(key, None)
-    sent = _send(place, files, there, progress)
-    place.write(FILE, manifest)
-    place.write(UPLOADING, None)
+        remote.write(FILE, None)
+    for key in existing_keys - {*files, FILE, UPLOADING}:
+        remote.write(key, None)
+    sent = _send(remote, files, existing_keys, progress)
+    remote.write(FILE, manifest)
+    remote.write(UPLOADING, None)
     return store.manifest, sent
 
 
-def _claimed(place: Place, fingerprint: str, whole: bool, overwrite: bool) -> set[str]:
-    """Write down whose the place will be; the keys that are there.
+def _claimed(remote: RemoteFolder, fingerprint: str, whole: bool, overwrite: bool) -> set[str]:
+    """Mark the URL with the fingerprint of the store to come; returns the names of the files that exist there.
 
     Raises
     ------
     FileExistsError
-        It is someone else's.
+        It holds another store, or other files.
     """
-    there, begun = place.keys(), place.read(UPLOADING)
-    if there and not whole and begun is None:
-        raise FileExistsError(f"{place.url} holds files that are no distdiff store, so they are left alone; "
-                              "choose another place")  # fmt: skip
+    existing_keys, begun = remote.keys(), remote.read(UPLOADING)
+    if existing_keys and not whole and begun is None:
+        raise FileExistsError(f"{remote.url} holds files that are no distdiff store; nothing was written; "
+                              "choose another URL")  # fmt: skip
     of = json.loads(begun)["fingerprint"] if begun else fingerprint
     if not overwrite and (whole or of != fingerprint):
         what = "another store" if whole else f"a part of another store (fingerprint {of[:12]})"
-        raise FileExistsError(f"{place.url} holds {what}; give --overwrite to replace it, or another place")
-    place.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
-    return there
+        raise FileExistsError(f"{remote.url} holds {what}; give --overwrite to replace it, or another URL")
+    remote.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
+    return existing_keys
 
 
-def _send(place: Place, files: dict[str, Path], there: set[str], progress: bool) -> int:
-    """Write the files that are not there yet, a few at once; bytes sent."""
+def _send(remote: RemoteFolder, files: dict[str, Path], existing_keys: set[str], progress: bool) -> int:
+    """Write the missing files, a few at the same time; returns the bytes sent."""
 
     def send(key: str) -> tuple[int, int]:
         content = files[key].read_bytes()
-        if key in there and place.holds(key, hashlib.md5(content, usedforsecurity=False).digest()):
+        if key in existing_keys and remote.holds(key, hashlib.md5(content, usedforsecurity=False).digest()):
             return len(content), 0
-        place.write(key, content)
+        remote.write(key, content)
         return len(content), len(content)
 
     total, sent = sum(file.stat().st_size for file in files.values()), 0

@@ -149,7 +149,7 @@ def test_a_piece_is_the_batch_coded(atlas, usual, monkeypatch, cache, genes):
     rows = index[plan.rows(3)]
     coded, as_stored, codes = stream.make(("", "", None), rows, ["donor"])
     assert as_stored == (cache > 0 and genes != "some")
-    places = stream.places(view(store))[as_stored]
+    places = stream.gene_columns(view(store))[as_stored]
     for some in (slice(0, 7), slice(7, len(rows))):
         got, want = (
             stream._unpack(coded, places, codes, some.start, rows[some]),

@@ -92,7 +92,7 @@ def test_export_keeps_labels_of_any_name(tmp_path, capsys, suffix):
     assert set(got.obs["distdiff_split_of_store"]) == {"train", "val", "test"}
     assert set(got.obs["distdiff_source_of_store"]) == {"a.h5ad"}
     said = capsys.readouterr().out
-    assert "n_counts of the store stands in n_counts_of_store_, for n_counts is a label" in said
+    assert "n_counts of the store is in obs column n_counts_of_store_, because n_counts is a label" in said
     assert "not the other columns of its sources" in said
 
 

@@ -79,7 +79,7 @@ def test_what_was_sent_is_what_was_built(folder, dense, url, proxy, capsys):
     assert there.manifest == here.manifest
     assert np.array_equal(there.names(rows), here.names(rows))
     assert all(np.array_equal(v, here.labels(rows)[k]) for k, v in there.labels(rows).items())
-    assert remote.Place(url).keys() == files_of(folder)
+    assert remote.RemoteFolder(url).keys() == files_of(folder)
     there.verify()
     code, out, _ = distdiff("store", "info", url, capsys=capsys)
     assert code == 0
@@ -102,7 +102,7 @@ def test_an_upload_that_was_cut_goes_on(folder, dense, proxy):
     _, sent = upload(folder, url, progress=False)
     assert 0 < sent < size
     assert np.array_equal(CountStore.open(url).read(np.arange(150)).toarray(), dense)
-    assert remote.Place(url).keys() == files_of(folder)
+    assert remote.RemoteFolder(url).keys() == files_of(folder)
 
 
 def test_the_manifest_goes_last(folder, proxy):
@@ -122,15 +122,15 @@ def test_nothing_is_replaced_unasked(folder, dense, url, tmp_path):
         upload(other, url, progress=False)
     assert np.array_equal(CountStore.open(url).read(np.arange(150)).toarray(), dense)
     upload(other, url, overwrite=True, progress=False)
-    assert remote.Place(url).keys() == files_of(other)  # what only the old one had is gone
+    assert remote.RemoteFolder(url).keys() == files_of(other)  # what only the old one had is gone
     CountStore.open(url).verify()
     foreign = url.replace("atlas.zarr", "foreign")
-    remote.Place(foreign).write("notes.txt", b"mine")
+    remote.RemoteFolder(foreign).write("notes.txt", b"mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="holds files that are no distdiff store, so they are left alone"):
+        with pytest.raises(FileExistsError, match="holds files that are no distdiff store; nothing was written"):
             upload(other, foreign, overwrite=overwrite, progress=False)
     begun = url.replace("atlas.zarr", "begun")
-    remote.Place(begun).write("upload.json", b'{"fingerprint": "0123456789abcdef"}')
+    remote.RemoteFolder(begun).write("upload.json", b'{"fingerprint": "0123456789abcdef"}')
     with pytest.raises(FileExistsError, match=r"a part of another store \(fingerprint 0123456789ab\)"):
         upload(other, begun, progress=False)
     upload(other, begun, overwrite=True, progress=False)
@@ -169,7 +169,7 @@ def test_damage_that_stays_is_called_damage(url, proxy, fault):
 
 
 def test_a_file_that_is_gone(url):
-    remote.Place(url).write("counts/all/starts/c/1/0", None)
+    remote.RemoteFolder(url).write("counts/all/starts/c/1/0", None)
     with pytest.raises(ValueError, match=r"shard 1 .* is corrupt"):
         CountStore.open(url).read(np.arange(150))
 
