@@ -107,11 +107,7 @@ def _sparse(layout: Layout) -> list[Field]:
 def _joined(
     layout: Layout, shards: Path, store: Path, records: Sequence[Mapping[str, Any]], nnz: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, Record]]:
-<<<<<<< HEAD
-    """Write the shards of the final CSR arrays: unit ``join-<field>-<number>`` -> records of its files."""
-=======
     """Write the shards of the final CSR arrays: unit ``join-NAME-NUMBER`` -> records of its files."""
->>>>>>> main
     units = {}
     for field in _sparse(layout):
         _, size = runs(sum(nnz[field.path]))
