@@ -1,7 +1,7 @@
 """The tasks of a build: read rows of the sources, choose columns, count, and write one shard.
 
-Each is a plain function of a small task and shared `BuildSettings`, so it runs the same in this process and on a dask worker,
-and running it twice leaves what running it once leaves.
+Each is a plain function of a small task and the build's `BuildSettings`, so it runs the same in this process and on a
+dask worker, and running it twice leaves what running it once leaves.
 """
 
 from __future__ import annotations

@@ -257,7 +257,12 @@ def _run_threads(
 
 
 def _run_dask(
-    client: Any, fn: Callable[[T, BuildSettings], R], tasks: Sequence[T], job: BuildSettings, what: str, progress: bool
+    client: Any,
+    fn: Callable[[T, BuildSettings], R],
+    tasks: Sequence[T],
+    job: BuildSettings,
+    what: str,
+    progress: bool,
 ) -> list[R]:
     """Run one pass on a cluster, a few tasks ahead of the workers, results in order of the tasks."""
     from dask.distributed import KilledWorker
