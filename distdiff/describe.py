@@ -66,7 +66,7 @@ def config_keys(name: str | None = None) -> list[Key]:
             continue
         if section in components:
             found += component(components[section], shown[section]["kind"], shown[section])
-        elif section in shown:  # a field that is no section of the file is left out
+        else:
             found += _section(section, hint, shown[section])
     return found
 
