@@ -137,8 +137,8 @@ def _plain(requirement: Any) -> str:
 
 
 EXTRAS = {
-    "deepspeed": "deepspeed", "scvi": "baselines", "diffusers": "images", "skmisc": "seurat", "zarrs": "zarrs", "leidenalg": "leiden",
-    "dask_jobqueue": "slurm", "dask_kubernetes": "k8s",
+    "deepspeed": "deepspeed", "scvi": "baselines", "diffusers": "images", "skmisc": "seurat", "zarrs": "zarrs", 
+    "leidenalg": "leiden", "dask_jobqueue": "slurm", "dask_kubernetes": "k8s",
 }  # fmt: skip
 """Modules of optional dependencies, and the extra that installs them."""
 

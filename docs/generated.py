@@ -127,6 +127,6 @@ def _cell(text: str) -> str:
     """One line of markdown from a docstring's words."""
     text = re.sub(r":\w+:`~?([^`<]*?)(?:\s*<[^`]*>)?`", r"`\1`", text)
     text = re.sub(r"``(.+?)``", r"`\1`", text)
-    text = re.sub(r"docs/(MATHS\.md) (\d[\d.]*\d|\d+)", r"[maths \2](../\1)", text)
+    text = re.sub(r"docs/(M\w+\.md) (\d[\d.]*\d|\d+)", r"[maths \2](../\1)", text)
     text = re.sub(r"(?<![\w`-])(--\w[\w-]*)(?!`)", r"`\1`", text) if "`" not in text else text
     return re.sub(r"(?<![`$\w])\$(?=\w)", r"\\$", " ".join(text.split())).replace("<", "&lt;")
