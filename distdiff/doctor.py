@@ -138,7 +138,7 @@ def _plain(requirement: Any) -> str:
 
 EXTRAS = {
     "deepspeed": "deepspeed", "scvi": "baselines", "diffusers": "images", "skmisc": "seurat", "zarrs": "zarrs",
-    "dask_jobqueue": "slurm", "dask_kubernetes": "k8s",
+    "leidenalg": "leiden", "dask_jobqueue": "slurm", "dask_kubernetes": "k8s",
 }  # fmt: skip
 """Modules of optional dependencies, and the extra that installs them."""
 

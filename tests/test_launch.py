@@ -38,10 +38,12 @@ def pods(tree):
 
 
 def commands():
-    """``(where, words)`` of every command that the launch files and the README tell to run, or run."""
-    texts = [ROOT / "README.md", *SCRIPTS, *MANIFESTS, *RECIPES]
+    """``(where, words)`` of every command that the launch files, the README and docs/ show, or run."""
+    texts = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *SCRIPTS, *MANIFESTS, *RECIPES]
     for path in texts:
         text = path.read_text().replace("\\\n", " ")
+        if path.suffix == ".md":  # of pages their shell blocks
+            text = "\n".join(re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
         for line in re.findall(rf"^[# ]*((?:{PROGRAMS}) .*)$", text, re.MULTILINE):
             yield path.name, shlex.split(line, comments=True)
     for path in MANIFESTS:
@@ -99,7 +101,7 @@ def test_every_command_has_flags_that_exist():
     assert seen >= {
         ("train.sbatch", "train"), ("shard_dask.py", "shard"), ("impute_dask.py", "impute"),
         ("train-pytorchjob.yaml", "train"), ("impute-job.yaml", "impute"), ("dask-cluster.yaml", "shard"),
-        ("README.md", "mlflow"),
+        ("mlflow.md", "mlflow"),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 
 import anndata as ad
 import numpy as np
@@ -89,6 +90,13 @@ def test_dropout_sites_follow_algorithm_1(model, counts):  # docs/MATHS.md 8.5
         sites = (x[cells] == 0) & expressed
         sites[x[cells].sum(1) == 0] = False
         assert (changed == sites).all()
+
+
+def test_leiden_names_its_extra(model, counts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "igraph", None)
+    monkeypatch.setitem(sys.modules, "leidenalg", None)
+    with pytest.raises(ValueError, match=r"pip install 'distdiff\[leiden\]'"):
+        model.impute(counts[np.asarray(counts.X.sum(1)).ravel() > 0], sites="dropout", groups="leiden", mean_only=True)
 
 
 def test_leiden_groups(model, counts):

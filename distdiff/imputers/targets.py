@@ -73,6 +73,11 @@ def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
     """Cluster cells as scanpy users would (log1p CP10k, PCA, neighbours, Leiden); ``int64 [cells]`` codes.
 
     Reads the whole input as one sparse matrix: for an atlas give an obs column instead.
+
+    Raises
+    ------
+    ValueError
+        igraph and leidenalg, of the extra ``leiden``, are not installed.
     """
     import anndata as ad
     import scanpy as sc
@@ -87,5 +92,10 @@ def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
         data = data[:, np.sort(np.argsort(-var / (mean + 1e-9))[:genes])].copy()
     sc.pp.pca(data, n_comps=min(50, min(data.shape) - 1), random_state=seed)
     sc.pp.neighbors(data, random_state=seed)
-    sc.tl.leiden(data, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    try:
+        sc.tl.leiden(data, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    except ImportError:
+        raise ValueError(
+            "groups='leiden' needs igraph and leidenalg: pip install 'distdiff[leiden]', or name an obs column"
+        ) from None
     return data.obs["leiden"].cat.codes.to_numpy().astype(np.int64)

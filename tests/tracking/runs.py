@@ -19,7 +19,7 @@ from distdiff.tracking.sender import Sender
 
 SMALL = {"kind": "mlp", "width": 8, "depth": 1}
 GENES = tuple(f"gene{i}" for i in range(6))
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "mlflow.md").read_text()
 
 
 def a_run(folder="run", **more):
@@ -72,8 +72,8 @@ def start(command, folder, url, **environment):
 
 
 def serve(port, folder):
-    """Start the README's ``mlflow server`` on a port."""
-    line = next(text for text in README.splitlines() if text.startswith("mlflow server "))
+    """Start the ``mlflow server`` of docs/howto/mlflow.md on a port."""
+    line = next(text for text in PAGE.splitlines() if text.startswith("mlflow server "))
     command = [sys.executable, "-m", *line.partition("#")[0].split(), "--port", str(port), "--workers", "1"]
     url = f"http://127.0.0.1:{port}/health"
     return start(command, folder, url, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")

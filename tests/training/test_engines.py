@@ -123,4 +123,4 @@ def test_launch_files_are_what_accelerate_reads(path):
     read = load_config_from_file(str(path))
     assert read.mixed_precision == "no"
     assert "gradient_accumulation_steps" not in (getattr(read, "deepspeed_config", None) or {})
-    assert path.name in (LAUNCH.parents[1] / "README.md").read_text()
+    assert path.name in (LAUNCH.parents[1] / "docs" / "howto" / "deepspeed.md").read_text()
