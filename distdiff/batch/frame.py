@@ -141,7 +141,7 @@ def _inherited_obs(root: Any, source: Any, ours: set[str], task: Task) -> None:
 
 
 def _var(root: Any, task: Task, source: Any) -> Any:
-    """var in the genes of the result: what the input knows of them, and which were appended; the input's gene names."""
+    """The var of the result: what the input knows of its genes, and which were appended; the input's gene names."""
     import anndata as ad
     import pandas as pd
 

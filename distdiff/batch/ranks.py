@@ -34,7 +34,12 @@ LOOK = 0.2
 
 
 def run(engine: OneProcess, out: Path, *, progress: bool = True, **options: Any) -> Summary:
-    """This process's part of a job, and the summary of the whole; options of :func:`~distdiff.batch.job.carry_out`.
+    """Do the part of this process; options as for :func:`~distdiff.batch.job.carry_out`.
+
+    Returns
+    -------
+    Summary
+        Of the whole job.
 
     Raises
     ------

@@ -84,8 +84,11 @@ class FileRows:
             return tuple(container.names_of(root, "var", self.where).tolist()) == tuple(genes)
 
     def left_out(self) -> list[str]:
-        """Names of what a result of other genes cannot keep: X where counts of a layer take its place; whatever has a
-        value for each gene of X where the counts are those of ``raw``; and what is neither a matrix nor a table."""
+        """Names of what a result of other genes cannot keep.
+
+        X where counts of a layer take its place; whatever has a value for each gene of X where the counts are those of
+        ``raw``; and what is neither a matrix nor a table.
+        """
         if self.frame is None:
             return []
         with opened_anndata(self.frame) as root:

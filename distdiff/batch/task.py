@@ -56,8 +56,10 @@ class Task(ABC):
 
     @abstractmethod
     def compute(self, block: Any) -> tuple[Values, Callable[[], FillCounts]]:
-        """The fields of a block, still on the device, and a function that counts what was done (it waits for the
-        device)."""
+        """The fields of a block, still on the device, and a function that counts what was done.
+
+        The function waits for the device.
+        """
 
     def provenance(self) -> dict[str, Any]:
         """What stands in ``uns['distdiff']``, beside what was done."""

@@ -46,8 +46,9 @@ class Impute(OnCells):
         Whether layers are CSR; ``None``: where that takes less room.
     append
         Genes that the input lacks and that are to be appended (``complete``).
-    mask, sites, groups, draws, **options
-        Of :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`; a mask is named, not given.
+    mask, draws, **options
+        ``sites``, ``groups`` and others of :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`; a mask
+        is named, not given.
     """
 
     name = "impute"
@@ -191,8 +192,8 @@ class Generate(Task):
     ----------
     n, obs
         Number of cells, and label -> value of all of them, or one a cell.
-    **options
-        ``steps``, ``spacing``, ``solver``, ``sigma``, ``guidance``.
+    steps, spacing, solver, sigma, guidance
+        Of :func:`~distdiff.tasks.generate.generate`.
     """
 
     name = "generate"

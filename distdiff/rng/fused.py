@@ -52,7 +52,7 @@ def _any(where):
 
 @triton.jit
 def _log_factorial(k):
-    """log k! in float64 for k >= 0, by Stirling's series at k + 8 where k is small."""
+    """Log k! in float64 for k >= 0, by Stirling's series at k + 8 where k is small."""
     x = k + 1
     up = x < 8
     less = tl.where(up, tl.log(x * (x + 1) * (x + 2) * (x + 3) * (x + 4) * (x + 5) * (x + 6) * (x + 7)), 0.0)

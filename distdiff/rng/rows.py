@@ -24,7 +24,7 @@ class Rows(Rng):
 
     Parameters
     ----------
-    seed, address
+    seed, *address
         The run's seed and a stream name.
     rows, draws
         ``int64 [b]`` each: cell and draw of every row of the batch.

@@ -164,8 +164,10 @@ def _matrix(mask: Any) -> np.ndarray | sp.spmatrix | None:
 
 
 class MaskLayer:
-    """A layer of a file as a mask of which rows are read; its columns are found by name, a gene that it lacks is no
-    target."""
+    """A layer of a file as a mask, read by rows.
+
+    Its columns are found by name; a gene that it lacks is no target.
+    """
 
     def __init__(self, source: Source, genes: Sequence[str]) -> None:
         column_of = {gene: i for i, gene in enumerate(genes)}

@@ -31,11 +31,11 @@ def redacted(text: object) -> str:
 
 
 def short(error: BaseException) -> str:
-    """Return the class and the first line of an error, redacted and cut to :data:`LONGEST` characters.
+    r"""Return the class and the first line of an error, redacted and cut to :data:`LONGEST` characters.
 
     Examples
     --------
-    >>> short(OSError("http://me:secret@host is gone\\nmore"))
+    >>> short(OSError("http://me:secret@host is gone\nmore"))
     'OSError: http://host is gone'
     """
     lines = redacted(error).strip().splitlines()

@@ -228,7 +228,7 @@ def _like(weight: Any, value: Tensor) -> Tensor:
 
 
 def _part(value: Tensor, size: int, accelerator: Accelerator) -> Tensor:
-    """This process's ``size`` numbers of a flat tensor; the last parts are filled up with zeros."""
+    """The ``size`` numbers of this process, out of a flat tensor; the last parts are filled up with zeros."""
     flat = torch.zeros(size * accelerator.num_processes, dtype=value.dtype, device=value.device)
     flat[: value.numel()] = value.flatten()
     return flat[size * accelerator.process_index :][:size]

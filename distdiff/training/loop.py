@@ -313,7 +313,7 @@ def _compiled(recipe: Recipe, accelerator: Accelerator, share: int) -> Law:
 def _batches(
     recipe: Recipe, accelerator: Accelerator, index: np.ndarray, start: int
 ) -> Generator[tuple[int, Cells], None, None]:
-    """This process's cells of each step from ``start`` on."""
+    """The cells of this process at each step from ``start`` on."""
     settings, loading = recipe.settings, recipe.loading
     plan = loading.plan(recipe.store, index, settings.batch, settings.seed)
     processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # (the launcher sets it)

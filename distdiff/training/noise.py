@@ -18,8 +18,9 @@ from distdiff.types import Cells, Condition, Tensor
 
 @dataclass(frozen=True)
 class Noised:
-    """What a step's noise makes of its cells: clean and thinned states, survival, labels; times, loss weights ``[b]``,
-    and whose p depends on t.
+    """What a step's noise makes of its cells.
+
+    Clean and thinned states, survival, labels; times, loss weights ``[b]``, and whose p depends on t.
     """
 
     x_0: Tensor

@@ -176,7 +176,7 @@ def _store(environment: Mapping[str, str]) -> dist.Store:
 
 
 def _reach(environment: MutableMapping[str, str]) -> str:
-    """This machine's address on the way to the first one (empty: not known); gloo is told to use that interface.
+    """Address of this machine on the way to the first one (empty: not known); gloo is told to use that interface.
 
     By itself gloo takes the address of the host's name, which many an ``/etc/hosts`` gives as 127.0.0.1.
     """

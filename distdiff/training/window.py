@@ -36,8 +36,9 @@ class Window:
         check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
 
     def means(self, accelerator: Accelerator, waited: float) -> dict[str, Tensor]:
-        """Means over processes and steps: loss, gradient norm, share of time ``waited`` for cells; and whether anything
-        is ``bad`` (see :meth:`check`). All stays on the device.
+        """Means over processes and steps: loss, gradient norm, share of time ``waited`` for cells.
+
+        And whether anything is ``bad`` (see :meth:`check`). All stays on the device.
         """
         self.ended, loss = self._mark(), torch.cat(self.losses).mean()
         share = torch.full_like(loss, waited / (time.perf_counter() - self.came))

@@ -22,8 +22,7 @@ TURNS = 1 << 14
 
 
 class Order(ABC):
-    """What a loader needs of a plan: ``batch`` cells a step, ``n_cells`` cells in all, ``window`` blocks shuffled
-    together.
+    """What a loader needs of a plan: ``batch`` cells a step, ``n_cells`` in all, ``window`` blocks shuffled together.
 
     Examples
     --------

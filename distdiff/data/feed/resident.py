@@ -17,8 +17,9 @@ READ = 1 << 14
 
 
 class Resident:
-    """A coded copy of a store (restricted to the genes of its view) on one device; 10M cells x 2,000 genes take a few
-    GB. Batches are decoded there, so training does not wait for data.
+    """A coded copy of a store (restricted to the genes of its view) on one device.
+
+    Batches are decoded there, so training does not wait for data; 10M cells x 2,000 genes take a few GB.
 
     Build one with `Resident.load`.
 

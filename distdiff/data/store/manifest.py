@@ -44,8 +44,11 @@ CODECS = ("local", "compact")
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One input file: base name, its cells, those kept, without a count of the chosen genes, and failing the quality
-    thresholds; ``absent`` are the genes of the store that the file lacks (zeros there say nothing)."""
+    """One input file of a store.
+
+    Its base name, its cells, those kept, those without a count of the chosen genes, and those that fail the quality
+    thresholds; ``absent`` are the genes of the store that the file lacks (zeros there say nothing).
+    """
 
     path: str
     n_cells: int

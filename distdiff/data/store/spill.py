@@ -40,7 +40,7 @@ def write(
         ``int64 [m]``, their rows in ``counts``; None is all.
     largest
         Largest count, if they are whole numbers in floating point.
-    more
+    **more
         Other arrays to write, for `load`.
 
     Examples
