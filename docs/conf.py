@@ -54,6 +54,8 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 suppress_warnings = ["mystnb.unknown_mime_type"]
+if nb_execution_mode == "off":  # the lexer of a cell is known once its kernel ran
+    suppress_warnings.append("myst-nb.lexer")
 
 
 def setup(app: object) -> None:
