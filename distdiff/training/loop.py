@@ -337,7 +337,7 @@ def _progress_text(progress: Progress, steps: int, folder: Path) -> str:
 def _report_end(run: Run, request: int) -> None:
     """Say why training ended before its last step."""
     progress, settings = run.progress, run.recipe.settings
-    if progress.bad >= settings.patience:
+    if progress.bad >= settings.patience and progress.step < settings.steps:
         run.accelerator.print(
             f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was not "
             f"better than {progress.best:.4f}, that of step {progress.best_step}, in {progress.bad} validations "
