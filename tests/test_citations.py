@@ -39,6 +39,7 @@ LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
 
 TO_COME = {  # named in examples, or written once a GPU is there
     "configs/mine.yaml", "distdiff/process/poisson.py", "benchmarks/gpu/results.json",
+    "docs/reference/cli.md", "docs/reference/configuration.md",  # made by docs/generated.py
 }  # fmt: skip
 
 UNPUBLISHED = {

@@ -50,6 +50,7 @@ def test_observed_counts_come_back_and_the_input_is_untouched(model, counts, mas
     empty = np.where(mask, 0, x).sum(1) == 0
     assert empty[7]
     assert (dense(out.X) == x).all()
+    assert (dense(out.layers.pop("imputed_mask")) == (mask & ~empty[:, None])).all()
     for name, values in out.layers.items():
         assert (values[~mask] == x[~mask]).all()
         assert (values[empty] == x[empty]).all()

@@ -24,7 +24,7 @@ class Gaussian(Process):
     Parameters
     ----------
     schedule
-        As for `Counts`; ``p`` is the ``abar`` of the papers.
+        As for ``Counts``; ``p`` is the ``abar`` of the papers.
     predict
         ``x0``: the network predicts the clean value. ``eps``: it predicts the noise, as in the papers; its output is
         then not relative to the gene mean, and carries no information near p = 0 (p below 0.001 counts as 0.001), so

@@ -22,7 +22,7 @@ class Masked(Process):
     Parameters
     ----------
     schedule
-        As for `Counts`; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
+        As for ``Counts``; ``p`` is the share not yet masked (docs/MATHS.md 1.5).
     classes
         Counts ``0 ... classes - 1``.
     clamp
