@@ -7,7 +7,6 @@ are alive: the task of one that died goes to another, one that joins later takes
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import logging
 import os
@@ -106,7 +105,9 @@ def local_workers(workers: int | None) -> Iterator[str]:
         raise ValueError(f"workers={workers}: at least 1 is wanted")
     kind: Any = LocalCluster
     if torch.cuda.is_available() and importlib.util.find_spec("dask_cuda") is not None:
-        kind = importlib.import_module("dask_cuda").LocalCUDACluster
+        from dask_cuda import LocalCUDACluster
+
+        kind = LocalCUDACluster
     with kind(
         n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL
     ) as cluster:

@@ -131,7 +131,7 @@ class Denoise(OnCells):
     def __init__(
         self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
         dtype: str = "float32", sparse: bool | None = None, ood: int = 0, seed: int = 0,
-        keep: Sequence[str] | Literal["model", "all"] = "model", **reading: Any,
+        keep: Sequence[str] | Literal["model", "all"] | None = "model", **reading: Any,
     ) -> None:  # fmt: skip
         reader = Reader(model.spec, rows, **reading)
         super().__init__(model, rows, reader, tuple(rows.genes), keep=reader.chosen(keep), ood=ood, seed=seed)

@@ -212,7 +212,7 @@ class Reader:
             )  # fmt: skip
         return sp.csr_matrix((np.where(bad, 0, counts.data), counts.indices, counts.indptr), shape=counts.shape)
 
-    def chosen(self, genes: Sequence[str] | Literal["model", "all"]) -> list[str] | None:
+    def chosen(self, genes: Sequence[str] | Literal["model", "all"] | None) -> list[str] | None:
         """Genes of an answer: those of the input that the model knows, named ones, or all of the input (``None``).
 
         Raises
@@ -220,7 +220,7 @@ class Reader:
         ValueError
             A named gene that the model does not know, or that the input lacks.
         """
-        if genes == "all":
+        if genes is None or genes == "all":
             return None
         known = [gene for gene, is_known in zip(self.rows.genes, self.known, strict=True) if is_known]
         if genes == "model":
