@@ -219,7 +219,7 @@ def store(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "trained", "seed"),
-    [(300, 5, 0), pytest.param(3000, 300, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])],
+    [(300, 5, 0), pytest.param(3000, 300, 1, marks=[pytest.mark.long, pytest.mark.timeout(3000)])],
 )
 def test_any_config_trains_or_is_refused_in_one_sentence_before_anything_is_written(
     store, tmp_path, number, trained, seed

@@ -296,7 +296,7 @@ def test_a_flipped_h5ad_ends_in_its_content_or_in_one_sentence(h5ad, tmp_path, k
     _both([flip_of(rng, number, where, size) for number in range(n)], h5ad, kind, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["shard", "impute"])
 def test_each_flipped_file_of_a_zarr_ends_in_its_content_or_in_one_sentence(tmp_path, kind):
     source, rng = tmp_path / "cells.zarr", np.random.default_rng(2)
@@ -341,7 +341,7 @@ def tenx_mtx(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["h5", "mtx"])
 def test_flipped_files_of_10x_end_in_their_content_or_in_one_sentence(tmp_path, kind):
     rng = np.random.default_rng(3)

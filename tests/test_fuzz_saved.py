@@ -313,7 +313,7 @@ def harmed_builds(given: str, home: str, most: int, seed: int) -> None:
     Path(home, "found.json").write_text(json.dumps([len(every), faults]))
 
 
-@pytest.mark.parametrize("most", [20, pytest.param(10**9, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("most", [20, pytest.param(10**9, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
 def test_what_a_stopped_build_left(tmp_path, most):
     kind = np.array(["a", "b"])[np.arange(90) % 2]
     given = save(make_adata(make_counts(90, 12), kind=kind), tmp_path / "a.h5ad")
@@ -337,7 +337,7 @@ def run(atlas, tmp_path_factory):
     return out
 
 
-SLOW = [pytest.mark.slow, pytest.mark.timeout(1500)]
+SLOW = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 
 @pytest.mark.parametrize("values", [60, pytest.param(1000, marks=SLOW)])

@@ -19,7 +19,7 @@ from tests.trials import Ended, command, started, trial
 
 KILLS = 20
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
 
 
 def content(path: Path) -> dict[str, str]:

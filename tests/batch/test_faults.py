@@ -114,7 +114,7 @@ def test_a_step_of_the_clock_changes_nothing(given, tmp_path):
 
 @pytest.mark.parametrize(
     ("overwrite", "step"),
-    [(True, 97), *(pytest.param(overwrite, 7, marks=pytest.mark.slow) for overwrite in (False, True))],
+    [(True, 97), *(pytest.param(overwrite, 7, marks=pytest.mark.long) for overwrite in (False, True))],
 )
 def test_killed_at_its_file_operations(given, tmp_path, overwrite, step):
     """Killed before its n-th file operation, for many n up to its end; the same command goes on."""
@@ -147,7 +147,7 @@ def test_killed_at_its_file_operations(given, tmp_path, overwrite, step):
     assert nth > 2 * step
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_storm_of_kills(given, tmp_path, overwrite, kills):
     """The same command again and again, killed at random moments; two at a time, of which one is refused."""

@@ -108,7 +108,7 @@ def test_a_server_that_misbehaves_costs_the_end_of_a_run_little(kind, tmp_path):
     assert mib < 300
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["drip", "dripping header"])
 def test_with_the_limits_as_they_are_a_run_ends_within_ninety_seconds(kind, tmp_path):
