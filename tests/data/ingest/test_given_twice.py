@@ -132,7 +132,8 @@ def test_nothing_of_an_earlier_imputation_stays(given, tmp_path, suffix):
         assert set(read(out).layers) == {"hide", "imputed_by_magic", "imputed"}
         assert list(read(out).obs) == ["kind", "score"]
     again = model.impute(read(first), mask="hide", draws=1)
-    assert set(again.layers) == {"hide", "imputed_by_magic", "imputed_mean", "imputed"}
+    assert set(again.layers) == {"hide", "imputed_by_magic", "imputed_mean", "imputed", "imputed_mask"}
+    assert "distdiff_nats" not in model.impute(read(first), mask="hide", layers=["mean"]).obs
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------
