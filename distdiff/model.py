@@ -296,6 +296,7 @@ class Model:
         out, left_out = framed(adata, layer, plan.added)
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
+        out.obs = out.obs.drop(columns="distdiff_nats", errors="ignore")
         estimate = f"imputed_{plan.imputer.readout}"
         found = {
             name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != estimate
