@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
@@ -9,6 +10,8 @@ import os
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -265,6 +268,25 @@ def listed(wrong: list[tuple[int, str]], names: list[str] | None = None) -> str:
     return "\n\n".join(f"{number if names is None else names[number]}: {text}" for number, text in wrong)
 
 
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a process of its own: a child that is forked beside other tests' threads may hang."""
+
+    @functools.wraps(test)
+    def in_new_process(*args: object, **kwargs: object) -> None:
+        if "DISTDIFF_ALONE" in os.environ:
+            return test(*args, **kwargs)
+        node = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "", node], cwd=Path(__file__).parents[1],
+            env={**kept, "DISTDIFF_ALONE": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        return None
+
+    return in_new_process
+
+
 @pytest.fixture(scope="module")
 def h5ad(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("fuzz") / "cells.h5ad"
@@ -283,6 +305,7 @@ def _both(flips: list, source: Path, kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["shard", "impute"])
+@alone
 def test_an_undamaged_file_passes_these_tests(h5ad, tmp_path, kind):
     _both([lambda path: None], h5ad, kind, tmp_path)
 
@@ -291,6 +314,7 @@ def test_an_undamaged_file_passes_these_tests(h5ad, tmp_path, kind):
 @pytest.mark.parametrize(
     ("seed", "n"), [pytest.param(0, 24, id="few"), pytest.param(1, 200, id="many", marks=pytest.mark.slow)]
 )
+@alone
 def test_a_flipped_h5ad_ends_in_its_content_or_in_one_sentence(h5ad, tmp_path, kind, seed, n):
     rng, where, size = np.random.default_rng(seed), metadata(h5ad), h5ad.stat().st_size
     _both([flip_of(rng, number, where, size) for number in range(n)], h5ad, kind, tmp_path)
@@ -298,6 +322,7 @@ def test_a_flipped_h5ad_ends_in_its_content_or_in_one_sentence(h5ad, tmp_path, k
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["shard", "impute"])
+@alone
 def test_each_flipped_file_of_a_zarr_ends_in_its_content_or_in_one_sentence(tmp_path, kind):
     source, rng = tmp_path / "cells.zarr", np.random.default_rng(2)
     batch.write_anndata(cells(), source)
@@ -343,6 +368,7 @@ def tenx_mtx(folder: Path) -> Path:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["h5", "mtx"])
+@alone
 def test_flipped_files_of_10x_end_in_their_content_or_in_one_sentence(tmp_path, kind):
     rng = np.random.default_rng(3)
     if kind == "h5":
