@@ -381,7 +381,7 @@ def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -
         absent = tuple(asked)
     if not absent:
         raise ValueError(
-            "nothing to impute: the input has all of the model's genes, and no entries are named. To see the expression "
+            "nothing to impute: the input has all of the model's genes, and no entry is named. To see the expression "
             "behind every count, use denoise; to add genes that an input lacks, complete; to impute some entries, give "
             "mask= (a matrix, true = impute, or the name of a layer), or sites='dropout' with groups="
         )
