@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,11 +263,6 @@ def _is_store(data: Any) -> bool:
     return is_url(str(data)) or (Path(data).expanduser() / "manifest.json").exists()
 
 
-@contextlib.contextmanager
-def _temporary() -> Iterator[str]:
-    """A folder that is removed afterwards."""
-    folder = tempfile.mkdtemp(prefix="distdiff-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed afterwards (a context)."""
+    return tempfile.TemporaryDirectory(prefix="distdiff-", ignore_cleanup_errors=True)

@@ -406,14 +406,15 @@ class Model:
         keep = reader.chosen(genes if copy else "all")
         out, left_out = framed(adata, layer) if copy else (adata, [])
         wide = keep is None and not reader.known.all()
-        at = [] if keep is None else [reader.rows.genes.index(gene) for gene in keep]
+        column_of = {gene: i for i, gene in enumerate(reader.rows.genes)}
+        at = [column_of[gene] for gene in keep or ()]
         parts = []
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
                 shrink=self.shrink if shrink else None,
             )  # fmt: skip
-            answer = received.check_answer(reader.spread(new).cpu().numpy(), name, block.start)
+            answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
             answer = answer if keep is None else answer[:, at]
             parts.append(sp.csr_matrix(answer) if wide and 2 * reader.known.sum() < len(reader.known) else answer)
         if keep is not None:
@@ -443,7 +444,7 @@ class Model:
                 self.process, self.denoiser, self.spec, block.cells, block.observed, times=times, steps=steps,
                 seed=seed, depth=self.info.get("depth"), beyond=beyond,
             )  # fmt: skip
-            answer = reader.widen(block.given, new).cpu().numpy()
+            answer = reader.widen(new, block.given).cpu().numpy()
             parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
         out.layers["deepened"] = sp.vstack(parts, format="csr")
         out.uns["distdiff"] = self.provenance(

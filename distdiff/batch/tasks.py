@@ -148,7 +148,7 @@ class Denoise(OnCells):
         """See :class:`OnCells`."""
         m, options = self.model, {**self.options, "shrink": self.model.shrink if self.options["shrink"] else None}
         new = denoise(m.process, m.denoiser, block.cells, block.observed, **options)
-        return {self.layer: self.reader.spread(new)}, _all_of(new)
+        return {self.layer: self.reader.widen(new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
@@ -178,7 +178,7 @@ class Deepen(OnCells):
         """See :class:`OnCells`."""
         m, depth = self.model, self.model.info.get("depth")
         new = deepen(m.process, m.denoiser, m.spec, block.cells, block.observed, depth=depth, **self.options)
-        return {"layers/deepened": self.reader.widen(block.given, new)}, _all_of(new)
+        return {"layers/deepened": self.reader.widen(new, block.given)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""

@@ -236,21 +236,13 @@ class Reader:
             )
         return list(genes)
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """``values`` ``[n g]`` in the input's genes, 0 where the model does not know them."""
+    def widen(self, values: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
+        """``values`` ``[n g]`` in the input's genes; ``given`` (or 0) where the model does not know them."""
         if self.same:
             return values
+        out = values.new_zeros(len(values), len(self.known)) if given is None else given.clone()
         known = torch.from_numpy(self.known).to(values.device)
-        out = values.new_zeros(len(values), len(self.known))
         out[:, known] = values[:, torch.from_numpy(self.columns[self.known]).to(values.device)]
-        return out
-
-    def widen(self, given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """The input's genes again: ``values`` ``[n g]`` for those the model knows, else as given."""
-        if self.same:
-            return values
-        out, known = given.clone(), torch.from_numpy(self.known).to(given.device)
-        out[:, known] = values[:, torch.from_numpy(self.columns[self.known]).to(given.device)]
         return out
 
 
