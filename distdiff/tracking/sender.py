@@ -141,7 +141,7 @@ class Sender:
     def _start(self, entries: list[Entry]) -> None:
         """Find or make the run, and log its config."""
         entry, mlflow = entries[0], load_mlflow(self.uri or self.first_uri)
-        self._client = mlflow.MlflowClient()
+        self._client = mlflow.MlflowClient(self.uri or self.first_uri or None)
         run = self._named_run(entry.get("run_id")) or self._own_run(entry)
         self._save(run_id=run.info.run_id, experiment_id=run.info.experiment_id)
         params = [mlflow.entities.Param(k, str(v)[:500]) for k, v in entry["params"].items()]
@@ -305,7 +305,8 @@ class Sender:
         if self._client is None:
             from mlflow.exceptions import MlflowException
 
-            client = load_mlflow(self.uri or self.first_uri).MlflowClient()
+            uri = self.uri or self.first_uri
+            client = load_mlflow(uri).MlflowClient(uri or None)  # another thread may change MLflow's own
             try:
                 run = client.get_run(self.run_id)
             except MlflowException as error:

@@ -17,8 +17,7 @@ def migrated(tmp_path_factory):
     import mlflow
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.set_tracking_uri(f"sqlite:///{path}")
-    mlflow.search_experiments()
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 
