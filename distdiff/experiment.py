@@ -38,6 +38,7 @@ from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
 from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint, loop
+from distdiff.training.cells import training_cells
 from distdiff.training.fit import settled
 from distdiff.training.launched import check_world
 from distdiff.training.loop import Hooks
@@ -215,6 +216,7 @@ def _owning(
             finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
         )
         finished.info |= measured.info
+        finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
         finished.shrink = measured.shrink
         finished.save(best)
         report = None

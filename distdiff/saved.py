@@ -37,7 +37,7 @@ PARTS: dict[str, type] = {"process": dict, "denoiser": dict, "genes": list, "lab
 
 ABOUT: dict[str, type] = {
     "name": str, "data": str, "store": str, "config": dict, "config_digest": str, "depth": dict, "nats": dict,
-    "excess": dict,
+    "excess": dict, "training": dict,
 }  # fmt: skip
 """Entries of ``info`` that are read again, where there are any."""
 
@@ -261,6 +261,23 @@ def _check_about(info: Mapping[str, Any]) -> None:
         if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
             raise ValueError("model.json: info.excess must hold lists p, impute, generate of one length")
         _check_numbers("info.excess", [value for part in parts for value in part])
+    if "training" in info:
+        _check_training(info["training"])
+
+
+def _check_training(cells: Mapping[str, Any]) -> None:
+    """Numbers of training cells by label value, and ascending quantiles of their depth."""
+    labels, depth = cells.get("labels", {}), cells.get("depth", [])
+    if not isinstance(labels, dict) or not all(isinstance(values, dict) for values in labels.values()):
+        raise ValueError("model.json: info.training.labels must map labels to numbers of cells by value")
+    if not isinstance(depth, list):
+        raise ValueError(f"model.json: info.training.depth must be a list, is {received.kind(depth)}")
+    counts = [cells.get("cells"), *(n for values in labels.values() for n in values.values())]
+    if not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError("model.json: info.training must hold whole numbers of cells")
+    _check_numbers("info.training.depth", depth)
+    if sorted(depth) != depth:
+        raise ValueError("model.json: info.training.depth must ascend")
 
 
 def _check_numbers(what: str, values: Sequence[Any]) -> None:

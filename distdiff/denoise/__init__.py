@@ -46,6 +46,19 @@ class Denoiser(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """Outputs for every gene; ``x`` is ``log(1 + counts)``, ``p`` lies in [0, 1]."""
 
+    def hidden(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b d"]:
+        """The last hidden state before the outputs, one vector a cell.
+
+        Raises
+        ------
+        ValueError
+            The denoiser has none.
+        """
+        raise ValueError(
+            f"denoiser {type(self).__name__} has no hidden state of a cell; give it a method hidden(x, p, cond) -> "
+            "[b d], or embed the layer that denoise writes (PCA)"
+        )
+
 
 DEEPEST = 1000
 """Largest depth; a larger one is a typing error, and building it would fill the memory."""

@@ -102,6 +102,15 @@ class CSDI(Denoiser):
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth for laws of counts."""
+        raw = self.answer(self._trunk(x, p, cond)).float()
+        return self.expectation.add_to(raw, self.expectation(x, p)[0]) if self.relative else raw
+
+    def hidden(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b d"]:
+        """The channels before the last convolution, their mean over genes."""
+        return self._trunk(torch.where(p > 0, x, 0.0), p, cond).mean(1)
+
+    def _trunk(self, x: Tensor, p: Tensor, cond: Condition) -> Float[Tensor, "b g d"]:
+        """The channels of each gene before the last convolution."""
         known, seen = (p == 1).to(x.dtype), p > 0
         asked = (1 - known).sum(1).clamp_min(1)
         level = ((1 - known) * p).sum(1) / asked
@@ -116,8 +125,7 @@ class CSDI(Denoiser):
         for block in self.blocks:
             h, skip = block(h, side, step, seen)
             skips = skips + skip
-        raw = self.answer(F.relu(self.skip(skips / math.sqrt(len(self.blocks))))).float()
-        return self.expectation.add_to(raw, self.expectation(x, p)[0]) if self.relative else raw
+        return F.relu(self.skip(skips / math.sqrt(len(self.blocks))))
 
 
 class _Residual(nn.Module):

@@ -78,15 +78,7 @@ class Latent(Denoiser):
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
-        log_depth, surprise = self.expectation(x, p)
-        c = self.condition(log_depth, p, cond)
-        if self.shortcut is not None:
-            c = c + self.shortcut.evidence(surprise)
-        values = torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1)
-        h = self._encode(values, x, p, c)
-        tokens = Whole(h.new_ones(h.shape[:2], dtype=torch.bool))
-        for block in self.blocks:
-            h = block(h, c, tokens)
+        h, c, log_depth, values, tokens = self._trunk(x, p, cond)
         # the query of a gene is its embedding, the same in all cells; its own count is added after the attention
         h, _ = self.norm_tell(h, c, tokens.spread)
         k, v = self.tell(h).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -97,6 +89,23 @@ class Latent(Denoiser):
         if self.shortcut is not None:
             raw = raw + self.shortcut.answers(h.mean(1))
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
+
+    def hidden(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b d"]:
+        """The mean of the latents after the last block."""
+        return self._trunk(x, p, cond)[0].mean(1)
+
+    def _trunk(self, x: Tensor, p: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor, Tensor, Whole]:
+        """Latents ``[b m d]``, conditioning ``[b d]``, log depth, what is known of each entry, the layout of latents."""
+        log_depth, surprise = self.expectation(x, p)
+        c = self.condition(log_depth, p, cond)
+        if self.shortcut is not None:
+            c = c + self.shortcut.evidence(surprise)
+        values = torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1)
+        h = self._encode(values, x, p, c)
+        tokens = Whole(h.new_ones(h.shape[:2], dtype=torch.bool))
+        for block in self.blocks:
+            h = block(h, c, tokens)
+        return h, c, log_depth, values, tokens
 
     def _encode(self, values: Tensor, x: Tensor, p: Tensor, c: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:
         """The latents of each cell after they attended to its non-zero entries (and the cell token)."""

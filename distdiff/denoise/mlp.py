@@ -67,18 +67,26 @@ class MLP(Denoiser):
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
-        log_depth, surprise = self.expectation(x, p)
-        c = self.condition(log_depth, p, cond)
-        h = self.evidence(self.embed(surprise)) + self.survival(self.embed(p - 0.5))
-        for block in self.blocks:
-            h = block(h, c)
-        h, _ = self.norm(h, c)
+        h, log_depth, surprise = self._trunk(x, p, cond)
         first, *further = self.answer(h).float().unflatten(1, (self.outputs, -1)).unbind(1)
         offset: Tensor | float = self.expectation.log_rate(log_depth) if self.relative else 0.0
         if self.linear:
             down, up = self.linear
             offset = offset + up(down(surprise) / (p.mean(1, keepdim=True) + 0.05))
         return torch.stack((first + offset, *further), 1).transpose(1, 2)
+
+    def hidden(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b d"]:
+        """The trunk after its last norm."""
+        return self._trunk(x, p, cond)[0]
+
+    def _trunk(self, x: Tensor, p: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        """The last hidden state ``[b d]``, log depth ``[b 1]`` and surprise ``[b g]``."""
+        log_depth, surprise = self.expectation(x, p)
+        c = self.condition(log_depth, p, cond)
+        h = self.evidence(self.embed(surprise)) + self.survival(self.embed(p - 0.5))
+        for block in self.blocks:
+            h = block(h, c)
+        return self.norm(h, c)[0], log_depth, surprise
 
 
 class _Block(nn.Module):

@@ -95,9 +95,23 @@ class UNet(Denoiser):
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to pixel mean x brightness."""
+        out, log_depth = self._image(x, p, cond)
+        raw = out.float().flatten(1).unflatten(1, (self.outputs, -1)).transpose(1, 2)
+        return self.expectation.add_to(raw, log_depth) if self.relative else raw
+
+    def hidden(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b d"]:
+        """The innermost, smallest image, its mean over pixels."""
+        found: list[Tensor] = []
+        watching = self.unet.mid_block.register_forward_hook(lambda module, given, image: found.append(image))
+        try:
+            self._image(x, p, cond)
+        finally:
+            watching.remove()
+        return found[0].mean((2, 3))
+
+    def _image(self, x: Tensor, p: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """What the UNet makes of the pixels, and log brightness."""
         log_depth, _ = self.expectation(x, p)
         light = torch.where(p > 0, torch.expm1(x) - 127.5 * p, 0.0) / 255
         c = self.condition(log_depth, p, cond)
-        out = self.unet(light.unflatten(1, self.shape), 1000 * (1 - p.mean(1)), class_labels=c).sample
-        raw = out.float().flatten(1).unflatten(1, (self.outputs, -1)).transpose(1, 2)
-        return self.expectation.add_to(raw, log_depth) if self.relative else raw
+        return self.unet(light.unflatten(1, self.shape), 1000 * (1 - p.mean(1)), class_labels=c).sample, log_depth

@@ -324,3 +324,28 @@ def test_no_genes(kind):
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         build(Denoiser, options, SPEC, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hidden_state_is_a_vector_a_cell_of_its_own_evidence(kind):
+    network = make(kind)
+    x, p, cond = batch()
+    with torch.no_grad():
+        h = network.hidden(x, p, cond)
+        assert h.shape[0] == len(x)
+        assert h.ndim == 2
+        assert torch.isfinite(h).all()
+        assert (h[0] - h[1]).abs().max() > 1e-4  # cells are told apart
+        alone = network.hidden(x[2:3], p[2:3], Condition({"type": cond.labels["type"][2:3]}))
+        assert torch.allclose(alone[0], h[2], atol=1e-5)
+        unmeasured = torch.where(p == 0, 7.0, x)  # (unet: a neighbour of a pixel that was not measured)
+        assert torch.allclose(network.hidden(unmeasured, p, cond), h, atol=1e-5)
+
+
+def test_a_denoiser_without_a_hidden_state_says_so():
+    class Plain(Denoiser):
+        def forward(self, x, p, cond):
+            return x.unsqueeze(-1)
+
+    with pytest.raises(ValueError, match="denoiser Plain has no hidden state of a cell"):
+        Plain().hidden(*batch())
