@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from distdiff import experiment, tracking
 from distdiff.component import complete, modules, nearest
 from distdiff.data.ingest.memory import written
 from distdiff.data.ingest.shard import shard as shard_files
+from distdiff.data.ingest.source import Source
 from distdiff.data.store.store import CountStore
 from distdiff.files import is_url
 from distdiff.model import Model
@@ -178,13 +179,16 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
     Traceback (most recent call last):
     ValueError: no model folder at runs/nowhere; ...
     """
-    return Model.load(tracking.fetch(str(model)), trust=trust)
+    loaded = Model.load(tracking.fetch(str(model)), trust=trust)
+    loaded.where = str(model)
+    return loaded
 
 
 def evaluate(
     model: Model | str | Path, data: Data | CountStore, *, layer: str | None = None, rate: float = 0.5,
     protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5, cells: int = 2000,
-    cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0, progress: bool = True,
+    cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0, trust: Sequence[str] = (),
+    progress: bool = True,
 ) -> Report:  # fmt: skip
     """Hide counts of held-out cells, let the model and the cheap estimators fill them, and score both.
 
@@ -195,24 +199,36 @@ def evaluate(
     data
         A store, whose test cells are scored, or counts as :func:`train` takes them, which are split anew. Score a model
         on cells that it was not trained on.
+    layer
+        Where the raw counts are (default ``X``); a store has none.
     rate, protocol, draws, cells, cell_type, repaint_steps
         Keys of the config's section ``evaluate``.
+    seed
+        Of masks and draws.
+    trust
+        Packages whose code the model may run (see :func:`load`).
+    progress
+        Show bars.
 
     Returns
     -------
     Report
         ``to_text()`` is the table, ``write(folder)`` its files and figures.
     """
-    found = model if isinstance(model, Model) else load(model)
+    found = model if isinstance(model, Model) else load(model, trust=trust)
     settings = configs.Evaluation(
         rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps
     )
     if isinstance(data, CountStore) or _is_store(data):
+        if layer is not None:
+            raise ValueError(f"layer={layer!r}: a store has no layers; leave layer= out")
         opened = data if isinstance(data, CountStore) else CountStore.open(str(data))
-        return experiment.evaluate_model(found, opened, settings, seed=seed)
+        return experiment.evaluate_model(found, opened, settings, seed=seed, progress=progress)
     with _temporary() as folder:
-        shard(data, Path(folder) / "data.zarr", layer=layer, labels=[cell_type] if cell_type else [], progress=progress)
-        return experiment.evaluate_model(found, CountStore.open(Path(folder) / "data.zarr"), settings, seed=seed)
+        labels = dict.fromkeys([*_columns(data, layer, found.spec.labels), *([cell_type] if cell_type else [])])
+        store = Path(folder) / "data.zarr"
+        shard(data, store, layer=layer, labels=list(labels), progress=progress)
+        return experiment.evaluate_model(found, CountStore.open(store), settings, seed=seed, progress=progress)
 
 
 def _raw(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +270,25 @@ def _merge(raw: dict[str, Any], settings: Mapping[str, Any]) -> None:
             choices = " or ".join(f"{name}={{{key!r}: ...}}" for name in owners)
             raise ValueError(f"train: {key!r} is a key of several sections of the config; write {choices}")
         raw.setdefault(owners[0], {})[key] = value
+
+
+def _columns(data: Data, layer: str | None, labels: Iterable[str]) -> list[str]:
+    """Those of ``labels`` that are obs columns of all of the data."""
+    several = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    sources = [
+        Source.open(Path(item).expanduser(), layer=layer, every=True) if isinstance(item, str | Path)
+        else Source.from_anndata(item, layer=layer)
+        for item in several
+    ]  # fmt: skip
+
+    def has(source: Source, label: str) -> bool:
+        try:
+            source.obs(label)
+        except ValueError:
+            return False
+        return True
+
+    return [label for label in labels if all(has(source, label) for source in sources)]
 
 
 def _is_store(data: Any) -> bool:

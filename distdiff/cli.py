@@ -51,8 +51,12 @@ def shard(
     min_genes: Annotated[int, typer.Option(help="Drop cells with fewer genes.")] = 0,
     min_cells: Annotated[int, typer.Option(help="Drop genes that fewer cells have.")] = 0,
     max_mito: Annotated[float, typer.Option(help="Drop cells with more percent of molecules from MT- genes.")] = 100.0,
-    measurements: Annotated[bool, typer.Option("--measurements", help="Take any numbers, as float32.")] = False,
-    rounding: Annotated[str | None, typer.Option("--round", help="random: make counts with decimals whole.")] = None,
+    counts: Annotated[
+        bool, typer.Option("--counts/--measurements", help="Whole molecules, or any numbers, as float32.")
+    ] = True,
+    rounding: Annotated[
+        str | None, typer.Option("--rounding", "--round", help="random: make counts with decimals whole.")
+    ] = None,
     codec: Annotated[str, typer.Option(help="local (lz4, fastest) or compact (zstd, smallest).")] = "local",
     workers: Annotated[int | None, typer.Option(help="Dask processes (0: none, work in this process).")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://...")] = None,
@@ -65,11 +69,11 @@ def shard(
     try:
         first, second, third = (float(part) for part in split.split(","))
     except ValueError:
-        raise ValueError(f"--split {split!r} must be three numbers such as 0.8,0.1,0.1") from None
+        raise ValueError(f"split={split!r} must be three numbers such as 0.8,0.1,0.1") from None
     manifest = build(
         inputs, out, layer=layer, genes=genes, panel=panel, join=join, labels=_words(labels),
         split=(first, second, third), split_by=split_by, strata=strata, shuffle=shuffle, min_counts=min_counts,
-        min_genes=min_genes, min_cells=min_cells, max_mito=max_mito, counts=not measurements, codec=codec,
+        min_genes=min_genes, min_cells=min_cells, max_mito=max_mito, counts=counts, codec=codec,
         rounding=rounding,  # type: ignore[arg-type]
         workers=workers, scheduler=scheduler, seed=seed, overwrite=overwrite,
     )  # fmt: skip
@@ -172,9 +176,18 @@ Data = Annotated[str, typer.Option("--data", help="h5ad, AnnData zarr, 10x, or a
 Out = Annotated[Path, typer.Option("--out", help="Output: .zarr for any size, .h5ad for small ones.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 Keep = Annotated[str | None, typer.Option("--genes", help="Genes to write: A,B,C, or a file with one a line.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Of mean, draws, mask, ood (default: these), sd, quantiles such as q5.")
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Network calls of a draw (default: 1; repaint 100).")]
+Guidance = Annotated[float, typer.Option("--guidance", help="Weight of the labels; 1 keeps the law calibrated.")]
+Spacing = Annotated[str, typer.Option("--spacing", help="Where the steps lie: time, variance, or p by p: 0,0.5,1.")]
+Solver = Annotated[str, typer.Option("--solver", help="Of the walk: plain, or another of the documentation.")]
+Readout = Annotated[str | None, typer.Option("--readout", help="Point estimate: mean (default), log1p, median, q5.")]
+MeanOnly = Annotated[bool, typer.Option("--mean-only", help="Only the posterior mean (one call).")]
+Ood = Annotated[int, typer.Option("--ood", help="Network calls of obs['distdiff_nats'] (0: none).")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of layers that are no draws: float32, float16, int32, int16.")]
 Sparse = Annotated[bool | None, typer.Option("--sparse/--dense", help="Layers as CSR or dense (default: the smaller).")]
-LAYERS = "Of mean, draws, mask, ood (default: these), sd, and quantiles such as q5."
 
 
 def _on_cells(
@@ -221,21 +234,27 @@ def _with(*declared: Callable[..., None]) -> Callable[[Callable[..., None]], Cal
 @_with(_on_cells, _job)
 def impute(
     context: typer.Context, model: ModelName, data: Data, out: Out,
-    mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Targets: a layer, or a .npz/.npy file, true = impute.")] = None,
     sites: Annotated[str | None, typer.Option(help="'dropout': zeros that scIDPMs' Algorithm 1 suspects.")] = None,
     groups: Annotated[str | None, typer.Option(help="obs column for --sites, or 'leiden'.")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
-    mean_only: Annotated[bool, typer.Option("--mean-only", help="Only the posterior mean (one call).")] = False,
-    layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
-    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
-    steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
+    mean_only: MeanOnly = False, layers: Layers = None, ood: Ood = 4, steps: Steps = None,
+    method: Annotated[str, typer.Option(help="conditional or repaint.")] = "conditional",
+    guidance: Guidance = 1.0, spacing: Spacing = "time", solver: Solver = "plain", readout: Readout = None,
+    jump: Annotated[int | None, typer.Option(help="Steps between two returns of RePaint.")] = None,
+    iters: Annotated[int | None, typer.Option(help="Passes of RePaint over the same steps.")] = None,
+    sigma: Annotated[
+        tuple[str, float] | None, typer.Option(help="Rule and strength of RePaint's attrition, such as: cap 0.5.")
+    ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Replay batches as CUDA graphs.")] = False,
     seed: Seed = 0, genes: Keep = None, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Impute a file of any size; observed counts come back unchanged. The same command continues a job."""
     _batch(
         context, "impute", model, data, out, mask=mask, sites=sites, groups=groups, draws=draws, mean_only=mean_only,
-        layers=_names(layers), ood=ood, steps=steps, seed=seed, keep=_genes(genes), dtype=dtype, sparse=sparse,
-        **shared,
+        layers=_names(layers), ood=ood, steps=steps, method=method, guidance=guidance, spacing=_levels(spacing),
+        solver=solver, readout=readout, jump=jump, iters=iters, sigma=sigma, graph=graph or None, seed=seed,
+        genes=_genes(genes), dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 
@@ -245,15 +264,15 @@ def complete(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
-    layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
-    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'].")] = 4,
-    steps: Annotated[int, typer.Option(help="Network calls of a draw.")] = 1,
-    seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
+    mean_only: MeanOnly = False, layers: Layers = None, ood: Ood = 4, steps: Steps = None, guidance: Guidance = 1.0,
+    spacing: Spacing = "time", solver: Solver = "plain", readout: Readout = None, seed: Seed = 0,
+    dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
-        context, "complete", model, data, out, append=_genes(genes), draws=draws, layers=_names(layers), ood=ood,
-        steps=steps, seed=seed, dtype=dtype, sparse=sparse, **shared,
+        context, "complete", model, data, out, genes=_genes(genes), draws=draws, mean_only=mean_only,
+        layers=_names(layers), ood=ood, steps=steps, guidance=guidance, spacing=_levels(spacing), solver=solver,
+        readout=readout, seed=seed, dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 
@@ -263,15 +282,16 @@ def denoise(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
     depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
-    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
+    shrink: Annotated[bool, typer.Option("--shrink/--no-shrink", help="Weigh in each gene's own count.")] = True,
+    ood: Ood = 0,
     genes: Annotated[str, typer.Option(help="model: those that it knows; all (others: 0); A,B,C; a file.")] = "model",
     dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Write the rate behind every count."""
-    keep = genes if genes in ("model", "all") else _genes(genes)
+    wanted = genes if genes in ("model", "all") else _genes(genes)
     _batch(
-        context, "denoise", model, data, out, readout=readout, depth=depth, ood=ood, keep=keep, dtype=dtype,
-        sparse=sparse, **shared,
+        context, "denoise", model, data, out, readout=readout, depth=depth, shrink=shrink, ood=ood, genes=wanted,
+        dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 
@@ -282,14 +302,20 @@ def deepen(
     times: Annotated[float, typer.Option(help="How many times the depth.")],
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 8,
     beyond: Annotated[str, typer.Option(help="refuse or allow cells deeper than those of training.")] = "refuse",
-    ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
-    seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, **shared: Any,
+    ood: Ood = 0, seed: Seed = 0, genes: Keep = None, sparse: Sparse = True, **shared: Any,
 ) -> None:  # fmt: skip
     """Add the molecules that more depth would have shown."""
     _batch(
         context, "deepen", model, data, out, times=times, steps=steps, beyond=beyond, ood=ood, seed=seed,
-        keep=_genes(genes), sparse=sparse, **shared,
+        genes=_genes(genes), sparse=sparse, **shared,
     )  # fmt: skip
+
+
+@app.command()
+@_with(_on_cells, _job)
+def latent(context: typer.Context, model: ModelName, data: Data, out: Out, **shared: Any) -> None:
+    """Write obsm['X_distdiff'], the network's last hidden state of each cell, for neighbours and UMAP."""
+    _batch(context, "latent", model, data, out, **shared)
 
 
 @app.command()
@@ -298,8 +324,9 @@ def generate(
     context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
-    guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
-    seed: Seed = 0, **shared: Any,
+    spacing: Spacing = "time", solver: Solver = "plain",
+    sigma: Annotated[tuple[str, float], typer.Option(help="Rule and strength of attrition.")] = ("none", 0.0),
+    guidance: Guidance = 1.0, seed: Seed = 0, **shared: Any,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
     labels = {}
@@ -309,8 +336,17 @@ def generate(
             raise ValueError(f"--obs {word!r}: label=value is wanted")
         labels[key] = value
     _batch(
-        context, "generate", model, None, out, n=n, obs=labels, steps=steps, guidance=guidance, seed=seed, **shared
+        context, "generate", model, None, out, n=n, obs=labels, steps=steps, spacing=_levels(spacing), solver=solver,
+        sigma=sigma, guidance=guidance, seed=seed, **shared,
     )  # fmt: skip
+
+
+def _levels(text: str) -> str | list[float]:
+    """A way to place steps, or the levels themselves."""
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        return text
 
 
 def _batch(
@@ -322,11 +358,12 @@ def _batch(
     from distdiff import batch
 
     load = functools.partial(distdiff.load, trust=tuple(trust or ()))
+    options = {name: value for name, value in options.items() if value is not None}
     if repair and not verify:
         raise ValueError("--repair needs --verify")
     if verify:
         for name in ("overwrite", "batch_size", "shard_cells", "precision"):
-            options.pop(name)
+            options.pop(name, None)
         found = batch.check(kind, load(model) if repair else None, data, out, repair=repair, **options)
         typer.echo(found)
         return
@@ -371,9 +408,10 @@ def _genes(text: str | None) -> list[str] | None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="models:/NAME@champion, or a model folder.")],
-    data: Annotated[str, typer.Option(help="The distdiff store (folder or URL); its test cells are scored.")],
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="A store (its test cells are scored), h5ad, AnnData zarr, or 10x.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
     protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
@@ -385,14 +423,11 @@ def evaluate(
 ) -> None:
     """Hide entries of test cells, let the model and the baselines fill them, print the table."""
     import distdiff
-    from distdiff import experiment
-    from distdiff.config import Evaluation
 
-    settings = Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
+    report = distdiff.evaluate(
+        model, data, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,  # type: ignore[arg-type]
+        repaint_steps=repaint_steps, seed=seed, trust=tuple(trust or ()),
     )  # fmt: skip
-    loaded = distdiff.load(model, trust=tuple(trust or ()))
-    report = experiment.evaluate_model(loaded, distdiff.CountStore.open(data), settings, seed=seed)
     typer.echo(report.to_text())
     if out is not None:
         report.write(out)
@@ -429,12 +464,14 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else arguments
     words = [HOME.sub(lambda at: f"{at[1]}{Path.home()}", word) for word in given]
+    flags = console.flags_of(app)
     try:
-        app(words, obj=words)
+        with console.warnings_in_flags(flags):
+            app(words, obj=words)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if os.environ.get("DISTDIFF_DEBUG") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
-        typer.echo(f"distdiff: error: {_one_line(error)}", err=True)
+        typer.echo(f"distdiff: error: {console.in_flags(_lines(error), flags)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(INTERRUPTED, err=True)
@@ -445,9 +482,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-def _one_line(error: Exception) -> str:
-    """What an error says, without line ends and control characters of the names in it."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
+def _lines(error: Exception) -> str:
+    """What an error says, its list items on lines of their own, without other line ends and control characters."""
+    items = str(error).split("\n- ")
+    return "\n- ".join("".join(c if c.isprintable() else " " for c in " ".join(item.split())) for item in items)
 
 
 if __name__ == "__main__":

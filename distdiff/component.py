@@ -144,7 +144,7 @@ def check_trust(options: Any, trust: Sequence[str], where: str) -> None:
             package = module.partition(".")[0]
             raise Untrusted(
                 f"{where} asks for code of the module {module!r}, which is not part of distdiff, and nothing of it was "
-                f"run; if you know that code and trust it, give --trust {package} (in Python trust=({package!r},))"
+                f"run; if you know that code and trust it, give trust=[{package!r}]"
             )
 
 

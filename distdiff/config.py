@@ -98,7 +98,7 @@ class Evaluation:
                 f"{self.cells} and {self.repaint_steps}"
             )
         if self.protocol == "paper" and not self.cell_type:
-            raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type, --cell-type)")
+            raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type)")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -89,6 +92,68 @@ def show(
         return
     typer.echo(describe.text(keys, alternatives))
     typer.echo(f"\nConfigs that ship with distdiff: {', '.join(config.shipped())}" if not name else "", nl=not name)
+
+
+Flags = Mapping[str, tuple[str, str]]
+"""Name of an option in Python -> its flag, and the flag that says no (or nothing)."""
+
+VALUE = r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[\w/.:%{}@-]*[\w/%}])"""
+
+
+def flags_of(app: typer.Typer) -> dict[str, tuple[str, str]]:
+    """The options of all commands, which have the same name in each."""
+
+    def options(command: Any) -> Iterator[Any]:
+        yield from command.params
+        for below in getattr(command, "commands", {}).values():
+            yield from options(below)
+
+    found: dict[str, tuple[str, str]] = {}
+    for option in options(typer.main.get_command(app)):
+        if option.param_type_name == "option":
+            long = [word for word in option.opts if word.startswith("--")]
+            found.setdefault(option.name, ((long or option.opts)[0], (*option.secondary_opts, "")[0]))
+    return found
+
+
+def in_flags(text: str, flags: Flags) -> str:
+    """A message that names arguments as Python has them (``draws=3``, ``overwrite=True``) with the flags of a shell.
+
+    Examples
+    --------
+    >>> from distdiff.console import in_flags
+    >>> flags = {"overwrite": ("--overwrite", ""), "shard_cells": ("--shard-cells", ""), "layers": ("--layers", "")}
+    >>> in_flags("give overwrite=True, a smaller shard_cells=, or layers=['mean', 'sd']", flags)
+    'give --overwrite, a smaller --shard-cells, or --layers mean,sd'
+    """
+
+    def flag(at: re.Match[str]) -> str:
+        yes, no = flags[at["name"]]
+        value = at["value"] or ""
+        if value == "True" or (value == "False" and no):
+            return yes if value == "True" else no
+        if value.startswith("["):
+            value = ",".join(re.findall(r"[^\s,'\"\[\]]+", value))
+        return f"{yes} {value.strip(chr(34) + chr(39))}".rstrip()
+
+    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+    return re.sub(rf"(?<![\w.\-])(?P<name>{names})=(?P<value>{VALUE})?", flag, text)
+
+
+@contextlib.contextmanager
+def warnings_in_flags(flags: Flags) -> Iterator[None]:
+    """What the library logs in here names arguments as the command line does."""
+
+    def told(record: logging.LogRecord) -> bool:
+        record.msg, record.args = in_flags(record.getMessage(), flags), ()
+        return True
+
+    log = logging.getLogger("distdiff")
+    log.addFilter(told)
+    try:
+        yield
+    finally:
+        log.removeFilter(told)
 
 
 def add(app: typer.Typer) -> None:

@@ -234,7 +234,7 @@ def _protocol(
     if protocol != "paper":
         raise ValueError(f"unknown protocol {protocol!r}{nearest(protocol, ('mcar', 'paper'))}")
     if groups is None:
-        raise ValueError("protocol 'paper' needs the label of the cell groups (--cell-type)")
+        raise ValueError("protocol 'paper' needs the label of the cell groups (cell_type=)")
     everyone = store.rows("all")
     code = store.labels(everyone, [groups])[groups]
     some = np.zeros((int(code.max()) + 1, hidden.shape[1]), dtype=bool)

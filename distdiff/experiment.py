@@ -117,7 +117,7 @@ def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Seq
     model.check_store(store.manifest, config.data.store)
     loop.check(_recipe(config, store, model), accelerator)
     if config.evaluate.enabled and not store.manifest.split.n_cells[SPLITS.index("test")]:
-        raise ValueError("evaluate.enabled: the store has no test cells: rebuild with another --split")
+        raise ValueError("evaluate.enabled: the store has no test cells: rebuild the store with another split=")
     if config.train.start and not _going_on(config):  # a checkpoint holds what became of those weights
         accelerator.print(_start(model, config.train.start, trust))
     return model
@@ -150,7 +150,7 @@ def _check_label_names(config: Config, store: CountStore) -> None:
         if label not in store.manifest.labels:
             raise ValueError(
                 f"{where}: {config.data.store} has no label {label!r}{nearest(label, store.manifest.labels)}; "
-                f"shard with --labels {label}"
+                f"shard it with labels=[{label!r}]"
             )
 
 
@@ -318,8 +318,9 @@ def _start(model: Model, address: str, trust: Sequence[str]) -> str:
 
 
 def evaluate_model(
-    model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0, extra: Sequence[Contestant] = ()
-) -> Report:
+    model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0, extra: Sequence[Contestant] = (),
+    progress: bool = True,
+) -> Report:  # fmt: skip
     """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluation``).
 
     The genes that both know are scored, whatever their order; the model's others count as not measured. A model with
@@ -329,10 +330,15 @@ def evaluate_model(
 
     model.check_store(store.manifest, store.url)
     store = _shared(store, model)
-    on = _on(store, model)
+    on, recode = _on(store, model), _recode(store, model)
+    if missing := [label for label in model.required_labels if label not in recode]:
+        raise ValueError(
+            f"{store.url} has no label {missing[0]!r}, without which this model has no answer (train.label_dropout=0); "
+            f"shard it with labels=[{missing[0]!r}]"
+        )
 
     def ours(imputer: Imputer, use_labels: bool = bool(model.required_labels)) -> Imputer:
-        return on(WithLabels(imputer, use_labels) if model.spec.labels else imputer)
+        return on(WithLabels(imputer, use_labels, recode) if model.spec.labels else imputer)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"), 1)]
@@ -342,17 +348,27 @@ def evaluate_model(
     if settings.repaint_steps:
         repaint = ours(model.imputer("repaint", steps=settings.repaint_steps))
         mine.append(Contestant("RePaint, same network", repaint, ("1 draw", "draws"), settings.repaint_steps))
-    if model.spec.labels and not model.required_labels:
+    if recode and not model.required_labels:
         mine.append(Contestant(f"{OURS}, labels told", ours(model.imputer(), use_labels=True)))
     rows = store.rows("test")
     if not len(rows):
-        raise ValueError("the store has no test cells: rebuild with another --split")
+        raise ValueError("the store has no test cells: rebuild the store with another split=")
     rows = rows[:: max(1, -(-len(rows) // settings.cells))]
     contestants = default_contestants(settings.cell_type, extra=[*mine, *extra], rate=settings.rate)
     return evaluate(
         store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
-        labels=tuple(model.spec.labels), groups=settings.cell_type,
+        labels=tuple(recode), groups=settings.cell_type, progress=progress,
     )  # fmt: skip
+
+
+def _recode(store: CountStore, model: Model) -> dict[str, torch.Tensor]:
+    """The model's code of each value of the labels that both have, ``int64 [values]``, -1 where it never saw it."""
+    found = {}
+    for label, values in model.spec.labels.items():
+        if label in store.manifest.labels:
+            code_of = {value: code for code, value in enumerate(values)}
+            found[label] = torch.tensor([code_of.get(value, -1) for value in store.manifest.labels[label]])
+    return found
 
 
 def _shared(store: CountStore, model: Model) -> CountStore:

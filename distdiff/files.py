@@ -289,7 +289,7 @@ READY = "ready"
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if os.path.lexists(target) and not overwrite:
-        raise FileExistsError(f"{target} exists already; give --overwrite to replace it, or another name")
+        raise FileExistsError(f"{target} exists already; give overwrite=True to replace it, or another name")
 
 
 def _begin(work: Path, identity: str, notify: Callable[[str], None]) -> None:
@@ -471,7 +471,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> None:
+def refuse_nested(out: str | Path, given: str | Path, name: str = "out") -> None:
     """Refuse an output that is an input, lies inside of it, or contains it.
 
     Raises
@@ -485,14 +485,14 @@ def refuse_nested(out: str | Path, given: str | Path, option: str = "--out") -> 
     >>> refuse_nested("atlas/imputed.zarr", "atlas")
     Traceback (most recent call last):
         ...
-    ValueError: --out atlas/imputed.zarr lies inside the input atlas; the input is never changed, give ...
+    ValueError: out=atlas/imputed.zarr lies inside the input atlas; the input is never changed, give ...
     """
     out_path, given_path = Path(out).resolve(), Path(given).resolve()
     if out_path == given_path:
-        raise ValueError(f"{option} {out} is the input itself; the input is never changed, give another name")
+        raise ValueError(f"{name}={out} is the input itself; the input is never changed, give another name")
     if out_path.is_relative_to(given_path) or given_path.is_relative_to(out_path):
         where = "lies inside" if out_path.is_relative_to(given_path) else "holds"
-        raise ValueError(f"{option} {out} {where} the input {given}; the input is never changed, give another folder")
+        raise ValueError(f"{name}={out} {where} the input {given}; the input is never changed, give another folder")
 
 
 def stamp(path: str | Path) -> str:

@@ -26,12 +26,21 @@ from distdiff.imputers.graphed import Graphed
 from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
-from distdiff.tasks import Block, Reader, check_labels
+from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
-from distdiff.tasks.frame import framed, warn_left_out
-from distdiff.tasks.generate import check_guidance, generate, label_codes
-from distdiff.tasks.impute import Answer, ImputationPlan, check_draws, chosen_layers, is_imputation_layer, mask_of
+from distdiff.tasks.frame import copied, framed, warn_left_out
+from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
+from distdiff.tasks.impute import (
+    Answer,
+    ImputationPlan,
+    absent_of,
+    check_draws,
+    chosen_layers,
+    is_imputation_layer,
+    mask_of,
+)
+from distdiff.tasks.latent import KEY, latent
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec, Tensor
 
@@ -42,7 +51,7 @@ if TYPE_CHECKING:
     from distdiff.data.store.manifest import Manifest
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A trained model.
 
@@ -57,9 +66,24 @@ class Model:
     info
         Where it comes from: data fingerprint, config, scores; ``depth``: quantiles of the training cells' molecules;
         ``excess``: where along a walk dispersion is at stake (docs/MATHS.md 4.11); ``nats``: likelihood of held-out
-        cells.
+        cells; ``training``: numbers of training cells by label value, quantiles of their depth
+        (:func:`~distdiff.training.cells.training_cells`).
     shrink
         ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
+    where
+        Folder or address that it was loaded from.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.model import Model
+    >>> from distdiff.types import DataSpec
+    >>> spec = DataSpec(("CD3E", "MS4A1"), {"cell_type": ("B", "T")}, np.ones(2, np.float32))
+    >>> Model.new(spec, {"kind": "counts"}, {"kind": "mlp", "width": 8})
+    distdiff model, not trained
+      genes    2: CD3E, MS4A1
+      labels   cell_type (2): B, T
+      law      counts; network mlp, 827 weights
     """
 
     process: Process
@@ -68,6 +92,11 @@ class Model:
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
     shrink: Tensor | None = None
+    where: str = ""
+
+    def __repr__(self) -> str:
+        weights = sum(tensor.numel() for tensor in self.denoiser.parameters())
+        return saved.described(self.spec, self.options, self.info, weights, self.where)
 
     @classmethod
     def new(cls, spec: DataSpec, process: Mapping[str, Any], denoiser: Mapping[str, Any], *, seed: int = 0) -> Model:
@@ -163,7 +192,7 @@ class Model:
             raise ValueError(f"the model in {folder} is damaged: {reason[:300]}") from error
         model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
-        model.shrink, model.info = tensors.get("shrink"), card["info"]
+        model.shrink, model.info, model.where = tensors.get("shrink"), card["info"], str(folder)
         return model
 
     @classmethod
@@ -239,16 +268,16 @@ class Model:
         return plan
 
     def impute(
-        self,
-        adata: AnnData,
-        *,
-        layer: str | None = None,
-        mask: str | np.ndarray | sp.spmatrix | DataFrame | None = None,
-        layers: Sequence[str] | None = None,
-        ood: int = 4,
-        progress: bool = False,
-        **options: Any,
-    ) -> AnnData:
+        self, adata: AnnData, *, layer: str | None = None,
+        mask: str | np.ndarray | sp.spmatrix | DataFrame | None = None, sites: str | None = None,
+        groups: str | None = None, draws: int = 1, mean_only: bool = False, layers: Sequence[str] | None = None,
+        ood: int = 4, genes: Sequence[str] | None = None,
+        method: Literal["conditional", "repaint"] = "conditional", steps: int | None = None, guidance: float = 1.0,
+        spacing: str | Sequence[float] = "time", solver: str = "plain", readout: str | None = None,
+        jump: int | None = None, iters: int | None = None, sigma: tuple[str, float] | None = None, graph: bool = False,
+        seed: int = 0, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
+        batch_size: int | None = None, device: str = "auto", progress: bool = False,
+    ) -> AnnData:  # fmt: skip
         """Impute an AnnData and return a copy with new layers; the input is never changed.
 
         Parameters
@@ -258,11 +287,6 @@ class Model:
         mask
             Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
             DataFrame or the name of a layer, which are taken by names.
-        layers
-            What to write: ``mean``, ``draws``, ``mask`` (layer ``imputed_mask``), ``ood`` (``obs["distdiff_nats"]``, a
-            likelihood bound from ``ood=4`` network calls, large where a cell is unlike the training cells); by default
-            these, with ``mean_only`` the mean and the mask. On request ``sd`` and quantiles of the predictive law
-            (``q5``, ``q97.5``): layers ``imputed_sd``, ``imputed_q5`` ...
         sites, groups
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (docs/MATHS.md 8.5);
             ``groups`` is an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that
@@ -270,13 +294,24 @@ class Model:
         draws, mean_only, seed
             Draws from the predictive law: layers ``imputed`` (the first), ``imputed_draw2`` ...; ``mean_only`` writes
             the posterior mean alone. A draw depends on the seed and the row, not on the batch.
+        layers
+            What to write: ``mean``, ``draws``, ``mask`` (layer ``imputed_mask``), ``ood`` (``obs["distdiff_nats"]``, a
+            likelihood bound from ``ood=4`` network calls, large where a cell is unlike the training cells); by default
+            these, with ``mean_only`` the mean and the mask. On request ``sd`` and quantiles of the predictive law
+            (``q5``, ``q97.5``): layers ``imputed_sd``, ``imputed_q5`` ...
+        genes
+            Genes of the result (default: all of the input's, and those that are appended).
+        method, graph
+            ``conditional`` or ``repaint``; the first as CUDA graphs (see :meth:`imputer`).
+        steps, guidance, spacing, solver, readout, jump, iters, sigma
+            Of :class:`~distdiff.imputers.conditional.Conditional` (1 step by default) or
+            :class:`~distdiff.imputers.repaint.RePaint` (100 steps); ``None``: the method's own.
         use_labels
             Condition on the obs columns that the model was trained with; by default the answer does not know them,
             so that their groups can be compared in it (:class:`~distdiff.tasks.Reader`). ``unseen``: values that the
             model never saw are ``unknown``, or refused.
-        **options
-            The rest of :meth:`plan_imputation` and of :meth:`imputer`: ``method``, ``steps``, ``guidance``,
-            ``readout``, ``batch_size``, ``device`` ...
+        batch_size, device, progress
+            Cells of a network call (256), ``cpu``, ``cuda:0`` or ``auto`` (the GPU, if there is one); show a bar.
 
         Returns
         -------
@@ -284,33 +319,68 @@ class Model:
             Layers ``imputed_mean`` (float32, molecules) and ``imputed`` (whole molecules), observed entries equal to
             the input; ``uns["distdiff"]`` says what was done.
         """
+        options = _given(
+            sites=sites, groups=groups, draws=draws, method=method, steps=steps, guidance=guidance, spacing=spacing,
+            solver=solver, readout=readout, jump=jump, iters=iters, sigma=sigma, graph=graph or None, seed=seed,
+            use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device,
+        )  # fmt: skip
+        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress}
+        return self._impute(adata, layer, mask, wanted, keep=genes, **options)
+
+    def complete(
+        self, adata: AnnData, genes: Sequence[str] | None = None, *, layer: str | None = None, draws: int = 1,
+        mean_only: bool = False, layers: Sequence[str] | None = None, ood: int = 4, steps: int | None = None,
+        guidance: float = 1.0, spacing: str | Sequence[float] = "time", solver: str = "plain",
+        readout: str | None = None, seed: int = 0, use_labels: bool = False,
+        unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None, device: str = "auto",
+        progress: bool = False,
+    ) -> AnnData:  # fmt: skip
+        """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (docs/MATHS.md 5.6).
+
+        The other options are those of :meth:`impute`.
+        """
+        options = _given(
+            draws=draws, steps=steps, guidance=guidance, spacing=spacing, solver=solver, readout=readout, seed=seed,
+            use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device,
+        )  # fmt: skip
+        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress}
+        return self._impute(adata, layer, None, wanted, append=genes, **options)
+
+    def _impute(
+        self, adata: AnnData, layer: str | None, mask: Any, wanted: Mapping[str, Any], *,
+        keep: Sequence[str] | None = None, append: Sequence[str] | None = None, **options: Any,
+    ) -> AnnData:  # fmt: skip
+        """Impute by a plan of ``options``; ``wanted``: what of it to write; ``keep``: in which genes."""
+        panel = mask is None and options.get("sites") is None
         layers, statistics = chosen_layers(
-            layers, self.process, method=options.get("method", "conditional"),
-            mean_only=options.get("mean_only", False), panel=mask is None and options.get("sites") is None,
+            wanted["layers"], self.process, method=options.get("method", "conditional"), mean_only=wanted["mean_only"],
+            panel=panel,
         )  # fmt: skip
         if statistics:
             options["statistics"] = statistics
-        options["mean_only"] = options.get("mean_only", False) or "draws" not in layers
+        options["mean_only"] = wanted["mean_only"] or "draws" not in layers
         rows = Source.from_anndata(adata, layer=layer)
-        plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), **options)
-        out, left_out = framed(adata, layer, plan.added)
+        if panel and keep is not None:  # of a panel's absent genes only those that are written
+            append = absent_of(keep, rows.genes)
+        plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), genes=append, **options)
+        at = None if keep is None else columns_of(keep, plan.genes)
+        out, left_out = framed(adata, layer, plan.added, keep=keep)
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
         out.obs = out.obs.drop(columns="distdiff_nats", errors="ignore")
         estimate = f"imputed_{plan.imputer.readout}"
-        found = {
-            name: np.zeros(out.shape, dtype=np.float32) for name in plan.layers if "mean" in layers or name != estimate
-        }
+        names = [name for name in plan.layers if "mean" in layers or name != estimate]
+        found = {name: np.zeros(out.shape, dtype=np.float32) for name in names}
         filled, bounds = [], []
 
         def on_block(block: Block, answer: Answer) -> None:
             if "mask" in layers:
-                filled.append(sp.csr_matrix(answer.filled.cpu().numpy()))
-            if "ood" in layers and ood:
-                nats_of = nats(self.process, self.denoiser, block.cells, block.observed, levels=ood, seed=plan.seed)
-                bounds.append(nats_of.cpu().numpy())
+                these = answer.filled.cpu().numpy()
+                filled.append(sp.csr_matrix(these if at is None else these[:, at]))
+            if "ood" in layers and wanted["ood"]:
+                bounds.append(self._nats(block, wanted["ood"], plan.seed))
 
-        counts = plan.run(found, progress=progress, on_block=on_block)
+        counts = plan.run(found, columns=at, progress=wanted["progress"], on_block=on_block)
         for name, values in found.items():
             out.layers[name] = values
         if filled:
@@ -322,26 +392,29 @@ class Model:
         }  # fmt: skip
         return out
 
-    def complete(self, adata: AnnData, genes: Sequence[str] | None = None, **options: Any) -> AnnData:
-        """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (docs/MATHS.md 5.6).
-
-        Options as for :meth:`impute`.
-        """
-        return self.impute(adata, genes=genes, **options)
+    def _nats(self, block: Block, levels: int, seed: int = 0) -> np.ndarray:
+        """The likelihood bound of a block's cells that stands in ``obs["distdiff_nats"]``, ``float32 [b]``."""
+        return nats(self.process, self.denoiser, block.cells, block.observed, levels=levels, seed=seed).cpu().numpy()
 
     # -- the other tasks of docs/MATHS.md 5 -----------------------------------------------------------------------
 
-    def generate(self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, progress: bool = False,
-                 **options: Any) -> AnnData:  # fmt: skip
+    def generate(
+        self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, steps: int = 16,
+        spacing: str | Sequence[float] = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
+        guidance: float = 1.0, seed: int = 0, batch_size: int | None = None, device: str = "auto",
+        progress: bool = False,
+    ) -> AnnData:  # fmt: skip
         """Draw ``n`` cells from nothing but labels (docs/MATHS.md 5.1).
 
         Parameters
         ----------
         obs
-            Label -> a value for all cells, or one a cell; labels that are not given are left open.
-        **options
-            ``steps``, ``spacing``, ``solver``, ``sigma``, ``guidance``, ``seed``, ``batch_size`` of
-            :func:`~distdiff.tasks.generate.generate`.
+            Label -> a value for all cells, or one a cell; labels that are not given are left open. A value that few
+            training cells had is warned of.
+        steps, spacing, solver, sigma, guidance, seed
+            Of :func:`~distdiff.tasks.generate.generate`.
+        batch_size, device, progress
+            As for :meth:`impute`.
 
         Returns
         -------
@@ -353,8 +426,12 @@ class Model:
 
         if n < 1:
             raise ValueError(f"generate: n must be at least 1, got {n}")
-        check_guidance(self.spec, self.required_labels, options.get("guidance", 1.0))
-        labels, options = label_codes(self.spec, obs or {}, n), self.spaced({"steps": 16, **options}, "generate")
+        check_guidance(self.spec, self.required_labels, guidance)
+        labels = label_codes(self.spec, obs or {}, n)
+        warn_rare(self.info, obs or {})
+        options = self.spaced({"steps": steps, "spacing": spacing}, "generate")
+        options |= _given(solver=solver, sigma=sigma, guidance=guidance, seed=seed, batch_size=batch_size)
+        self.denoiser.to(device_of(device)).eval()
         made = []
         with tqdm(total=n, unit=" cells", desc="generate", disable=not progress) as bar:
             for part in generate(self.process, self.denoiser, self.spec, n, labels, **options):
@@ -368,7 +445,8 @@ class Model:
     def denoise(
         self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
         copy: bool = True, key_added: str | None = None, readout: str = "mean", depth: float = 1.0,
-        shrink: bool = True, progress: bool = False, **reading: Any,
+        shrink: bool = True, ood: int = 0, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
+        batch_size: int | None = None, device: str = "auto", progress: bool = False,
     ) -> AnnData | None:  # fmt: skip
         """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4), into a layer ``denoised``.
 
@@ -389,39 +467,44 @@ class Model:
             show (on the read-out's own scale).
         shrink
             Weigh in each gene's own count, as fitted on validation cells.
-        **reading
-            ``use_labels``, ``unseen``, ``batch_size``, ``device``.
+        ood
+            Network calls of ``obs["distdiff_nats"]`` (0: none), as for :meth:`impute`.
+        use_labels, unseen, batch_size, device, progress
+            As for :meth:`impute`.
 
         Returns
         -------
         AnnData or None
             The layer is float32, CSR where that is smaller.
         """
-        reader = self._reader(adata, layer, reading)
+        reader = self._reader(
+            adata, layer, _given(use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
+        )
         name = key_added or ("denoised" if readout == "mean" else f"denoised_{readout}")
         if not copy and genes != "model" and genes != "all":
             raise ValueError("denoise: copy=False writes all of adata's genes; leave genes= out, or copy=True")
         if not copy and tuple(reader.rows.genes) != tuple(adata.var_names):
             raise ValueError(f"denoise: layer {layer!r} has other genes than adata; copy=True gives an AnnData of them")
         keep = reader.chosen(genes if copy else "all")
-        out, left_out = framed(adata, layer) if copy else (adata, [])
+        out, left_out = framed(adata, layer, keep=keep) if copy else (adata, [])
         wide = keep is None and not reader.known.all()
-        column_of = {gene: i for i, gene in enumerate(reader.rows.genes)}
-        at = [column_of[gene] for gene in keep or ()]
-        parts = []
+        at = None if keep is None else columns_of(keep, reader.rows.genes)
+        parts, bounds = [], []
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
                 shrink=self.shrink if shrink else None,
             )  # fmt: skip
             answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
-            answer = answer if keep is None else answer[:, at]
+            answer = answer if at is None else answer[:, at]
             parts.append(sp.csr_matrix(answer) if wide and 2 * reader.known.sum() < len(reader.known) else answer)
-        if keep is not None:
-            out = out[:, at].copy()
+            if ood:
+                bounds.append(self._nats(block, ood))
         out.layers[name] = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
         if wide:
             out.var["distdiff_known"] = reader.known
+        if bounds:
+            out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.uns["distdiff"] = self.provenance(
             task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
@@ -429,23 +512,35 @@ class Model:
         return out if copy else None
 
     def deepen(
-        self, adata: AnnData, times: float, *, steps: int = 8, seed: int = 0,
-        beyond: Literal["refuse", "allow"] = "refuse", layer: str | None = None, progress: bool = False, **reading: Any,
+        self, adata: AnnData, times: float, *, layer: str | None = None, steps: int = 8, seed: int = 0,
+        beyond: Literal["refuse", "allow"] = "refuse", genes: Sequence[str] | None = None, ood: int = 0,
+        use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None,
+        device: str = "auto", progress: bool = False,
     ) -> AnnData:  # fmt: skip
         """Add the molecules that ``times`` the depth would have shown (docs/MATHS.md 5.5), in a copy of ``adata``.
 
         Layer ``deepened``: whole counts (CSR), never below the observed ones. Refused where a cell would become deeper
-        than the cells the model was trained on, unless ``beyond="allow"``.
+        than the cells the model was trained on, unless ``beyond="allow"``. ``genes``: those of the result (default: all
+        of the input's); ``ood`` and the other options are those of :meth:`impute`.
         """
-        reader = self._reader(adata, layer, reading)
-        (out, left_out), parts = framed(adata, layer), []
+        reader = self._reader(
+            adata, layer, _given(use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
+        )
+        at = None if genes is None else columns_of(genes, reader.rows.genes)
+        out, left_out = framed(adata, layer, keep=genes)
+        parts, bounds = [], []
         for block in reader.blocks(progress=progress, desc="deepen"):
             new = deepen(
                 self.process, self.denoiser, self.spec, block.cells, block.observed, times=times, steps=steps,
                 seed=seed, depth=self.info.get("depth"), beyond=beyond,
             )  # fmt: skip
             answer = reader.widen(new, block.given).cpu().numpy()
-            parts.append(sp.csr_matrix(received.check_answer(answer, "deepened", block.start)))
+            answer = received.check_answer(answer, "deepened", block.start)
+            parts.append(sp.csr_matrix(answer if at is None else answer[:, at]))
+            if ood:
+                bounds.append(self._nats(block, ood, seed))
+        if bounds:
+            out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.layers["deepened"] = sp.vstack(parts, format="csr")
         out.uns["distdiff"] = self.provenance(
             task="deepen",
@@ -457,9 +552,48 @@ class Model:
         )
         return out
 
+    def latent(
+        self, adata: AnnData, *, layer: str | None = None, copy: bool = True, key_added: str = KEY,
+        use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None,
+        device: str = "auto", progress: bool = False,
+    ) -> AnnData | None:  # fmt: skip
+        """Write where each cell lies in the network, its last hidden state before the answers, into ``obsm``.
+
+        For ``sc.pp.neighbors(adata, use_rep="X_distdiff")``, UMAP and clustering. Distances are those of the network,
+        not of molecules.
+
+        Parameters
+        ----------
+        layer
+            Where the raw counts are (default ``X``; ``"raw"`` for ``.raw.X``).
+        copy
+            False writes into ``adata`` itself and returns None.
+        key_added
+            Entry of ``obsm``, ``float32 [cells, width of the network]``.
+        use_labels, unseen, batch_size, device, progress
+            As for :meth:`impute`.
+
+        Raises
+        ------
+        ValueError
+            The denoiser has no hidden state of a cell.
+        """
+        reader = self._reader(
+            adata, layer, _given(use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
+        )
+        found = []
+        for block in reader.blocks(progress=progress, desc="latent"):
+            new = latent(self.process, self.denoiser, block.cells, block.observed).cpu().numpy()
+            found.append(received.check_answer(new, key_added, block.start))
+        out = copied(adata) if copy else adata
+        out.obsm[key_added] = np.concatenate(found)
+        out.uns["distdiff"] = self.provenance(task="latent", **reader.provenance())
+        return out if copy else None
+
     def likelihood(
-        self, adata: AnnData, *, levels: int = 32, seed: int = 0, layer: str | None = None, progress: bool = False,
-        **reading: Any,
+        self, adata: AnnData, *, layer: str | None = None, levels: int = 32, seed: int = 0, use_labels: bool = False,
+        unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None, device: str = "auto",
+        progress: bool = False,
     ) -> DataFrame:  # fmt: skip
         """Bound on ``-log p`` of every cell (docs/MATHS.md 3.3), an out-of-distribution score.
 
@@ -470,7 +604,9 @@ class Model:
         """
         import pandas as pd
 
-        reader = self._reader(adata, layer, reading)
+        reader = self._reader(
+            adata, layer, _given(use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
+        )
         found = [
             torch.stack(
                 (
@@ -510,3 +646,8 @@ class Model:
             "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
             "trained_on": self.info.get("data", ""), **what,
         }  # fmt: skip
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None; the others are left to whoever takes them."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -265,6 +265,40 @@ def _check_about(info: Mapping[str, Any]) -> None:
         _check_training(info["training"])
 
 
+def described(
+    spec: DataSpec, options: Mapping[str, Any], info: Mapping[str, Any], weights: int, where: str = ""
+) -> str:  # fmt: skip
+    """A model in a few lines: genes, labels, training cells and their depth, score, where it comes from."""
+    training, trained = info.get("training", {}), bool(info.get("data"))
+    lines = ["distdiff model" + (f" {info['name']}" if info.get("name") else "") + ("" if trained else ", not trained")]
+    lines.append(f"  genes    {len(spec.genes):,}: {_some(spec.genes)}")
+    for label, values in spec.labels.items():
+        cells = training.get("labels", {}).get(label, {})
+        by_number = sorted(values, key=lambda value: -cells.get(value, 0))
+        shown = [f"{value} {cells[value]:,}" if value in cells else value for value in by_number]
+        lines.append(f"  labels   {label} ({len(values)}): {_some(shown)}{' training cells' if cells else ''}")
+    if len(training.get("depth", ())) == 9:
+        low, median, high = (training["depth"][i] for i in (1, 4, 7))
+        lines.append(
+            f"  cells    {training['cells']:,} of training with {low:,.0f} to {high:,.0f} molecules (1 % to 99 %; "
+            f"median {median:,.0f})"
+        )
+    judge, scores = str(info.get("judge", "val/deviance")), info.get("validation")
+    if isinstance(scores, dict) and isinstance(scores.get(judge), float):
+        lines.append(f"  score    {judge} {scores[judge]:.4f} on validation cells")
+    law, network = (options.get(part, {}).get("kind") for part in ("process", "denoiser"))
+    lines.append(f"  law      {law}; network {network}, {weights:,} weights")
+    if trained:
+        lines.append(f"  from     {info.get('store', 'a store')}, fingerprint {info['data'][:12]}")
+    if where:
+        lines.append(f"  at       {where}")
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def _check_training(cells: Mapping[str, Any]) -> None:
     """Numbers of training cells by label value, and ascending quantiles of their depth."""
     labels, depth = cells.get("labels", {}), cells.get("depth", [])

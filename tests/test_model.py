@@ -337,7 +337,7 @@ def test_files_hold_what_the_input_held_plus_layers(model, counts, mask, tmp_pat
         assert (written.layers[name] == want.layers[name]).all()
     assert written.uns["distdiff"]["targets"] == filled.targets
     assert written.uns["distdiff"]["input"] == source.name
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         impute_file(model, source, target, mask=str(tmp_path / "mask.npz"))
     impute_file(model, source, target, mask=str(tmp_path / "mask.npz"), overwrite=True, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"in.{given}", "mask.npz", f"out.{out}"])

@@ -164,7 +164,7 @@ class Cluster:
                 except KilledWorker as error:
                     raise RuntimeError(
                         f"workers died again and again at {what} ({error}), most likely of memory; give them more, or "
-                        "a smaller --shard-cells or --batch-size; the same command continues the job"
+                        "a smaller shard_cells= or batch_size=; the same command continues the job"
                     ) from error
             if not done:
                 time.sleep(LOOK)

@@ -84,7 +84,7 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
         _inherited_obs(root, source, ours, task)
         if task.inherits:
             for key in source:
-                if key in ("layers", "uns"):
+                if key in ("layers", "obsm", "uns"):
                     for name in source[key]:
                         if f"{key}/{name}" not in ours and not task.stale(f"{key}/{name}"):
                             transfer(source[key], root[key], name)
@@ -92,9 +92,11 @@ def build(root: Any, task: Task, fields: tuple[Field, ...]) -> None:
                     transfer(source, root, key)
             return
         genes = _var(root, task, source)
-        for key in ("obsm", "obsp", "uns", "raw"):
+        for key in ("obsp", "uns", "raw"):
             if key in source:
                 transfer(source, root, key)
+        for name in (name for name in source.get("obsm", ()) if f"obsm/{name}" not in ours):
+            transfer(source["obsm"], root["obsm"], name)
         _by_gene(root, task, source, genes, ours)
 
 

@@ -161,7 +161,7 @@ def _continued(described: Described, out: Path, work: Path, overwrite: bool, not
     if os.path.lexists(out) and not overwrite:
         result = existing_result(out)
         differs = f" with another job ({planning.difference(result['identity'], described.identity)})" if result else ""
-        raise FileExistsError(f"{out} exists already{differs}; give --overwrite to replace it, or another name")
+        raise FileExistsError(f"{out} exists already{differs}; give overwrite=True to replace it, or another name")
     try:
         begun = read_plan(work)
     except ValueError as error:
@@ -173,7 +173,7 @@ def _continued(described: Described, out: Path, work: Path, overwrite: bool, not
     if begun is not None and begun.identity != described.identity and not overwrite:
         differs = planning.difference(begun.identity, described.identity)
         raise FileExistsError(
-            f"{out} was begun by another job and is not finished; it differs: {differs}; give --overwrite to begin "
+            f"{out} was begun by another job and is not finished; it differs: {differs}; give overwrite=True to begin "
             "anew, or another name"
         )
     if begun is not None and begun.identity == described.identity and (work / begun.token).is_dir():

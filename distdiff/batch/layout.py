@@ -178,7 +178,7 @@ def cast(values: np.ndarray, field: Field) -> np.ndarray:
         most, least = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype).max, values.min()
         if values.max() > most or (dtype.kind == "u" and least < 0):
             raise ValueError(
-                f"{field.path} holds {values.max():g}, {field.dtype} reaches to {most:g}: write it with --dtype float32"
+                f"{field.path} holds {values.max():g}, {field.dtype} reaches to {most:g}: write it with dtype='float32'"
             )
     return values.astype(dtype)
 

@@ -224,7 +224,7 @@ def check_room(plan: Plan, folder: Path, done: int, *, h5ad: bool = False) -> st
     if needed > free:
         raise NoRoom(
             errno.ENOSPC, f"{os.fspath(folder)} has {_size(free)} free, the result needs {_size(needed)} ({message}); "
-            "free space, write elsewhere, or less: --layers, --genes, --dtype float16",
+            "free space, write elsewhere, or less: layers=, genes=, dtype='float16'",
         )  # fmt: skip
     return message
 

@@ -12,11 +12,10 @@ import scipy.sparse as sp
 import torch
 
 from distdiff.batch.layout import Field, Values
-from distdiff.component import nearest
 from distdiff.model import Model
-from distdiff.tasks import Block, Reader, check_labels
+from distdiff.tasks import Block, Reader, check_labels, columns_of
 from distdiff.tasks.frame import warn_left_out
-from distdiff.tasks.impute import FillCounts, check_names
+from distdiff.tasks.impute import FillCounts
 from distdiff.tasks.likelihood import nats
 
 NATS = "obs/distdiff_nats"
@@ -114,15 +113,9 @@ class OnCells(Task):
         self.at: np.ndarray | None = None
         self.genes = genes
         if keep is not None:
-            check_names(keep)
-        if keep is not None and tuple(keep) != genes:
-            index = {gene: i for i, gene in enumerate(genes)}
-            if unknown := [g for g in keep if g not in index]:
-                raise ValueError(
-                    f"--genes: {unknown[0]!r} is no gene of the result{nearest(unknown[0], genes)}; these are the "
-                    "input's, and those of the model that it lacks where they are imputed"
-                )
-            self.genes, self.at = tuple(keep), np.array([index[g] for g in keep], dtype=np.int64)
+            at = columns_of(keep, genes)
+            if tuple(keep) != genes:
+                self.genes, self.at = tuple(keep), at
         self.inherits = rows.frame is not None and rows.whole(self.genes)
         self.left_out = [] if self.inherits or rows.frame is None else rows.left_out()
         warn_left_out(self.left_out, rows.where)
@@ -150,7 +143,7 @@ class OnCells(Task):
                 raise ValueError(
                     f"{self.rows.where}: {self.rows.genes[at]!r}, which the model does not know, holds decimals, and "
                     "draws are layers of whole numbers: say in var['feature_types'] what is no Gene Expression, leave "
-                    "those columns out, or write no draws (--layers mean)"
+                    "those columns out, or write no draws (layers=['mean'])"
                 )
         return block
 

@@ -22,11 +22,12 @@ from distdiff.imputers import by_row
 from distdiff.model import Model
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
-from distdiff.tasks import Block, Reader
+from distdiff.tasks import Block, Reader, check_names, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
-from distdiff.tasks.generate import check_guidance, label_codes
-from distdiff.tasks.impute import FillCounts, MaskLayer, check_names, chosen_layers, is_imputation_layer
+from distdiff.tasks.generate import check_guidance, label_codes, warn_rare
+from distdiff.tasks.impute import FillCounts, MaskLayer, absent_of, chosen_layers, is_imputation_layer
+from distdiff.tasks.latent import KEY, latent
 from distdiff.types import Cells, Condition
 
 DTYPES = ("float32", "float16", "int32", "int16", "uint16")
@@ -56,10 +57,10 @@ class Impute(OnCells):
     def __init__(
         self, model: Model, rows: Any, *, data: str | Path, layers: Sequence[str] | None = None,
         dtype: str = "float32", sparse: bool | None = None, mask: str | None = None, draws: int = 1,
-        mean_only: bool = False, ood: int = 4, seed: int = 0, keep: Sequence[str] | None = None,
+        mean_only: bool = False, ood: int = 4, seed: int = 0, genes: Sequence[str] | None = None,
         append: Sequence[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        for names in (keep, append):
+        for names in (genes, append):
             if names is not None:
                 check_names(names)
         layers, statistics = chosen_layers(
@@ -69,10 +70,9 @@ class Impute(OnCells):
         self.mean_only = mean_only or "draws" not in layers
         if statistics:
             options["statistics"] = statistics
-        wanted = None if keep is None or mask is not None or options.get("sites") is not None else keep
-        if append is None and wanted is not None:  # of a panel's absent genes only those that are written
-            have = set(rows.genes)
-            append = [g for g in wanted if g not in have] or None
+        panel = mask is None and options.get("sites") is None
+        if append is None and genes is not None and panel:  # of a panel's absent genes only those that are written
+            append = absent_of(genes, rows.genes)
         plain = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph")}
         self.options = {**plain, "mask": _identified(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
@@ -83,7 +83,7 @@ class Impute(OnCells):
         )  # fmt: skip
         self.layers, self.added = layers, self.job.added
         super().__init__(
-            model, rows, self.job.reader, self.job.genes, keep=keep, ood=ood if "ood" in layers else 0, seed=seed
+            model, rows, self.job.reader, self.job.genes, keep=genes, ood=ood if "ood" in layers else 0, seed=seed
         )
         _check_dtype(dtype, sparse)
         width = len(self.genes)
@@ -131,10 +131,10 @@ class Denoise(OnCells):
     def __init__(
         self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
         dtype: str = "float32", sparse: bool | None = None, ood: int = 0, seed: int = 0,
-        keep: Sequence[str] | Literal["model", "all"] | None = "model", **reading: Any,
+        genes: Sequence[str] | Literal["model", "all"] | None = "model", **reading: Any,
     ) -> None:  # fmt: skip
         reader = Reader(model.spec, rows, **reading)
-        super().__init__(model, rows, reader, tuple(rows.genes), keep=reader.chosen(keep), ood=ood, seed=seed)
+        super().__init__(model, rows, reader, tuple(rows.genes), keep=reader.chosen(genes), ood=ood, seed=seed)
         _check_dtype(dtype, sparse)
         self.options: dict[str, Any] = {"readout": readout, "depth": depth, "shrink": shrink}
         self.layer = "layers/denoised" if readout == "mean" else f"layers/denoised_{readout}"
@@ -162,10 +162,10 @@ class Deepen(OnCells):
 
     def __init__(
         self, model: Model, rows: Any, *, times: float, steps: int = 8, beyond: str = "refuse", ood: int = 0,
-        seed: int = 0, sparse: bool | None = True, keep: Sequence[str] | None = None, **reading: Any,
+        seed: int = 0, sparse: bool | None = True, genes: Sequence[str] | None = None, **reading: Any,
     ) -> None:  # fmt: skip
         super().__init__(
-            model, rows, Reader(model.spec, rows, **reading), tuple(rows.genes), keep=keep, ood=ood, seed=seed
+            model, rows, Reader(model.spec, rows, **reading), tuple(rows.genes), keep=genes, ood=ood, seed=seed
         )
         self.options: dict[str, Any] = {"times": times, "steps": steps, "beyond": beyond, "seed": seed}
         self.fields.append(self.drawn("layers/deepened", len(self.genes), sparse))
@@ -183,6 +183,31 @@ class Deepen(OnCells):
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
         return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
+
+
+class Latent(OnCells):
+    """Where each cell lies in the network: ``obsm["X_distdiff"]``; options of :meth:`distdiff.model.Model.latent`."""
+
+    name = "latent"
+
+    def __init__(self, model: Model, rows: Any, **reading: Any) -> None:
+        reader = Reader(model.spec, rows, **reading)
+        super().__init__(model, rows, reader, tuple(rows.genes), keep=None, ood=0, seed=0)
+        model.denoiser.to(self.device).eval()
+        width = self._of(reader.block(0, 1).to(self.device)).shape[1]
+        self.fields.append(Field(f"obsm/{KEY}", "float32", width))
+
+    def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
+        """See :class:`OnCells`."""
+        found = self._of(block)
+        return {f"obsm/{KEY}": found}, _all_of(found)
+
+    def _of(self, block: Block) -> torch.Tensor:
+        return latent(self.model.process, self.model.denoiser, block.cells, block.observed)
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`Task`."""
+        return self.model.provenance(task=self.name, **self.reader.label_provenance())
 
 
 class Generate(Task):
@@ -207,7 +232,8 @@ class Generate(Task):
             raise ValueError(f"generate: n must be at least 1, got {n}")
         check_guidance(model.spec, model.required_labels, guidance)
         self.model, self.seed, self.genes = model, seed, model.spec.genes
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = device_of(device)
+        warn_rare(model.info, obs or {})
         self.all_codes = {k: v.numpy() for k, v in label_codes(model.spec, obs or {}, n).items()}
         self.rows = NewRows(n, self.genes, {k: self.all_codes[k] for k in obs or {}}, model.spec.labels)
         self.options = {"n": n, "steps": steps, "spacing": spacing, "solver": solver, "sigma": list(sigma),
@@ -251,7 +277,7 @@ def _check_dtype(dtype: str, sparse: bool | None) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
     if dtype == "float16" and sparse:
-        raise ValueError("scipy has no sparse float16: write it dense (--dense), or sparse as float32")
+        raise ValueError("scipy has no sparse float16: write it dense (sparse=False), or as dtype='float32'")
 
 
 def _mask(rows: Any, data: str | Path, mask: str | None) -> Any:
@@ -261,7 +287,7 @@ def _mask(rows: Any, data: str | Path, mask: str | None) -> Any:
     if mask.endswith((".npz", ".npy")):
         return load_mask(mask, (rows.n_cells, len(rows.genes)))
     if not isinstance(rows, FileRows):
-        raise ValueError(f"--mask {mask}: a store has no layers; give a .npz or .npy file")
+        raise ValueError(f"mask={mask!r}: a store has no layers; give a .npz or .npy file")
     return MaskLayer(Source.open(data, layer=mask, every=True), rows.genes)
 
 
@@ -272,7 +298,8 @@ def _identified(mask: str | None) -> str | None:
     return f"{Path(mask).name} {files.stamp(mask)}" if Path(mask).exists() else mask
 
 
-ON_CELLS: dict[str, Any] = {"impute": Impute, "complete": Impute, "denoise": Denoise, "deepen": Deepen}
+ON_CELLS: dict[str, Any] = {"impute": Impute, "complete": Impute, "denoise": Denoise, "deepen": Deepen,
+                            "latent": Latent}  # fmt: skip
 
 
 def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, layer: str | None = None,
@@ -294,6 +321,8 @@ def make_task(kind: str, model: Model, data: str | Path | None, out: Path, *, la
     rows = open_rows(data, layer)
     if isinstance(rows, StoreRows):
         model.check_store(rows.store.manifest, rows.where)
+    if kind == "complete":
+        options["append"] = options.pop("genes", None)
     if kind in ("impute", "complete"):
         options["data"] = data
     return ON_CELLS[kind](model, rows, device=device, **options)

@@ -21,9 +21,9 @@ from distdiff.batch.plan import Plan
 from distdiff.batch.task import Task
 from distdiff.batch.workplace import finished_shards, folder_of, owned, read_plan, shard_folder
 
-HINT = "--verify --repair computes it again"
+HINT = "the same command with --verify --repair computes it again"
 
-OTHERWISE = "other hardware or other versions round sums otherwise; write the result anew (--overwrite)"
+OTHERWISE = "other hardware or other versions round sums otherwise; write the result anew (overwrite=True)"
 
 
 def verify(
@@ -75,7 +75,7 @@ def verify(
     if "rest" in damaged:
         raise Corrupt(
             f"{out}: {damaged['rest'][0]} is damaged, which stands around the shards: write the result anew "
-            "(--overwrite)"
+            "(overwrite=True)"
         )
     if task is None:
         raise ValueError("to repair a result, its task must be given")

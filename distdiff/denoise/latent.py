@@ -95,7 +95,7 @@ class Latent(Denoiser):
         return self._trunk(x, p, cond)[0].mean(1)
 
     def _trunk(self, x: Tensor, p: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor, Tensor, Whole]:
-        """Latents ``[b m d]``, conditioning ``[b d]``, log depth, what is known of each entry, the layout of latents."""
+        """Latents ``[b m d]``, conditioning ``[b d]``, log depth, what is known of each entry, layout of latents."""
         log_depth, surprise = self.expectation(x, p)
         c = self.condition(log_depth, p, cond)
         if self.shortcut is not None:

@@ -63,6 +63,48 @@ class Block:
         )
 
 
+def columns_of(genes: Sequence[str], among: Sequence[str]) -> np.ndarray:
+    """Where named genes stand among those of a result, ``int64 [g]``.
+
+    Raises
+    ------
+    ValueError
+        None is named, one twice, or one that the result does not have (the nearest one is named).
+    """
+    check_names(genes)
+    column_of = {gene: i for i, gene in enumerate(among)}
+    if unknown := [gene for gene in genes if gene not in column_of]:
+        raise ValueError(
+            f"genes: {unknown[0]!r} is no gene of the result{nearest(unknown[0], among)}; these are the input's, and "
+            "those of the model that it lacks where they are imputed"
+        )
+    return np.array([column_of[gene] for gene in genes], dtype=np.int64)
+
+
+def check_names(genes: Sequence[str]) -> None:
+    """Refuse a list of genes that names none, or one twice.
+
+    Raises
+    ------
+    ValueError
+        It does.
+    """
+    if isinstance(genes, str):
+        raise ValueError(f"genes={genes!r}: a list of names is wanted")
+    if not len(genes):
+        raise ValueError("genes: no gene is named; leave genes= out to have all, or name some")
+    seen: set[str] = set()
+    for gene in genes:
+        if gene in seen:
+            raise ValueError(f"genes: {gene!r} is named more than once; name each gene once")
+        seen.add(gene)
+
+
+def device_of(device: str) -> str:
+    """``auto``: the GPU where there is one; else the device as it is named."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def at_least_one(batch_size: int) -> int:
     """Cells at a time, of which there must be some.
 
@@ -134,9 +176,7 @@ class Reader:
         """Whether the input's genes are the model's, in its order."""
         self.labels, self.unseen = _labels(spec, rows, unseen) if use_labels else ({}, 0)
         """Codes of the labels that answers are conditioned on, and how many values the model never saw."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = device
+        self.device = device_of(device)
 
     def provenance(self) -> dict[str, Any]:
         """Entries of ``uns``: numbers of genes that only one of input and model has, and the labels that are used."""

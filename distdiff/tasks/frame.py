@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("distdiff")
 
 
-def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tuple[AnnData, list[str]]:
+def framed(
+    adata: AnnData, layer: str | None, added: Sequence[str] = (), *, keep: Sequence[str] | None = None
+) -> tuple[AnnData, list[str]]:
     """A copy of the input whose columns are the genes of an answer.
 
     Where these are ``adata.var_names``, it is a plain copy. Else ``X`` is the counts that were read, 0 in appended
@@ -32,6 +34,8 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
         As in `Source.open`.
     added
         Genes to append.
+    keep
+        Genes of the answer, of the input's and those that are appended (default: all).
 
     Returns
     -------
@@ -43,7 +47,9 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
     x, var = in_memory(adata, layer)
     raw = var != "var" and list(adata.raw.var_names) != list(adata.var_names)
     if not added and not raw:
-        return copied(adata), []
+        if keep is None:
+            return copied(adata), []
+        return (copied(adata) if _lazy(adata) else adata)[:, list(keep)].copy(), []
     adata = copied(adata) if _lazy(adata) else adata
     x, _ = in_memory(adata, layer)
     table, left_out = (adata.raw.var, by_gene(adata)) if raw else (adata.var, [])
@@ -51,6 +57,10 @@ def framed(adata: AnnData, layer: str | None, added: Sequence[str] = ()) -> tupl
         left_out = [*left_out, "X"]
     at = np.r_[np.arange(len(table)), np.full(len(added), -1)]
     genes = [*table.index, *added]
+    if keep is not None:
+        place = dict(zip(genes, at, strict=True))
+        genes = list(keep)
+        at = np.array([place[gene] for gene in genes])
     frame = var_of(table, genes)
     if added:
         frame["distdiff_added"] = at < 0

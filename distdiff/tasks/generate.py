@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +16,8 @@ from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
 from distdiff.tasks import at_least_one
 from distdiff.types import UNKNOWN, Cells, Condition, DataSpec, Float, Tensor
+
+log = logging.getLogger("distdiff")
 
 
 def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) -> dict[str, torch.Tensor]:
@@ -36,6 +40,23 @@ def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) 
             raise ValueError(f"the model never saw {name}={unknown[0]!r}{nearest(str(unknown[0]), known)}")
         found[name] = torch.tensor([known[v] for v in values])
     return found
+
+
+RARE = 100
+"""Training cells of a label value below which generated cells of it are warned of."""
+
+
+def warn_rare(info: Mapping[str, Any], obs: Mapping[str, str | Sequence[str]]) -> None:
+    """Warn of asked label values that fewer than :data:`RARE` training cells had (``info["training"]`` of a model)."""
+    counted = info.get("training", {}).get("labels", {})
+    for label, values in obs.items():
+        for value in sorted({values} if isinstance(values, str) else set(values)):
+            cells = counted.get(label, {}).get(value, RARE)
+            if cells < RARE:
+                log.warning(
+                    "generate: %s=%r had %d training cells, fewer than %d; what is made of it is a guess",
+                    label, value, cells, RARE,
+                )  # fmt: skip
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from distdiff.data.masks import check_indices
 from distdiff.imputers import Imputer, targets
 from distdiff.process import Process
 from distdiff.received import check_answer
-from distdiff.tasks import Block, Reader
+from distdiff.tasks import Block, Reader, check_names
 from distdiff.tasks.frame import reindex_genes
 
 if TYPE_CHECKING:
@@ -260,17 +260,21 @@ class ImputationPlan:
         return (*self.reader.rows.genes, *self.added)
 
     def run(
-        self, layers: Mapping[str, Any], *, progress: bool = True,
+        self, layers: Mapping[str, Any], *, columns: np.ndarray | None = None, progress: bool = True,
         on_block: Callable[[Block, Answer], None] = lambda block, answer: None,
     ) -> FillCounts:  # fmt: skip
-        """Fill ``layers`` (array-likes ``[cells, genes]``) block by block; ``on_block`` sees each block's answer."""
+        """Fill ``layers`` (array-likes ``[cells, genes]``) block by block; ``on_block`` sees each block's answer.
+
+        ``columns``: those genes of the answer that the layers hold (default: all).
+        """
         began, counts = time.perf_counter(), self.initial_counts()
         for block in self.reader.blocks(self.hidden, progress=progress, desc="impute"):
             answer = self.answer(block)
             counts.add(answer)
             for name in layers:
                 values = answer.layers[name].cpu().numpy()
-                layers[name][block.start : block.stop] = check_answer(values, name, block.start)
+                values = check_answer(values, name, block.start)
+                layers[name][block.start : block.stop] = values if columns is None else values[:, columns]
             on_block(block, answer)
         counts.seconds = time.perf_counter() - began
         return counts
@@ -344,21 +348,10 @@ def check_draws(draws: int, mean_only: bool) -> None:
         raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give mean_only=True")
 
 
-def check_names(genes: Sequence[str]) -> None:
-    """Refuse a list of genes that names none, or one twice.
-
-    Raises
-    ------
-    ValueError
-        It does.
-    """
-    if not len(genes):
-        raise ValueError("genes: no gene is named; leave genes= out to have all, or name some")
-    seen: set[str] = set()
-    for gene in genes:
-        if gene in seen:
-            raise ValueError(f"genes: {gene!r} is named more than once; name each gene once")
-        seen.add(gene)
+def absent_of(genes: Sequence[str], have: Sequence[str]) -> list[str] | None:
+    """Those of ``genes`` that are not among ``have``; ``None`` where all are."""
+    there = set(have)
+    return [gene for gene in genes if gene not in there] or None
 
 
 def is_imputation_layer(layer: str) -> bool:
@@ -381,9 +374,10 @@ def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -
         absent = tuple(asked)
     if not absent:
         raise ValueError(
-            "nothing to impute: the input has all of the model's genes, and no entry is named. To see the expression "
-            "behind every count, use denoise; to add genes that an input lacks, complete; to impute some entries, give "
-            "mask= (a matrix, true = impute, or the name of a layer), or sites='dropout' with groups="
+            "nothing to impute: the input has all of the model's genes, and no entry is named. Which do you want?\n"
+            "- denoise: the expression behind every count; complete: genes that an input lacks (this one lacks none)\n"
+            "- impute some entries: give mask=, a layer or a matrix of the input's shape that is true where to impute "
+            "(scipy.sparse.save_npz('mask.npz', wrong) makes a file of one), or sites='dropout' with groups="
         )
     return absent
 

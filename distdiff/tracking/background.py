@@ -172,11 +172,11 @@ def _unnamed_server(folder: Path, first_uri: str) -> str:
     if first_uri.startswith("sqlite:///") and not database.exists() and Path(DATABASE).exists():
         return (
             f"{folder} was begun with {first_uri}, which does not exist, and nothing was sent: if the project folder "
-            f"was moved from {database.parent}, give --uri {public_uri(tracking_uri())}"
+            f"was moved from {database.parent}, give uri={public_uri(tracking_uri())}"
         )
     return (
         f"{folder} says that its server is {first_uri or 'unknown'}, and nothing was sent: if you know that server and "
-        f"trust it, give --uri {first_uri or 'ADDRESS'}, or set MLFLOW_TRACKING_URI"
+        f"trust it, give uri={first_uri or 'ADDRESS'}, or set MLFLOW_TRACKING_URI"
     )
 
 

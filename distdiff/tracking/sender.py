@@ -313,8 +313,8 @@ class Sender:
                 if not _is_permanent(error):
                     raise
                 raise UnknownRun(
-                    f"run {self.run_id} is not on this server; if it will not come back, --anew begins it anew there "
-                    "and sends everything"
+                    f"run {self.run_id} is not on this server; if it will not come back, anew=True begins it anew "
+                    "there and sends everything"
                 ) from error
             self._check_not_moved(run.info.experiment_id, client)
             self._client = client

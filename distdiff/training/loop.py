@@ -278,7 +278,9 @@ def check(recipe: Recipe, accelerator: Accelerator) -> None:
 def _splits(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     index, held_out = recipe.store.rows("train"), recipe.store.rows("val")
     if not len(index) or not len(held_out):
-        raise ValueError(f"{len(index)} training and {len(held_out)} validation cells: rebuild with another --split")
+        raise ValueError(
+            f"{len(index)} training and {len(held_out)} validation cells: rebuild the store with another split="
+        )
     return index, held_out
 
 

@@ -145,7 +145,7 @@ def test_deepen_generate_and_complete(model, atlas, tmp_path):
     panel.obsm["pca"] = np.ones((199, 2))
     panel.write_h5ad(tmp_path / "panel.h5ad")
     append = list(given.var_names[:2])
-    batch.run("complete", model, tmp_path / "panel.h5ad", tmp_path / "whole.zarr", append=append, **SMALL)
+    batch.run("complete", model, tmp_path / "panel.h5ad", tmp_path / "whole.zarr", genes=append, **SMALL)
     whole = ad.read_zarr(tmp_path / "whole.zarr")
     assert list(whole.var_names) == [*panel.var_names, *append]
     assert whole.var["distdiff_added"].sum() == 2
@@ -157,7 +157,7 @@ def test_deepen_generate_and_complete(model, atlas, tmp_path):
 
 def test_chosen_genes_and_widths(model, atlas, mask, tmp_path):
     keep = ["gene7", "gene2", "gene29"]
-    impute_file(model, atlas, tmp_path / "a.zarr", mask=mask, keep=keep, dtype="float16", layers=("mean",), **SMALL)
+    impute_file(model, atlas, tmp_path / "a.zarr", mask=mask, genes=keep, dtype="float16", layers=("mean",), **SMALL)
     got, given = ad.read_zarr(tmp_path / "a.zarr"), as_anndata(atlas)
     assert list(got.var_names) == keep
     assert (dense(got.X) == dense(given[:, keep].X)).all()
@@ -165,7 +165,7 @@ def test_chosen_genes_and_widths(model, atlas, mask, tmp_path):
     want = model.impute(given, mask=np.load(mask))[:, keep].layers["imputed_mean"]
     assert np.allclose(got.layers["imputed_mean"], want, rtol=1e-3)
     with pytest.raises(ValueError, match="is no gene of the result"):
-        impute_file(model, atlas, tmp_path / "b.zarr", mask=mask, keep=["gene77"], **SMALL)
+        impute_file(model, atlas, tmp_path / "b.zarr", mask=mask, genes=["gene77"], **SMALL)
     with pytest.raises(ValueError, match="no sparse float16"):
         impute_file(model, atlas, tmp_path / "b.zarr", mask=mask, dtype="float16", sparse=True, **SMALL)
     with pytest.raises(ValueError, match="unknown layer 'maen'"):
@@ -233,7 +233,7 @@ def test_another_job_is_refused_and_named(model, atlas, mask, tmp_path, monkeypa
     before = content(out)
     again = impute_file(model, atlas, out, seed=1, **options)  # finished: nothing to do
     assert again.cells == 199
-    with pytest.raises(FileExistsError, match=r"another job \(seed: 1 there, 2 here\); give --overwrite"):
+    with pytest.raises(FileExistsError, match=r"another job \(seed: 1 there, 2 here\); give overwrite=True"):
         impute_file(model, atlas, out, seed=2, **options)
     other = Model.new(model.spec, OPTIONS[0], OPTIONS[1], seed=9)
     with pytest.raises(FileExistsError, match=r"model: .* there, .* here"):
@@ -256,7 +256,7 @@ def test_another_job_is_refused_and_named(model, atlas, mask, tmp_path, monkeypa
 def test_what_is_no_result_is_not_replaced_unasked(model, atlas, mask, tmp_path):
     (tmp_path / "out.zarr").mkdir()
     (tmp_path / "out.zarr" / "precious").write_text("x")
-    with pytest.raises(FileExistsError, match=r"exists already; give --overwrite"):
+    with pytest.raises(FileExistsError, match=r"exists already; give overwrite=True"):
         impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, **SMALL)
     assert (tmp_path / "out.zarr" / "precious").exists()
 
@@ -329,7 +329,7 @@ def test_nothing_to_write_is_written(model, atlas, tmp_path):
     """CSR arrays of no value at all."""
     np.save(tmp_path / "mask.npy", np.zeros((199, 30), bool))
     out = tmp_path / "out.zarr"
-    filled = impute_file(model, atlas, out, mask=str(tmp_path / "mask.npy"), sparse=True, keep=["gene1"], **SMALL)
+    filled = impute_file(model, atlas, out, mask=str(tmp_path / "mask.npy"), sparse=True, genes=["gene1"], **SMALL)
     assert filled.targets == 0
     got = ad.read_zarr(out)
     assert got.layers["imputed_mask"].nnz == 0
@@ -391,7 +391,7 @@ def test_no_space_left_then_on(model, atlas, mask, tmp_path, monkeypatch):
 def test_a_disk_that_cannot_hold_the_result(model, atlas, mask, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"1 kB free, the result needs .* bytes a cell.*--dtype float16"):
+    with pytest.raises(OSError, match=r"1 kB free, the result needs .* bytes a cell.*dtype='float16'"):
         impute_file(model, atlas, tmp_path / "out.zarr", mask=mask, **SMALL)
     assert list(tmp_path.iterdir()) == []
 

@@ -127,7 +127,7 @@ def test_completion_keeps_what_fits(model, counts, tmp_path, suffix, layer):
         given.X = sp.csr_matrix(np.log1p(dense(given.X)))
     append = ["gene2", "gene0"]
     path = written(given, tmp_path / f"in.{suffix}")
-    batch.run("complete", model, path, tmp_path / f"out.{suffix}", layer=layer, append=append, **QUIET)
+    batch.run("complete", model, path, tmp_path / f"out.{suffix}", layer=layer, genes=append, **QUIET)
     for got in (opened(tmp_path / f"out.{suffix}"), model.complete(given, append, layer=layer)):
         kept(got, given, np.r_[np.arange(25), -1, -1], [*given.var_names, *append])
         assert (dense(got[:, given.var_names].X) == dense(counts[:, 5:].X)).all()
@@ -139,7 +139,7 @@ def test_completion_keeps_what_fits(model, counts, tmp_path, suffix, layer):
 def test_chosen_genes_keep_what_fits(model, counts, tmp_path, suffix):
     given = rich(counts)
     keep = ["gene7", "gene2", "gene29"]
-    batch.run("denoise", model, written(given, tmp_path / f"in.{suffix}"), tmp_path / f"out.{suffix}", keep=keep,
+    batch.run("denoise", model, written(given, tmp_path / f"in.{suffix}"), tmp_path / f"out.{suffix}", genes=keep,
               **QUIET)  # fmt: skip
     got = opened(tmp_path / f"out.{suffix}")
     kept(got, given, np.array([7, 2, 29]), keep)
@@ -177,7 +177,7 @@ def test_what_has_no_columns_is_named(model, counts, tmp_path, suffix):
     given.varm["words"] = np.array([["a", "b"]] * 25, dtype=object)
     given.varm["cube"] = np.zeros((25, 2, 2))
     path = written(given, tmp_path / f"in.{suffix}")
-    batch.run("complete", model, path, tmp_path / f"out.{suffix}", append=["gene0"], ood=0, **QUIET)
+    batch.run("complete", model, path, tmp_path / f"out.{suffix}", genes=["gene0"], ood=0, **QUIET)
     for got in (opened(tmp_path / f"out.{suffix}"), model.complete(given, ["gene0"])):
         assert sorted(got.uns["distdiff"]["left_out"]) == ["varm/cube", "varm/words"]
         assert not len(got.varm)

@@ -148,10 +148,10 @@ def test_what_is_no_number_in_a_gene_that_is_unknown_stops_nothing(model, tmp_pa
     path = tmp_path / f"b{suffix}"
     batch.write_anndata(b, path)
     with pytest.raises(ValueError, match="'CD3_protein' is no gene that both the model and the input know"):
-        batch.run("denoise", model, path, tmp_path / f"none{suffix}", keep=[*GENES[:3], "CD3_protein"], **QUIET)
+        batch.run("denoise", model, path, tmp_path / f"none{suffix}", genes=[*GENES[:3], "CD3_protein"], **QUIET)
     for genes in ("all", GENES[:3]):
         out = tmp_path / f"o{genes == 'all'}{suffix}"
-        batch.run("denoise", model, path, out, keep=genes, **QUIET)
+        batch.run("denoise", model, path, out, genes=genes, **QUIET)
         found = ad.read_zarr(out) if suffix == ".zarr" else ad.read_h5ad(out)
         assert np.array_equal(dense(found[:, GENES[:3]].layers["denoised"]), TASKS["denoise"](model, a)[:, :3])
         if genes == "all":
@@ -211,7 +211,7 @@ def test_ragged_arrays_come_through_where_awkward_is_not_installed(model, tmp_pa
         group = file["obsm"].create_group("airr")
         group.attrs.update({"encoding-type": "awkward-array", "encoding-version": "0.1.0", "length": N, "form": "{}"})
         group["node0-offsets"] = np.arange(N + 1)
-    batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / f"o{into}", keep=keep, **QUIET)
+    batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / f"o{into}", genes=keep, **QUIET)
     with container.opened(tmp_path / f"o{into}") as found:
         assert found["obsm/airr"].attrs["form"] == "{}"
         assert found["obsm/airr/node0-offsets"][:].tolist() == list(range(N + 1))

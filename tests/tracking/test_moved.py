@@ -79,7 +79,7 @@ def test_a_run_that_was_not_sent_before_the_move_is_sent_to_the_moved_database(h
         with a_run("unsent") as run:
             run.metrics({"loss": 1.0}, 1)
     new = move(here, monkeypatch, False)
-    with pytest.raises(ValueError, match=r"which does not exist, .* moved from .*old place, give --uri sqlite:///"):
+    with pytest.raises(ValueError, match=r"which does not exist, .* moved from .*old place, give uri=sqlite:///"):
         tracking.sync("unsent")
     project.symlink_to(new)
     assert "entries sent" in tracking.sync("unsent", uri=f"sqlite:///{new}/mlflow.db")[0]

@@ -219,7 +219,7 @@ def _runner(
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
-        explained(f"{cluster.scheduler_address} (of --workers)"),
+        explained(f"{cluster.scheduler_address} (of workers=)"),
         Client(cluster) as client,
     ):
         if progress:

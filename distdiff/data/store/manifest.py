@@ -187,9 +187,9 @@ class Manifest:
         """
         if self.dtype == "float32":
             raise ValueError(
-                f"{where} holds measurements (it was built with --measurements), {law} is a law of whole counts, in "
+                f"{where} holds measurements (it was built with counts=False), {law} is a law of whole counts, in "
                 "which decimals would be cut off and negative numbers mean nothing: build the store of counts, of "
-                "those with decimals with --round random"
+                "those with decimals with rounding='random'"
             )
 
     @classmethod

@@ -95,7 +95,7 @@ def _claimed(remote: RemoteFolder, fingerprint: str, whole: bool, overwrite: boo
     of = json.loads(begun)["fingerprint"] if begun else fingerprint
     if not overwrite and (whole or of != fingerprint):
         what = "another store" if whole else f"a part of another store (fingerprint {of[:12]})"
-        raise FileExistsError(f"{remote.url} holds {what}; give --overwrite to replace it, or another URL")
+        raise FileExistsError(f"{remote.url} holds {what}; give overwrite=True to replace it, or another URL")
     remote.write(UPLOADING, json.dumps({"fingerprint": fingerprint}).encode())
     return existing_keys
 

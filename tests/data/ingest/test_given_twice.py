@@ -124,7 +124,7 @@ def test_nothing_of_an_earlier_imputation_stays(given, tmp_path, suffix):
     batch.impute_file(model, path, first, mask="hide", draws=3, layers=every, progress=False)
     batch.impute_file(model, first, second, mask="hide", layers=("draws",), progress=False, seed=1)
     keep = list(start.var_names[:4])
-    batch.impute_file(model, first, third, mask="hide", layers=("draws",), progress=False, keep=keep)
+    batch.impute_file(model, first, third, mask="hide", layers=("draws",), progress=False, genes=keep)
     read = ad.read_h5ad if suffix == "h5ad" else ad.read_zarr
     assert {"imputed_draw3", "imputed_sd", "imputed_q5"} <= set(read(first).layers)
     assert "distdiff_nats" in read(first).obs

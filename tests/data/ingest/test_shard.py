@@ -240,7 +240,7 @@ def test_a_cluster_whose_workers_all_leave_is_not_waited_for_without_end(tmp_pat
 
 def test_an_output_that_exists(tmp_path, one):
     first = build(one, tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"out exists already; give --overwrite to replace it, or another name"):
+    with pytest.raises(FileExistsError, match=r"out exists already; give overwrite=True to replace it, or another name"):
         build(one, tmp_path / "out")
     assert build(one, tmp_path / "out", overwrite=True, seed=3).fingerprint != first.fingerprint
     (tmp_path / "home").mkdir()
@@ -704,6 +704,6 @@ def test_the_scheduler_of_worker_processes_that_dies_is_one_sentence(tmp_path, o
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "_run_dask", dies)
-        with pytest.raises(OSError, match=r"the dask scheduler at .* \(of --workers\) is lost; .* the same command"):
+        with pytest.raises(OSError, match=r"the dask scheduler at .* \(of workers=\) is lost; .* the same command"):
             build(one, tmp_path / "out", workers=1)
     assert build(one, tmp_path / "out") == build(one, tmp_path / "again")

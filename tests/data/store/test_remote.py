@@ -118,7 +118,7 @@ def test_nothing_is_replaced_unasked(folder, dense, url, tmp_path):
 
     other = tmp_path / "b.store"
     build(save(make_adata(make_counts(40, 12, seed=3)), tmp_path / "b.h5ad"), other)
-    with pytest.raises(FileExistsError, match=f"{url} holds another store; give --overwrite"):
+    with pytest.raises(FileExistsError, match=f"{url} holds another store; give overwrite=True"):
         upload(other, url, progress=False)
     assert np.array_equal(CountStore.open(url).read(np.arange(150)).toarray(), dense)
     upload(other, url, overwrite=True, progress=False)
