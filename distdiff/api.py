@@ -71,7 +71,7 @@ def train(
     trust
         Packages whose code may run for components ``module:Class`` (see :func:`distdiff.load`).
     progress
-        Show bars.
+        Show bars, and lines on what is done; False: only warnings are logged.
     **settings
         Any key of the config: ``cells=300_000``, ``lr=1e-3``, ``width=512``; a section as a mapping:
         ``denoiser={"kind": "transformer"}``, ``evaluate={"enabled": False}``. A key of several sections is the one of
@@ -95,7 +95,6 @@ def train(
     ...     anndata.AnnData(counts), cells=64, batch=32, width=8, evaluate={"enabled": False},
     ...     tracking={"enabled": False}, progress=False,
     ... )
-    distdiff train: 60 cells x 12 genes, ...
     >>> model.denoise(anndata.AnnData(counts)).layers["denoised"].shape
     (60, 12)
     """
@@ -103,10 +102,9 @@ def train(
     _merge(raw, settings)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(_temporary()) if out is None else out).expanduser()
-        if isinstance(data, CountStore):
-            address = data.url
-        elif _is_store(data):
-            address = str(data)
+        if isinstance(data, CountStore) or _is_store(data):
+            address = data.url if isinstance(data, CountStore) else str(data)
+            _refuse_for_store(address, layer=layer, genes=genes, store=store, split_by=split_by)
         else:
             address = str(Path(store).expanduser()) if store is not None else str(folder / "atlas.zarr")
             shard(
@@ -120,7 +118,7 @@ def train(
             section["genes"] = genes
         raw.setdefault("train", {})["out"] = str(folder)
         resolved = configs.parse(raw)
-        outcome = experiment.train(resolved, trust=trust)
+        outcome = experiment.train(resolved, trust=trust, progress=progress)
         return Model.load(outcome.model, trust=(*trust, *modules((resolved.process, resolved.denoiser))))
 
 
@@ -270,6 +268,25 @@ def _merge(raw: dict[str, Any], settings: Mapping[str, Any]) -> None:
             choices = " or ".join(f"{name}={{{key!r}: ...}}" for name in owners)
             raise ValueError(f"train: {key!r} is a key of several sections of the config; write {choices}")
         raw.setdefault(owners[0], {})[key] = value
+
+
+def _refuse_for_store(address: str, **given: Any) -> None:
+    """What was decided when a store was built cannot be asked of it again.
+
+    Raises
+    ------
+    ValueError
+        A layer, genes other than ``"all"`` and ``"panel"``, another place, or another split.
+    """
+    if given["genes"] in ("all", "panel"):
+        given.pop("genes")
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"train: {name}={value if isinstance(value, str) else '...'} was decided when the store {address} was "
+                f"built, and is not looked at; leave {name}= out, or give the counts themselves (AnnData, h5ad) instead "
+                f"of a store, or build another: distdiff.shard(counts, 'other.zarr', {name}=...)"
+            )
 
 
 def _columns(data: Data, layer: str | None, labels: Iterable[str]) -> list[str]:

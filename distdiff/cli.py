@@ -54,9 +54,7 @@ def shard(
     counts: Annotated[
         bool, typer.Option("--counts/--measurements", help="Whole molecules, or any numbers, as float32.")
     ] = True,
-    rounding: Annotated[
-        str | None, typer.Option("--rounding", "--round", help="random: make counts with decimals whole.")
-    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="random: make counts with decimals whole.")] = None,
     codec: Annotated[str, typer.Option(help="local (lz4, fastest) or compact (zstd, smallest).")] = "local",
     workers: Annotated[int | None, typer.Option(help="Dask processes (0: none, work in this process).")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://...")] = None,
@@ -146,6 +144,7 @@ def sync(
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Config,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.lr=1e-4")] = None,
     trust: Trust = None,
@@ -161,7 +160,7 @@ def train(
 
     resolved = configs.load(config, overrides or [])
     try:
-        outcome = experiment.train(resolved, trust=tuple(trust or ()))
+        outcome = experiment.train(resolved, trust=tuple(trust or ()), progress=_shown(context))
     except (Stopped, Lost) as stopped:
         typer.echo(f"distdiff: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
@@ -364,20 +363,23 @@ def _batch(
     if verify:
         for name in ("overwrite", "batch_size", "shard_cells", "precision"):
             options.pop(name, None)
-        found = batch.check(kind, load(model) if repair else None, data, out, repair=repair, **options)
+        found = batch.check(
+            kind, load(model) if repair else None, data, out, repair=repair, progress=_shown(context), **options
+        )
         typer.echo(found)
         return
     first = os.environ.get("RANK", "0") == "0"  # under a launcher one process speaks for all
-    echo = typer.echo if first else lambda text: None
+    echo, shown = typer.echo if first else lambda text: None, first and _shown(context)
+    notify = echo if shown else lambda text: None
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
     if scheduler is not None or workers is not None:
         load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
         filled = batch.on_cluster(
-            scheduler, kind, load_there, data, out, workers=workers, progress=first, notify=echo, **options
+            scheduler, kind, load_there, data, out, workers=workers, progress=shown, notify=notify, **options
         )
     else:
-        filled = batch.run(kind, load(model), data, out, progress=first, notify=echo, **options)
+        filled = batch.run(kind, load(model), data, out, progress=shown, notify=notify, **options)
     echo(f"{out}: {filled.line()}")
     if kind in ("impute", "complete"):
         echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
@@ -390,6 +392,11 @@ def _batch(
     for text, number in notes.items():
         if number:
             echo(f"  {number} {text}")
+
+
+def _shown(context: typer.Context) -> bool:
+    """Whether bars and lines on the way are wanted (no ``--quiet``)."""
+    return not context.find_root().params.get("quiet")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -408,6 +415,7 @@ def _genes(text: str | None) -> list[str] | None:
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: ModelName,
     data: Annotated[str, typer.Option(help="A store (its test cells are scored), h5ad, AnnData zarr, or 10x.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
@@ -426,7 +434,7 @@ def evaluate(
 
     report = distdiff.evaluate(
         model, data, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,  # type: ignore[arg-type]
-        repaint_steps=repaint_steps, seed=seed, trust=tuple(trust or ()),
+        repaint_steps=repaint_steps, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(report.to_text())
     if out is not None:

@@ -10,6 +10,8 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from distdiff.waits import say, told
+
 if TYPE_CHECKING:
     from dask.distributed import Client
 
@@ -23,8 +25,8 @@ REACH = 3
 """Seconds in which a worker must accept a connection."""
 
 
-def connect(scheduler: str) -> Client:
-    """Connect to the dask scheduler at an address, and wait until it has a worker.
+def connect(scheduler: str, notify: Callable[[str], None] = say) -> Client:
+    """Connect to the dask scheduler at an address, and wait until it has a worker; ``notify`` is told of a long wait.
 
     Raises
     ------
@@ -34,8 +36,9 @@ def connect(scheduler: str) -> Client:
     from dask.distributed import Client
 
     try:
-        client = Client(scheduler, timeout=CONNECT, set_as_default=False)
-        client.wait_for_workers(1, timeout=2 * CONNECT)
+        with told(f"waits for a dask scheduler with workers at {scheduler}, {3 * CONNECT} s at most", to=notify):
+            client = Client(scheduler, timeout=CONNECT, set_as_default=False)
+            client.wait_for_workers(1, timeout=2 * CONNECT)
     except (OSError, TimeoutError) as error:
         raise OSError(f"no dask scheduler with workers answers at {scheduler} ({error}); start one first") from error
     return client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +213,11 @@ def evaluate(
         contestant.imputer.fit(store, store.rows("train"))
         fitted = time.perf_counter()
         wanted = draws if set(contestant.answers) & {"1 draw", "draws"} else 0
-        mean, drawn = _fill(contestant.imputer, cells, observed, wanted, seed, batch)
+
+        def show(done: int, name: str = contestant.name) -> None:
+            bar.set_postfix_str(f"{name}, {done:,} of {len(cells):,} cells")
+
+        mean, drawn = _fill(contestant.imputer, cells, observed, wanted, seed, batch, show)
         seconds = {"fit_seconds": fitted - began, "fill_seconds": time.perf_counter() - fitted}
         report.rows += _rows(contestant, mean, drawn, score, seconds)
         if contestant.name == report.ours:
@@ -246,7 +250,13 @@ def _protocol(
 
 
 def _fill(
-    imputer: Imputer, cells: Cells, observed: np.ndarray, draws: int, seed: int, batch: int
+    imputer: Imputer,
+    cells: Cells,
+    observed: np.ndarray,
+    draws: int,
+    seed: int,
+    batch: int,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Impute batch by batch. Hidden counts are erased first, except for the control ``perfect``, which returns them."""
     means, drawn, device = [], [], _device(imputer)
@@ -258,6 +268,7 @@ def _fill(
         means.append(answer.mean.cpu().numpy())
         if answer.draws is not None:
             drawn.append(answer.draws.cpu().numpy())
+        on_batch(start + len(part))
     return np.concatenate(means), np.concatenate(drawn, 1) if drawn else None
 
 

@@ -49,6 +49,7 @@ from distdiff.training.progress import Progress
 from distdiff.training.settings import Recipe
 from distdiff.training.stop import EXCHANGE
 from distdiff.training.trace import NAME as TRACE
+from distdiff.waits import told
 
 if TYPE_CHECKING:
     from distdiff.evaluation import Contestant
@@ -68,7 +69,7 @@ class Outcome:
     registered: str = ""
 
 
-def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
+def train(config: Config, *, trust: Sequence[str] = (), progress: bool = True) -> Outcome:
     """Run an experiment in this process, or as one rank of many under ``accelerate launch``.
 
     Parameters
@@ -76,6 +77,8 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
     trust
         Packages whose code may run if ``train.start`` or the registry's champion ask for it, besides those that the
         config itself names.
+    progress
+        Show bars, and lines on what is done. Warnings are logged in any case.
 
     Raises
     ------
@@ -88,10 +91,10 @@ def train(config: Config, *, trust: Sequence[str] = ()) -> Outcome:
         Another process, or machine, of the run is gone.
     """
     with _products(config.train.precision), Peers() as peers:
-        return _train(config, (*trust, *modules((config.process, config.denoiser))), peers)
+        return _train(config, (*trust, *modules((config.process, config.denoiser))), peers, progress)
 
 
-def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
+def _train(config: Config, trust: Sequence[str], peers: Peers, show: bool) -> Outcome:
     files.local(config.train.out)
     store = config.loader.open(config.data.store)
     if config.data.genes == "panel":
@@ -103,10 +106,12 @@ def _train(config: Config, trust: Sequence[str], peers: Peers) -> Outcome:
         mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu(),
         kwargs_handlers=_exchange(),
     )  # fmt: skip
+    if not show:
+        accelerator.print = lambda *words, **options: None  # type: ignore[method-assign]
     check_world(accelerator)
     model = _new(config, store, accelerator, trust)
     with owned(Path(config.train.out), main=accelerator.is_main_process):
-        return _owning(config, store, model, accelerator, trust, peers)
+        return _owning(config, store, model, accelerator, trust, peers, show)
 
 
 def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Sequence[str]) -> Model:
@@ -155,8 +160,9 @@ def _check_label_names(config: Config, store: CountStore) -> None:
 
 
 def _owning(
-    config: Config, store: CountStore, model: Model, accelerator: Accelerator, trust: Sequence[str], peers: Peers
-) -> Outcome:
+    config: Config, store: CountStore, model: Model, accelerator: Accelerator, trust: Sequence[str], peers: Peers,
+    show: bool,
+) -> Outcome:  # fmt: skip
     """The experiment, by the only run that works in its folder."""
     began, fingerprint, main = time.perf_counter(), store.manifest.fingerprint, accelerator.is_main_process
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
@@ -185,7 +191,7 @@ def _owning(
 
         hooks = Hooks(
             save_best, _existing_scores(best, fingerprint), on_log=lambda seen, numbers: run.metrics(numbers, seen),
-            peers=peers,
+            peers=peers, show=show,
         )  # fmt: skip
         progress = fit(
             replace(recipe, settings=config.train), accelerator, hooks,
@@ -212,23 +218,25 @@ def _owning(
         finished = Model.load(best, trust=trust)
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
-        measured = measure(
-            finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
-        )
+        with told("train: measures the model on held-out cells", show=show):
+            measured = measure(
+                finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
+            )
         finished.info |= measured.info
         finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
         finished.shrink = measured.shrink
         finished.save(best)
         report = None
         if config.evaluate.enabled:
-            cheap = against_cheap(finished, store, seed=config.train.seed)
+            with told("train: compares the model with cheap estimators on validation cells", show=show):
+                cheap = against_cheap(finished, store, seed=config.train.seed)
             run.metrics({f"val/deviance of {name}": value for name, value in cheap.items()})
             if (rival := min(cheap, key=cheap.__getitem__)) != OURS:
                 accelerator.print(
                     f"distdiff train: on validation cells {rival} beats the model (deviance {cheap[rival]:.4f} against "
                     f"{cheap[OURS]:.4f}): train longer (train.cells, train.patience) or use that estimator"
                 )
-            report = evaluate_model(finished, store, config.evaluate, seed=config.train.seed)
+            report = evaluate_model(finished, store, config.evaluate, seed=config.train.seed, progress=show)
             report.write(out / "evaluation")
             run.artifact(out / "evaluation")
             run.metrics(report.metrics())

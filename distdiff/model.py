@@ -246,7 +246,8 @@ class Model:
         self, rows: Any, *, method: Literal["conditional", "repaint"] = "conditional", use_labels: bool = False,
         unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int = 256, device: str = "auto",
         mask: np.ndarray | sp.spmatrix | None = None, sites: str | None = None, groups: str | None = None,
-        genes: Sequence[str] | None = None, draws: int = 1, mean_only: bool = False, seed: int = 0, **options: Any,
+        genes: Sequence[str] | None = None, draws: int = 1, mean_only: bool = False, seed: int = 0,
+        progress: bool = True, **options: Any,
     ) -> ImputationPlan:  # fmt: skip
         """Check an imputation of ``rows`` (see :class:`~distdiff.tasks.Reader`) and move the network to its device.
 
@@ -262,7 +263,7 @@ class Model:
         check_labels(reader, self.required_labels, options.get("guidance", 1.0))
         plan = ImputationPlan.of(
             reader, self.imputer(method, **options), mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
-            mean_only=mean_only, seed=seed, provenance=self.provenance(method=method),
+            mean_only=mean_only, seed=seed, progress=progress, provenance=self.provenance(method=method),
         )  # fmt: skip
         self.denoiser.to(reader.device).eval()
         return plan
@@ -362,7 +363,8 @@ class Model:
         rows = Source.from_anndata(adata, layer=layer)
         if panel and keep is not None:  # of a panel's absent genes only those that are written
             append = absent_of(keep, rows.genes)
-        plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), genes=append, **options)
+        shown = wanted["progress"]
+        plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), genes=append, progress=shown, **options)
         at = None if keep is None else columns_of(keep, plan.genes)
         out, left_out = framed(adata, layer, plan.added, keep=keep)
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
@@ -380,7 +382,7 @@ class Model:
             if "ood" in layers and wanted["ood"]:
                 bounds.append(self._nats(block, wanted["ood"], plan.seed))
 
-        counts = plan.run(found, columns=at, progress=wanted["progress"], on_block=on_block)
+        counts = plan.run(found, columns=at, progress=shown, on_block=on_block)
         for name, values in found.items():
             out.layers[name] = values
         if filled:

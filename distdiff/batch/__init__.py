@@ -77,6 +77,8 @@ def run(
         Receives messages: what the result will take, what was removed.
     """
     out = named(out)
+    if kind in ("impute", "complete"):
+        options["progress"] = progress
     task = make_task(kind, model, data, out, **options)
     return local.run(
         task, out, data="" if data is None else Path(data).name, overwrite=overwrite, progress=progress,

@@ -82,7 +82,7 @@ def on_cluster(
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(local_workers(workers)) if scheduler is None else scheduler
         stack.enter_context(explained(address))
-        engine = Cluster(stack.enter_context(connect(address)), order, notify)
+        engine = Cluster(stack.enter_context(connect(address, notify)), order, notify)
         return carry_out(
             engine, out, overwrite=overwrite, progress=progress, batch_size=batch_size, shard_cells=shard_cells,
             command=command, notify=notify,

@@ -73,7 +73,7 @@ class Impute(OnCells):
         panel = mask is None and options.get("sites") is None
         if append is None and genes is not None and panel:  # of a panel's absent genes only those that are written
             append = absent_of(genes, rows.genes)
-        plain = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph")}
+        plain = {k: v for k, v in options.items() if k not in ("batch_size", "device", "graph", "progress")}
         self.options = {**plain, "mask": _identified(mask), "draws": draws, "layers": list(layers), "dtype": dtype,
                         "sparse": sparse, "append": None if append is None else list(append),
                         "mean_only": self.mean_only}  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from distdiff.data.masks import dropout_sites, expressed
+from distdiff.waits import told
 
 Hidden = Callable[[int, int, sp.csr_matrix], np.ndarray | None]
 """``(start, stop, counts of these rows [n g])`` -> ``bool [n g]``, true where to be imputed; ``None``: nowhere."""
@@ -69,7 +70,7 @@ def by_dropout(rows: Rows, groups: np.ndarray, *, block: int = 4096) -> Hidden:
     return hidden
 
 
-def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
+def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000, progress: bool = True) -> np.ndarray:
     """Cluster cells as scanpy users would (log1p CP10k, PCA, neighbours, Leiden); ``int64 [cells]`` codes.
 
     Reads the whole input as one sparse matrix: for an atlas give an obs column instead.
@@ -79,6 +80,11 @@ def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000) -> np.ndarray:
     ValueError
         igraph and leidenalg, of the extra ``leiden``, are not installed.
     """
+    with told(f"clusters {rows.n_cells:,} cells (groups='leiden')", show=progress):
+        return _leiden(rows, seed, genes)
+
+
+def _leiden(rows: Rows, seed: int, genes: int) -> np.ndarray:
     import anndata as ad
     import scanpy as sc
 

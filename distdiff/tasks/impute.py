@@ -217,12 +217,15 @@ class ImputationPlan:
         draws: int = 1,
         mean_only: bool = False,
         seed: int = 0,
+        progress: bool = True,
         provenance: Mapping[str, Any] = MappingProxyType({}),
     ) -> ImputationPlan:
         """Resolve targets and genes.
 
         Parameters
         ----------
+        progress
+            Tell of clustering that takes long.
         provenance
             Entries of ``uns['distdiff']`` about the model and the method.
 
@@ -234,7 +237,7 @@ class ImputationPlan:
         """
         check_draws(draws, mean_only)
         draws, rows = 0 if mean_only else draws, reader.rows
-        kind, hidden = _targets(rows, mask, sites, groups, seed)
+        kind, hidden = _targets(rows, mask, sites, groups, seed, progress)
         added = _absent(reader.spec.genes, set(rows.genes), genes) if kind == "panel" else ()
         entries = {
             **provenance, "targets": kind, "groups": groups or "", "readout": imputer.readout, "draws": draws,
@@ -383,7 +386,12 @@ def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -
 
 
 def _targets(
-    rows: Any, mask: np.ndarray | sp.spmatrix | None, sites: str | None, groups: str | None, seed: int
+    rows: Any,
+    mask: np.ndarray | sp.spmatrix | None,
+    sites: str | None,
+    groups: str | None,
+    seed: int,
+    progress: bool,
 ) -> tuple[str, targets.Hidden]:
     if mask is not None and sites is not None:
         raise ValueError("give either a mask or sites, not both")
@@ -399,5 +407,5 @@ def _targets(
         raise ValueError(f"unknown sites {sites!r}{nearest(sites, ['dropout'])}")
     if not groups:
         raise ValueError("sites=dropout needs groups: an obs column such as cell_type, or leiden")
-    code = targets.leiden(rows, seed=seed) if groups == "leiden" else codes(rows.obs(groups))
+    code = targets.leiden(rows, seed=seed, progress=progress) if groups == "leiden" else codes(rows.obs(groups))
     return "dropout", targets.by_dropout(rows, code)

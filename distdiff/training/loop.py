@@ -38,6 +38,7 @@ from distdiff.training.trouble import memory_explained
 from distdiff.training.validation import scores
 from distdiff.training.window import Waited, Window, read
 from distdiff.types import Cells, Tensor
+from distdiff.waits import Pace, say
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Hooks:
         Validation numbers of the weights that ``save_best`` would replace; empty: there are none. If they are not the
         best ones of a run that is continued (in another folder, or from an older checkpoint), its next validation
         counts as the best so far. Those of the main process count.
+    show
+        Whether a bar is shown, and the time that the run will take.
     on_log, on_step
         ``(cells seen, numbers)`` at each log, on the main process; ``(step, loss of this process's cells)``.
     peers
@@ -63,6 +66,7 @@ class Hooks:
     on_log: Callable[[int, dict[str, float]], None] = lambda seen, numbers: None
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None
     peers: Peers | None = None
+    show: bool = True
 
 
 @dataclass
@@ -85,6 +89,12 @@ class Run:
     stop: Stop
     window: Window
     bar: tqdm[Any]
+    pace: Pace
+
+    def say(self, text: str) -> None:
+        """A line above the bar, of the main process."""
+        if self.hooks.show and self.accelerator.is_main_process:
+            say(text)
 
     @property
     def cells_seen(self) -> int:
@@ -136,6 +146,8 @@ def train(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, *, identity: M
             hooks.on_step(number, loss.mean())
             progress.step = number + 1
             run.bar.update(settings.batch)
+            if expected := run.pace.after(progress.step):
+                run.say(f"distdiff train: {expected}")
             end_of_step()
 
             request, last = run.stop.agreed(), progress.step == settings.steps
@@ -187,8 +199,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, identity: Ma
         window=Window(progress.step, accelerator.device),
         bar=tqdm(
             total=settings.steps * settings.batch, initial=progress.step * settings.batch, unit=" cells",
-            unit_scale=True, desc="train", disable=not accelerator.is_main_process, mininterval=1.0,
+            unit_scale=True, desc="train", disable=not (hooks.show and accelerator.is_main_process), mininterval=1.0,
         ),
+        pace=Pace(settings.steps, settings.batch),
     )  # fmt: skip
 
 

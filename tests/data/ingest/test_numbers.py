@@ -42,7 +42,7 @@ def test_a_law_of_molecules_refuses_measurements(tmp_path, values):
         "data": {"store": str(tmp_path / "s")}, "denoiser": MLP, "tracking": {"enabled": False},
         "evaluate": {"enabled": False}, "train": {"out": str(tmp_path / "run"), "cells": 64},
     }  # fmt: skip
-    said = r"holds measurements .*--round random"
+    said = r"holds measurements .*rounding='random'"
     for process in ("counts", "jump", "blackout", "masked"):
         with pytest.raises(ValueError, match=said):
             experiment.train(config.parse({**settings, "process": {"kind": process}}))
