@@ -284,8 +284,8 @@ def _refuse_for_store(address: str, **given: Any) -> None:
         if value is not None:
             raise ValueError(
                 f"train: {name}={value if isinstance(value, str) else '...'} was decided when the store {address} was "
-                f"built, and is not looked at; leave {name}= out, or give the counts themselves (AnnData, h5ad) instead "
-                f"of a store, or build another: distdiff.shard(counts, 'other.zarr', {name}=...)"
+                f"built, and is not looked at; leave {name}= out, or give the counts themselves (AnnData, h5ad), or "
+                f"build another store with it: distdiff.shard(counts, 'other.zarr', {name}=...)"
             )
 
 

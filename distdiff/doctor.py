@@ -139,6 +139,7 @@ def _plain(requirement: Any) -> str:
 EXTRAS = {
     "deepspeed": "deepspeed", "scvi": "baselines", "diffusers": "images", "skmisc": "seurat", "zarrs": "zarrs",
     "leidenalg": "leiden", "dask_jobqueue": "slurm", "dask_kubernetes": "k8s",
+    "pynvml": "gpu",
 }  # fmt: skip
 """Modules of optional dependencies, and the extra that installs them."""
 
@@ -165,9 +166,11 @@ def _processor() -> Iterator[Check]:
 
 
 def _nvidia() -> list[dict[str, Any]]:
-    """Name, memory and compute capability of each NVIDIA GPU; no context is made."""
-    import pynvml
-
+    """Name, memory and compute capability of each NVIDIA GPU; no context is made. None without the extra ``gpu``."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         found = []
@@ -191,6 +194,9 @@ def _devices() -> Iterator[Check]:
     import torch
 
     gpus, built = _nvidia(), torch.version.cuda or torch.version.hip
+    if importlib.util.find_spec("pynvml") is None and shutil.which("nvidia-smi"):
+        yield Check("GPU", "look", "nvidia-smi is here, but its library for Python is not, so GPUs are not examined",
+                    "pip install 'distdiff[gpu]'")  # fmt: skip
     for i, gpu in enumerate(gpus):
         full = gpu["free"] < 0.5 * gpu["total"]
         yield Check(

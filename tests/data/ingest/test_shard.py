@@ -240,7 +240,9 @@ def test_a_cluster_whose_workers_all_leave_is_not_waited_for_without_end(tmp_pat
 
 def test_an_output_that_exists(tmp_path, one):
     first = build(one, tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"out exists already; give overwrite=True to replace it, or another name"):
+    with pytest.raises(
+        FileExistsError, match=r"out exists already; give overwrite=True to replace it, or another name"
+    ):
         build(one, tmp_path / "out")
     assert build(one, tmp_path / "out", overwrite=True, seed=3).fingerprint != first.fingerprint
     (tmp_path / "home").mkdir()
