@@ -145,9 +145,10 @@ def test_train_is_silent_on_request(counts, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"genes": ["gene1"]}, r"train: genes=\.\.\. was decided when the store .* was built"),
+        ({"genes": ["gene1"]}, r"train: genes=\.\.\. was decided when the store .* built"),
         ({"genes": "hvg:10"}, r"genes=hvg:10 was decided"), ({"layer": "counts"}, r"layer=counts was decided"),
-        ({"split_by": "donor"}, "split_by=donor was decided"), ({"store": "other.zarr"}, "store=other.zarr was decided"),
+        ({"split_by": "donor"}, "split_by=donor was decided"),
+        ({"store": "other.zarr"}, "store=other.zarr was decided"),
     ],
 )  # fmt: skip
 def test_a_store_is_not_asked_again_what_it_was_built_with(given, message, atlas, tmp_path):
