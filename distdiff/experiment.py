@@ -120,6 +120,11 @@ def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Seq
     with saved.affordable(config.denoiser, COPIES if alone else 1):
         model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     model.check_store(store.manifest, config.data.store)
+    if len(store.genes) > MANY and accelerator.is_main_process:
+        log.warning(
+            "train: %s genes; each costs time and memory in every step, and most hold few molecules: shard with "
+            "genes='hvg:2000' (distdiff.train takes it too), or go on if all are wanted", f"{len(store.genes):,}",
+        )  # fmt: skip
     loop.check(_recipe(config, store, model), accelerator)
     if config.evaluate.enabled and not store.manifest.split.n_cells[SPLITS.index("test")]:
         raise ValueError("evaluate.enabled: the store has no test cells: rebuild the store with another split=")
@@ -134,6 +139,9 @@ def _recipe(config: Config, store: CountStore, model: Model) -> Recipe:
         config.data.labels,
     )  # fmt: skip
 
+
+MANY = 5000
+"""Genes above which training is slow on a CPU, and which are mostly chosen by mistake."""
 
 COPIES = 5
 """Of the weights that training on a CPU keeps: the weights, their gradient, two moments, their average."""
