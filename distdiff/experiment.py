@@ -49,7 +49,7 @@ from distdiff.training.progress import Progress
 from distdiff.training.settings import Recipe
 from distdiff.training.stop import EXCHANGE
 from distdiff.training.trace import NAME as TRACE
-from distdiff.waits import told
+from distdiff.waits import waiting
 
 if TYPE_CHECKING:
     from distdiff.evaluation import Contestant
@@ -226,7 +226,7 @@ def _owning(
         finished = Model.load(best, trust=trust)
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
-        with told("train: measures the model on held-out cells", show=show):
+        with waiting("train: measures the model on held-out cells", show=show):
             measured = measure(
                 finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
             )
@@ -236,7 +236,7 @@ def _owning(
         finished.save(best)
         report = None
         if config.evaluate.enabled:
-            with told("train: compares the model with cheap estimators on validation cells", show=show):
+            with waiting("train: compares the model with cheap estimators on validation cells", show=show):
                 cheap = against_cheap(finished, store, seed=config.train.seed)
             run.metrics({f"val/deviance of {name}": value for name, value in cheap.items()})
             if (rival := min(cheap, key=cheap.__getitem__)) != OURS:
