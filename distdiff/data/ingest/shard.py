@@ -30,6 +30,7 @@ from distdiff.data.ingest.split import shares as checked_shares
 from distdiff.data.store import manifest as about
 from distdiff.data.store.manifest import Manifest
 from distdiff.data.store.pool import cores
+from distdiff.waits import print_line
 
 ALONE = 1 << 16
 """Cells up to which this process builds a store faster than workers start."""
