@@ -167,7 +167,7 @@ def test_a_model_says_what_it_is(counts, tmp_path, caplog):
     assert told["depth"][4] == np.median(np.asarray(depths))
     text = repr(distdiff.load(tmp_path / "run" / "model"))
     most = max(told["labels"]["cell_type"], key=told["labels"]["cell_type"].get)
-    assert f"cell_type (2): {most} {told['labels']['cell_type'][most]}" in text
+    assert f"cell_type (2, training cells of each): {most} {told['labels']['cell_type'][most]}" in text
     for word in ("30: gene0", "159 of training", "val/deviance", "atlas.zarr", str(tmp_path / "run" / "model")):
         assert word in text
     assert len(text.splitlines()) < 10
