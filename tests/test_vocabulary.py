@@ -90,7 +90,7 @@ def test_the_library_names_arguments_as_python_does():
     assert not found
 
 
-FLAGS = console.flags_of(cli.app)
+FLAGS = {**console.flags_of(cli.app, ["impute"]), **console.flags_of(cli.app, ["deepen"])}
 
 
 @pytest.mark.parametrize(
