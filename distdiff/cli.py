@@ -479,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else arguments
     words = [HOME.sub(lambda at: f"{at[1]}{Path.home()}", word) for word in given]
-    flags = console.flags_of(app, words)
+    flags = {**console.flags_of(app, ["shard"]), **console.flags_of(app, words)}  # (advice may be to shard anew)
     try:
         with console.warnings_in_flags(flags):
             app(words, obj=words)

@@ -48,7 +48,7 @@ def test_the_whole_job_command_by_command(counts, tmp_path):
     assert "registered: small version 1, now 'champion'" in done.stdout
     assert "RePaint" in done.stdout
     champion = ("--model", "models:/small@champion")
-    done = distdiff("evaluate", *champion, "--data", "atlas.zarr", "--repaint-steps", 0, "--out", "table", cwd=tmp_path)
+    done = distdiff("evaluate", *champion, "--data", "a.h5ad", "--repaint-steps", 0, "--out", "table", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "table" / "table.json").read_text())
     assert (tmp_path / "table" / "calibration.png").exists()
