@@ -299,6 +299,7 @@ def generate(
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels; 1 keeps the law calibrated.")] = 1.0,
+    depth: Annotated[str | None, typer.Option(help="Molecules of a cell, or free (default: drawn).")] = None,
     seed: Seed = 0, **shared: Any,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
@@ -309,7 +310,8 @@ def generate(
             raise ValueError(f"--obs {word!r}: label=value is wanted")
         labels[key] = value
     _batch(
-        context, "generate", model, None, out, n=n, obs=labels, steps=steps, guidance=guidance, seed=seed, **shared
+        context, "generate", model, None, out, n=n, obs=labels, steps=steps, guidance=guidance,
+        depth=_depth(depth), seed=seed, **shared,
     )  # fmt: skip
 
 
@@ -353,6 +355,14 @@ def _batch(
     for text, number in notes.items():
         if number:
             echo(f"  {number} {text}")
+
+
+def _depth(text: str | None) -> float | str | None:
+    """Molecules, a word, or nothing."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -171,6 +171,8 @@ class Config:
             whole["train"].pop(name)
         if whole["train"]["noise"] == "streams":  # as it was before there was a choice
             whole["train"].pop("noise")
+        if whole["survival"]["levels"] != "logit":
+            whole["survival"].pop("levels")
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
             "data": {k: whole["data"][k] for k in ("genes", "labels")},
             "loader": {k: whole["loader"][k] for k in ("window", "strata", "weights")},

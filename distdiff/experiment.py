@@ -36,6 +36,7 @@ from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
 from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
+from distdiff.tasks.depths import has_depths, label_depths
 from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint, loop
 from distdiff.training.fit import settled
@@ -142,7 +143,7 @@ def _going_on(config: Config) -> bool:
 def _check_label_names(config: Config, store: CountStore) -> None:
     """All labels that a config names must be the store's, now and not when training is over."""
     asked = [("data.labels", label) for label in config.data.labels]
-    asked += [("loader.strata", config.loader.strata)] if config.loader.strata else []
+    asked += [("loader.strata", config.loader.strata)] if config.loader.strata not in ("", "auto") else []
     if config.evaluate.enabled and config.evaluate.cell_type:
         asked.append(("evaluate.cell_type", config.evaluate.cell_type))
     for where, label in asked:
@@ -161,7 +162,7 @@ def _owning(
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
     going_on = _going_on(config)
     recipe = _recipe(config, store, model)
-    config = replace(config, train=settled(recipe, accelerator))
+    config = replace(config, train=settled(recipe, accelerator), survival=recipe.survival, loader=recipe.loading)
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
@@ -215,6 +216,9 @@ def _owning(
             finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
         )
         finished.info |= measured.info
+        if has_depths(finished.process, finished.denoiser):
+            known = label_depths(store, config.data.labels, seed=config.train.seed)
+            finished.info["training"] = {**finished.info.get("training", {}), "label_depth": known}
         finished.shrink = measured.shrink
         finished.save(best)
         report = None

@@ -29,6 +29,7 @@ from distdiff.process.schedule import placed
 from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
+from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.frame import framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes
 from distdiff.tasks.impute import Answer, ImputationPlan, check_draws, chosen_layers, is_imputation_layer, mask_of
@@ -331,14 +332,18 @@ class Model:
 
     # -- the other tasks of docs/MATHS.md 5 -----------------------------------------------------------------------
 
-    def generate(self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, progress: bool = False,
-                 **options: Any) -> AnnData:  # fmt: skip
+    def generate(self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, depth: Depth = None,
+                 progress: bool = False, **options: Any) -> AnnData:  # fmt: skip
         """Draw ``n`` cells from nothing but labels (docs/MATHS.md 5.1).
 
         Parameters
         ----------
         obs
             Label -> a value for all cells, or one a cell; labels that are not given are left open.
+        depth
+            Molecules of a cell: None draws them from the depths of the training cells with its labels, ``"free"`` takes
+            what the walk gives (their depth varies too little), a number or one a cell asks for them
+            (:func:`~distdiff.tasks.depths.depths_of`).
         **options
             ``steps``, ``spacing``, ``solver``, ``sigma``, ``guidance``, ``seed``, ``batch_size`` of
             :func:`~distdiff.tasks.generate.generate`.
@@ -355,6 +360,9 @@ class Model:
             raise ValueError(f"generate: n must be at least 1, got {n}")
         check_guidance(self.spec, self.required_labels, options.get("guidance", 1.0))
         labels, options = label_codes(self.spec, obs or {}, n), self.spaced({"steps": 16, **options}, "generate")
+        options["depth"] = depths_of(
+            self.process, self.denoiser, self.spec, self.info, labels, n, depth, seed=options.get("seed", 0)
+        )
         made = []
         with tqdm(total=n, unit=" cells", desc="generate", disable=not progress) as bar:
             for part in generate(self.process, self.denoiser, self.spec, n, labels, **options):

@@ -37,7 +37,7 @@ PARTS: dict[str, type] = {"process": dict, "denoiser": dict, "genes": list, "lab
 
 ABOUT: dict[str, type] = {
     "name": str, "data": str, "store": str, "config": dict, "config_digest": str, "depth": dict, "nats": dict,
-    "excess": dict,
+    "excess": dict, "training": dict,
 }  # fmt: skip
 """Entries of ``info`` that are read again, where there are any."""
 
@@ -261,6 +261,22 @@ def _check_about(info: Mapping[str, Any]) -> None:
         if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
             raise ValueError("model.json: info.excess must hold lists p, impute, generate of one length")
         _check_numbers("info.excess", [value for part in parts for value in part])
+    if (depths := info.get("training", {}).get("label_depth")) is not None:
+        _check_label_depth(depths)
+
+
+def _check_label_depth(depths: Any) -> None:
+    """Label -> value -> quantiles of molecules that ascend; under the label ``""`` those of all training cells."""
+    laws = [law for values in depths.values() for law in values.values()] if _nested(depths) else []
+    if not laws or "" not in depths.get("", {}) or not all(isinstance(law, list) and law for law in laws):
+        raise ValueError("model.json: info.training.label_depth must map labels to quantiles of depth by value")
+    _check_numbers("info.training.label_depth", [value for law in laws for value in law])
+    if not all(law[0] >= 0 and sorted(law) == law for law in laws):
+        raise ValueError("model.json: info.training.label_depth must ascend, from 0 or more")
+
+
+def _nested(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(isinstance(values, dict) for values in tree.values())
 
 
 def _check_numbers(what: str, values: Sequence[Any]) -> None:
