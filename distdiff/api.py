@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from distdiff.data.store.manifest import Manifest
+    from distdiff.realism import Realism
     from distdiff.report import Report
 
     Data: typing.TypeAlias = "AnnData | str | Path | Sequence[AnnData | str | Path]"
@@ -182,11 +183,14 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
 
 
 def evaluate(
-    model: Model | str | Path, data: Data | CountStore, *, layer: str | None = None, rate: float = 0.5,
-    protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5, cells: int = 2000,
-    cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0, progress: bool = True,
-) -> Report:  # fmt: skip
+    model: Model | str | Path, data: Data | CountStore, *, task: typing.Literal["impute", "generate"] = "impute",
+    layer: str | None = None, rate: float = 0.5, protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5,
+    cells: int | None = None, cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0,
+    progress: bool = True, **generating: typing.Any,
+) -> Report | Realism:  # fmt: skip
     """Hide counts of held-out cells, let the model and the cheap estimators fill them, and score both.
+
+    With ``task="generate"``: generate cells of every value of a label and score them against real cells.
 
     Parameters
     ----------
@@ -195,24 +199,44 @@ def evaluate(
     data
         A store, whose test cells are scored, or counts as :func:`train` takes them, which are split anew. Score a model
         on cells that it was not trained on.
+    task
+        ``"impute"``, or ``"generate"``: ``cells`` (200) of each value of the label ``cell_type`` (the model's first)
+        are generated and compared with validation and test cells (:func:`distdiff.realism.evaluate_generated`).
     rate, protocol, draws, cells, cell_type, repaint_steps
         Keys of the config's section ``evaluate``.
+    **generating
+        Of ``task="generate"``: ``steps``, ``guidance``, ``depth``, ``spacing``; ``scvi=False`` leaves out that row.
 
     Returns
     -------
-    Report
+    Report or Realism
         ``to_text()`` is the table, ``write(folder)`` its files and figures.
     """
     found = model if isinstance(model, Model) else load(model)
+    if task == "generate":
+        label = cell_type or next(iter(found.spec.labels), None)
+        options = {"label": label, "cells": cells or 200, "seed": seed, "progress": progress, **generating}
+        with _opened(data, layer, [label] if label else [], progress) as opened:
+            return experiment.evaluate_generated(found, opened, **options)
+    if task != "impute" or generating:
+        wrong = f"task={task!r}" if task != "impute" else f"{next(iter(generating))}=... with task='impute'"
+        raise ValueError(f"evaluate: {wrong}; the tasks are impute and generate, whose options are in its help")
     settings = configs.Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps
+        rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type, repaint_steps=repaint_steps
     )
-    if isinstance(data, CountStore) or _is_store(data):
-        opened = data if isinstance(data, CountStore) else CountStore.open(str(data))
+    with _opened(data, layer, [cell_type] if cell_type else [], progress) as opened:
         return experiment.evaluate_model(found, opened, settings, seed=seed)
+
+
+@contextlib.contextmanager
+def _opened(data: Data | CountStore, layer: str | None, labels: Sequence[str], progress: bool) -> Iterator[CountStore]:
+    """A store, opened; other counts are sharded into a temporary one."""
+    if isinstance(data, CountStore) or _is_store(data):
+        yield data if isinstance(data, CountStore) else CountStore.open(str(data))
+        return
     with _temporary() as folder:
-        shard(data, Path(folder) / "data.zarr", layer=layer, labels=[cell_type] if cell_type else [], progress=progress)
-        return experiment.evaluate_model(found, CountStore.open(Path(folder) / "data.zarr"), settings, seed=seed)
+        shard(data, Path(folder) / "data.zarr", layer=layer, labels=labels, progress=progress)
+        yield CountStore.open(Path(folder) / "data.zarr")
 
 
 def _raw(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:

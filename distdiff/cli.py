@@ -384,25 +384,37 @@ def evaluate(
     model: Annotated[str, typer.Option(help="models:/NAME@champion, or a model folder.")],
     data: Annotated[str, typer.Option(help="The distdiff store (folder or URL); its test cells are scored.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
+    task: Annotated[
+        str, typer.Option(help="impute, or generate: cells of each label against held-out cells.")
+    ] = "impute",
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
     protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
-    cells: Annotated[int, typer.Option(help="Most test cells to score.")] = 2000,
-    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
+    cells: Annotated[
+        int | None, typer.Option(help="Most test cells to score (2000); cells to generate of each label value (200).")
+    ] = None,
+    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows; label to generate.")] = None,
     repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+    steps: Annotated[int, typer.Option(help="Network calls of a generated cell.")] = 16,
+    guidance: Annotated[float, typer.Option(help="Weight of the labels of generated cells.")] = 1.0,
+    depth: Annotated[str | None, typer.Option(help="Molecules of a generated cell, or free (default: drawn).")] = None,
     trust: Trust = None,
 ) -> None:
-    """Hide entries of test cells, let the model and the baselines fill them, print the table."""
-    import distdiff
-    from distdiff import experiment
-    from distdiff.config import Evaluation
+    """Hide entries of test cells, let the model and the baselines fill them, print the table.
 
-    settings = Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
+    With --task generate: generate cells of each value of a label and compare them with held-out cells.
+    """
+    import distdiff
+
+    loaded, store = distdiff.load(model, trust=tuple(trust or ())), distdiff.CountStore.open(data)
+    if task == "generate":
+        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "depth": _depth(depth)}
+    else:
+        options = {"rate": rate, "protocol": protocol, "draws": draws, "repaint_steps": repaint_steps}
+    report = distdiff.evaluate(
+        loaded, store, task=task, cells=cells, cell_type=cell_type, seed=seed, **options  # type: ignore[arg-type]
     )  # fmt: skip
-    loaded = distdiff.load(model, trust=tuple(trust or ()))
-    report = experiment.evaluate_model(loaded, distdiff.CountStore.open(data), settings, seed=seed)
     typer.echo(report.to_text())
     if out is not None:
         report.write(out)

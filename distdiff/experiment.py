@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +52,7 @@ from distdiff.training.trace import NAME as TRACE
 
 if TYPE_CHECKING:
     from distdiff.evaluation import Contestant
+    from distdiff.realism import Realism
     from distdiff.report import Report
 
 log = logging.getLogger("distdiff")
@@ -234,6 +235,14 @@ def _owning(
             report.write(out / "evaluation")
             run.artifact(out / "evaluation")
             run.metrics(report.metrics())
+            if config.evaluate.generated and config.data.labels:
+                real = evaluate_generated(
+                    finished, store, cells=config.evaluate.generated, seed=config.train.seed, scvi=False
+                )
+                real.write(out / "generated")
+                run.artifact(out / "generated")
+                run.metrics(real.metrics())
+                accelerator.print(real.to_text())
         card = tracking.card(
             best, profile=profile, score=(progress.judge, progress.best), scores=report.metrics() if report else {},
             claims=report.claims() if report else (),
@@ -355,6 +364,15 @@ def evaluate_model(
         store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
         labels=tuple(model.spec.labels), groups=settings.cell_type,
     )  # fmt: skip
+
+
+def evaluate_generated(model: Model, store: CountStore, **options: Any) -> Realism:
+    """Score generated cells against a store's held-out cells; options of ``distdiff.realism.evaluate_generated``."""
+    from distdiff import realism
+
+    model.check_store(store.manifest, store.url)
+    model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
+    return realism.evaluate_generated(model, _shared(store, model), **options)
 
 
 def _shared(store: CountStore, model: Model) -> CountStore:
