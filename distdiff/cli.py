@@ -323,9 +323,14 @@ def generate(
     context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
-    spacing: Spacing = "time", solver: Solver = "plain",
+    spacing: Annotated[
+        str | None, typer.Option(help="Where the steps lie: geometric (default), time, variance, or p by p: 0,0.5,1.")
+    ] = None,
+    solver: Solver = "plain",
     sigma: Annotated[tuple[str, float], typer.Option(help="Rule and strength of attrition.")] = ("none", 0.0),
-    guidance: Guidance = 1.0, seed: Seed = 0, **shared: Any,
+    guidance: Guidance = 1.0,
+    depth: Annotated[str | None, typer.Option(help="Molecules of a cell, or free (default: drawn).")] = None,
+    seed: Seed = 0, **shared: Any,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
     labels = {}
@@ -335,8 +340,9 @@ def generate(
             raise ValueError(f"--obs {word!r}: label=value is wanted")
         labels[key] = value
     _batch(
-        context, "generate", model, None, out, n=n, obs=labels, steps=steps, spacing=_levels(spacing), solver=solver,
-        sigma=sigma, guidance=guidance, seed=seed, **shared,
+        context, "generate", model, None, out, n=n, obs=labels, steps=steps,
+        spacing=None if spacing is None else _levels(spacing), solver=solver, sigma=sigma, guidance=guidance,
+        depth=_depth(depth), seed=seed, **shared,
     )  # fmt: skip
 
 
@@ -399,6 +405,14 @@ def _shown(context: typer.Context) -> bool:
     return not context.find_root().params.get("quiet")
 
 
+def _depth(text: str | None) -> float | str | None:
+    """Molecules, a word, or nothing."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else _words(text)
 
@@ -420,21 +434,33 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A store (its test cells are scored), h5ad, AnnData zarr, or 10x.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    task: Annotated[
+        str, typer.Option(help="impute, or generate: cells of each label against held-out cells.")
+    ] = "impute",
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
     protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
-    cells: Annotated[int, typer.Option(help="Most test cells to score.")] = 2000,
-    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
+    cells: Annotated[
+        int | None, typer.Option(help="Most test cells to score (2000); cells to generate of each label value (200).")
+    ] = None,
+    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows; label to generate.")] = None,
     repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+    steps: Annotated[int, typer.Option(help="Network calls of a generated cell.")] = 16,
+    guidance: Annotated[float, typer.Option(help="Weight of the labels of generated cells.")] = 1.0,
+    depth: Annotated[str | None, typer.Option(help="Molecules of a generated cell, or free (default: drawn).")] = None,
     trust: Trust = None,
 ) -> None:
-    """Hide entries of test cells, let the model and the baselines fill them, print the table."""
+    """Hide entries of test cells, let the model and the baselines fill them, print the table.
+
+    With --task generate: generate cells of each value of a label and compare them with held-out cells.
+    """
     import distdiff
 
     report = distdiff.evaluate(
-        model, data, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,  # type: ignore[arg-type]
-        repaint_steps=repaint_steps, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+        model, data, task=task, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells,  # type: ignore[arg-type]
+        cell_type=cell_type, repaint_steps=repaint_steps, steps=steps, guidance=guidance, depth=_depth(depth),
+        seed=seed, trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(report.to_text())
     if out is not None:

@@ -75,6 +75,8 @@ class Evaluation:
         Label of the cell-type rows; none: the rows are left out.
     repaint_steps
         Steps of the RePaint row; 0 leaves it out.
+    generated
+        Cells to generate of each value of the first label and to compare with held-out cells; 0: none.
     """
 
     enabled: bool = True
@@ -84,6 +86,7 @@ class Evaluation:
     cells: int = 2000
     cell_type: str | None = None
     repaint_steps: int = 100
+    generated: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -97,6 +100,8 @@ class Evaluation:
                 f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, at most {MOST_STEPS:,}, got "
                 f"{self.cells} and {self.repaint_steps}"
             )
+        if not (self.generated == 0 or 2 <= self.generated <= MOST_STEPS):
+            raise ValueError(f"evaluate.generated must be 0, or 2 to {MOST_STEPS:,} cells, got {self.generated}")
         if self.protocol == "paper" and not self.cell_type:
             raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type)")
 
@@ -171,6 +176,8 @@ class Config:
             whole["train"].pop(name)
         if whole["train"]["noise"] == "streams":  # as it was before there was a choice
             whole["train"].pop("noise")
+        if whole["survival"]["levels"] != "logit":
+            whole["survival"].pop("levels")
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
             "data": {k: whole["data"][k] for k in ("genes", "labels")},
             "loader": {k: whole["loader"][k] for k in ("window", "strata", "weights")},

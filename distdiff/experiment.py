@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
 from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
+from distdiff.tasks.depths import has_depths, label_depths
 from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint, loop
 from distdiff.training.cells import training_cells
@@ -53,6 +54,7 @@ from distdiff.waits import told
 
 if TYPE_CHECKING:
     from distdiff.evaluation import Contestant
+    from distdiff.realism import Realism
     from distdiff.report import Report
 
 log = logging.getLogger("distdiff")
@@ -148,7 +150,7 @@ def _going_on(config: Config) -> bool:
 def _check_label_names(config: Config, store: CountStore) -> None:
     """All labels that a config names must be the store's, now and not when training is over."""
     asked = [("data.labels", label) for label in config.data.labels]
-    asked += [("loader.strata", config.loader.strata)] if config.loader.strata else []
+    asked += [("loader.strata", config.loader.strata)] if config.loader.strata not in ("", "auto") else []
     if config.evaluate.enabled and config.evaluate.cell_type:
         asked.append(("evaluate.cell_type", config.evaluate.cell_type))
     for where, label in asked:
@@ -168,7 +170,7 @@ def _owning(
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
     going_on = _going_on(config)
     recipe = _recipe(config, store, model)
-    config = replace(config, train=settled(recipe, accelerator))
+    config = replace(config, train=settled(recipe, accelerator), survival=recipe.survival, loader=recipe.loading)
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
@@ -224,6 +226,8 @@ def _owning(
             )
         finished.info |= measured.info
         finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
+        if has_depths(finished.process, finished.denoiser):
+            finished.info["training"]["label_depth"] = label_depths(store, config.data.labels, seed=config.train.seed)
         finished.shrink = measured.shrink
         finished.save(best)
         report = None
@@ -240,6 +244,14 @@ def _owning(
             report.write(out / "evaluation")
             run.artifact(out / "evaluation")
             run.metrics(report.metrics())
+            if config.evaluate.generated and config.data.labels:
+                real = evaluate_generated(
+                    finished, store, cells=config.evaluate.generated, seed=config.train.seed, scvi=False
+                )
+                real.write(out / "generated")
+                run.artifact(out / "generated")
+                run.metrics(real.metrics())
+                accelerator.print(real.to_text())
         card = tracking.card(
             best, profile=profile, score=(progress.judge, progress.best), scores=report.metrics() if report else {},
             claims=report.claims() if report else (),
@@ -377,6 +389,15 @@ def _recode(store: CountStore, model: Model) -> dict[str, torch.Tensor]:
             code_of = {value: code for code, value in enumerate(values)}
             found[label] = torch.tensor([code_of.get(value, -1) for value in store.manifest.labels[label]])
     return found
+
+
+def evaluate_generated(model: Model, store: CountStore, **options: Any) -> Realism:
+    """Score generated cells against a store's held-out cells; options of ``distdiff.realism.evaluate_generated``."""
+    from distdiff import realism
+
+    model.check_store(store.manifest, store.url)
+    model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
+    return realism.evaluate_generated(model, _shared(store, model), **options)
 
 
 def _shared(store: CountStore, model: Model) -> CountStore:

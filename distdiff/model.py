@@ -29,6 +29,7 @@ from distdiff.process.schedule import placed
 from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
+from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.frame import copied, framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
 from distdiff.tasks.impute import (
@@ -402,9 +403,9 @@ class Model:
 
     def generate(
         self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, steps: int = 16,
-        spacing: str | Sequence[float] = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
-        guidance: float = 1.0, seed: int = 0, batch_size: int | None = None, device: str = "auto",
-        progress: bool = False,
+        spacing: str | Sequence[float] | None = None, solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
+        guidance: float = 1.0, depth: Depth = None, seed: int = 0, batch_size: int | None = None,
+        device: str = "auto", progress: bool = False,
     ) -> AnnData:  # fmt: skip
         """Draw ``n`` cells from nothing but labels (docs/MATHS.md 5.1).
 
@@ -415,6 +416,10 @@ class Model:
             training cells had is warned of.
         steps, spacing, solver, sigma, guidance, seed
             Of :func:`~distdiff.tasks.generate.generate`.
+        depth
+            Molecules of a cell: None draws them from the depths of the training cells with its labels, ``"free"`` takes
+            what the walk gives (their depth varies too little), a number or one a cell asks for them
+            (:func:`~distdiff.tasks.depths.depths_of`).
         batch_size, device, progress
             As for :meth:`impute`.
 
@@ -431,7 +436,8 @@ class Model:
         check_guidance(self.spec, self.required_labels, guidance)
         labels = label_codes(self.spec, obs or {}, n)
         warn_rare(self.info, obs or {})
-        options = self.spaced({"steps": steps, "spacing": spacing}, "generate")
+        depths = depths_of(self.process, self.denoiser, self.spec, self.info, labels, n, depth, seed=seed)
+        options = self.spaced({"steps": steps, "spacing": spacing, "depth": depths}, "generate")
         options |= _given(solver=solver, sigma=sigma, guidance=guidance, seed=seed, batch_size=batch_size)
         self.denoiser.to(device_of(device)).eval()
         made = []

@@ -147,7 +147,7 @@ class Report:
 
     def to_text(self) -> str:
         """Aligned text; ``*`` marks the best of a column, brackets hold the standard error of the last digits."""
-        return self._render(_text_block)
+        return self._render(text_block)
 
     def to_markdown(self) -> str:
         """The same as Markdown tables."""
@@ -243,7 +243,17 @@ def _describe(s: dict[str, Any]) -> str:
     )
 
 
-def _text_block(head: list[str], body: list[list[str]]) -> str:
+def text_block(head: list[str], body: list[list[str]]) -> str:
+    """Lines of aligned text: the heading, a rule, the rows.
+
+    Examples
+    --------
+    >>> from distdiff.report import text_block
+    >>> print(text_block(["imputer", "MAE"], [["zero", "2.5"]]))
+    imputer  MAE
+    ------------
+    zero     2.5
+    """
     width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [
         "  ".join([line[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(line[1:], width[1:], strict=True))])

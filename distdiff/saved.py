@@ -263,6 +263,8 @@ def _check_about(info: Mapping[str, Any]) -> None:
         _check_numbers("info.excess", [value for part in parts for value in part])
     if "training" in info:
         _check_training(info["training"])
+        if "label_depth" in info["training"]:
+            _check_label_depth(info["training"]["label_depth"])
 
 
 def described(
@@ -312,6 +314,20 @@ def _check_training(cells: Mapping[str, Any]) -> None:
     _check_numbers("info.training.depth", depth)
     if sorted(depth) != depth:
         raise ValueError("model.json: info.training.depth must ascend")
+
+
+def _check_label_depth(depths: Any) -> None:
+    """Label -> value -> quantiles of molecules that ascend; under the label ``""`` those of all training cells."""
+    laws = [law for values in depths.values() for law in values.values()] if _nested(depths) else []
+    if not laws or "" not in depths.get("", {}) or not all(isinstance(law, list) and law for law in laws):
+        raise ValueError("model.json: info.training.label_depth must map labels to quantiles of depth by value")
+    _check_numbers("info.training.label_depth", [value for law in laws for value in law])
+    if not all(law[0] >= 0 and sorted(law) == law for law in laws):
+        raise ValueError("model.json: info.training.label_depth must ascend, from 0 or more")
+
+
+def _nested(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(isinstance(values, dict) for values in tree.values())
 
 
 def _check_numbers(what: str, values: Sequence[Any]) -> None:

@@ -26,7 +26,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _own_tracking_server():
-    """No test sees the tracking server of another: ``mlflow.set_tracking_uri`` outlives its caller, in the environment too."""
+    """No test sees the tracking server of another: ``mlflow.set_tracking_uri`` outlives its caller."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield

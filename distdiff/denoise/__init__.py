@@ -33,6 +33,9 @@ class Denoiser(nn.Module, ABC):
     relative: bool = True
     """Whether output 0 is added to ``log(gene mean x depth)`` (:class:`~distdiff.denoise.embed.Expectation`)."""
 
+    depths: bool = True
+    """Whether a cell's total is a depth, which the measurement sets, and not its content, as the light of an image."""
+
     ragged: str = ""
     """Why tensor shapes change from batch to batch, so that ``torch.compile`` does not help; empty: they do not."""
 

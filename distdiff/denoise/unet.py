@@ -52,6 +52,8 @@ class UNet(Denoiser):
     ValueError: denoiser unet: shape=[3, 32, 32] holds 3072 values, the data 2
     """
 
+    depths = False
+
     def __init__(
         self, spec: DataSpec, outputs: int, *, shape: Sequence[int] = (3, 32, 32),
         channels: Sequence[int] = (128, 256, 256, 256), attention: Sequence[int] = (1,), layers: int = 2,

@@ -209,6 +209,26 @@ class Counts(Process):
         """Expected lost molecules ``f = (1 - p) lambda`` (docs/MATHS.md 3.1, 3.4)."""
         return (1 - tensor(p, eta)) * eta[..., 0].clamp_max(LOG_RATE[1]).exp()
 
+    def log_total(self, eta: Float[Tensor, "b g k"], p: float | Tensor) -> Float[Tensor, "b 1"]:
+        """Log of all molecules that a cell is expected to have lost; ``-inf`` where none can be (p = 1 throughout)."""
+        return torch.logsumexp(eta[..., 0] + torch.log1p(-tensor(p, eta)), 1, keepdim=True)
+
+    def scaled(self, eta: Float[Tensor, "b g k"], log_factor: Float[Tensor, "b 1"]) -> Float[Tensor, "b g k"]:
+        """All rates of a cell times one factor, which leaves their shares and the sizes as they are."""
+        return torch.cat((eta[..., :1] + log_factor.unsqueeze(-1), eta[..., 1:]), -1)
+
+    def guided(
+        self, eta_c: Float[Tensor, "b g k"], eta_u: Float[Tensor, "b g k"], weight: float, p: float | Tensor
+    ) -> Float[Tensor, "b g k"]:
+        """Guidance of the genes' shares; a cell's total is that of the labelled answer (docs/MATHS.md 4.6).
+
+        Mixed log rates alone would have a larger sum, the exponential being convex.
+        """
+        mixed = super().guided(eta_c, eta_u, weight, p)
+        wanted = torch.lerp(self.log_total(eta_u, p), self.log_total(eta_c, p), min(max(weight, 0.0), 1.0))
+        found = self.log_total(mixed, p)
+        return self.scaled(mixed, torch.where(found.isfinite(), wanted - found, 0.0))
+
     def log_size(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """Log size of the lost molecules' negative binomial; practically Poisson where the head gives no size."""
         if self.head == "mean":

@@ -10,6 +10,7 @@ from distdiff.data.feed.loader import Loading
 from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
+from distdiff.process.counts import Counts
 from distdiff.process.survival import Survival
 from distdiff.training.optim import Optim
 
@@ -165,3 +166,10 @@ class Recipe:
     settings: Training
     loading: Loading = field(default_factory=Loading)
     labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Decide what is ``auto`` of the mixture and of the order of cells."""
+        law = self.process
+        cells = isinstance(law, Counts) and law.molecules and law.weight == "none" and self.denoiser.depths
+        object.__setattr__(self, "survival", self.survival.settled(near_zero=bool(self.labels) and cells))
+        object.__setattr__(self, "loading", self.loading.settled(self.store, self.labels))
