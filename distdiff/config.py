@@ -24,7 +24,7 @@ from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.training.optim import Optim
-from distdiff.training.settings import Training
+from distdiff.training.settings import AUTO, Training
 
 MOST_DRAWS, MOST_STEPS = 1_000, 10_000
 """Draws of a cell and steps of a walk in the evaluation, at most: more would keep a finished run waiting for days."""
@@ -279,8 +279,8 @@ def _parse(raw: Mapping[str, Any]) -> Config:
     for section, base, kind, given in SECTIONS:
         raw[section] = _checked(base, complete(base, {"kind": kind, **raw.get(section, {})}, given=given), section)
     train = raw.get("train", {})
-    if train.get("batch") == "auto":
-        raw["train"] = {**train, "batch": 0}
+    if automatic := {name: 0 for name in AUTO if train.get(name) == "auto"}:
+        raw["train"] = {**train, **automatic}
     try:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:

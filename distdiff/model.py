@@ -107,6 +107,7 @@ class Model:
             torch.manual_seed(seed)
             network = build(Denoiser, denoiser, spec, law.outputs)
         network.relative = law.relative
+        network.largest = None if spec.gene_max is None else torch.as_tensor(spec.gene_max)
         options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
         return cls(law, network, spec, options)
 
@@ -130,7 +131,7 @@ class Model:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
-        """Write ``model.json`` and ``weights.safetensors`` (weights and gene means); whole or not at all.
+        """Write ``model.json`` and ``weights.safetensors`` (weights, statistics of genes); whole or not at all.
 
         Raises
         ------
@@ -139,6 +140,8 @@ class Model:
         """
         tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in self.denoiser.state_dict().items()}
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
+        if self.spec.gene_max is not None:
+            tensors["spec.gene_max"] = torch.as_tensor(np.asarray(self.spec.gene_max, dtype=np.float32))
         if self.shrink is not None:
             tensors["shrink"] = self.shrink.cpu()
         received.check_finite(tensors, but=("shrink",))

@@ -63,7 +63,8 @@ def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance
                 f"the denoiser gives {raw.shape[-1]} numbers a gene, process {type(process).__name__} reads "
                 f"{process.outputs}; build it with outputs=process.outputs (Model.new does)"
             )
-        return process.natural(raw, x, p)
+        eta = process.natural(raw, x, p)
+        return eta if denoiser.largest is None else process.moderated(eta, denoiser.largest)
 
     def predict(x: Tensor, p: Tensor) -> Tensor:
         p = torch.as_tensor(p, dtype=x.dtype, device=x.device).expand_as(x)

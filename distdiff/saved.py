@@ -47,6 +47,9 @@ LENGTHS = ("depth", "layers")
 MOST_LISTED = 4096
 """Numbers that an option lists, at most."""
 
+PER_GENE = ("spec.gene_mean", "spec.gene_max", "shrink")
+"""Tensors of one number a gene, besides the network's; only the first one must be there."""
+
 MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye}
 
 SLACK = 1 << 22
@@ -91,8 +94,8 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
         raise ValueError(
             "model.json: genes or labels are not those that the weights were saved with, or are out of order"
         )
-    mean = tensors["spec.gene_mean"].float().numpy()
-    return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean), tensors
+    mean, largest = (tensors[name].float().numpy() if name in tensors else None for name in PER_GENE[:2])
+    return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean, largest), tensors
 
 
 def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,15 +221,15 @@ def _free_memory() -> int:
 
 
 def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The denoiser's tensors; others than those and the two that belong to genes keep their names and fit nothing."""
-    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in ("spec.gene_mean", "shrink")}
+    """The denoiser's tensors; others than those and `PER_GENE` keep their names and fit nothing."""
+    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in PER_GENE}
 
 
 def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:
-    """Gene means and shrink weights: one finite number a gene (a weight may be infinite), not negative."""
+    """`PER_GENE`: one finite number a gene (a shrink weight may be infinite), not negative."""
     if "spec.gene_mean" not in tensors:
         raise ValueError("tensor spec.gene_mean is missing")
-    for name in ("spec.gene_mean", "shrink"):
+    for name in PER_GENE:
         if (tensor := tensors.get(name)) is None:
             continue
         if tuple(tensor.shape) != (genes,) or not tensor.is_floating_point():

@@ -77,6 +77,10 @@ class Process(ABC):
     ) -> Float[Tensor, "b g k"]:
         """Raw network output -> natural parameters."""
 
+    def moderated(self, eta: Float[Tensor, "b g k"], largest: Float[Tensor, " g"]) -> Float[Tensor, "b g k"]:
+        """``eta`` with its tails held back, given each gene's largest count in training. Default: as it is."""
+        return eta
+
     @abstractmethod
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor

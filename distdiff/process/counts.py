@@ -193,6 +193,17 @@ class Counts(Process):
         # memory order [b k g]: later code reads one of the k numbers for all genes at a time
         return torch.stack((log_rate, log_size, *(answer.float() for answer in further[1:])), 1).movedim(1, -1)
 
+    def moderated(self, eta: Float[Tensor, "b g k"], largest: Float[Tensor, " g"]) -> Float[Tensor, "b g k"]:
+        """Size ``phi + lambda / largest``: the tail of a gene's own counts as a prior (docs/MATHS.md 3.8).
+
+        Trained networks are used so; training itself is free.
+        """
+        if self.head == "mean":
+            return eta
+        log_rate, log_size, *further = eta.unbind(-1)
+        log_size = torch.logaddexp(log_size, log_rate - largest.clamp_min(1).log())
+        return torch.stack((log_rate, log_size, *further), 1).movedim(1, -1)
+
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """``lambda = f / (1 - p)``: expected molecules of a cell at full depth (docs/MATHS.md 3.4, 5.4).
 
