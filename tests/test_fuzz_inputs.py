@@ -312,7 +312,7 @@ def test_an_undamaged_file_passes_these_tests(h5ad, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["shard", "impute"])
 @pytest.mark.parametrize(
-    ("seed", "n"), [pytest.param(0, 24, id="few"), pytest.param(1, 200, id="many", marks=pytest.mark.slow)]
+    ("seed", "n"), [pytest.param(0, 24, id="few"), pytest.param(1, 200, id="many", marks=pytest.mark.long)]
 )
 @alone
 def test_a_flipped_h5ad_ends_in_its_content_or_in_one_sentence(h5ad, tmp_path, kind, seed, n):
