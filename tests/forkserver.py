@@ -1,7 +1,7 @@
 """A process of its own at the price of a fork: one server for all tests of a process, which has imported everything.
 
-It has run nothing, so it holds no thread and no lock. There is one server and one list of what it imports: a second list
-would be read by nobody once the server runs.
+It has run nothing, so it holds no thread and no lock. There is one server and one list of what it imports: a second
+list would be read by nobody once the server runs.
 """
 
 from __future__ import annotations

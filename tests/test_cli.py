@@ -185,9 +185,9 @@ def test_tasks_on_files(atlas, tmp_path, distdiff):
     assert "deepened" in ad.read_zarr(tmp_path / "c.zarr").layers
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/batch/test_engines.py has accelerate's launcher
 @pytest.mark.distributed
-def test_a_launcher_with_two_processes(atlas, tmp_path):
+def test_torchs_launcher_with_two_processes(atlas, tmp_path):
     from pathlib import Path
 
     from distdiff.data.store.store import CountStore

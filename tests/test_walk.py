@@ -15,6 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,29 +194,88 @@ for line in sys.stdin:
 """Runs the Python blocks of a page one after the other, with the same variables."""
 
 
-def environment(folder: Path, quickstart: Path | None) -> dict[str, str]:
-    """A PATH that begins with stand-ins for what must not or need not run again."""
-    bin_, real = folder / ".bin", f'exec "{sys.executable}" -c "from distdiff.cli import main; main()" "$@"\n'
+READY = """
+import json, os, signal, socket, sys
+import matplotlib.backends.backend_agg, mlflow, torch._dynamo
+import distdiff.batch, distdiff.cli, distdiff.experiment, distdiff.tasks.measure
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    while True:
+        client, _ = listener.accept()
+        if os.fork():  # this server goes on
+            client.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        asked, outs, _, _ = socket.recv_fds(client, 1 << 20, 3)
+        if command := os.fork():  # this process waits for the command
+            client.sendall(b"%d" % os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]))
+            os._exit(0)
+        break
+listener.close(), client.close()
+words, folder, environment = json.loads(asked)
+for number, out in enumerate(outs):
+    os.dup2(out, number)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.argv = ["distdiff", *words]
+distdiff.cli.main()
+"""
+"""Has imported what commands import, and forks a process for each: a page has many, and an import takes seconds."""
+
+ASK = """
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    asked = json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [asked], [0, 1, 2])
+    sys.exit(int(server.recv(9) or 1))
+"""
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory):
+    """Socket of a server that runs commands of ``distdiff``."""
+    folder = Path(tempfile.mkdtemp())  # a short path, as sockets need
+    (folder / "ask.py").write_text(ASK)
+    with subprocess.Popen([sys.executable, "-c", READY, folder / "socket"], cwd=folder, env=clean()) as server:
+        while not (folder / "socket").exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield f'exec "{sys.executable}" -IS "{folder}/ask.py" "{folder}/socket" "$@"\n'
+        server.kill()
+    shutil.rmtree(folder)
+
+
+def environment(folder: Path, quickstart: Path | None, real: str = "") -> dict[str, str]:
+    """A PATH that begins with stand-ins for what must not or need not run again; ``real``: how distdiff is started."""
+    bin_ = folder / ".bin"
     bin_.mkdir()
+    real = real or f'exec "{sys.executable}" -c "from distdiff.cli import main; main()" "$@"\n'
     made = "" if quickstart is None else f'[ "$*" = quickstart ] && exec cp -a "{quickstart}/." .\n'
     for name, text in (("distdiff", made + real), ("pip", "exit 0\n"), ("pytest", "exit 0\n")):
         (bin_ / name).write_text(f"#!/bin/bash\n{text}")
         (bin_ / name).chmod(0o755)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DISTDIFF_"))}
-    return clean | {
-        "PATH": f"{bin_}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    return clean() | {"PATH": f"{bin_}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def clean() -> dict[str, str]:
+    """The environment without what tests and users set for themselves."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DISTDIFF_"))} | {
         "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg", "TQDM_DISABLE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
 
-def walk(page: str, folder: Path, quickstart: Path) -> None:
+def walk(page: str, folder: Path, quickstart: Path, ready: str = "") -> None:
     """Run the blocks of a page in order, in ``folder``."""
     for name in CLONE:
         (folder / name).symlink_to(ROOT / name)
     if page != "README.md":  # which makes it itself
         shutil.copytree(quickstart, folder, dirs_exist_ok=True)
-    env = environment(folder, quickstart)
+    env = environment(folder, quickstart, ready)
     with subprocess.Popen(
         [sys.executable, "-c", SESSION], cwd=folder, env=env, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -265,8 +326,8 @@ def test_the_quickstart_makes_what_it_says(quickstart):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({block.page for block in READ if not block.reason}))
-def test_a_page_can_be_walked(page, quickstart, tmp_path):
-    walk(page, tmp_path, quickstart)
+def test_a_page_can_be_walked(page, quickstart, ready, tmp_path):
+    walk(page, tmp_path, quickstart, ready)
 
 
 @pytest.mark.parametrize("text", ["```bash\nfalse\ntrue\n```", "```python\nx = 1\n```\n\n```python\nx.missing\n```"])
