@@ -18,7 +18,7 @@ import pytest
 SERVER = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "anndata", "distdiff.batch.ranks", "distdiff.cli", "distdiff.experiment", "distdiff.tasks.measure",
-    "matplotlib.backends.backend_agg", "scipy.sparse", "torch._dynamo", "torch.distributed.tensor", "zarr",
+    "matplotlib.backends.backend_agg", "mlflow", "scipy.sparse", "torch._dynamo", "torch.distributed.tensor", "zarr",
 ]  # fmt: skip
 if all(map(importlib.util.find_spec, ("deepspeed", "transformers"))):
     IMPORTED.append("deepspeed")
