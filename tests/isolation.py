@@ -5,57 +5,62 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LASTING = ("MLFLOW_", "TENSORSTORE_CURL_", "PYTORCH_NVML_", "PYTEST_")
-"""Of the environment: what distdiff sets for its libraries once a process, and pytest for itself."""
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+WATCHED = re.compile(
+    "(ACCELERATE|AWS|CUDA|DASK|DISTDIFF|DS|FSDP|GLOO|GROUP|LOCAL|MASTER|MLFLOW_(TRACKING|RUN|EXPERIMENT)|SLURM|WORLD)_"
+    "|(HOME|PATH|PYTHONPATH|RANK|TMPDIR|TZ)$"
+)
+"""Of the environment: what users, launchers and tests set. Libraries set others, once a process."""
+WRITTEN = ("distdiff-quickstart", "mlflow.db", "mlruns", "runs")
+"""What distdiff writes into the current directory."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOGGERS = ("", "distdiff")
 
 
-def world() -> dict[str, object]:
+def world() -> dict[str, Any]:
     """The state of now, by name."""
     return {
-        "the environment": {k: v for k, v in os.environ.items() if not k.startswith(LASTING)},
+        "the environment": {k: v for k, v in os.environ.items() if WATCHED.match(k)},
         "the current directory": os.getcwd(),
-        "files of the repository": {name for name in os.listdir(ROOT) if not name.startswith(".")} - {"build"},
-        "torch": (
-            torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(), torch.distributed.is_initialized(),
-        ),
+        "files of the repository": {name: "is there" for name in WRITTEN if (ROOT / name).exists()},
+        "torch": {
+            "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
+            "precision": torch.get_float32_matmul_precision(), "group": torch.distributed.is_initialized(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        },
         "numpy's errors": np.geterr(),
-        "signals": [signal.getsignal(number) for number in SIGNALS],
-        "levels of logging": (logging.root.manager.disable, *(logging.getLogger(name).level for name in LOGGERS)),
+        "signals": {number.name: signal.getsignal(number) for number in SIGNALS},
+        "levels of logging": {name: logging.getLogger(name).level for name in LOGGERS},
+        "logging is disabled up to": logging.root.manager.disable,
     }  # fmt: skip
 
 
-def put_back(before: dict[str, object], path: list[str]) -> None:
+def put_back(before: dict[str, Any]) -> None:
     """Bring back what the next test would see."""
-    lasting = {k: v for k, v in os.environ.items() if k.startswith(LASTING)}
-    os.environ.clear()
-    os.environ.update(before["the environment"] | lasting)
+    for name in filter(WATCHED.match, {*os.environ}):
+        del os.environ[name]
+    os.environ.update(before["the environment"])
     os.chdir(before["the current directory"])
-    dtype, grad, exact, precision, _ = before["torch"]
-    torch.set_default_dtype(dtype)
-    torch.set_grad_enabled(grad)
-    torch.use_deterministic_algorithms(exact)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_default_dtype(before["torch"]["dtype"])
+    torch.set_grad_enabled(before["torch"]["grad"])
+    torch.set_float32_matmul_precision(before["torch"]["precision"])
+    torch.use_deterministic_algorithms(before["torch"]["deterministic"])
     np.seterr(**before["numpy's errors"])
-    for number, handler in zip(SIGNALS, before["signals"], strict=True):
-        signal.signal(number, handler)
-    disabled, *levels = before["levels of logging"]
-    logging.disable(disabled)
-    for name, level in zip(LOGGERS, levels, strict=True):
+    for number in SIGNALS:
+        signal.signal(number, before["signals"][number.name])
+    for name, level in before["levels of logging"].items():
         logging.getLogger(name).setLevel(level)
-    sys.path[:] = path
+    logging.disable(before["logging is disabled up to"])
 
 
 @contextlib.contextmanager
@@ -67,22 +72,24 @@ def kept() -> Iterator[None]:
     AssertionError
         Something is another than before; it says what.
     """
-    before, path = world(), list(sys.path)  # which MLflow adds to when it loads a model
+    before, path = world(), list(sys.path)  # MLflow adds to it when it loads a model
     yield
+    sys.path[:] = path
     try:
         after = world()
     except FileNotFoundError:
-        after = {**before, "the current directory": "removed"}
-    if odd := {name: (before[name], after[name]) for name in before if before[name] != after[name]}:
-        put_back(before, path)
-        raise AssertionError("a test left behind: " + "; ".join(map(_said, odd, odd.values())))
-    sys.path[:] = path
+        os.chdir(ROOT)
+        after = {**world(), "the current directory": "removed"}
+    if odd := [f"{name}: {_said(before[name], after[name])}" for name in before if before[name] != after[name]]:
+        put_back(before)
+        raise AssertionError("a test left behind: " + "; ".join(odd))
 
 
-def _said(name: str, pair: tuple[object, object]) -> str:
-    before, after = pair
-    if isinstance(before, dict) and isinstance(after, dict):
-        before, after = (dict(sorted(set(a.items()) - set(b.items()))) for a, b in ((before, after), (after, before)))
-    elif isinstance(before, set) and isinstance(after, set):
-        before, after = before - after, after - before
-    return f"{name}: {after}, before {before}"
+def _said(before: Any, after: Any) -> str:
+    if isinstance(before, dict):
+        return ", ".join(
+            f"{k}={after.get(k, 'gone')!r}, before {before.get(k, 'nothing')!r}"
+            for k in sorted({*before, *after})
+            if before.get(k, "nothing") != after.get(k, "nothing")
+        )
+    return f"{after}, before {before}"

@@ -19,15 +19,16 @@ def untidy(path):
 
 
 LEAKS = {
-    "the environment: {'RANK': '3'}": lambda path: os.environ.__setitem__("RANK", "3"),
-    "the environment: {}, before {'PATH'": lambda path: os.environ.pop("PATH"),
+    "the environment: RANK='3', before 'nothing'": lambda path: os.environ.__setitem__("RANK", "3"),
+    "the environment: PATH='gone'": lambda path: os.environ.pop("PATH"),
     "the current directory": lambda path: os.chdir(path),
     "the current directory: removed": lambda path: (os.chdir(path), path.rmdir()),
-    "files of the repository: {'mlflow.db'}": untidy,
-    "torch": lambda path: torch.set_default_dtype(torch.float64),
+    "files of the repository: mlflow.db": untidy,
+    "torch: dtype=torch.float64": lambda path: torch.set_default_dtype(torch.float64),
     "numpy's errors": lambda path: np.seterr(all="raise"),
-    "signals": lambda path: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
-    "levels of logging": lambda path: logging.getLogger("distdiff").setLevel(logging.CRITICAL),
+    "signals: SIGUSR1": lambda path: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    "logging is disabled": lambda path: logging.disable(),
+    "levels of logging: distdiff": lambda path: logging.getLogger("distdiff").setLevel(logging.CRITICAL),
 }
 
 

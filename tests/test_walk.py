@@ -195,19 +195,21 @@ for line in sys.stdin:
 
 
 READY = """
-import json, os, signal, socket, sys
+import json, os, socket, sys
 import matplotlib.backends.backend_agg, mlflow, torch._dynamo
 import distdiff.batch, distdiff.cli, distdiff.experiment, distdiff.tasks.measure
 with socket.socket(socket.AF_UNIX) as listener:
     listener.bind(sys.argv[1])
     listener.listen()
+    begun = 0
     while True:
         client, _ = listener.accept()
+        while begun and os.waitpid(-1, os.WNOHANG)[0]:
+            begun -= 1
         if os.fork():  # this server goes on
             client.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            begun += 1
             continue
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         asked, outs, _, _ = socket.recv_fds(client, 1 << 20, 3)
         if command := os.fork():  # this process waits for the command
             client.sendall(b"%d" % os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]))
