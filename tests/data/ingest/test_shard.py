@@ -334,7 +334,7 @@ def two(tmp_path, dense):
 
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_a_build_killed_at_any_file_operation_around_publishing(tmp_path, two, monkeypatch, there, swaps, step):
     if not swaps:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
