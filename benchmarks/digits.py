@@ -3,14 +3,14 @@
 python benchmarks/digits.py          # CPU, some minutes; needs: pip install 'distdiff[images]'
 
 scikit-learn's 1,797 digits, 8 x 8 pixels of 0 to 16. All train the UNet of configs/digits.yaml on the same images for
-the same number of steps, p of every pixel beside its intensity, and draw as many digits as are held out, each with the
-label of one of these. A classifier that saw the training images alone judges: Frechet distance of its 32 features to
+the same number of steps, p of every pixel beside its intensity, and draw digits with the labels of held-out ones. A classifier that saw the training images alone judges: Frechet distance of its 32 features to
 those of the held-out digits, and how often it reads the label that was asked for. Writes the table as JSON, and a grid.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -85,7 +85,7 @@ class Judge:
     """A classifier of the training digits: its last hidden layer gives features, its answer a reading."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, seed: int) -> None:
-        self.net = MLPClassifier((128, 32), max_iter=200, alpha=1e-3, random_state=seed)
+        self.net = MLPClassifier((128, 32), max_iter=100, alpha=1e-3, random_state=seed)
         rng = np.random.default_rng(seed)
         moved = [x, *(shifted(x, *step) for step in ((0, 1), (0, -1), (1, 0), (-1, 0)))]
         many = np.concatenate(moved) / BRIGHTEST
@@ -158,52 +158,58 @@ def grid(rows: dict[str, np.ndarray], path: Path, per_digit: int = 2) -> None:
     _record.save(figure, path)
 
 
+def compare(a: argparse.Namespace, folder: Path, began: float) -> dict[str, dict[str, Any]]:
+    """Train and score them one after the other; table and picture are written after each."""
+    store = prepare(folder, 0)
+    (x, y), (truth, labels) = part(store, "train"), part(store, "test")
+    judge = Judge(x, y, 0)
+    data = {"train": len(x), "held_out": len(truth), "read_right": float((judge.read(truth) == labels).mean())}
+    rank = np.argsort(labels, kind="stable")
+    two = np.concatenate([rank[labels[rank] == label][:2] for label in np.unique(labels)])
+    chosen = np.concatenate((two, np.setdiff1d(np.arange(len(labels)), two)))[: a.draws]  # those of the picture first
+    asked, pictures = labels[chosen], {"held-out digits": truth[chosen]}
+    again = np.random.default_rng(0).choice(len(x), len(asked), replace=False)
+    table = {
+        "training digits": score(judge, x[again], y[again], truth),
+        "pixels of other digits of the label": score(judge, shuffled(x, y, asked, 0), asked, truth),
+    }
+    for name, seed in itertools.product(a.only, range(a.seeds)):
+        cpu = time.process_time()
+        model = train(folder / "digits.zarr", folder / f"{name}{seed}", MODELS[name], a.cells, seed)
+        trained = round(time.process_time() - cpu, 1)
+        for weight in a.guidance:
+            cpu = time.process_time()
+            walk = partial(model.generate, steps=a.steps, guidance=weight, seed=seed, batch_size=128)
+            made = np.asarray(walk(len(asked), {"label": list(asked)}).X.todense())
+            row = f"{name}, guidance {weight:g}" + (f", seed {seed}" if seed else "")
+            spent = {"train_cpu_s": trained, "draw_cpu_s": round(time.process_time() - cpu, 1)}
+            weights = sum(p.numel() for p in model.denoiser.parameters())
+            table[row] = {**score(judge, made, asked, truth), **spent, "weights": weights}
+            if not seed:
+                pictures[row] = made
+            print(row, {k: round(v, 3) for k, v in table[row].items()}, file=sys.stderr, flush=True)
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        grid(pictures, a.out.with_suffix(".png"))
+        told = {"cells": a.cells, "steps": a.steps, "draws": len(asked)}
+        _record.write(a.out, began, {"data": data, **told, "table": table})
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=48_000, help="images that each training sees, with repeats")
-    parser.add_argument("--steps", type=int, default=30, help="steps of every walk")
+    parser.add_argument("--cells", type=int, default=64_000, help="images that each training sees, with repeats")
+    parser.add_argument("--steps", type=int, default=20, help="steps of every walk")
+    parser.add_argument("--draws", type=int, default=629, help="digits drawn from each; 20 or more")
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 1.5], help="weights of the label")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each; the table is of the first")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each; the picture is of the first")
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "digits.json")
     a = parser.parse_args()
     began = time.perf_counter()
-    table: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        store = prepare(Path(folder), 0)
-        (x, y), (truth, asked) = part(store, "train"), part(store, "test")
-        judge = Judge(x, y, 0)
-        again = np.random.default_rng(0).choice(len(x), len(truth), replace=False)
-        rank = np.argsort(asked, kind="stable")
-        spread = np.concatenate([rank[asked[rank] == label][:2] for label in np.unique(asked)])
-        pictures = {"held-out digits": truth[spread]}
-        table["training digits"] = score(judge, x[again], y[again], truth)
-        table["pixels of other digits of the label"] = score(judge, shuffled(x, y, asked, 0), asked, truth)
-        for name in a.only:
-            for seed in range(a.seeds):
-                cpu = time.process_time()
-                model = train(Path(folder) / "digits.zarr", Path(folder) / f"{name}{seed}", MODELS[name], a.cells, seed)
-                trained = time.process_time() - cpu
-                for weight in a.guidance:
-                    cpu = time.process_time()
-                    walk = partial(model.generate, steps=a.steps, guidance=weight, seed=seed, batch_size=128)
-                    made = np.asarray(walk(len(truth), {"label": list(asked)}).X.todense())
-                    row = f"{name}, guidance {weight:g}" + (f", seed {seed}" if seed else "")
-                    table[row] = {
-                        **score(judge, made, asked, truth), "train_cpu_s": round(trained, 1),
-                        "draw_cpu_s": round(time.process_time() - cpu, 1),
-                        "parameters": sum(p.numel() for p in model.denoiser.parameters()),
-                    }  # fmt: skip
-                    if not seed:
-                        pictures[row] = made[spread]
-                    print(row, {k: round(v, 3) for k, v in table[row].items()}, file=sys.stderr, flush=True)
-        reading = float((judge.read(truth) == asked).mean())
+        table = compare(a, Path(folder), began)
     for name, row in table.items():
         print(f"{name:<40} Frechet {row['frechet']:8.2f}  read as asked {row['read_as_asked']:.3f}")
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    grid(pictures, a.out.with_suffix(".png"))
-    data = {"train": len(x), "held_out": len(truth), "read_right_by_the_classifier": reading}
-    _record.write(a.out, began, {"data": data, "cells": a.cells, "steps": a.steps, "table": table})
 
 
 if __name__ == "__main__":

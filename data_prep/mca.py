@@ -47,7 +47,7 @@ def table(path: Path, assignments: Any = None) -> Any:
     try:
         for part in pd.read_csv(path, sep=" ", quotechar='"', chunksize=GENES_AT_ONCE):
             cells = part.columns.astype(str)
-            genes += part.index.astype(str)
+            genes.extend(part.index.astype(str))
             parts.append(sparse.csr_matrix(part.to_numpy(np.float32)))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{wrong} ({str(error).splitlines()[0]})") from None
