@@ -2,8 +2,8 @@
 
     python benchmarks/genes.py --data-dir DIR --out benchmarks/results/genes.json
 
-Every rule sees the same 90 % of the molecules of all cells (binomial thinning, as in benchmarks/denoise.py). Of its 1,000
-and 2,000 genes are told:
+Every rule sees the same 90 % of the molecules of all cells (binomial thinning, as in benchmarks/denoise.py). Of its
+1,000 and 2,000 genes are told:
 
 * ``markers``: how many of a declared list (`SETS`) are among them, and which are not;
 * ``few_cells``: genes that stand on one or two cells: without their two largest counts, variance / mean is below 1.1;
@@ -54,7 +54,6 @@ SETS = {
         "Col1a1 Umod Slc34a1 Prl3d1 Spp1 Gjb3 Siglech Dcn Neurod6 Olfm4 Muc2 Chga",
     ),
 }
-THETA = 100.0
 WEIGHTS = (5, 15, 50, 150)
 """Cells of mean depth that the gene's mean counts as, beside 15 neighbours; each rule gets its best."""
 
@@ -82,11 +81,14 @@ def clipped_fano(counts: sparse.csr_matrix) -> np.ndarray:
 
 
 def pearson(counts: sparse.csr_matrix) -> np.ndarray:
-    """Variance of analytic Pearson residuals clipped at sqrt(n), as published (Lause et al. 2021): scanpy computes it."""
-    data = AnnData(counts.astype(np.float32))
+    """Variance of analytic Pearson residuals clipped at sqrt(n), as published (Lause et al. 2021), by scanpy."""
     some = np.asarray(counts.sum(0)).ravel() > 0
     found = sc.experimental.pp.highly_variable_genes(
-        data[:, some], flavor="pearson_residuals", theta=THETA, n_top_genes=1, inplace=False
+        AnnData(counts[:, some].astype(np.float32)),
+        flavor="pearson_residuals",
+        theta=100.0,
+        n_top_genes=1,
+        inplace=False,
     )
     out = np.full(counts.shape[1], -1.0)
     out[some] = found["residual_variances"]
@@ -100,11 +102,15 @@ def deviance(counts: sparse.csr_matrix) -> np.ndarray:
     rest = np.maximum(n - x, 1e-300)
     terms = x * np.log(x / n) + np.where(n > x, rest * np.log(rest / n), 0.0)
     share = np.where(total > 0, total / total.sum(), 0.5)
-    return 2 * (
-        np.bincount(counts.indices, terms, minlength=len(total))
-        - total * np.log(share)
-        - (depth.sum() - total) * np.log1p(-share)
-    ) * (total > 0)
+    return (
+        2
+        * (
+            np.bincount(counts.indices, terms, minlength=len(total))
+            - total * np.log(share)
+            - (depth.sum() - total) * np.log1p(-share)
+        )
+        * (total > 0)
+    )
 
 
 def best(score: Score, counts: sparse.csr_matrix, top: int) -> np.ndarray:

@@ -39,7 +39,7 @@ def shard(
     inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, A,B,C, or a file.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, top:N, cv:N, A,B,C, or a file.")] = "all",
     panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
     join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
@@ -263,6 +263,7 @@ def denoise(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
     depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
+    library: Annotated[str | None, typer.Option(help="log1p_cp10k is of: panel, cell, or an obs column.")] = None,
     ood: Annotated[int, typer.Option(help="Network calls of obs['distdiff_nats'] (0: none).")] = 0,
     genes: Annotated[str, typer.Option(help="model: those that it knows; all (others: 0); A,B,C; a file.")] = "model",
     dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
@@ -270,8 +271,8 @@ def denoise(
     """Write the rate behind every count."""
     keep = genes if genes in ("model", "all") else _genes(genes)
     _batch(
-        context, "denoise", model, data, out, readout=readout, depth=depth, ood=ood, keep=keep, dtype=dtype,
-        sparse=sparse, **shared,
+        context, "denoise", model, data, out, readout=readout, depth=depth, library=library, ood=ood, keep=keep,
+        dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 

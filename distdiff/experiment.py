@@ -211,11 +211,9 @@ def _owning(
         finished = Model.load(best, trust=trust)
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
-        measured = measure(
+        finished.info |= measure(
             finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
         )
-        finished.info |= measured.info
-        finished.shrink = measured.shrink
         finished.save(best)
         report = None
         if config.evaluate.enabled:

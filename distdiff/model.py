@@ -28,12 +28,12 @@ from distdiff.process import Process
 from distdiff.process.schedule import placed
 from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
-from distdiff.tasks.denoise import denoise
+from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.frame import framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes
 from distdiff.tasks.impute import Answer, ImputationPlan, check_draws, chosen_layers, is_imputation_layer, mask_of
 from distdiff.tasks.likelihood import nats
-from distdiff.types import DataSpec, Tensor
+from distdiff.types import DataSpec
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,8 +58,6 @@ class Model:
         Where it comes from: data fingerprint, config, scores; ``depth``: quantiles of the training cells' molecules;
         ``excess``: where along a walk dispersion is at stake (docs/MATHS.md 4.11); ``nats``: likelihood of held-out
         cells.
-    shrink
-        ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
     """
 
     process: Process
@@ -67,7 +65,6 @@ class Model:
     spec: DataSpec
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
-    shrink: Tensor | None = None
 
     @classmethod
     def new(cls, spec: DataSpec, process: Mapping[str, Any], denoiser: Mapping[str, Any], *, seed: int = 0) -> Model:
@@ -109,9 +106,7 @@ class Model:
         """
         tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in self.denoiser.state_dict().items()}
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
-        if self.shrink is not None:
-            tensors["shrink"] = self.shrink.cpu()
-        received.check_finite(tensors, but=("shrink",))
+        received.check_finite(tensors)
         names = saved.names_of(self.spec.genes, self.spec.labels)
         weights = save(tensors, metadata={saved.NAMES: names})
         card = {
@@ -163,7 +158,7 @@ class Model:
             raise ValueError(f"the model in {folder} is damaged: {reason[:300]}") from error
         model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
-        model.shrink, model.info = tensors.get("shrink"), card["info"]
+        model.info = card["info"]
         return model
 
     @classmethod
@@ -368,7 +363,7 @@ class Model:
     def denoise(
         self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
         copy: bool = True, key_added: str | None = None, readout: str = "mean", depth: float = 1.0,
-        shrink: bool = True, progress: bool = False, **reading: Any,
+        library: str | None = None, progress: bool = False, **reading: Any,
     ) -> AnnData | None:  # fmt: skip
         """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4), into a layer ``denoised``.
 
@@ -386,9 +381,12 @@ class Model:
         readout
             ``mean``: expected molecules, the rate of each gene at the cell's own depth; ``log1p``, ``log1p_cp10k``,
             ``median``, ``q5`` ...: what else another measurement of the same cell, ``depth`` times as deep, would
-            show (on the read-out's own scale).
-        shrink
-            Weigh in each gene's own count, as fitted on validation cells.
+            show (on the read-out's own scale). ``open_problems`` is made for that benchmark's score alone
+            (:func:`distdiff.readouts.open_problems`).
+        library
+            What ``log1p_cp10k`` is normalised to: ``panel``, the molecules expected in the model's genes; ``cell``, all
+            molecules of the cell in ``adata``; or a column of obs. By default ``cell`` where ``adata`` has genes that
+            the model does not know, as scanpy would normalise it, else ``panel``.
         **reading
             ``use_labels``, ``unseen``, ``batch_size``, ``device``.
 
@@ -408,11 +406,11 @@ class Model:
         wide = keep is None and not reader.known.all()
         column_of = {gene: i for i, gene in enumerate(reader.rows.genes)}
         at = [column_of[gene] for gene in keep or ()]
-        parts = []
+        parts, to = [], Library(reader, library, readout)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
-                shrink=self.shrink if shrink else None,
+                library=to.of(block),
             )  # fmt: skip
             answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
             answer = answer if keep is None else answer[:, at]
@@ -423,7 +421,7 @@ class Model:
         if wide:
             out.var["distdiff_known"] = reader.known
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
+            task="denoise", readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         return out if copy else None
@@ -499,7 +497,7 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
         }
         found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        tensors = {**self.denoiser.state_dict(), **({} if self.shrink is None else {"shrink": self.shrink})}
+        tensors = self.denoiser.state_dict()
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()

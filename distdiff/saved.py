@@ -79,7 +79,8 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
             f"{weights.name} is not the file that was saved with model.json (sha256 {found_sum[:12]}..., model.json "
             f"says {str(wanted_sum)[:12]}...); copy the folder again from where it was made"
         )
-    received.check_finite(tensors, but=("shrink",))
+    tensors.pop("shrink", None)  # of a gene's own count when denoising, in older models: not used any more
+    received.check_finite(tensors)
     genes = tuple(card["genes"])
     _check_names("genes", genes)
     for label, values in card["labels"].items():
@@ -218,23 +219,20 @@ def _free_memory() -> int:
 
 
 def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The denoiser's tensors; others than those and the two that belong to genes keep their names and fit nothing."""
-    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in ("spec.gene_mean", "shrink")}
+    """The denoiser's tensors; others than those and the gene means keep their names and fit nothing."""
+    return {k.removeprefix("network."): v for k, v in tensors.items() if k != "spec.gene_mean"}
 
 
 def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:
-    """Gene means and shrink weights: one finite number a gene (a weight may be infinite), not negative."""
-    if "spec.gene_mean" not in tensors:
+    """Gene means: one finite number a gene, not negative."""
+    if (mean := tensors.get("spec.gene_mean")) is None:
         raise ValueError("tensor spec.gene_mean is missing")
-    for name in ("spec.gene_mean", "shrink"):
-        if (tensor := tensors.get(name)) is None:
-            continue
-        if tuple(tensor.shape) != (genes,) or not tensor.is_floating_point():
-            raise ValueError(
-                f"tensor {name} has shape {list(tensor.shape)} of {tensor.dtype}, [{genes}] real numbers are wanted"
-            )
-        if not bool((tensor >= 0).all()):
-            raise ValueError(f"tensor {name} holds numbers that are negative or not finite")
+    if tuple(mean.shape) != (genes,) or not mean.is_floating_point():
+        raise ValueError(
+            f"tensor spec.gene_mean has shape {list(mean.shape)} of {mean.dtype}, [{genes}] real numbers are wanted"
+        )
+    if not bool((mean >= 0).all()):
+        raise ValueError("tensor spec.gene_mean holds numbers that are negative or not finite")
 
 
 def _check_names(what: str, names: Sequence[Any]) -> None:

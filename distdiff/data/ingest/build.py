@@ -105,6 +105,12 @@ class Build:
         self.not_shared = len(set().union(*(s.genes for s in self.sources))) - len(self.known)
         self.genes = Choice.parse(wanted.genes, self.known, "genes")
         self.panel = None if wanted.panel is None else Choice.parse(wanted.panel, self.known, "panel")
+        for choice in (self.genes, self.panel):
+            if choice is not None and choice.measure == "hvg" and not wanted.counts:
+                raise ValueError(
+                    f"genes {choice.how!r}: the law of counts that it rests on does not hold for measurements; "
+                    "take cv:N, fano:N or seurat_v3:N"
+                )
         self.names = _unique_names([s.obs_names for s in self.sources])
         self.alike = _alike(self.sources)
         extra = [k for k in (wanted.split_by, wanted.strata) if k]

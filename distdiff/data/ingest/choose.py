@@ -17,7 +17,7 @@ from distdiff.data.store.moments import Moments
 from distdiff.jit import njit
 
 MEASURES = {
-    "hvg": "variance of a gene's Pearson residuals without the two largest (docs/MATHS.md 1.8)",
+    "hvg": "variance of a gene's Pearson residuals without the two largest (docs/MATHS.md 12.1)",
     "top": "molecules",
     "cv": "standard deviation / mean, as in CountsDiff",
     "fano": "variance / mean of the molecules, 1 for Poisson noise; one cell with many molecules lifts a gene",
@@ -25,7 +25,7 @@ MEASURES = {
 }
 
 THETA = 100.0
-"""Size of the negative binomial around a gene's expected molecules (docs/MATHS.md 1.8)."""
+"""Size of the negative binomial around a gene's expected molecules (docs/MATHS.md 12.1)."""
 
 LEVELS = 2048
 """Classes of depth, 64 in each power of two, whose cells count as their mean where a sum runs over every cell."""
@@ -159,7 +159,7 @@ def choose(counts: sparse.csr_matrix, genes: str) -> np.ndarray:
 
 
 def _hvg(moments: Moments, again: Again) -> np.ndarray:
-    """Variance of each gene's Pearson residuals without the two largest (docs/MATHS.md 1.8)."""
+    """Variance of each gene's Pearson residuals without the two largest (docs/MATHS.md 12.1)."""
     share, limit = moments.total / max(moments.total.sum(), 1.0), float(np.sqrt(moments.n))
     found: Residuals = again(partial(Residuals.of, share=share, limit=limit))
     squares, total = found.squares - (found.largest**2).sum(0), found.total - found.largest.sum(0)
@@ -173,7 +173,7 @@ def _hvg(moments: Moments, again: Again) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Residuals:
-    """Sums over training cells of Pearson residuals (docs/MATHS.md 1.8); ``+`` adds cells, in any order the same.
+    """Sums over training cells of Pearson residuals (docs/MATHS.md 12.1); ``+`` adds cells, in any order the same.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ class Residuals:
         _residuals(counts.indptr, counts.indices, counts.data, depth, share, limit, sums, largest)
         level = np.minimum(np.log2(np.maximum(depth, 1)) * 64, LEVELS - 1).astype(np.int64)
         depths = np.stack([np.bincount(level, weights, minlength=LEVELS) for weights in (np.ones_like(depth), depth)])
-        return cls(*sums, largest, depths)
+        return cls(sums[0], sums[1], largest, depths)
 
     def __add__(self, other: Residuals) -> Residuals:
         largest = -np.sort(-np.concatenate((self.largest, other.largest)), axis=0)[:2]
