@@ -122,8 +122,8 @@ class Library:
             if counts.nnz and counts.data.min() < 0:
                 gene = self._names[self._genes[counts.indices[counts.data.argmin()]]]
                 raise ValueError(
-                    f"denoise: library='cell' counts all molecules of a cell, and {gene!r} holds numbers below 0; say in "
-                    "var['feature_types'] what is no Gene Expression, or take library='panel' or a column of obs"
+                    f"denoise: library='cell' counts all molecules of a cell, and {gene!r} holds numbers below 0; say "
+                    "in var['feature_types'] what is no Gene Expression, or take library='panel' or a column of obs"
                 )
             found = torch.from_numpy(np.asarray(counts.sum(1), np.float32).ravel())
         return found.to(block.cells.counts.device, non_blocking=True).unsqueeze(1)

@@ -16,25 +16,10 @@ from distdiff.data.store.store import CountStore
 from tests.data.conftest import build, make_adata, make_counts, save
 
 PBMC = Path(__file__).parents[4] / "shared/data/pbmc3k_10x_human.h5ad"
-MARKERS = [
-    "CD3E",
-    "MS4A1",
-    "CD14",
-    "IL7R",
-    "CD8A",
-    "CCR7",
-    "LDHB",
-    "CD79A",
-    "LYZ",
-    "S100A8",
-    "GNLY",
-    "NKG7",
-    "FCGR3A",
-    "MS4A7",
-    "FCER1A",
-    "CST3",
-    "PPBP",
-]
+MARKERS = {
+    "CD3E", "MS4A1", "CD14", "IL7R", "CD8A", "CCR7", "LDHB", "CD79A", "LYZ", "S100A8", "GNLY", "NKG7", "FCGR3A",
+    "MS4A7", "FCER1A", "CST3", "PPBP",
+}  # fmt: skip
 
 
 def by_definition(x: np.ndarray) -> np.ndarray:
@@ -92,7 +77,7 @@ def test_a_store_has_the_genes_that_its_training_cells_choose(tmp_path, monkeypa
     store = CountStore.open(tmp_path / "all")
     train = x[store.origin(store.rows("train"))[1]]
     assert made.genes == tuple(f"g{i}" for i in choose(sparse.csr_matrix(train), "hvg:25"))
-    monkeypatch.setattr("distdiff.data.ingest.build.SPAN_BYTES", 20_000)
+    monkeypatch.setattr("distdiff.data.ingest.build.SPAN_BYTES", 150_000)
     assert build(path, tmp_path / "many", genes="hvg:25").fingerprint == made.fingerprint
 
 
@@ -108,7 +93,7 @@ def test_genes_with_most_molecules():
 def test_variable_genes_of_measurements_are_refused(tmp_path):
     path = save(make_adata(make_counts(30, 8)), tmp_path / "a.h5ad")
     for option in ("genes", "panel"):
-        with pytest.raises(ValueError, match="genes 'hvg:3': the law of counts .* take cv:N, fano:N"):
+        with pytest.raises(ValueError, match=r"genes 'hvg:3': the law of counts .* take cv:N, fano:N"):
             build(path, tmp_path / "out", counts=False, **{option: "hvg:3"})
 
 
@@ -118,5 +103,5 @@ def test_markers_of_real_cells_are_chosen():
 
     data = anndata.read_h5ad(PBMC)
     counts, names = sparse.csr_matrix(data.X), np.array(data.var_names)
-    assert set(MARKERS) <= set(names[choose(counts, "hvg:1000")])
-    assert len(set(MARKERS) - set(names[choose(counts, "fano:1000")])) == 8
+    assert set(names[choose(counts, "hvg:1000")]) >= MARKERS
+    assert len(MARKERS - set(names[choose(counts, "fano:1000")])) == 8
