@@ -54,7 +54,7 @@ def train(
     layer
         Where the raw counts are: None is ``X``, ``"raw"`` is ``raw.X``, else a layer.
     genes
-        ``"all"``, ``"hvg:N"``, ``"seurat_v3:N"``, a text file with one gene a line, or the names. Of a store: ``"all"``
+        ``"all"``, ``"hvg:N"``, ``"top:N"``, a text file with one gene a line, or the names. Of a store: ``"all"``
         or ``"panel"``.
     labels
         obs columns that the model is conditioned on.

@@ -39,7 +39,7 @@ def shard(
     inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, A,B,C, or a file.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, top:N, cv:N, A,B,C, or a file.")] = "all",
     panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
     join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
@@ -281,7 +281,7 @@ def denoise(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
     depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
-    shrink: Annotated[bool, typer.Option("--shrink/--no-shrink", help="Weigh in each gene's own count.")] = True,
+    library: Annotated[str | None, typer.Option(help="log1p_cp10k is of: panel, cell, or an obs column.")] = None,
     ood: Ood = 0,
     genes: Annotated[str, typer.Option(help="model: those that it knows; all (others: 0); A,B,C; a file.")] = "model",
     dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
@@ -289,7 +289,7 @@ def denoise(
     """Write the rate behind every count."""
     wanted = genes if genes in ("model", "all") else _genes(genes)
     _batch(
-        context, "denoise", model, data, out, readout=readout, depth=depth, shrink=shrink, ood=ood, genes=wanted,
+        context, "denoise", model, data, out, readout=readout, depth=depth, library=library, ood=ood, genes=wanted,
         dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 

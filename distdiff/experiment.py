@@ -221,14 +221,12 @@ def _owning(
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
         with told("train: measures the model on held-out cells", show=show):
-            measured = measure(
+            finished.info |= measure(
                 finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
             )
-        finished.info |= measured.info
         finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
         if has_depths(finished.process, finished.denoiser):
             finished.info["training"]["label_depth"] = label_depths(store, config.data.labels, seed=config.train.seed)
-        finished.shrink = measured.shrink
         finished.save(best)
         report = None
         if config.evaluate.enabled:

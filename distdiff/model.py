@@ -28,7 +28,7 @@ from distdiff.process import Process
 from distdiff.process.schedule import placed
 from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
-from distdiff.tasks.denoise import denoise
+from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.frame import copied, framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
@@ -43,7 +43,7 @@ from distdiff.tasks.impute import (
 )
 from distdiff.tasks.latent import KEY, latent
 from distdiff.tasks.likelihood import nats
-from distdiff.types import DataSpec, Tensor
+from distdiff.types import DataSpec
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -69,8 +69,6 @@ class Model:
         ``excess``: where along a walk dispersion is at stake (docs/MATHS.md 4.11); ``nats``: likelihood of held-out
         cells; ``training``: numbers of training cells by label value, quantiles of their depth
         (:func:`~distdiff.training.cells.training_cells`).
-    shrink
-        ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
     where
         Folder or address that it was loaded from.
 
@@ -92,7 +90,6 @@ class Model:
     spec: DataSpec
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
-    shrink: Tensor | None = None
     where: str = ""
 
     def __repr__(self) -> str:
@@ -142,9 +139,7 @@ class Model:
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
         if self.spec.gene_max is not None:
             tensors["spec.gene_max"] = torch.as_tensor(np.asarray(self.spec.gene_max, dtype=np.float32))
-        if self.shrink is not None:
-            tensors["shrink"] = self.shrink.cpu()
-        received.check_finite(tensors, but=("shrink",))
+        received.check_finite(tensors)
         names = saved.names_of(self.spec.genes, self.spec.labels)
         weights = save(tensors, metadata={saved.NAMES: names})
         card = {
@@ -196,7 +191,7 @@ class Model:
             raise ValueError(f"the model in {folder} is damaged: {reason[:300]}") from error
         model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
-        model.shrink, model.info, model.where = tensors.get("shrink"), card["info"], str(folder)
+        model.info, model.where = card["info"], str(folder)
         return model
 
     @classmethod
@@ -456,8 +451,9 @@ class Model:
     def denoise(
         self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
         copy: bool = True, key_added: str | None = None, readout: str = "mean", depth: float = 1.0,
-        shrink: bool = True, ood: int = 0, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
-        batch_size: int | None = None, device: str = "auto", progress: bool = False,
+        library: str | None = None, ood: int = 0, use_labels: bool = False,
+        unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None, device: str = "auto",
+        progress: bool = False,
     ) -> AnnData | None:  # fmt: skip
         """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4), into a layer ``denoised``.
 
@@ -475,9 +471,12 @@ class Model:
         readout
             ``mean``: expected molecules, the rate of each gene at the cell's own depth; ``log1p``, ``log1p_cp10k``,
             ``median``, ``q5`` ...: what else another measurement of the same cell, ``depth`` times as deep, would
-            show (on the read-out's own scale).
-        shrink
-            Weigh in each gene's own count, as fitted on validation cells.
+            show (on the read-out's own scale). ``open_problems`` is made for that benchmark's score alone
+            (:func:`distdiff.readouts.open_problems`).
+        library
+            What ``log1p_cp10k`` is normalised to: ``panel``, the molecules expected in the model's genes; ``cell``, all
+            molecules of the cell in ``adata``; or a column of obs. By default ``cell`` where ``adata`` has genes that
+            the model does not know, as scanpy would normalise it, else ``panel``.
         ood
             Network calls of ``obs["distdiff_nats"]`` (0: none), as for :meth:`impute`.
         use_labels, unseen, batch_size, device, progress
@@ -500,11 +499,11 @@ class Model:
         out, left_out = framed(adata, layer, keep=keep) if copy else (adata, [])
         wide = keep is None and not reader.known.all()
         at = None if keep is None else columns_of(keep, reader.rows.genes)
-        parts, bounds = [], []
+        parts, bounds, to = [], [], Library(reader, library, readout)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
-                shrink=self.shrink if shrink else None,
+                library=to.of(block),
             )  # fmt: skip
             answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
             answer = answer if at is None else answer[:, at]
@@ -517,7 +516,7 @@ class Model:
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
+            task="denoise", readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         return out if copy else None
@@ -646,7 +645,7 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
         }
         found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        tensors = {**self.denoiser.state_dict(), **({} if self.shrink is None else {"shrink": self.shrink})}
+        tensors = self.denoiser.state_dict()
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()

@@ -47,7 +47,7 @@ LENGTHS = ("depth", "layers")
 MOST_LISTED = 4096
 """Numbers that an option lists, at most."""
 
-PER_GENE = ("spec.gene_mean", "spec.gene_max", "shrink")
+PER_GENE = ("spec.gene_mean", "spec.gene_max")
 """Tensors of one number a gene, besides the network's; only the first one must be there."""
 
 MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye}
@@ -82,7 +82,8 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
             f"{weights.name} is not the file that was saved with model.json (sha256 {found_sum[:12]}..., model.json "
             f"says {str(wanted_sum)[:12]}...); copy the folder again from where it was made"
         )
-    received.check_finite(tensors, but=("shrink",))
+    tensors.pop("shrink", None)  # of a gene's own count when denoising, in older models: not used any more
+    received.check_finite(tensors)
     genes = tuple(card["genes"])
     _check_names("genes", genes)
     for label, values in card["labels"].items():
@@ -94,7 +95,8 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
         raise ValueError(
             "model.json: genes or labels are not those that the weights were saved with, or are out of order"
         )
-    mean, largest = (tensors[name].float().numpy() if name in tensors else None for name in PER_GENE[:2])
+    largest = tensors["spec.gene_max"].float().numpy() if "spec.gene_max" in tensors else None
+    mean = tensors["spec.gene_mean"].float().numpy()
     return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean, largest), tensors
 
 
@@ -226,7 +228,7 @@ def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:
-    """`PER_GENE`: one finite number a gene (a shrink weight may be infinite), not negative."""
+    """`PER_GENE`: one finite number a gene, not negative."""
     if "spec.gene_mean" not in tensors:
         raise ValueError("tensor spec.gene_mean is missing")
     for name in PER_GENE:

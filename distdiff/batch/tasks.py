@@ -22,7 +22,7 @@ from distdiff.data.masks import load_mask
 from distdiff.model import Model
 from distdiff.tasks import Block, Reader, check_names, device_of
 from distdiff.tasks.deepen import deepen
-from distdiff.tasks.denoise import denoise
+from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.generate import check_guidance, label_codes, walk, walk_levels, warn_rare
 from distdiff.tasks.impute import FillCounts, MaskLayer, absent_of, chosen_layers, is_imputation_layer
@@ -128,30 +128,36 @@ class Denoise(OnCells):
     name = "denoise"
 
     def __init__(
-        self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
+        self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, library: str | None = None,
         dtype: str = "float32", sparse: bool | None = None, ood: int = 0, seed: int = 0,
         genes: Sequence[str] | Literal["model", "all"] | None = "model", **reading: Any,
     ) -> None:  # fmt: skip
         reader = Reader(model.spec, rows, **reading)
         super().__init__(model, rows, reader, tuple(rows.genes), keep=reader.chosen(genes), ood=ood, seed=seed)
         _check_dtype(dtype, sparse)
-        self.options: dict[str, Any] = {"readout": readout, "depth": depth, "shrink": shrink}
+        self.options: dict[str, Any] = {"readout": readout, "depth": depth}
+        self.library = Library(reader, library, readout)
         self.layer = "layers/denoised" if readout == "mean" else f"layers/denoised_{readout}"
         self.fields.append(Field(self.layer, dtype, len(self.genes), sparse))
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return {**super().identity(), **self.options, "dtype": self.fields[-1].dtype, "sparse": self.fields[-1].sparse}
+        return {
+            **super().identity(), **self.options, **self.library.provenance(), "dtype": self.fields[-1].dtype,
+            "sparse": self.fields[-1].sparse,
+        }  # fmt: skip
 
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
-        m, options = self.model, {**self.options, "shrink": self.model.shrink if self.options["shrink"] else None}
-        new = denoise(m.process, m.denoiser, block.cells, block.observed, **options)
+        m, library = self.model, self.library.of(block)
+        new = denoise(m.process, m.denoiser, block.cells, block.observed, library=library, **self.options)
         return {self.layer: self.reader.widen(new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
+        return self.model.provenance(
+            task=self.name, **self.options, **self.library.provenance(), **self.reader.label_provenance()
+        )
 
 
 class Deepen(OnCells):

@@ -119,7 +119,7 @@ def test_variable_genes_are_those_of_the_training_cells(tmp_path):
     x = make_counts(200, 50, 3).toarray()
     x[:, 10] = 1
     path = save(make_adata(sparse.csr_matrix(x)), tmp_path / "a.h5ad")
-    made = build(path, tmp_path / "hvg", genes="hvg:12")
+    made = build(path, tmp_path / "fano", genes="fano:12")
     full = build(path, tmp_path / "all")
     train = x[CountStore.open(tmp_path / "all").rows("train")]
     assert full.n_cells == 200
@@ -127,7 +127,7 @@ def test_variable_genes_are_those_of_the_training_cells(tmp_path):
         fano = np.nan_to_num(train.var(0) / train.mean(0))
     want = np.sort(np.argsort(-fano)[:12])
     assert made.genes == tuple(f"g{i}" for i in want)
-    assert np.array_equal(everything(CountStore.open(tmp_path / "hvg")), x[x[:, want].sum(1) > 0][:, want])
+    assert np.array_equal(everything(CountStore.open(tmp_path / "fano")), x[x[:, want].sum(1) > 0][:, want])
 
 
 def test_large_counts_take_wider_integers(tmp_path):
