@@ -1,5 +1,7 @@
-"""Scores of what is done with imputed or denoised cells: embeddings, clusters, tests, a probe of types, and the board of
-Open Problems. Scores of the entries themselves are in :mod:`~distdiff.metrics`."""
+"""Scores of what is done with imputed or denoised cells: embeddings, clusters, tests, a probe of types.
+
+And the two scores of the denoising board of Open Problems. Scores of entries are in :mod:`~distdiff.metrics`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from distdiff.metrics import BoolArray, FloatArray
 
 
 def frechet(truth: FloatArray, answer: FloatArray) -> float:
-    """Fréchet distance between normal laws fitted to two sets of embedded cells (scFID with the encoder of your choice).
+    """Fréchet distance between normal laws of two sets of embedded cells (scFID, with the encoder of your choice).
 
     ``|mu - nu|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2)``; its logarithm is what CountsDiff's tables hold.
 
@@ -122,7 +124,12 @@ def differential(values: FloatArray, inside: BoolArray) -> FloatArray:
 
 
 def probe(
-    train: FloatArray, train_labels: NDArray[np.integer], cells: FloatArray, labels: NDArray[np.integer], *, seed: int = 0
+    train: FloatArray,
+    train_labels: NDArray[np.integer],
+    cells: FloatArray,
+    labels: NDArray[np.integer],
+    *,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Accuracy and macro F1 of cell types told by XGBoost (100 trees of depth 6), trained on true training cells.
 
@@ -174,8 +181,8 @@ def open_problems(held: FloatArray, answer: FloatArray) -> dict[str, float]:
     """The two denoising scores of Open Problems, and the second with its arguments the right way round.
 
     ``mse``: of ``log(1 + CP10k)`` of both. ``poisson``: mean of ``x - y log(x + 1e-6)`` as they compute it, with the
-    held-out molecules ``x`` in the place of the prediction; ``poisson_right``: of ``y - x log(y + 1e-6)``, whose optimum
-    is the true rate. ``answer`` is scaled to the molecules of ``held`` for both.
+    held-out molecules ``x`` in the place of the prediction; ``poisson_right``: of ``y - x log(y + 1e-6)``, whose
+    optimum is the true rate. ``answer`` is scaled to the molecules of ``held`` for both.
 
     Parameters
     ----------
@@ -198,7 +205,9 @@ def open_problems(held: FloatArray, answer: FloatArray) -> dict[str, float]:
     {'mse': 0.0, 'poisson': 0.329, 'poisson_right': 0.329}
     """
     if held.shape != answer.shape:
-        raise ValueError(f"open_problems: held-out molecules {held.shape}, answer {answer.shape}: they must be the same")
+        raise ValueError(
+            f"open_problems: held-out molecules {held.shape}, answer {answer.shape}: they must be the same"
+        )
     x, y = held.astype(np.float64), answer.astype(np.float64)
     if min(x.min(initial=0.0), y.min(initial=0.0)) < 0 or x.sum() <= 0 or y.sum() <= 0:
         raise ValueError("open_problems: values of at least 0 are wanted, with a positive sum on both sides")

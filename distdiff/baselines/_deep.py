@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def random_masks(shape: Sequence[int], rng: np.random.Generator) -> FloatArray:
 def mlp(*widths: int, end: bool = False) -> nn.Sequential:
     """Linear layers with layer norms and ReLU between them; after the last one too if ``end``."""
     parts: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         parts.append(nn.Linear(a, b))
         if end or i < len(widths) - 2:
             parts += [nn.LayerNorm(b), nn.ReLU()]

@@ -78,7 +78,7 @@ class CountsDiff(Engine):
 
     def imputer(self, network: Denoiser) -> RePaint:
         """RePaint with its passes."""
-        sigma = ("rescaled", self.attrition) if self.attrition else ("none", 0.0)
+        sigma = ("rescale", self.attrition) if self.attrition else ("none", 0.0)
         return RePaint(
             self.law, network, steps=self.walk, jump=self.jump, iters=self.passes, sigma=sigma,
             guidance=self.guidance if self.peeks else 1.0,

@@ -31,10 +31,7 @@ class _Network(nn.Module):
         """Both numbers ``[2 b g]`` of every gene, and KL of z and of s, each ``[b]``."""
         logits = self.component(seen)
         q = logits.softmax(1)
-        if self.training:
-            s = gumbel_softmax(logits, tau=0.5)
-        else:
-            s = one_hot(logits.argmax(1), q.shape[1]).to(q)
+        s = gumbel_softmax(logits, tau=0.5) if self.training else one_hot(logits.argmax(1), q.shape[1]).to(q)
         mean, log_sd = self.encoder(torch.cat((seen, s), 1)).chunk(2, 1)
         log_sd = log_sd.clamp(-5, 3)
         z = mean + log_sd.exp() * torch.randn_like(mean) if self.training else mean

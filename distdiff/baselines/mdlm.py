@@ -18,7 +18,7 @@ from distdiff.types import Bool, Cells, Tensor
 
 
 class Unmask(Imputer):
-    """Evidence is seen whole, hidden entries start masked; a share of the unmasked is masked again at ``sigma`` above 0.
+    """Evidence is seen whole, hidden entries start masked; by ``sigma`` a share of the unmasked is masked again.
 
     Examples
     --------
@@ -96,5 +96,5 @@ class Mdlm(Engine):
 
     def imputer(self, network: Denoiser) -> Unmask:
         """Unmask, or unmask and remask."""
-        sigma = ("rescaled", self.remask) if self.remask else ("none", 0.0)
+        sigma = ("rescale", self.remask) if self.remask else ("none", 0.0)
         return Unmask(self.law, network, steps=self.walk, sigma=sigma)

@@ -65,7 +65,9 @@ class ScIdpms(Engine):
 
     def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
         """CSDI with genes in the place of time."""
-        return {"kind": "csdi", "attention": self.attention} | {name: option[name] for name in ("width", "depth", "heads")}
+        return {"kind": "csdi", "attention": self.attention} | {
+            name: option[name] for name in ("width", "depth", "heads")
+        }
 
     def imputer(self, network: Denoiser) -> Conditional:
         """The ancestral walk."""

@@ -20,7 +20,9 @@ class _Linear(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.before, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, tokens: Tensor, keys: Tensor) -> Tensor:
         q, k, v = self.qkv(self.before(tokens)).chunk(3, 2)
@@ -43,18 +45,20 @@ class _Network(nn.Module):
 
     def forward(self, y: Tensor, observed: Tensor) -> Tensor:
         """Answers ``[b g]``: tokens of non-zero evidence are encoded, then all genes are decoded."""
-        (b, g), found = y.shape, (y > 0) & (observed > 0)
+        found = (y > 0) & (observed > 0)
         longest = max(1, int(found.sum(1).max()))
         order = found.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         keys = found.gather(1, order)
         value = y.gather(1, order)[..., None]
         tokens = self.gene[order] + self.weights(value).softmax(2) @ self.bins
-        cell = self.special[:1].expand(b, 1, -1)
+        cell = self.special[:1].expand(len(y), 1, -1)
         tokens, keys = torch.cat((cell, tokens), 1), nn.functional.pad(keys, (1, 0), value=True)
         for block in self.encoder:
             tokens = block(tokens, keys)
         state = torch.where(observed[..., None] > 0, self.special[1], self.special[2]) + self.gene
-        encoded = torch.where(keys[:, 1:, None], tokens[:, 1:], state.gather(1, order[..., None].expand(-1, -1, state.shape[2])))
+        encoded = torch.where(
+            keys[:, 1:, None], tokens[:, 1:], state.gather(1, order[..., None].expand(-1, -1, state.shape[2]))
+        )
         state = state.scatter(1, order[..., None].expand(-1, -1, state.shape[2]), encoded)
         state = state + tokens[:, :1]
         return self.end(self.decoder(state, observed))[..., 0]

@@ -1,5 +1,4 @@
-"""Which entries are imputation targets: hidden at random, in blocks, by their value, likely dropouts, whole genes, or
-given by a file; and which molecules are evidence."""
+"""Which entries are imputation targets: at random, in blocks, by value, likely dropouts, whole genes, from a file."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def mar_blocks(shape: tuple[int, int], rate: float, rng: np.random.Generator) ->
     (0.25, [0, 30, 40, 50, 60])
     """
     blocks = BLOCKS.get(rate, tuple((cells, genes * rate / 0.25) for cells, genes in BLOCKS[0.25]))
-    if not 0 < rate or max(genes for _, genes in blocks) >= 1:
+    if not rate > 0 or max(genes for _, genes in blocks) >= 1:
         raise ValueError(f"blocks hide a share of entries in (0, 0.41], got {rate}; take mcar for a larger one")
     n, g = shape
     order, start = rng.permutation(n), 0

@@ -129,13 +129,17 @@ def test_not_at_random_hides_small_or_large_counts_gene_by_gene(high):
         half = np.quantile(seen, 0.5)
         assert (gone >= half).all() if high else (gone <= half).all()
     sharp = mnar(counts, 0.25, rng, high=high, spare=0)
-    threshold = np.sort(counts, axis=0)[::-1 if high else 1][99]
+    threshold = np.sort(counts, axis=0)[:: -1 if high else 1][99]
     assert (np.where(sharp, counts, threshold) >= threshold).all() if high else (
         np.where(sharp, counts, threshold) <= threshold
     ).all()  # fmt: skip
     whole = mnar(counts, 0.25, rng, high=high, spare=5000)  # published: every entry of so small a set is a candidate
     assert counts[whole].mean() == pytest.approx(counts.mean(), rel=0.1)
-    for options, message in (({"rate": 1.0}, "must lie in"), ({"spare": -1}, "spare=-1"), ({"valid": valid[:3]}, "same")):
+    for options, message in (
+        ({"rate": 1.0}, "must lie in"),
+        ({"spare": -1}, "spare=-1"),
+        ({"valid": valid[:3]}, "same"),
+    ):
         with pytest.raises(ValueError, match=message):
             mnar(counts, **{"rate": 0.25, "rng": rng, **options})
 
