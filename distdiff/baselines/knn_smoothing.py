@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from distdiff.baselines import BoolArray, FloatArray, depth
 from distdiff.baselines._fitted import Fitted
@@ -71,7 +72,11 @@ class KnnSmoothing(Fitted):
             if own:  # a training cell is no neighbour of its own
                 distance[np.arange(len(distance)), np.arange(start, start + len(distance))] = np.inf
             near = np.argpartition(distance, min(size, len(train)) - 1, axis=1)[:, :size]
-            out[part] = self.train[near].sum(axis=1, dtype=np.float64)
+            pick = csr_array(
+                (np.ones(near.size), near.ravel(), np.arange(len(near) + 1) * near.shape[1]),
+                shape=(len(near), len(train)),
+            )
+            out[part] = pick @ self.train
         return out
 
     def predict(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
@@ -82,4 +87,5 @@ class KnnSmoothing(Fitted):
             pools = counts + neighbours * observed
         s = depth(counts, observed, self.gene_mean)
         own = s * pools / depth(pools, observed, self.gene_mean)
-        return np.where(observed, own, s * neighbours / depth(neighbours, observed, self.gene_mean))
+        mean = neighbours / self.ks[-1]
+        return np.where(observed, own, s * mean / depth(mean, observed, self.gene_mean))

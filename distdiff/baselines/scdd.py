@@ -32,9 +32,10 @@ class _Network(nn.Module):
 class Scdd(OnGraph):
     """Hidden genes get the mean ``log(1 + x / s)`` of the neighbours, then a network denoises the filled cell.
 
-    The network is a contractive autoencoder joined to a graph convolution. Its loss is the squared error of all entries of the training cells, and ``contraction`` times the squared Jacobian
-    of the encoder (in closed form: one sigmoid layer). The decoder predicts what the diffusion got wrong. Different
-    from the paper: neighbours as in the other graph rows, in the place of SC3's consensus.
+    The network is a contractive autoencoder joined to a graph convolution. Its loss is the squared error of all entries
+    of the training cells, and ``contraction`` times the squared Jacobian of the encoder (in closed form: one sigmoid
+    layer). The decoder predicts what the diffusion got wrong. Different from the paper: neighbours as in the other
+    graph rows, in the place of SC3's consensus.
 
     Parameters
     ----------

@@ -161,7 +161,7 @@ def test_molecules_are_split_and_none_is_lost():
     assert min(evidence.data.min(), held.data.min()) >= 1
     assert held.dtype == counts.dtype
     with pytest.raises(ValueError, match="whole numbers"):
-        split_molecules(counts * 0.3, 0.9, np.random.default_rng(0))
+        split_molecules(counts * 0.31, 0.9, np.random.default_rng(0))
     with pytest.raises(ValueError, match="must lie in"):
         split_molecules(counts, 1.0, np.random.default_rng(0))
 
