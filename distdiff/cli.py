@@ -375,7 +375,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="The distdiff store (folder or URL); its test cells are scored.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
-    protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
+    protocol: Annotated[
+        str, typer.Option(help="mcar (zeros scored), mar, mnar_low, mnar_high, genes, or paper.")
+    ] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
     cells: Annotated[int, typer.Option(help="Most test cells to score.")] = 2000,
     cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
