@@ -438,7 +438,9 @@ def evaluate(
         str, typer.Option(help="impute, or generate: cells of each label against held-out cells.")
     ] = "impute",
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
-    protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
+    protocol: Annotated[
+        str, typer.Option(help="mcar (zeros scored), mar, mnar_low, mnar_high, genes, or paper.")
+    ] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
     cells: Annotated[
         int | None, typer.Option(help="Most test cells to score (2000); cells to generate of each label value (200).")

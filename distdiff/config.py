@@ -81,7 +81,7 @@ class Evaluation:
 
     enabled: bool = True
     rate: float = 0.5
-    protocol: Literal["mcar", "paper"] = "mcar"
+    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper"] = "mcar"
     draws: int = 5
     cells: int = 2000
     cell_type: str | None = None
