@@ -400,6 +400,31 @@ def evaluate(
 
 
 @app.command()
+def de(
+    data: Annotated[Path, typer.Option(help="h5ad with raw counts, and layers of distdiff if there are any.")],
+    groupby: Annotated[str, typer.Option(help="obs column with the groups.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .csv or .tsv; or .h5ad, the input with uns.")],
+    groups: Annotated[str, typer.Option(help="Those to test, comma-separated.")] = "all",
+    reference: Annotated[str, typer.Option(help="Group to compare with; rest: all other cells.")] = "rest",
+    sample: Annotated[str | None, typer.Option(help="obs column with the donor: donors are the replicates.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    depth: Annotated[str | None, typer.Option(help="obs column with a cell's depth (default: its molecules).")] = None,
+    allow_invalid: Annotated[
+        bool, typer.Option("--allow-invalid", help="Test what a model made; the reason against it is written too.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Differential expression on raw counts: a negative binomial score test, or donors as replicates."""
+    from distdiff import differential
+
+    tested = differential.of_file(
+        data, out, groupby=groupby, groups=groups if groups == "all" else _words(groups), reference=reference,
+        sample=sample, layer=layer, depth=depth, allow_invalid=allow_invalid, overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(f"{out}: {tested}")
+
+
+@app.command()
 def quickstart(
     data: Annotated[Path | None, typer.Option(help="Your own h5ad with raw counts.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("distdiff-quickstart"),

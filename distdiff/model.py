@@ -423,7 +423,7 @@ class Model:
         if wide:
             out.var["distdiff_known"] = reader.known
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
+            task="denoise", layer=name, readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         return out if copy else None
@@ -505,8 +505,11 @@ class Model:
         return found.hexdigest()
 
     def provenance(self, **what: Any) -> dict[str, Any]:
-        """Which model did ``what``: stands in ``uns['distdiff']`` of every output."""
+        """Which model did ``what``: stands in ``uns['distdiff']`` of every output.
+
+        ``valid_for_tests`` is about the layers that were written; raw counts beside them stay valid (`distdiff.de`).
+        """
         return {
             "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
-            "trained_on": self.info.get("data", ""), **what,
+            "trained_on": self.info.get("data", ""), "valid_for_tests": False, **what,
         }  # fmt: skip
