@@ -184,7 +184,8 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
 def evaluate(
     model: Model | str | Path, data: Data | CountStore, *, layer: str | None = None, rate: float = 0.5,
     protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5, cells: int = 2000,
-    cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0, progress: bool = True,
+    cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0, keep_trained: bool = False,
+    progress: bool = True,
 ) -> Report:  # fmt: skip
     """Hide counts of held-out cells, let the model and the cheap estimators fill them, and score both.
 
@@ -197,6 +198,9 @@ def evaluate(
         on cells that it was not trained on.
     rate, protocol, draws, cells, cell_type, repaint_steps
         Keys of the config's section ``evaluate``.
+    keep_trained
+        Score also cells that the model was trained on; else they are left out, where the model holds its filter of them
+        (:mod:`distdiff.seen`).
 
     Returns
     -------
@@ -209,10 +213,11 @@ def evaluate(
     )
     if isinstance(data, CountStore) or _is_store(data):
         opened = data if isinstance(data, CountStore) else CountStore.open(str(data))
-        return experiment.evaluate_model(found, opened, settings, seed=seed)
+        return experiment.evaluate_model(found, opened, settings, seed=seed, keep_trained=keep_trained)
     with _temporary() as folder:
         shard(data, Path(folder) / "data.zarr", layer=layer, labels=[cell_type] if cell_type else [], progress=progress)
-        return experiment.evaluate_model(found, CountStore.open(Path(folder) / "data.zarr"), settings, seed=seed)
+        opened = CountStore.open(Path(folder) / "data.zarr")
+        return experiment.evaluate_model(found, opened, settings, seed=seed, keep_trained=keep_trained)
 
 
 def _raw(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -349,6 +349,7 @@ def _batch(
         "genes unknown to the model left as they were": filled.genes_unknown_to_model,
         "genes of the model absent from the input": filled.genes_absent_from_input,
         "targets in unknown genes not filled": filled.targets_of_unknown_genes,
+        "cells that the model was trained on (scores on these are too good)": filled.cells_trained_on,
     }
     for text, number in notes.items():
         if number:
@@ -381,6 +382,9 @@ def evaluate(
     cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
     repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+    keep_trained: Annotated[
+        bool, typer.Option("--keep-trained", help="Score also cells that the model was trained on.")
+    ] = False,
     trust: Trust = None,
 ) -> None:
     """Hide entries of test cells, let the model and the baselines fill them, print the table."""
@@ -392,7 +396,8 @@ def evaluate(
         rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps  # type: ignore[arg-type]
     )  # fmt: skip
     loaded = distdiff.load(model, trust=tuple(trust or ()))
-    report = experiment.evaluate_model(loaded, distdiff.CountStore.open(data), settings, seed=seed)
+    store = distdiff.CountStore.open(data)
+    report = experiment.evaluate_model(loaded, store, settings, seed=seed, keep_trained=keep_trained)
     typer.echo(report.to_text())
     if out is not None:
         report.write(out)

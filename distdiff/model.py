@@ -26,6 +26,7 @@ from distdiff.imputers.graphed import Graphed
 from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
+from distdiff.seen import FILE, Seen, counter
 from distdiff.tasks import Block, Reader, check_labels
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import denoise
@@ -60,6 +61,8 @@ class Model:
         cells.
     shrink
         ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
+    seen
+        Filter of the training cells, or ``None``.
     """
 
     process: Process
@@ -68,6 +71,7 @@ class Model:
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
     shrink: Tensor | None = None
+    seen: Seen | None = None
 
     @classmethod
     def new(cls, spec: DataSpec, process: Mapping[str, Any], denoiser: Mapping[str, Any], *, seed: int = 0) -> Model:
@@ -121,9 +125,15 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
             "info": {**self.info, "weights_sha256": hashlib.sha256(weights).hexdigest()},
         }
+        card["info"].pop("seen", None)  # type: ignore[attr-defined]
+        if self.seen is not None:
+            cells_seen = self.seen.to_bytes()
+            card["info"]["seen"] = {**self.seen.about(), "sha256": hashlib.sha256(cells_seen).hexdigest()}  # type: ignore[index]
         folder = Path(folder).expanduser()
         with files.whole(folder, overwrite=overwrite) as temporary:
             temporary.mkdir()
+            if self.seen is not None:
+                (temporary / FILE).write_bytes(cells_seen)
             (temporary / "weights.safetensors").write_bytes(weights)
             (temporary / "model.json").write_text(json.dumps(saved.sealed(card), indent=1))
         self.info = card["info"]  # type: ignore[assignment]
@@ -151,6 +161,8 @@ class Model:
             with saved.bounded(card, tensors):
                 model = cls._of(spec, card)
             received.check_fit(saved.network(tensors), model.denoiser.state_dict())
+            if "seen" in card["info"]:
+                model.seen = Seen.read(folder, card["info"]["seen"])
         except FileNotFoundError as error:
             hint = " (use distdiff.load for models:/ addresses)" if str(folder).startswith("models:") else ""
             raise ValueError(
@@ -231,9 +243,11 @@ class Model:
         check_draws(draws, mean_only)
         reader = Reader(self.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
         check_labels(reader, self.required_labels, options.get("guidance", 1.0))
+        trained, unknown = counter(self.seen, reader.columns, reader.absent)
         plan = ImputationPlan.of(
             reader, self.imputer(method, **options), mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
-            mean_only=mean_only, seed=seed, provenance=self.provenance(method=method),
+            mean_only=mean_only, seed=seed, trained=trained,
+            provenance=self.provenance(method=method, **({"cells_trained_on_unknown": unknown} if unknown else {})),
         )  # fmt: skip
         self.denoiser.to(reader.device).eval()
         return plan

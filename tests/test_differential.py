@@ -18,7 +18,7 @@ from distdiff.scoretest import Sums, fit_null, p_value, rubin, score_tests, shri
 
 
 def made(n=(150, 150), genes=600, ratio=1.0, deep=2.0, dispersion=0.7, seed=0):
-    """Cells of two sides, the second ``deep`` times as deep; a third of the genes ``ratio`` times as high in the first."""
+    """Cells of two sides, the second ``deep`` times as deep; a third of the genes ``ratio`` times as high in one."""
     rng = np.random.default_rng(seed)
     side = np.repeat([0, 1], n)
     depth = rng.lognormal(0, 0.5, len(side)) * np.where(side == 1, deep, 1.0)
