@@ -186,9 +186,9 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
 def evaluate(
     model: Model | str | Path, data: Data | CountStore, *, task: typing.Literal["impute", "generate"] = "impute",
     layer: str | None = None, rate: float = 0.5, protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5,
-    cells: int | None = None, cell_type: str | None = None, repaint_steps: int = 100, steps: int = 16,
-    guidance: float = 1.0, depth: float | str | None = None, seed: int = 0, trust: Sequence[str] = (),
-    progress: bool = True,
+    cells: int | None = None, cell_type: str | None = None, repaint_steps: int = 100, keep_trained: bool = False,
+    steps: int = 16, guidance: float = 1.0, depth: float | str | None = None, seed: int = 0,
+    trust: Sequence[str] = (), progress: bool = True,
 ) -> Report | Realism:  # fmt: skip
     """Hide counts of held-out cells, let the model and the cheap estimators fill them, and score both.
 
@@ -208,6 +208,9 @@ def evaluate(
         Where the raw counts are (default ``X``); a store has none.
     rate, protocol, draws, cells, cell_type, repaint_steps
         Keys of the config's section ``evaluate``.
+    keep_trained
+        Score also cells that the model was trained on; else they are left out, where the model holds its filter of them
+        (:mod:`distdiff.seen`).
     steps, guidance, depth
         Of ``task="generate"``, as in :meth:`Model.generate <distdiff.model.Model.generate>`.
     seed
@@ -238,7 +241,9 @@ def evaluate(
         rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type, repaint_steps=repaint_steps
     )
     with _opened(data, layer, found.spec.labels, cell_type, progress) as opened:
-        return experiment.evaluate_model(found, opened, settings, seed=seed, progress=progress)
+        return experiment.evaluate_model(
+            found, opened, settings, seed=seed, keep_trained=keep_trained, progress=progress
+        )
 
 
 @contextlib.contextmanager

@@ -394,6 +394,7 @@ def _batch(
         "genes unknown to the model left as they were": filled.genes_unknown_to_model,
         "genes of the model absent from the input": filled.genes_absent_from_input,
         "targets in unknown genes not filled": filled.targets_of_unknown_genes,
+        "cells that the model was trained on (scores on these are too good)": filled.cells_trained_on,
     }
     for text, number in notes.items():
         if number:
@@ -448,6 +449,9 @@ def evaluate(
     cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows; label to generate.")] = None,
     repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+    keep_trained: Annotated[
+        bool, typer.Option("--keep-trained", help="Score also cells that the model was trained on.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Network calls of a generated cell.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels of generated cells.")] = 1.0,
     depth: Annotated[str | None, typer.Option(help="Molecules of a generated cell, or free (default: drawn).")] = None,
@@ -461,13 +465,38 @@ def evaluate(
 
     report = distdiff.evaluate(
         model, data, task=task, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells,  # type: ignore[arg-type]
-        cell_type=cell_type, repaint_steps=repaint_steps, steps=steps, guidance=guidance, depth=_depth(depth),
-        seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+        cell_type=cell_type, repaint_steps=repaint_steps, keep_trained=keep_trained, steps=steps, guidance=guidance,
+        depth=_depth(depth), seed=seed, trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(report.to_text())
     if out is not None:
         report.write(out)
         typer.echo(f"written to {out}")
+
+
+@app.command()
+def de(
+    data: Annotated[Path, typer.Option(help="h5ad with raw counts, and layers of distdiff if there are any.")],
+    groupby: Annotated[str, typer.Option(help="obs column with the groups.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .csv or .tsv; or .h5ad, the input with uns.")],
+    groups: Annotated[str, typer.Option(help="Those to test, comma-separated.")] = "all",
+    reference: Annotated[str, typer.Option(help="Group to compare with; rest: all other cells.")] = "rest",
+    sample: Annotated[str | None, typer.Option(help="obs column with the donor: donors are the replicates.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    depth: Annotated[str | None, typer.Option(help="obs column with a cell's depth (default: its molecules).")] = None,
+    allow_invalid: Annotated[
+        bool, typer.Option("--allow-invalid", help="Test what a model made; the reason against it is written too.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Differential expression on raw counts: a negative binomial score test, or donors as replicates."""
+    from distdiff import differential
+
+    tested = differential.of_file(
+        data, out, groupby=groupby, groups=groups if groups == "all" else _words(groups), reference=reference,
+        sample=sample, layer=layer, depth=depth, allow_invalid=allow_invalid, overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(f"{out}: {tested}")
 
 
 @app.command()

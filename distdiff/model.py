@@ -26,6 +26,7 @@ from distdiff.imputers.graphed import Graphed
 from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
+from distdiff.seen import FILE, Seen, counter
 from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import Library, denoise
@@ -69,6 +70,8 @@ class Model:
         ``excess``: where along a walk dispersion is at stake (docs/MATHS.md 4.11); ``nats``: likelihood of held-out
         cells; ``training``: numbers of training cells by label value, quantiles of their depth
         (:func:`~distdiff.training.cells.training_cells`).
+    seen
+        Filter of the training cells, or ``None``.
     where
         Folder or address that it was loaded from.
 
@@ -90,6 +93,7 @@ class Model:
     spec: DataSpec
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
+    seen: Seen | None = None
     where: str = ""
 
     def __repr__(self) -> str:
@@ -149,9 +153,15 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
             "info": {**self.info, "weights_sha256": hashlib.sha256(weights).hexdigest()},
         }
+        card["info"].pop("seen", None)  # type: ignore[attr-defined]
+        if self.seen is not None:
+            cells_seen = self.seen.to_bytes()
+            card["info"]["seen"] = {**self.seen.about(), "sha256": hashlib.sha256(cells_seen).hexdigest()}  # type: ignore[index]
         folder = Path(folder).expanduser()
         with files.whole(folder, overwrite=overwrite) as temporary:
             temporary.mkdir()
+            if self.seen is not None:
+                (temporary / FILE).write_bytes(cells_seen)
             (temporary / "weights.safetensors").write_bytes(weights)
             (temporary / "model.json").write_text(json.dumps(saved.sealed(card), indent=1))
         self.info = card["info"]  # type: ignore[assignment]
@@ -179,6 +189,8 @@ class Model:
             with saved.bounded(card, tensors):
                 model = cls._of(spec, card)
             received.check_fit(saved.network(tensors), model.denoiser.state_dict())
+            if "seen" in card["info"]:
+                model.seen = Seen.read(folder, card["info"]["seen"])
         except FileNotFoundError as error:
             hint = " (use distdiff.load for models:/ addresses)" if str(folder).startswith("models:") else ""
             raise ValueError(
@@ -260,9 +272,11 @@ class Model:
         check_draws(draws, mean_only)
         reader = Reader(self.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
         check_labels(reader, self.required_labels, options.get("guidance", 1.0))
+        trained, unknown = counter(self.seen, reader.columns, reader.absent)
         plan = ImputationPlan.of(
             reader, self.imputer(method, **options), mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
-            mean_only=mean_only, seed=seed, progress=progress, provenance=self.provenance(method=method),
+            mean_only=mean_only, seed=seed, progress=progress, trained=trained,
+            provenance=self.provenance(method=method, **({"cells_trained_on_unknown": unknown} if unknown else {})),
         )  # fmt: skip
         self.denoiser.to(reader.device).eval()
         return plan
@@ -516,7 +530,7 @@ class Model:
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
+            task="denoise", layer=name, readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         return out if copy else None
@@ -651,10 +665,13 @@ class Model:
         return found.hexdigest()
 
     def provenance(self, **what: Any) -> dict[str, Any]:
-        """Which model did ``what``: stands in ``uns['distdiff']`` of every output."""
+        """Which model did ``what``: stands in ``uns['distdiff']`` of every output.
+
+        ``valid_for_tests`` is about the layers that were written; raw counts beside them stay valid (`distdiff.de`).
+        """
         return {
             "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
-            "trained_on": self.info.get("data", ""), **what,
+            "trained_on": self.info.get("data", ""), "valid_for_tests": False, **what,
         }  # fmt: skip
 
 

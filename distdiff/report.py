@@ -235,11 +235,14 @@ def number(value: float, error: float = math.nan) -> str:
 
 
 def _describe(s: dict[str, Any]) -> str:
+    trained = s.get("trained_on", 0)
+    seen = f" Cells that the model was trained on: {trained}" if trained else ""
+    seen += f", {'kept' if s.get('trained_on_kept') else 'left out'}." if isinstance(trained, int) and trained else ""
     return (
         f"{s['cells']} held-out cells x {s['genes']} genes of {s['store'] or 'a store'} ({s['data']}), protocol "
         f"{s['protocol']}, {s['rate']:.0%} hidden: {s['targets']:,} entries scored, {s['zeros_among_targets']:.0%} of "
         f"them zero; seed {s['seed']}. MMD, sliced W2 and correlations on log1p counts of completed cells; "
-        f"deviance takes means below {metrics.DEVIANCE_FLOOR:g} as that."
+        f"deviance takes means below {metrics.DEVIANCE_FLOOR:g} as that.{seen}"
     )
 
 

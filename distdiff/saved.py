@@ -37,7 +37,7 @@ PARTS: dict[str, type] = {"process": dict, "denoiser": dict, "genes": list, "lab
 
 ABOUT: dict[str, type] = {
     "name": str, "data": str, "store": str, "config": dict, "config_digest": str, "depth": dict, "nats": dict,
-    "excess": dict, "training": dict,
+    "excess": dict, "training": dict, "seen": dict,
 }  # fmt: skip
 """Entries of ``info`` that are read again, where there are any."""
 

@@ -91,6 +91,9 @@ class Training:
         ``auto`` continues the newest checkpoint in ``out``; ``never``; or the path of one, where ``optim`` may differ.
     seed
         Seed of the weights, the order of cells and the noise.
+    manifest
+        Filter of the training cells in the model's folder, by which it tells whether it saw a cell: ``cells``;
+        ``salted``: only for those who have DISTDIFF_SALT; ``none`` (see :mod:`~distdiff.seen`).
     """
 
     out: str = "runs/distdiff"
@@ -113,6 +116,7 @@ class Training:
     start: str = ""
     resume: str = "auto"
     seed: int = 0
+    manifest: Literal["cells", "salted", "none"] = "cells"
 
     def __post_init__(self) -> None:
         for name in AUTO:
