@@ -67,6 +67,18 @@ def _own_tracking_server():
 
 
 @pytest.fixture
+def forked_workers():
+    """Workers of a dask cluster of this machine begin at the price of a fork."""
+    import dask.distributed  # its defaults must be there before they are changed
+
+    from tests import forkserver
+
+    forkserver.start()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
+
+
+@pytest.fixture
 def gpu():
     """The device of tests marked ``gpu``: CUDA, or what DISTDIFF_TEST_DEVICE names (cpu: a rehearsal without a GPU)."""
     import torch
