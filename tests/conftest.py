@@ -18,10 +18,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 LONGEST = (
-    "test_walk.py", "batch/test_engines.py", "training/test_engines.py", "data/ingest/test_shard.py",
-    "batch/test_faults.py", "training/test_resume.py", "test_fuzz_inputs.py", "slurm/test_train.py",
-    "hosts/test_training.py", "training/test_compiled.py", "test_fuzz_saved.py", "test_cli.py",
-    "data/store/test_remote.py",
+    "test_walk.py", "slurm/test_train.py", "hosts/test_training.py", "training/test_engines.py", "test_cli.py",
+    "batch/test_engines.py", "data/ingest/test_shard.py", "batch/test_faults.py", "training/test_resume.py",
+    "test_examples.py", "test_recipes.py", "training/test_compiled.py", "test_fuzz_inputs.py", "hosts/test_dask.py",
+    "slurm/test_dask.py", "test_fuzz_saved.py", "data/store/test_remote.py", "tracking/test_transport.py",
 )  # fmt: skip
 """Files that take longest, in this order."""
 
@@ -64,6 +64,18 @@ def _own_tracking_server():
 
             mlflow.set_tracking_uri(None)
         os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture
+def forked_workers():
+    """Workers of a dask cluster of this machine begin at the price of a fork."""
+    import dask.distributed  # its defaults must be there before they are changed
+
+    from tests import forkserver
+
+    forkserver.start()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 @pytest.fixture

@@ -17,17 +17,23 @@ import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
 IMPORTED = [
-    "anndata", "distdiff.batch.ranks", "distdiff.cli", "distdiff.experiment", "distdiff.tasks.measure",
-    "matplotlib.backends.backend_agg", "mlflow", "scipy.sparse", "torch._dynamo", "torch.distributed.tensor", "zarr",
+    "anndata", "dask.distributed", "distdiff.batch.ranks", "distdiff.cli", "distdiff.data.ingest.scan",
+    "distdiff.experiment", "distdiff.tasks.measure", "matplotlib.backends.backend_agg", "mlflow", "scipy.sparse",
+    "torch._dynamo", "torch.distributed.tensor", "zarr",
 ]  # fmt: skip
 if all(map(importlib.util.find_spec, ("deepspeed", "transformers"))):
     IMPORTED.append("deepspeed")
 
 
-def process(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
-    """A process that will call ``target(*args)`` once it is started."""
+def start() -> None:
+    """Start the server, if it does not run."""
     SERVER.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed looks when it is imported
         forkserver.ensure_running()
+
+
+def process(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
+    """A process that will call ``target(*args)`` once it is started."""
+    start()
     return SERVER.Process(target=target, args=args)

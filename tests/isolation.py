@@ -21,6 +21,8 @@ WATCHED = re.compile(
     "|(HOME|PATH|PYTHONPATH|RANK|TMPDIR|TZ)$"
 )
 """Of the environment: what users, launchers and tests set. Libraries set others, once a process."""
+DASK = ("MALLOC_TRIM_THRESHOLD_", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "__DASK_PARENT_PID")
+"""What dask sets for workers that are processes, and leaves: put back without a word."""
 WRITTEN = ("distdiff-quickstart", "mlflow.db", "mlruns", "runs")
 """What distdiff writes into the current directory."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -73,8 +75,11 @@ def kept() -> Iterator[None]:
         Something is another than before; it says what.
     """
     before, path = world(), list(sys.path)  # MLflow adds to it when it loads a model
+    unset = [name for name in DASK if name not in os.environ]
     yield
     sys.path[:] = path
+    for name in unset:
+        os.environ.pop(name, None)
     try:
         after = world()
     except FileNotFoundError:

@@ -232,6 +232,7 @@ def load_slow(path, seconds):
     return Model.load(path)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_loads_the_model_once(saved, atlas, mask, tmp_path):
     load = functools.partial(load_counted, str(saved), str(tmp_path / "log"))
     options = {"mask": mask, "progress": False, **SMALL}
@@ -241,6 +242,7 @@ def test_a_worker_loads_the_model_once(saved, atlas, mask, tmp_path):
     assert len(ad.read_zarr(tmp_path / "out.zarr")) == 199
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("how", [signal.SIGKILL, "retired"])
 def test_a_worker_that_dies_costs_its_task_alone(saved, atlas, mask, tmp_path, how):
     from dask.distributed import Client, LocalCluster
@@ -265,6 +267,7 @@ def test_a_worker_that_dies_costs_its_task_alone(saved, atlas, mask, tmp_path, h
     assert content(out) == content(tmp_path / "want.zarr")
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_without_any_worker_the_command_ends(saved, atlas, mask, tmp_path, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 

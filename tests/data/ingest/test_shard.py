@@ -192,6 +192,7 @@ def test_codec_and_shard_count_do_not_matter_content_does(tmp_path, one, dense, 
     assert build(path, tmp_path / "e").fingerprint != base
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monkeypatch):
     monkeypatch.setattr("distdiff.data.ingest.build.SPAN_BYTES", 8000)
@@ -633,6 +634,7 @@ def test_a_source_that_changed_while_the_build_was_down(tmp_path, one, dense, mo
     assert build(one, tmp_path / "out").n_cells == 100  # begins anew
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 @pytest.mark.parametrize("where", ["distdiff.data.ingest.scan._scatter", "distdiff.data.ingest.scan._write"])
 def test_a_worker_killed_in_either_pass_costs_its_task(tmp_path, one, where, monkeypatch):
@@ -690,6 +692,7 @@ def test_a_matrix_by_gene_takes_little_memory(tmp_path):
     assert (store.read(np.arange(500)) != x.tocsr()[row][:, columns]).nnz == 0
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_the_scheduler_of_worker_processes_that_dies_is_one_sentence(tmp_path, one, monkeypatch):
     """And what is done is there for the same command."""
