@@ -1,17 +1,17 @@
 """Is the default first? One table a data set: the shipped config against tuned peers, each with a negative binomial.
 
-    python benchmarks/defaults.py --data pbmc3k.h5ad baron.h5ad --genes 1000 --out benchmarks/results/defaults.json
+    python benchmarks/defaults.py --data baron.h5ad --genes 1000 --out benchmarks/results/defaults_baron.json
 
 Half of the entries of held-out cells are hidden, zeros included. Peers are tuned on training cells and give a mean; the
 size of a negative binomial around it is fitted for each gene on validation cells ("+ NB"). All laws are scored alike:
 deviance, RMSE of the mean; log1p MSE of ``expm1 E[log(1 + x)]``; CRPS, energy distance and error of gene-gene
-correlations of draws; log score. ``deciles``: molecules over predicted molecules of the hidden entries, by tenths of the
+correlations of draws; log score. ``deciles``: molecules over predicted molecules of hidden entries, by tenths of the
 predicted mean; ``genes``: by tenths of the genes, fewest training molecules first. ``giants``: draws above three times
 the gene's training maximum, in 100,000 (expected under the law); ``real giants``: the same of the hidden counts.
 ``sigmas``: how many standard errors of the paired difference over cells a row is behind the first.
 
-Genes are chosen by analytic Pearson residuals of all cells, so the rarest are those with luck in the held-out cells: the
-row gene mean x depth shows by how much. ``--model LABEL=FOLDER`` scores a trained model too.
+Genes are chosen by analytic Pearson residuals of all cells, so the rarest are those with luck in the held-out cells:
+the row gene mean x depth shows by how much. ``--model LABEL=FOLDER`` scores a trained model of the same store too.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "NMF": {"kind": "nmf"},
     "MAGIC": {"kind": "magic"},
 }
+SHOWN = ("deviance", "log1p MSE", "RMSE", "CRPS", "log score", "energy", "correlation")
 DRAWS = 10
 SIZES = np.linspace(-5, 7, 49)
 """Logarithms of the sizes that a peer chooses from, for each gene."""
@@ -61,7 +62,7 @@ def store_of(data: Path, genes: int, cells: int, seed: int, folder: Path) -> Cou
     import scanpy as sc
 
     counts = ad.read_h5ad(data)
-    some = numpy_generator(0, "defaults").permutation(counts.n_obs)[:cells]
+    some = np.random.default_rng(0).permutation(counts.n_obs)[:cells]
     counts = counts[np.sort(some)].copy()
     sc.pp.filter_genes(counts, min_cells=10)
     sc.experimental.pp.highly_variable_genes(counts, n_top_genes=genes, flavor="pearson_residuals")
@@ -104,7 +105,7 @@ class Hidden:
 
 
 def sizes(mean: np.ndarray, of: Hidden) -> np.ndarray:
-    """Log size of each gene ``[g]`` around a mean: the most likely one, all genes together counting as one cell more."""
+    """Log size of each gene ``[g]`` around a mean: the most likely one; all genes together count as one cell."""
     truth, found = torch.from_numpy(of.truth), []
     for size in SIZES:
         nll = nb_nll(truth, torch.from_numpy(mean), torch.tensor(size, dtype=torch.float32)).numpy()
@@ -164,7 +165,7 @@ def behind(cells: dict[str, dict[str, np.ndarray]], entries: int) -> dict[str, d
 
 
 def table(
-    data: Path, genes: int, cells: int, seed: int, words: list[str], models: dict[str, Path], peers: list[str]
+    data: Path, genes: int, cells: int, seed: int, words: list[str], models: dict[str, str], peers: list[str]
 ) -> dict[str, Any]:
     """All rows of one data set and seed."""
     with tempfile.TemporaryDirectory() as name:
@@ -173,7 +174,7 @@ def table(
         laws: dict[str, Law] = {}
         model, seconds, seen = trained(store, Path(name) / "run", words, seed)
         laws["default"] = test.law(model)
-        laws |= {label: test.law(Model.load(folder)) for label, folder in models.items()}
+        laws |= {label: test.law(Model.load(folder.format(data=data.stem))) for label, folder in models.items()}
         for label in peers:
             peer = component.build(Baseline, PEERS[label])
             with contextlib.redirect_stderr(None):
@@ -190,25 +191,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="h5ad files with raw counts")
     parser.add_argument("--genes", type=int, default=1000)
-    parser.add_argument("--cells", type=int, default=2400, help="cells of a larger file that are taken, by chance")
+    parser.add_argument("--cells", type=int, default=10_000, help="cells of a larger file that are taken, by chance")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="changes of the config: key=value")
-    parser.add_argument("--model", nargs="*", default=[], help="LABEL=FOLDER of a trained model, of the same store")
+    parser.add_argument(
+        "--model", nargs="*", default=[], help="LABEL=FOLDER of a trained model; {data}: the file's name"
+    )
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
+    torch.set_num_threads(1)  # what the numbers of seconds mean; libraries of the peers may have changed it
     began, found = time.perf_counter(), {}
-    models = {word.partition("=")[0]: Path(word.partition("=")[2]) for word in a.model}
+    models = {word.partition("=")[0]: word.partition("=")[2] for word in a.model}
     for data in a.data:
         runs = [table(data, a.genes, a.cells, seed, a.set, models, a.peers) for seed in range(a.seeds)]
         found[data.stem] = runs
         for run in runs:
-            print(f"\n{data.stem}: {run['cells']} cells x {run['genes']} genes, default took {run['cpu_seconds']} CPU s")
+            print(
+                f"\n{data.stem}: {run['cells']} cells x {run['genes']} genes, default took {run['cpu_seconds']} CPU s"
+            )
             for row, r in run["rows"].items():
-                numbers = " ".join(f"{r[k]:8.4f}" for k in
-                                   ("deviance", "log1p MSE", "RMSE", "CRPS", "log score", "energy", "correlation"))  # fmt: skip
+                numbers = " ".join(f"{r[score]:8.4f}" for score in SHOWN)
                 print(f"  {row:<24}{numbers}  giants {r['giants']:.2f} ({r['real giants']:.2f})  {r['deciles']}")
-    _record.write(a.out, began, {"sets": found})
+        _record.write(a.out, began, {"sets": found})
 
 
 if __name__ == "__main__":

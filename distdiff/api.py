@@ -65,8 +65,8 @@ def train(
     store
         Where to put the store; nothing may be there yet. None: ``out/atlas.zarr``, which every call builds anew.
     config
-        A config that ships with distdiff (``"default"``, ``"dev"``, ``"attention"``, ``"published"``), a YAML file, or
-        a nested mapping with its keys.
+        A config that ships with distdiff (``"default"``, ``"quick"``, ``"dev"``, ``"attention"``, ``"published"``), a
+        YAML file, or a nested mapping with its keys.
     split_by
         obs column, such as the donor, whose values stay whole in training, validation or test cells.
     trust

@@ -659,7 +659,8 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
         }
         found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        tensors = self.denoiser.state_dict()
+        largest = self.denoiser.largest
+        tensors = {**self.denoiser.state_dict(), **({} if largest is None else {"largest": largest})}
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()

@@ -95,8 +95,8 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
         raise ValueError(
             "model.json: genes or labels are not those that the weights were saved with, or are out of order"
         )
-    largest = tensors["spec.gene_max"].float().numpy() if "spec.gene_max" in tensors else None
-    mean = tensors["spec.gene_mean"].float().numpy()
+    mean, known = tensors["spec.gene_mean"].float().numpy(), tensors.get("spec.gene_max")
+    largest = None if known is None else known.float().numpy()
     return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean, largest), tensors
 
 

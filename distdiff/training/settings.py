@@ -21,7 +21,7 @@ MOST = 10**15
 AUTO = ("cells", "batch", "eval_cells")
 """Numbers of ``train`` that may read ``auto`` in YAML; they are 0 here until they are settled."""
 
-PASSES, SHORTEST, LONGEST = 120, 50_000, 1_000_000
+PASSES, SHORTEST, LONGEST = 180, 50_000, 1_000_000
 """A run of automatic length sees every training cell so often, within these bounds in cells."""
 
 VALIDATIONS = 20
@@ -34,8 +34,8 @@ def length(cells: int) -> int:
     Examples
     --------
     >>> from distdiff.training.settings import length
-    >>> [length(cells) for cells in (300, 2_000, 50_000)]
-    [50000, 240000, 1000000]
+    >>> [length(cells) for cells in (200, 2_000, 50_000)]
+    [50000, 360000, 1000000]
     """
     return min(max(PASSES * cells, SHORTEST), LONGEST)
 
@@ -106,7 +106,7 @@ class Training:
     checkpoint_minutes: float = 10.0
     keep: int = 2
     minutes: float = 0.0
-    patience: int = 5
+    patience: int = 3
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False

@@ -179,6 +179,16 @@ def test_early_stop(atlas, tmp_path, monkeypatch):
     assert (outcome.progress.step, outcome.progress.best_step) == (40, 10)
 
 
+def test_a_run_that_goes_on_stops_where_it_would_have(atlas, tmp_path, monkeypatch):
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(next(scores)))
+    first = experiment.train(make(atlas, tmp_path / "run", patience=2, cells=640))
+    assert (first.progress.step, first.progress.bad) == (20, 1)
+    outcome = experiment.train(make(atlas, tmp_path / "run", patience=2))  # knows the cells of step 10 as they were
+    assert (outcome.progress.step, outcome.progress.best_step, outcome.progress.bad) == (30, 10, 2)
+    assert outcome.progress.best_cells == [1.0] * 20
+
+
 def test_length_by_the_data(atlas, tmp_path, monkeypatch, capsys):
     from distdiff.model import Model
     from distdiff.training import fit
