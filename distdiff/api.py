@@ -120,7 +120,10 @@ def train(
         raw.setdefault("train", {})["out"] = str(folder)
         resolved = configs.parse(raw)
         outcome = experiment.train(resolved, trust=trust, progress=progress)
-        return Model.load(outcome.model, trust=(*trust, *modules((resolved.process, resolved.denoiser))))
+        model = Model.load(outcome.model, trust=(*trust, *modules((resolved.process, resolved.denoiser))))
+        if out is None:
+            model.where = ""  # the folder is gone
+        return model
 
 
 def shard(data: Data, out: str | Path, **options: Any) -> Manifest:

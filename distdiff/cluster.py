@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from distdiff.waits import say, told
+from distdiff.waits import print_line, waiting
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -25,7 +25,7 @@ REACH = 3
 """Seconds in which a worker must accept a connection."""
 
 
-def connect(scheduler: str, notify: Callable[[str], None] = say) -> Client:
+def connect(scheduler: str, notify: Callable[[str], None] = print_line) -> Client:
     """Connect to the dask scheduler at an address, and wait until it has a worker; ``notify`` is told of a long wait.
 
     Raises
@@ -36,7 +36,7 @@ def connect(scheduler: str, notify: Callable[[str], None] = say) -> Client:
     from dask.distributed import Client
 
     try:
-        with told(f"waits for a dask scheduler with workers at {scheduler}, {3 * CONNECT} s at most", to=notify):
+        with waiting(f"waits for a dask scheduler with workers at {scheduler}, {3 * CONNECT} s at most", to=notify):
             client = Client(scheduler, timeout=CONNECT, set_as_default=False)
             client.wait_for_workers(1, timeout=2 * CONNECT)
     except (OSError, TimeoutError) as error:

@@ -144,16 +144,16 @@ def in_flags(text: str, flags: Flags) -> str:
 def warnings_in_flags(flags: Flags) -> Iterator[None]:
     """What the library logs in here names arguments as the command line does."""
 
-    def told(record: logging.LogRecord) -> bool:
+    def translated(record: logging.LogRecord) -> bool:
         record.msg, record.args = in_flags(record.getMessage(), flags), ()
         return True
 
     log = logging.getLogger("distdiff")
-    log.addFilter(told)
+    log.addFilter(translated)
     try:
         yield
     finally:
-        log.removeFilter(told)
+        log.removeFilter(translated)
 
 
 def add(app: typer.Typer) -> None:

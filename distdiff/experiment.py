@@ -52,7 +52,7 @@ from distdiff.training.progress import Progress
 from distdiff.training.settings import Recipe
 from distdiff.training.stop import EXCHANGE
 from distdiff.training.trace import NAME as TRACE
-from distdiff.waits import told
+from distdiff.waits import waiting
 
 if TYPE_CHECKING:
     from distdiff.evaluation import Contestant
@@ -125,6 +125,11 @@ def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Seq
         model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     model.check_store(store.manifest, config.data.store)
     salt_of(config.train.manifest)
+    if len(store.genes) > MANY and accelerator.is_main_process:
+        log.warning(
+            "train: %s genes; each costs time and memory in every step, and most hold few molecules: shard with "
+            "genes='hvg:2000' (distdiff.train takes it too), or go on if all are wanted", f"{len(store.genes):,}",
+        )  # fmt: skip
     loop.check(_recipe(config, store, model), accelerator)
     if config.evaluate.enabled and not store.manifest.split.n_cells[SPLITS.index("test")]:
         raise ValueError("evaluate.enabled: the store has no test cells: rebuild the store with another split=")
@@ -139,6 +144,9 @@ def _recipe(config: Config, store: CountStore, model: Model) -> Recipe:
         config.data.labels,
     )  # fmt: skip
 
+
+MANY = 5000
+"""Genes above which training is slow on a CPU, and which are mostly chosen by mistake."""
 
 COPIES = 5
 """Of the weights that training on a CPU keeps: the weights, their gradient, two moments, their average."""
@@ -223,7 +231,7 @@ def _owning(
         finished = Model.load(best, trust=trust)
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
-        with told("train: measures the model on held-out cells", show=show):
+        with waiting("train: measures the model on held-out cells", show=show):
             finished.info |= measure(
                 finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
             )
@@ -234,7 +242,7 @@ def _owning(
         finished.save(best)
         report = None
         if config.evaluate.enabled:
-            with told("train: compares the model with cheap estimators on validation cells", show=show):
+            with waiting("train: compares the model with cheap estimators on validation cells", show=show):
                 cheap = against_cheap(finished, store, seed=config.train.seed)
             run.metrics({f"val/deviance of {name}": value for name, value in cheap.items()})
             if (rival := min(cheap, key=cheap.__getitem__)) != OURS:

@@ -283,7 +283,8 @@ def described(
         cells = training.get("labels", {}).get(label, {})
         by_number = sorted(values, key=lambda value: -cells.get(value, 0))
         shown = [f"{value} {cells[value]:,}" if value in cells else value for value in by_number]
-        lines.append(f"  labels   {label} ({len(values)}): {_some(shown)}{' training cells' if cells else ''}")
+        each = ", training cells of each" if cells else ""
+        lines.append(f"  labels   {label} ({len(values)}{each}): {_some(shown)}")
     if len(training.get("depth", ())) == 9:
         low, median, high = (training["depth"][i] for i in (1, 4, 7))
         lines.append(

@@ -21,20 +21,20 @@ FEWEST = 5
 """Steps of which that time is made, at least; the first, which compiles and fills caches, is not among them."""
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line on stderr, above any bar; none where the logger ``distdiff`` tells errors alone (``--quiet``)."""
     if logging.getLogger("distdiff").isEnabledFor(logging.WARNING):
         tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
-def told(what: str, *, show: bool = True, to: Callable[[str], None] = say) -> Iterator[None]:
+def waiting(what: str, *, show: bool = True, to: Callable[[str], None] = print_line) -> Iterator[None]:
     """Tell that ``what`` is going on, once it has gone on for :data:`PATIENCE` seconds (a context).
 
     Examples
     --------
-    >>> from distdiff.waits import told
-    >>> with told("clusters 2,700 cells (leiden)"):  # over at once: nothing is told
+    >>> from distdiff.waits import waiting
+    >>> with waiting("clusters 2,700 cells (leiden)"):  # over at once: nothing is told
     ...     pass
     """
     line = threading.Timer(PATIENCE, to, [f"distdiff {what}; this takes a while"])

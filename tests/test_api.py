@@ -145,9 +145,10 @@ def test_train_is_silent_on_request(counts, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"genes": ["gene1"]}, r"train: genes=\.\.\. was decided when the store .* was built"),
+        ({"genes": ["gene1"]}, r"train: genes=\.\.\. was decided when the store .* built"),
         ({"genes": "hvg:10"}, r"genes=hvg:10 was decided"), ({"layer": "counts"}, r"layer=counts was decided"),
-        ({"split_by": "donor"}, "split_by=donor was decided"), ({"store": "other.zarr"}, "store=other.zarr was decided"),
+        ({"split_by": "donor"}, "split_by=donor was decided"),
+        ({"store": "other.zarr"}, "store=other.zarr was decided"),
     ],
 )  # fmt: skip
 def test_a_store_is_not_asked_again_what_it_was_built_with(given, message, atlas, tmp_path):
@@ -166,7 +167,7 @@ def test_a_model_says_what_it_is(counts, tmp_path, caplog):
     assert told["depth"][4] == np.median(np.asarray(depths))
     text = repr(distdiff.load(tmp_path / "run" / "model"))
     most = max(told["labels"]["cell_type"], key=told["labels"]["cell_type"].get)
-    assert f"cell_type (2): {most} {told['labels']['cell_type'][most]}" in text
+    assert f"cell_type (2, training cells of each): {most} {told['labels']['cell_type'][most]}" in text
     for word in ("30: gene0", "159 of training", "val/deviance", "atlas.zarr", str(tmp_path / "run" / "model")):
         assert word in text
     assert len(text.splitlines()) < 10

@@ -10,19 +10,19 @@ from distdiff import waits
 
 def test_a_long_wait_is_told_and_a_short_one_is_not(monkeypatch, capfd):
     monkeypatch.setattr(waits, "PATIENCE", 0.01)
-    with waits.told("clusters cells"):
+    with waits.waiting("clusters cells"):
         time.sleep(0.1)
     assert capfd.readouterr().err == "distdiff clusters cells; this takes a while\n"
-    with waits.told("clusters cells", show=False):
+    with waits.waiting("clusters cells", show=False):
         time.sleep(0.05)
     logging.getLogger("distdiff").setLevel(logging.ERROR)  # as --quiet does
     try:
-        with waits.told("clusters cells"):
+        with waits.waiting("clusters cells"):
             time.sleep(0.05)
     finally:
         logging.getLogger("distdiff").setLevel(logging.NOTSET)
     monkeypatch.setattr(waits, "PATIENCE", 60.0)
-    with waits.told("clusters cells"):
+    with waits.waiting("clusters cells"):
         pass
     assert capfd.readouterr().err == ""
 

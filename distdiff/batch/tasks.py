@@ -1,4 +1,4 @@
-"""The tasks: impute (and complete), denoise, deepen, generate."""
+"""The tasks: impute (and complete), denoise, deepen, latent, generate."""
 
 from __future__ import annotations
 

@@ -81,24 +81,24 @@ class Transformer(Denoiser):
 
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:
         """See :class:`~distdiff.denoise.Denoiser`; output 0 is relative to gene mean x depth."""
-        h, log_depth, place = self._trunk(x, p, cond)
+        h, log_depth, at = self._trunk(x, p, cond)
         raw = self.answer(h).float()
-        if place is not None:
-            raw = raw.new_zeros(len(x), 1 + x.shape[1], raw.shape[-1]).index_put(place, raw)
+        if at is not None:
+            raw = raw.new_zeros(len(x), 1 + x.shape[1], raw.shape[-1]).index_put(at, raw)
         raw = raw[:, 1:] + self.bias
         if self.shortcut is not None:
-            raw = raw + self.shortcut.answers(_cell_tokens(h, place))
+            raw = raw + self.shortcut.answers(_cell_tokens(h, at))
         return self.expectation.add_to(raw, log_depth) if self.relative else raw
 
     def hidden(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b d"]:
         """The cell token after the last norm; the mean of all tokens where nothing is read from it (no shortcut)."""
-        h, _, place = self._trunk(torch.where(p > 0, x, 0.0), p, cond)
+        h, _, at = self._trunk(torch.where(p > 0, x, 0.0), p, cond)
         if self.shortcut is not None:
-            return _cell_tokens(h, place)
-        if place is None:
+            return _cell_tokens(h, at)
+        if at is None:
             return h.mean(1)
-        total = h.new_zeros(len(x), h.shape[-1]).index_add(0, place[0], h)
-        return total / torch.bincount(place[0], minlength=len(x)).unsqueeze(1)
+        total = h.new_zeros(len(x), h.shape[-1]).index_add(0, at[0], h)
+        return total / torch.bincount(at[0], minlength=len(x)).unsqueeze(1)
 
     def _trunk(self, x: Tensor, p: Tensor, cond: Condition) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Tokens after the last norm (``[b 1+g d]``, packed: ``[n d]``), log depth, cell and token of packed ones."""
@@ -109,11 +109,11 @@ class Transformer(Denoiser):
         values = F.pad(
             torch.stack((surprise, x, p, (p > 0).to(x.dtype)), -1), (0, 0, 1, 0)
         )  # token 0 is the cell token
-        identity, place = torch.cat((self.cell, self.gene)), None
+        identity, at = torch.cat((self.cell, self.gene)), None
         seen = F.pad(p > 0, (1, 0), value=True)
         if self.pack:
             cell, token = F.pad((p < 1) | (x != 0), (1, 0), value=True).nonzero(as_tuple=True)
-            place = cell, token
+            at = cell, token
             tokens: Whole | Packed = Packed(cell, seen[cell, token], len(x))
             h = self.value(values[cell, token]) + identity[token]
         else:
@@ -121,12 +121,12 @@ class Transformer(Denoiser):
             h = self.value(values) + identity
         for block in self.blocks:
             h = checkpoint(block, h, c, tokens, use_reentrant=False) if self._recompute() else block(h, c, tokens)
-        return self.norm(h, c, tokens.spread)[0], log_depth, place
+        return self.norm(h, c, tokens.spread)[0], log_depth, at
 
     def _recompute(self) -> bool:
         return self.checkpoint and torch.is_grad_enabled()
 
 
-def _cell_tokens(h: Tensor, place: tuple[Tensor, Tensor] | None) -> Float[Tensor, "b d"]:
+def _cell_tokens(h: Tensor, at: tuple[Tensor, Tensor] | None) -> Float[Tensor, "b d"]:
     """Token 0 of every cell."""
-    return h[:, 0] if place is None else h[place[1] == 0]
+    return h[:, 0] if at is None else h[at[1] == 0]

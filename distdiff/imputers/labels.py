@@ -29,8 +29,8 @@ class WithLabels(Imputer):
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
         """See :class:`~distdiff.imputers.Imputer`."""
         known = {k: self._coded(k, v) for k, v in cells.labels.labels.items() if self.peeks and k in self.recode}
-        told = Cells(cells.counts, Condition(known), cells.rows)
-        return self.imputer.impute(told, observed, draws=draws, seed=seed)
+        given = Cells(cells.counts, Condition(known), cells.rows)
+        return self.imputer.impute(given, observed, draws=draws, seed=seed)
 
     def _coded(self, label: str, codes: Tensor) -> Tensor:
         return torch.where(codes < 0, codes, self.recode[label].to(codes.device)[codes.clamp_min(0)])

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from distdiff.data.ingest.choose import choose
 from distdiff.data.masks import dropout_sites, expressed
-from distdiff.waits import told
+from distdiff.waits import waiting
 
 Hidden = Callable[[int, int, sp.csr_matrix], np.ndarray | None]
 """``(start, stop, counts of these rows [n g])`` -> ``bool [n g]``, true where to be imputed; ``None``: nowhere."""
@@ -81,7 +81,7 @@ def leiden(rows: Rows, *, seed: int = 0, genes: int = 2000, progress: bool = Tru
     ValueError
         igraph and leidenalg, of the extra ``leiden``, are not installed.
     """
-    with told(f"clusters {rows.n_cells:,} cells (groups='leiden')", show=progress):
+    with waiting(f"clusters {rows.n_cells:,} cells (groups='leiden')", show=progress):
         return _leiden(rows, seed, genes)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distdiff.pl import layers as data
 from distdiff.pl.canvas import ACCENT, GREY, INK, RED, canvas, marks
-from distdiff.waits import told
+from distdiff.waits import waiting
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -168,7 +168,7 @@ def _embed(matrices: Sequence[Any], seed: int) -> NDArray[np.float64]:
     else:
         joint = sp.vstack([sp.csr_matrix(values, dtype=np.float32) for values in matrices], format="csr")
     cells = ad.AnnData(joint)
-    with told(f"computes a UMAP of {cells.n_obs:,} points"), warnings.catch_warnings():
+    with waiting(f"computes a UMAP of {cells.n_obs:,} points"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scanpy's and umap's own; nothing a reader of the figure can act on
         sc.pp.normalize_total(cells, target_sum=1e4)
         sc.pp.log1p(cells)

@@ -1,4 +1,4 @@
-"""What a model does to a user's cells: impute, denoise, deepen, generate, likelihood, one a file (docs/MATHS.md 5)."""
+"""What a model does to a user's cells: impute, denoise, deepen, latent, generate, likelihood (docs/MATHS.md 5)."""
 
 from __future__ import annotations
 

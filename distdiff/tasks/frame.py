@@ -58,9 +58,9 @@ def framed(
     at = np.r_[np.arange(len(table)), np.full(len(added), -1)]
     genes = [*table.index, *added]
     if keep is not None:
-        place = dict(zip(genes, at, strict=True))
+        column_of = dict(zip(genes, at, strict=True))
         genes = list(keep)
-        at = np.array([place[gene] for gene in genes])
+        at = np.array([column_of[gene] for gene in genes])
     frame = var_of(table, genes)
     if added:
         frame["distdiff_added"] = at < 0

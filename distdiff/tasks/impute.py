@@ -365,8 +365,8 @@ def check_draws(draws: int, mean_only: bool) -> None:
 
 def absent_of(genes: Sequence[str], have: Sequence[str]) -> list[str] | None:
     """Those of ``genes`` that are not among ``have``; ``None`` where all are."""
-    there = set(have)
-    return [gene for gene in genes if gene not in there] or None
+    known = set(have)
+    return [gene for gene in genes if gene not in known] or None
 
 
 def is_imputation_layer(layer: str) -> bool:

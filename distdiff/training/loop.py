@@ -38,7 +38,7 @@ from distdiff.training.trouble import memory_explained
 from distdiff.training.validation import scores
 from distdiff.training.window import Waited, Window, read
 from distdiff.types import Cells, Tensor
-from distdiff.waits import Pace, say
+from distdiff.waits import Pace, print_line
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Run:
     bar: tqdm[Any]
     pace: Pace
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line above the bar, of the main process."""
         if self.hooks.show and self.accelerator.is_main_process:
-            say(text)
+            print_line(text)
 
     @property
     def cells_seen(self) -> int:
@@ -147,7 +147,7 @@ def train(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, *, identity: M
             progress.step = number + 1
             run.bar.update(settings.batch)
             if expected := run.pace.after(progress.step):
-                run.say(f"distdiff train: {expected}")
+                run.print_line(f"distdiff train: {expected}")
             end_of_step()
 
             request, last = run.stop.agreed(), progress.step == settings.steps

@@ -30,7 +30,7 @@ from distdiff.data.ingest.split import shares as checked_shares
 from distdiff.data.store import manifest as about
 from distdiff.data.store.manifest import Manifest
 from distdiff.data.store.pool import cores
-from distdiff.waits import say
+from distdiff.waits import print_line
 
 ALONE = 1 << 16
 """Cells up to which this process builds a store faster than workers start."""
@@ -211,7 +211,7 @@ def _runner(
     if scheduler is not None:
         with (
             explained(scheduler),
-            connect(scheduler, say if progress else lambda text: None) as client,
+            connect(scheduler, print_line if progress else lambda text: None) as client,
             client.as_current(),
         ):
             yield lambda fn, tasks, job, what: _run_dask(client, fn, tasks, job, what, progress), _memory(client)

@@ -195,10 +195,10 @@ def test_a_mask_with_entries_outside_of_it_is_refused(given, tmp_path, form, ind
 def test_genes_are_named_and_each_once(given, tmp_path, genes, said):
     adata, root, model = given
     for task, options in (
-        ("denoise", {"keep": genes}),
-        ("deepen", {"keep": genes, "times": 1.5}),
-        ("impute", {"keep": genes}),
-        ("complete", {"append": genes}),
+        ("denoise", {"genes": genes}),
+        ("deepen", {"genes": genes, "times": 1.5}),
+        ("impute", {"genes": genes}),
+        ("complete", {"genes": genes}),
     ):
         with pytest.raises(ValueError, match=said):
             batch.run(task, model, root / "a.h5ad", tmp_path / "out.zarr", progress=False, **options)
