@@ -175,7 +175,7 @@ def test_cells_of_the_census_become_a_store(recipe, monkeypatch):
         folder.mkdir()
         assert asked["columns"] == ["cell_type", "donor"]
         for i in range(2):
-            atlas_2023()[30 * i : 30 * i + 30].write_h5ad(folder / f"{i}.h5ad")
+            atlas_2023()[30 * i : 30 * i + 30].copy().write_h5ad(folder / f"{i}.h5ad")
         return sorted(folder.glob("*.h5ad"))
 
     monkeypatch.setattr(census, "local", contextlib.nullcontext)
