@@ -150,7 +150,7 @@ def grid(rows: dict[str, np.ndarray], path: Path, per_digit: int = 2) -> None:
     """Two of each digit of every contestant, a block a contestant."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 1.05 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.66 * len(rows)), layout="constrained")
     for axes, (name, made) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
         tiles = np.pad(made.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
         axes.imshow(np.concatenate(tiles[: 10 * per_digit], 1), cmap="gray", vmin=0, vmax=BRIGHTEST)
