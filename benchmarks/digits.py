@@ -3,8 +3,9 @@
 python benchmarks/digits.py          # CPU, some minutes; needs: pip install 'distdiff[images]'
 
 scikit-learn's 1,797 digits, 8 x 8 pixels of 0 to 16. All train the UNet of configs/digits.yaml on the same images for
-the same number of steps, p of every pixel beside its intensity, and draw digits with the labels of held-out ones. A classifier that saw the training images alone judges: Frechet distance of its 32 features to
-those of the held-out digits, and how often it reads the label that was asked for. Writes the table as JSON, and a grid.
+the same number of steps, p of every pixel beside its intensity, and draw digits with the labels of held-out ones. A
+classifier that saw the training images alone judges: Frechet distance of its 32 features to those of all held-out
+digits, and how often it reads the label that was asked for. Writes the table as JSON, and a grid of digits.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def grid(rows: dict[str, np.ndarray], path: Path, per_digit: int = 2) -> None:
     """Two of each digit of every contestant, a block a contestant."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 1.05 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.66 * len(rows)), layout="constrained")
     for axes, (name, made) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
         tiles = np.pad(made.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
         axes.imshow(np.concatenate(tiles[: 10 * per_digit], 1), cmap="gray", vmin=0, vmax=BRIGHTEST)

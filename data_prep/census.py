@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells-per-file", type=int, default=100_000)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--store", type=Path, help="build this store too, with a config beside it")
+    parser.add_argument("--genes-kept", default="hvg:2000", help="of the store: all, hvg:N, cv:N, ... (hvg:2000)")
     a = parser.parse_args(arguments)
     try:
         with local(a.soma) if a.soma else census(a.organism, a.version) as experiment:
@@ -241,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from _recipe import command_line, finish, run
 
-    options = command_line(None, genes="hvg:2000", min_cells=10).parse_args(["--overwrite"] if a.overwrite else [])
+    words = ["--genes", a.genes_kept, *(["--overwrite"] if a.overwrite else [])]
+    options = command_line(None, min_cells=10).parse_args(words)
     run(lambda: finish(options, written, a.store, a.columns.split(",") if a.columns else []))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +165,28 @@ def test_ten_x_samples(recipe):
     code = store.labels(np.arange(store.n_cells), ["sample"])["sample"]
     assert store.manifest.labels["sample"] == ("healthy", "sick")
     assert np.bincount(code).tolist() == [28, 18]
+
+
+def test_cells_of_the_census_become_a_store(recipe, monkeypatch):
+    """What the query gives is in tests/test_census.py; here it gave two pieces."""
+    census = recipe("census")
+
+    def write(experiment, folder, **asked):
+        folder.mkdir()
+        assert asked["columns"] == ["cell_type", "donor"]
+        for i in range(2):
+            atlas_2023()[30 * i : 30 * i + 30].copy().write_h5ad(folder / f"{i}.h5ad")
+        return sorted(folder.glob("*.h5ad"))
+
+    monkeypatch.setattr(census, "local", contextlib.nullcontext)
+    monkeypatch.setattr(census, "write", write)
+    words = ["heart", "--soma", "experiment", "--columns", "cell_type,donor", "--store", "census.zarr"]
+    with pytest.raises(SystemExit, match="only 12 genes have a count; ask for at most that many"):
+        call(census, *words)
+    shutil.rmtree("heart")
+    call(census, *words, "--genes-kept", "all")
+    assert config.load("census.yaml").data.labels == ("cell_type", "donor")
+    assert CountStore.open("census.zarr").n_cells == 60
 
 
 def test_splat(recipe):
