@@ -16,8 +16,8 @@ and answers with the expected molecules at full depth, and, if it likes, with a 
   ``log1p_cp10k`` is compared as it is; ``mse_of_rate`` is that of its rate in any case. ``mse_poisson`` gives every
   method the matching read-out that its rate alone allows, ``E[log1p_cp10k]`` of Poisson molecules around it.
   ``mse_open_problems`` is the score of that benchmark to the letter: it takes molecules, scales them to 10,000 a cell
-  and takes their log1p, so a mean of logarithms is blown up (``mse_inflated``) unless it is lifted for that score, as the
-  read-out ``open_problems`` is.
+  and takes their log1p, so a mean of logarithms is blown up (``mse_inflated``) unless it is made for that score, as
+  the read-out ``open_problems`` is.
 
 ``*_gain`` is the mean over cells of (gene mean x depth - method) with its standard error; positive is better. Tuned
 methods try every option of a declared grid (`GRIDS`) on a second split of the training part, again 90/10, once for
