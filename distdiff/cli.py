@@ -399,6 +399,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Network calls of a generated cell.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels of generated cells.")] = 1.0,
     depth: Annotated[str | None, typer.Option(help="Molecules of a generated cell, or free (default: drawn).")] = None,
+    scvi: Annotated[bool, typer.Option(help="With --task generate: train scVI for a row, if it is installed.")] = True,
     trust: Trust = None,
 ) -> None:
     """Hide entries of test cells, let the model and the baselines fill them, print the table.
@@ -409,7 +410,7 @@ def evaluate(
 
     loaded, store = distdiff.load(model, trust=tuple(trust or ())), distdiff.CountStore.open(data)
     if task == "generate":
-        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "depth": _depth(depth)}
+        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "depth": _depth(depth), "scvi": scvi}
     else:
         options = {"rate": rate, "protocol": protocol, "draws": draws, "repaint_steps": repaint_steps}
     report = distdiff.evaluate(
