@@ -33,7 +33,6 @@ WALKS: dict[str, tuple[str, dict[str, Any]]] = {
     "before": ("before", {"spacing": "time", "depth": "free"}),
     "+ geometric levels": ("before", {"depth": "free"}),
     "+ depth drawn": ("before", {}),
-    "+ strata": ("strata", {}),
     "after": ("after", {}),
     "after, 8 steps": ("after", {"steps": 8}),
     "after, depth free": ("after", {"depth": "free"}),
@@ -41,7 +40,7 @@ WALKS: dict[str, tuple[str, dict[str, Any]]] = {
     "after, guidance 3": ("after", {"guidance": 3.0}),
     "after, guidance 3, depth free": ("after", {"guidance": 3.0, "depth": "free"}),
 }
-MODELS = {"before": BEFORE, "strata": {"survival.levels": "schedule"}, "after": {}}
+MODELS: dict[str, dict[str, str]] = {"before": BEFORE, "after": {}}
 
 
 def trained(store: Path, label: str, folder: Path, cells: int, changes: dict[str, str]) -> Model:

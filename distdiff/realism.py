@@ -118,13 +118,13 @@ class Realism:
         ours, real = self.rows[OURS], self.rows[REAL]
         learned = [v for v in self.values if self.training[v] >= FEW and self.held_out[v]]
         short = [v for v in learned if ours[v]["recognised"] < 0.9 * real[v]["recognised"]]
-        said = [
+        claims = [
             f"{len(learned) - len(short)} of {len(learned)} labels with {FEW} training cells or more are recognised at "
             f"least 90 % as often as their held-out cells" + (f"; not {', '.join(short)}" if short else "")
         ]
         if few := [f"{v} ({self.training[v]})" for v in self.values if self.training[v] < FEW]:
-            said.append(f"labels with fewer than {FEW} training cells: {', '.join(few)}")
-        return [*said, *self.notes]
+            claims.append(f"labels with fewer than {FEW} training cells: {', '.join(few)}")
+        return [*claims, *self.notes]
 
     def metrics(self) -> dict[str, float]:
         """Scores of our own cells, for tracking: ``generate/<score>/<value>``, means without a value."""
