@@ -190,7 +190,7 @@ def evaluate(
     model: Model | str | Path, data: Data | CountStore, *, task: typing.Literal["impute", "generate"] = "impute",
     layer: str | None = None, rate: float = 0.5, protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5,
     cells: int | None = None, cell_type: str | None = None, repaint_steps: int = 100, keep_trained: bool = False,
-    steps: int = 16, guidance: float = 1.0, depth: float | str | None = None, seed: int = 0,
+    steps: int = 16, guidance: float = 1.0, depth: float | str | None = None, scvi: bool = True, seed: int = 0,
     trust: Sequence[str] = (), progress: bool = True,
 ) -> Report | Realism:  # fmt: skip
     """Hide counts of held-out cells, let the model and the cheap estimators fill them, and score both.
@@ -216,6 +216,8 @@ def evaluate(
         (:mod:`distdiff.seen`).
     steps, guidance, depth
         Of ``task="generate"``, as in :meth:`Model.generate <distdiff.model.Model.generate>`.
+    scvi
+        Of ``task="generate"``: train scVI (minutes), where it is installed, for a row of its samples.
     seed
         Of masks and draws.
     trust
@@ -228,11 +230,11 @@ def evaluate(
     Report or Realism
         ``to_text()`` is the table, ``write(folder)`` its files and figures.
     """
-    generating = {"steps": steps, "guidance": guidance, "depth": depth}
+    generating = {"steps": steps, "guidance": guidance, "depth": depth, "scvi": scvi}
     if task not in ("impute", "generate"):
         raise ValueError(f"evaluate: task={task!r}; the tasks are impute and generate")
-    if task == "impute" and generating != {"steps": 16, "guidance": 1.0, "depth": None}:
-        raise ValueError("evaluate: steps, guidance and depth belong to task='generate'")
+    if task == "impute" and generating != {"steps": 16, "guidance": 1.0, "depth": None, "scvi": True}:
+        raise ValueError("evaluate: steps, guidance, depth and scvi belong to task='generate'")
     found = model if isinstance(model, Model) else load(model, trust=trust)
     if task == "generate":
         label = cell_type or next(iter(found.spec.labels), None)

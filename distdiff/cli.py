@@ -455,6 +455,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Network calls of a generated cell.")] = 16,
     guidance: Annotated[float, typer.Option(help="Weight of the labels of generated cells.")] = 1.0,
     depth: Annotated[str | None, typer.Option(help="Molecules of a generated cell, or free (default: drawn).")] = None,
+    scvi: Annotated[bool, typer.Option(help="With --task generate: train scVI for a row, if it is installed.")] = True,
     trust: Trust = None,
 ) -> None:
     """Hide entries of test cells, let the model and the baselines fill them, print the table.
@@ -466,7 +467,7 @@ def evaluate(
     report = distdiff.evaluate(
         model, data, task=task, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells,  # type: ignore[arg-type]
         cell_type=cell_type, repaint_steps=repaint_steps, keep_trained=keep_trained, steps=steps, guidance=guidance,
-        depth=_depth(depth), seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+        depth=_depth(depth), scvi=scvi, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(report.to_text())
     if out is not None:

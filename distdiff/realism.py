@@ -118,13 +118,13 @@ class Realism:
         ours, real = self.rows[OURS], self.rows[REAL]
         learned = [v for v in self.values if self.training[v] >= FEW and self.held_out[v]]
         short = [v for v in learned if ours[v]["recognised"] < 0.9 * real[v]["recognised"]]
-        said = [
+        claims = [
             f"{len(learned) - len(short)} of {len(learned)} labels with {FEW} training cells or more are recognised at "
             f"least 90 % as often as their held-out cells" + (f"; not {', '.join(short)}" if short else "")
         ]
         if few := [f"{v} ({self.training[v]})" for v in self.values if self.training[v] < FEW]:
-            said.append(f"labels with fewer than {FEW} training cells: {', '.join(few)}")
-        return [*said, *self.notes]
+            claims.append(f"labels with fewer than {FEW} training cells: {', '.join(few)}")
+        return [*claims, *self.notes]
 
     def metrics(self) -> dict[str, float]:
         """Scores of our own cells, for tracking: ``generate/<score>/<value>``, means without a value."""
@@ -138,11 +138,12 @@ class Realism:
     def to_text(self) -> str:
         """Aligned text: the means over labels, then each label."""
         s = self.setting
+        where = f"{s['store'] or 'a store'} ({s['data']})"
         parts = [
-            f"{s['cells']} generated cells a value of {self.label!r} x {s['genes']} genes, {s['steps']} steps, guidance "
-            f"{s['guidance']:g}, against the validation and test cells of {s['store'] or 'a store'} ({s['data']}); seed "
-            f"{s['seed']}. Mean and spread of depth as multiples of those of all real cells of the label, distances to "
-            "the nearest training cell as multiples of those of held-out cells."
+            f"{s['cells']} generated cells a value of {self.label!r} x {s['genes']} genes, {s['steps']} steps, "
+            f"guidance {s['guidance']:g}; seed {s['seed']}. Against validation and test cells of {where}. Mean and "
+            "spread of depth are multiples of those of all real cells of the label, nearest is the distance to a "
+            "training cell as a multiple of that of held-out cells."
         ]
         for value in ("", *self.values):
             title = f"mean of the labels with {FEW} training cells or more"
@@ -339,7 +340,7 @@ def _independent(
 
 
 def _scvi(data: _Data, cells: int, seed: int) -> Callable[[str], sp.csr_matrix]:
-    """scVI conditioned on the label, at latents of its prior and library sizes of the label's training cells."""
+    """Cells of scVI, told the label: latents of its prior, library sizes of the label's training cells."""
     from distdiff.baselines.scvi import prior_sampler
 
     counts, codes = data.train

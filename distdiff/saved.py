@@ -50,6 +50,9 @@ MOST_LISTED = 4096
 PER_GENE = ("spec.gene_mean", "spec.gene_max")
 """Tensors of one number a gene, besides the network's; only the first one must be there."""
 
+MOST_MOLECULES = 1e12
+"""Molecules of a cell, at most."""
+
 MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye}
 
 SLACK = 1 << 22
@@ -328,8 +331,8 @@ def _check_label_depth(depths: Any) -> None:
     if not laws or "" not in depths.get("", {}) or not all(isinstance(law, list) and law for law in laws):
         raise ValueError("model.json: info.training.label_depth must map labels to quantiles of depth by value")
     _check_numbers("info.training.label_depth", [value for law in laws for value in law])
-    if not all(law[0] >= 0 and sorted(law) == law for law in laws):
-        raise ValueError("model.json: info.training.label_depth must ascend, from 0 or more")
+    if not all(0 <= law[0] <= law[-1] < MOST_MOLECULES and sorted(law) == law for law in laws):
+        raise ValueError(f"model.json: info.training.label_depth must ascend within [0, {MOST_MOLECULES:g})")
 
 
 def _nested(tree: Any) -> bool:

@@ -181,6 +181,11 @@ def test_tasks_on_files(atlas, tmp_path, distdiff):
     assert "are as written" in said("denoise", *given, "--out", "a.zarr", "--verify")
     said("generate", "--model", "m", "--n", 20, "--out", "b.h5ad", "--obs", "cell_type=T", "--steps", 2)
     assert set(ad.read_h5ad(tmp_path / "b.h5ad").obs["cell_type"]) == {"T"}
+    table = said(
+        "evaluate", *given, "--task", "generate", "--cells", 4, "--steps", 1, "--depth", 50, "--no-scvi", "--out", "r"
+    )
+    assert "labels with 15 training cells or more are recognised" in table
+    assert '"depth": "50.0"' in (tmp_path / "r" / "generate.json").read_text()
     said("deepen", *given, "--out", "c.zarr", "--times", 2, "--beyond", "allow")
     assert "deepened" in ad.read_zarr(tmp_path / "c.zarr").layers
 

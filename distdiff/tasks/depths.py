@@ -145,9 +145,9 @@ def _drawn(
         code = labels[label].numpy()
         law = known.get(label, {})
         have = np.array([value in law for value in values], dtype=bool)
-        told = (code >= 0) & have[code] if len(values) else np.zeros(n, dtype=bool)
-        total[told] += np.log(_quantile([law.get(value, [1.0]) for value in values], code[told], u[told]))
-        parts += told
+        asked = (code >= 0) & have[code] if len(values) else np.zeros(n, dtype=bool)
+        total[asked] += np.log(_quantile([law.get(value, [1.0]) for value in values], code[asked], u[asked]))
+        parts += asked
     open_ = parts == 0
     if open_.any():
         everyone = np.zeros(int(open_.sum()), dtype=np.int64)

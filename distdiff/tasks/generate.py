@@ -119,7 +119,7 @@ def walk(
     x = process.prior((len(cells), genes), rng=rng)
     predict = predictor(process, denoiser, cells.labels, guidance=guidance)
     if depth is not None:
-        predict = to_depth(process, predict, depth.to(x.device).unsqueeze(1))
+        predict = to_depth(process, predict, depth.to(x.device, non_blocking=True).unsqueeze(1))
     return process.leave(sample(process, predict, x, grid, sigma=sigma, solver=solver, rng=rng))
 
 

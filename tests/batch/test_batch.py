@@ -141,6 +141,10 @@ def test_deepen_generate_and_complete(model, atlas, tmp_path):
     made = ad.read_zarr(tmp_path / "made.zarr")
     assert (dense(made.X) == dense(model.generate(100, obs, steps=3, seed=2).X)).all()
     assert list(made.obs_names[:2]) == ["generated0", "generated1"]
+    deep = np.arange(10.0, 110.0)
+    batch.generate_file(model, 100, tmp_path / "deep.h5ad", obs=obs, depth=deep, steps=3, seed=2, **SMALL)
+    want = model.generate(100, obs, depth=deep, steps=3, seed=2).X
+    assert (dense(ad.read_h5ad(tmp_path / "deep.h5ad").X) == dense(want)).all()
     assert set(made.obs["cell_type"]) == {"B"}
     panel = given[:, 5:].copy()
     panel.obsm["pca"] = np.ones((199, 2))

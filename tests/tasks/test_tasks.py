@@ -64,11 +64,31 @@ def test_a_generated_cell_depends_on_the_seed_and_its_number_alone(model):
     assert not np.array_equal(one, dense(model.generate(50, seed=4, steps=4).X))
 
 
+def test_generated_cells_are_as_deep_as_their_label(model, counts):
+    molecules = np.asarray(counts[counts.obs["cell_type"] == "B"].X.sum(1)).ravel()
+    made = {name: dense(model.generate(400, {"cell_type": "B"}, depth=d, steps=16, seed=1).X).sum(1)
+            for name, d in (("drawn", None), ("free", "free"))}  # fmt: skip
+    assert made["drawn"].mean() == pytest.approx(molecules.mean(), rel=0.1)
+    assert made["drawn"].std() == pytest.approx(molecules.std(), rel=0.2)
+    asked = dense(model.generate(200, {"cell_type": "B"}, depth=50, steps=16, seed=1).X).sum(1)
+    assert asked.mean() == pytest.approx(50, rel=0.1)
+    assert asked.std() < 0.5 * made["free"].std()
+    guided = model.generate(400, {"cell_type": "B"}, steps=16, seed=1, guidance=3.0)
+    assert dense(guided.X).sum(1).mean() == pytest.approx(made["drawn"].mean(), rel=0.05)
+
+
+def test_labels_decide_the_order_and_the_levels_of_training(model):
+    settled = model.info["config"]
+    assert settled["loader"]["strata"] == "cell_type"
+    assert settled["loader"]["weights"] == 0.5
+    assert settled["survival"]["levels"] == "logit"
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"guidance": 2.0}, {"sigma": ("rescale", 0.1)}, {"spacing": "logit"}, {"spacing": "variance"},
-        {"solver": "trapezoidal"}, {"spacing": [0, 0.2, 0.5, 0.9, 1]},
+        {"solver": "trapezoidal"}, {"spacing": [0, 0.2, 0.5, 0.9, 1]}, {"spacing": "time", "depth": "free"},
     ],
 )  # fmt: skip
 def test_every_way_to_walk_generates(model, options):
