@@ -133,6 +133,20 @@ def test_hidden_counts_are_never_looked_at(fitted, batch):
         assert torch.equal(clean.draws, again.draws)
 
 
+def test_denoising_follows_the_depth(fitted, store):
+    row, _ = fitted
+    counts = store.counts[TEST]
+    if not row.denoises:
+        with pytest.raises(ValueError, match="does not follow the depth"):
+            row.denoise(counts, 0.5)
+        return
+    rate = row.denoise(counts, 0.5)
+    assert np.isfinite(rate).all()
+    assert rate.min() >= 0
+    assert rate.sum() == pytest.approx(2 * counts.sum(), rel=0.35)
+    assert row.denoise(counts, 1.0) == pytest.approx(0.5 * rate, rel=1e-4)
+
+
 def test_the_same_seed_gives_the_same_answers(fitted, store, batch):
     row, options = fitted
     state = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
