@@ -440,7 +440,7 @@ def evaluate(
     ] = "impute",
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
     protocol: Annotated[
-        str, typer.Option(help="mcar (zeros scored), mar, mnar_low, mnar_high, genes, or paper.")
+        str, typer.Option(help="mcar (zeros scored), mar, mnar_low, mnar_high, genes, paper.")
     ] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
     cells: Annotated[

@@ -66,7 +66,9 @@ class Evaluation:
     rate
         Share of the entries of a test cell that are hidden.
     protocol
-        ``mcar``: zeros are scored too; ``paper``: zeros that may be dropout are neither seen nor scored.
+        ``mcar``: zeros are scored too; ``mar``, ``mnar_low``, ``mnar_high``, ``genes``: hidden in blocks, by value, or
+        whole genes (see `distdiff.evaluation.evaluate`); ``paper``: zeros that may be dropout are neither seen nor
+        scored.
     draws
         Draws of an ensemble, at least 2.
     cells

@@ -111,8 +111,8 @@ class Deep(Fitted, ABC):
                     optimizer.step()
                 if step % every and step < self.steps:
                     continue
-                if not torch.isfinite(loss):
-                    raise ValueError(f"{self.label}: the loss is {float(loss)} after {step} steps; take a smaller lr")
+                if not np.isfinite(last := loss.item()):
+                    raise ValueError(f"{self.label}: the loss is {last} after {step} steps; take a smaller lr")
                 self.spent, score = step, self.validate(held)
                 if score < best:
                     best, since, state = score, 0, copy.deepcopy(network.state_dict())

@@ -42,6 +42,7 @@ class Engine(Deep, ABC):
 
     law: ClassVar[Process]
     denoises: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
     alike: ClassVar[Survival] = Survival(hidden=0, two_level=0, uniform=1)
     cells_at_once: ClassVar[int] = 32
 
@@ -50,8 +51,6 @@ class Engine(Deep, ABC):
         if self.samples < 1:
             raise ValueError(f"{self.label}: samples={self.samples} must be 1 or more")
         self.peeks = bool(self.key)
-        if not self.key:
-            del self.key  # an evaluation gives labels to the rows that have a key
 
     @abstractmethod
     def process(self, most: int, option: dict[str, Any]) -> Process:
@@ -73,15 +72,6 @@ class Engine(Deep, ABC):
         """The label, if the row has one."""
         return (self.key,) if self.peeks else ()
 
-    def options(self) -> dict[str, tuple[Any, ...]]:
-        """See `Fitted.options`; the label is none."""
-        if not hasattr(self, "key"):
-            self.key, found = "", super().options()
-            del self.key
-        else:
-            found = super().options()
-        return {k: v for k, v in found.items() if k != "key"}
-
     def learn(self, store: Any, rows: np.ndarray) -> None:
         """Describe the data, then as every row.
 
@@ -100,6 +90,7 @@ class Engine(Deep, ABC):
 
     def solve(self, kept: Cells, held: Cells, option: dict[str, Any]) -> None:
         """Make the law for these counts, then train."""
+        self.most = kept.counts.amax(0)
         self.law = self.process(int(kept.counts.max()), option)
         self.noise = generator(self.seed, "baseline-noise")
         super().solve(kept, held, option)
@@ -165,6 +156,7 @@ class Engine(Deep, ABC):
             found = walk.impute(only[part], observed[part], draws=max(draws, self.samples), seed=seed).draws
             parts.append(found)
         drawn = torch.cat([found for found in parts if found is not None], 1).float()
+        drawn = torch.minimum(drawn, self.most) if self.bounded else drawn
         mean = torch.where(observed, cells.counts, drawn.mean(0))
         self.checked(mean.numpy(), observed.numpy())
         whole = torch.where(observed, cells.counts, drawn[:draws].round())

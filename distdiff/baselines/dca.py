@@ -32,8 +32,8 @@ class Dca(Deep):
     >>> from distdiff.data.store.store import CountStore
     >>> store, row = CountStore.open("atlas.zarr"), Dca(width=8, steps=20)
     >>> row.fit(store, store.rows("train"))
-    >>> row.spent, row.chosen["width"]
-    (20, 8)
+    >>> row.spent <= 20, row.chosen["width"]
+    (True, 8)
     """
 
     width: int | Sequence[int] = (64, 128)

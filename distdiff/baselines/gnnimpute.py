@@ -45,8 +45,8 @@ class GnnImpute(OnGraph):
     >>> from distdiff.data.store.store import CountStore
     >>> store, row = CountStore.open("atlas.zarr"), GnnImpute(width=8, k=4, steps=20)
     >>> row.fit(store, store.rows("train"))
-    >>> row.spent
-    20
+    >>> row.spent <= 20
+    True
     """
 
     width: int | Sequence[int] = (64, 128)

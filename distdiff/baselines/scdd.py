@@ -50,8 +50,8 @@ class Scdd(OnGraph):
     >>> from distdiff.data.store.store import CountStore
     >>> store, row = CountStore.open("atlas.zarr"), Scdd(width=8, k=4, steps=20)
     >>> row.fit(store, store.rows("train"))
-    >>> row.spent
-    20
+    >>> row.spent <= 20
+    True
     """
 
     width: int | Sequence[int] = (64, 128)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from distdiff.baselines._engine import Engine
 from distdiff.component import nearest
@@ -12,6 +13,21 @@ from distdiff.imputers.conditional import Conditional
 from distdiff.process import Process
 from distdiff.process.gaussian import Gaussian
 from distdiff.process.survival import Survival
+from distdiff.types import Tensor
+
+
+@dataclass(frozen=True)
+class _Clipped(Gaussian):
+    """The clean value of a step is held in the range of the training data, as samplers of images do.
+
+    Predicted noise says little near p = 0, where a small error of it is a large one of the data.
+    """
+
+    most: float = 16.0
+
+    def reverse(self, x: Tensor, eta: Tensor, *args: Any, **options: Any) -> Tensor:
+        return super().reverse(x, eta.clamp(0, self.most), *args, **options)
+
 
 ATTENTION = {"full": "multi-head", "lsh": "LSH"}
 
@@ -21,7 +37,8 @@ class ScIdpms(Engine):
     """Noise is predicted for hidden genes, evidence is seen whole, the mean is that of the draws.
 
     Different from the paper: ``log(1 + x)`` for min-max values, masks of .1 to .9 of the genes as for every row
-    (published: .1), fewer steps and draws by default (published: 300 and 200, that is 60,000 network calls a cell), and
+    (published: .1), fewer steps and draws by default (published: 300 and 200, that is 60,000 network calls a cell),
+    clean values held in the range of the training data and draws below the gene's largest training count, and
     hashed attention over genes (the published code attends over the cells of a batch).
 
     Parameters
@@ -47,6 +64,7 @@ class ScIdpms(Engine):
     heads: int = 8
     lr: float = 5e-4
 
+    bounded: ClassVar[bool] = True
     label = "scIDPMs"
 
     def __post_init__(self) -> None:
@@ -61,7 +79,7 @@ class ScIdpms(Engine):
 
     def process(self, most: int, option: dict[str, Any]) -> Process:
         """Gaussian noise, predicted."""
-        return Gaussian(predict="eps")
+        return _Clipped(predict="eps", most=math.log1p(most))
 
     def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
         """CSDI with genes in the place of time."""

@@ -65,8 +65,8 @@ class ScIGans(Deep):
     >>> from distdiff.data.store.store import CountStore
     >>> store, row = CountStore.open("atlas.zarr"), ScIGans(width=8, clusters=2, generated=100, steps=20)
     >>> row.fit(store, store.rows("train"))
-    >>> row.spent
-    20
+    >>> row.spent <= 20
+    True
     """
 
     width: int | Sequence[int] = (128, 256)

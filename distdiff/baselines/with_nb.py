@@ -48,8 +48,7 @@ class WithNb(Baseline):
             raise ValueError(f"with_nb: hide={hide} must lie strictly between 0 and 1")
         self.label = f"{self.row.label} + NB"
         self.peeks, self.control, self.denoises = self.row.peeks, self.row.control, self.row.denoises
-        if hasattr(self.row, "key"):
-            self.key = self.row.key
+        self.key = getattr(self.row, "key", "")
 
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Fit the row twice, with the sizes in between."""
@@ -59,7 +58,7 @@ class WithNb(Baseline):
         truth = _tuning.dense(store, held[:5_000])
         observed = _tuning.random_mask(truth.shape, self.hide, self.seed, "sizes")
         labels = {}
-        if hasattr(self, "key"):
+        if self.key:
             labels = {k: torch.from_numpy(v) for k, v in store.labels(held[:5_000], (self.key,)).items()}
         cells = Cells(torch.from_numpy(truth), Condition(labels), torch.from_numpy(held[:5_000]))
         mean = self.row.impute(cells, torch.from_numpy(observed)).mean.numpy()

@@ -83,8 +83,8 @@ class XTrimoGene(Deep):
     >>> from distdiff.data.store.store import CountStore
     >>> store, row = CountStore.open("atlas.zarr"), XTrimoGene(width=8, depth=1, heads=2, steps=20)
     >>> row.fit(store, store.rows("train"))
-    >>> row.spent
-    20
+    >>> row.spent <= 20
+    True
     """
 
     width: int | Sequence[int] = 64
