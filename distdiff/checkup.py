@@ -1,7 +1,7 @@
 """Should these counts be denoised or imputed at all? Molecular cross-validation on the user's own file.
 
 Each cell's molecules are split (docs/MATHS.md 5.7); estimators see one part and are scored on the other. None is
-recommended unless it beats both leaving the counts alone and the gene mean by intervals of its likelihood that exclude 0.
+recommended unless its likelihood is surely better than that of the counts left alone and than that of the gene mean.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def check(
     depth = np.asarray(counts.sum(1)).ravel()
     about = {
         "where": source.where, "cells": len(some), "genes": len(keep), "depth": float(np.median(depth)),
-        "zeros": 1 - counts.nnz / np.prod(counts.shape), "groups": label, "seed": seed,
+        "zeros": float(1 - counts.nnz / np.prod(counts.shape)), "groups": label, "seed": seed,
     }  # fmt: skip
     notes = _notes(source, counts, depth, group, names)
     rows: list[Row] = []
