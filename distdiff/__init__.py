@@ -10,6 +10,7 @@ __all__ = [
     "CountStore",
     "Model",
     "__version__",
+    "check",
     "de",
     "evaluate",
     "impute_file",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from distdiff import pl
     from distdiff.api import evaluate, load, shard, train
     from distdiff.batch import impute_file
+    from distdiff.checkup import check
     from distdiff.data.store.store import CountStore
     from distdiff.differential import de
     from distdiff.model import Model
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CountStore": "distdiff.data.store.store",
     "Model": "distdiff.model",
+    "check": "distdiff.checkup",
     "de": "distdiff.differential",
     "evaluate": "distdiff.api",
     "impute_file": "distdiff.batch",

@@ -476,6 +476,27 @@ def evaluate(
 
 
 @app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="Raw counts: h5ad, AnnData zarr, 10x.")],
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    groupby: Annotated[str | None, typer.Option(help="obs column with groups (default: Leiden clusters).")] = None,
+    cells: Annotated[int, typer.Option(help="Most cells to use, chosen at random.")] = 3000,
+    genes: Annotated[int, typer.Option(help="Most genes to use, by variance over mean.")] = 2000,
+    model: Annotated[bool, typer.Option("--model", help="Train a model for a minute or so too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Should these counts be denoised at all, and how? Minutes, no model needed."""
+    import distdiff
+
+    found = distdiff.check(data, layer=layer, groupby=groupby, cells=cells, genes=genes, model=model, seed=seed)
+    typer.echo(found.to_text())
+    if out is not None:
+        typer.echo(f"written to {found.write(out, overwrite=overwrite)}")
+
+
+@app.command()
 def de(
     data: Annotated[Path, typer.Option(help="h5ad with raw counts, and layers of distdiff if there are any.")],
     groupby: Annotated[str, typer.Option(help="obs column with the groups.")],
