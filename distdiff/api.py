@@ -255,7 +255,7 @@ def evaluate(
 def _opened(
     data: Data | CountStore, layer: str | None, known: Iterable[str], label: str | None, progress: bool
 ) -> Iterator[CountStore]:
-    """A store, opened; other counts are sharded into a temporary one, with ``label`` and those of ``known`` they have."""
+    """A store, opened; other counts get a temporary one, with ``label`` and what they have of ``known``."""
     if isinstance(data, CountStore) or _is_store(data):
         if layer is not None:
             raise ValueError(f"layer={layer!r}: a store has no layers; leave layer= out")
