@@ -60,30 +60,24 @@ def _trained(key: _Key, mixture: str, seed: int) -> Model:
         return Model.load(experiment.train(config.parse(settings)).model)
 
 
-def method(mixture: str, shrink: bool) -> Any:
+def method(mixture: str) -> Any:
     def run(counts: sparse.csr_matrix, p: float, seed: int) -> dict[str, np.ndarray]:
         model = _trained(_Key(counts), mixture, seed)
         more = (1 - p) / p
         columns = [int(name) for name in model.spec.genes]  # the store drops genes that hold nothing
-        found = {"rate": np.zeros(counts.shape, np.float32), "log1p_cp10k": np.zeros(counts.shape, np.float32)}
+        names = ("rate", "log1p_cp10k", "open_problems")
+        found = {name: np.zeros(counts.shape, np.float32) for name in names}
         for start in range(0, counts.shape[0], 256):
             x = torch.from_numpy(counts[start : start + 256].toarray()[:, columns].astype(np.float32))
             cells = Cells(x, Condition(), torch.arange(start, start + len(x)))
             seen = torch.ones(x.shape, dtype=torch.bool)
-            of = functools.partial(
-                denoise, model.process, model.denoiser, cells, seen, shrink=model.shrink if shrink else None
-            )
-            rate = of() / p
-            log = of(readout="log1p_cp10k", depth=more)
-            found["rate"][start : start + len(x), columns] = rate.numpy()
-            found["log1p_cp10k"][start : start + len(x), columns] = log.numpy()
+            of = functools.partial(denoise, model.process, model.denoiser, cells, seen)
+            found["rate"][start : start + len(x), columns] = (of() / p).numpy()
+            for name in names[1:]:
+                found[name][start : start + len(x), columns] = of(readout=name, depth=more).numpy()
         return found
 
     return run
 
 
-METHODS = {
-    f"{mixture}{'' if shrink else ', no shrink'}": method(mixture, shrink)
-    for mixture in MIXTURES
-    for shrink in (True, False)
-}
+METHODS = {mixture: method(mixture) for mixture in MIXTURES}

@@ -5,6 +5,7 @@ python data_prep/census.py blood --organism homo_sapiens --version 2025-11-08 \
 python data_prep/census.py blood --soma /data/experiment --filter "cell_type == 'T cell'"
 distdiff shard blood/*.h5ad --out blood.zarr --labels cell_type
 
+With --store blood.zarr the last line is done too, all --columns as labels, and the config blood.yaml lies beside it.
 The query goes piece by piece, never whole through memory; one that was interrupted goes on where it stopped when the
 same command is given again. The first form needs internet and `pip install cellxgene-census`, the second tiledbsoma.
 """
@@ -218,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--genes", default="feature_id", help="column of var that names the genes")
     parser.add_argument("--cells-per-file", type=int, default=100_000)
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--store", type=Path, help="build this store too, with a config beside it")
+    parser.add_argument("--genes-kept", default="hvg:2000", help="of the store: all, hvg:N, cv:N, ... (hvg:2000)")
     a = parser.parse_args(arguments)
     try:
         with local(a.soma) if a.soma else census(a.organism, a.version) as experiment:
@@ -234,7 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"error: {e}") from e
-    print(f"{len(written)} files; next: distdiff shard {a.folder}/*.h5ad --out {a.folder}.zarr")
+    if a.store is None:
+        print(f"{len(written)} files; next: distdiff shard {a.folder}/*.h5ad --out {a.folder}.zarr")
+        return
+    from _recipe import command_line, finish, run
+
+    words = ["--genes", a.genes_kept, *(["--overwrite"] if a.overwrite else [])]
+    options = command_line(None, min_cells=10).parse_args(words)
+    run(lambda: finish(options, written, a.store, a.columns.split(",") if a.columns else []))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,36 @@ from typing import TYPE_CHECKING, Any
 
 from distdiff.version import __version__
 
-__all__ = ["CountStore", "Model", "__version__", "evaluate", "impute_file", "load", "pl", "sample", "shard", "train"]
+__all__ = [
+    "CountStore",
+    "Model",
+    "__version__",
+    "check",
+    "de",
+    "evaluate",
+    "impute_file",
+    "load",
+    "pl",
+    "sample",
+    "shard",
+    "train",
+]
 
 if TYPE_CHECKING:
     from distdiff import pl
     from distdiff.api import evaluate, load, shard, train
     from distdiff.batch import impute_file
+    from distdiff.checkup import check
     from distdiff.data.store.store import CountStore
+    from distdiff.differential import de
     from distdiff.model import Model
     from distdiff.sampling import sample
 
 _HOME = {
     "CountStore": "distdiff.data.store.store",
     "Model": "distdiff.model",
+    "check": "distdiff.checkup",
+    "de": "distdiff.differential",
     "evaluate": "distdiff.api",
     "impute_file": "distdiff.batch",
     "load": "distdiff.api",

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from distdiff.data.store.manifest import Manifest
+    from distdiff.realism import Realism
     from distdiff.report import Report
 
     Data: typing.TypeAlias = "AnnData | str | Path | Sequence[AnnData | str | Path]"
@@ -53,7 +54,7 @@ def train(
     layer
         Where the raw counts are: None is ``X``, ``"raw"`` is ``raw.X``, else a layer.
     genes
-        ``"all"``, ``"hvg:N"``, ``"seurat_v3:N"``, a text file with one gene a line, or the names. Of a store: ``"all"``
+        ``"all"``, ``"hvg:N"``, ``"top:N"``, a text file with one gene a line, or the names. Of a store: ``"all"``
         or ``"panel"``.
     labels
         obs columns that the model is conditioned on.
@@ -64,8 +65,8 @@ def train(
     store
         Where to put the store; nothing may be there yet. None: ``out/atlas.zarr``, which every call builds anew.
     config
-        A config that ships with distdiff (``"default"``, ``"dev"``, ``"attention"``, ``"published"``), a YAML file, or
-        a nested mapping with its keys.
+        A config that ships with distdiff (``"default"``, ``"quick"``, ``"dev"``, ``"attention"``, ``"published"``), a
+        YAML file, or a nested mapping with its keys.
     split_by
         obs column, such as the donor, whose values stay whole in training, validation or test cells.
     trust
@@ -186,12 +187,15 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
 
 
 def evaluate(
-    model: Model | str | Path, data: Data | CountStore, *, layer: str | None = None, rate: float = 0.5,
-    protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5, cells: int = 2000,
-    cell_type: str | None = None, repaint_steps: int = 100, seed: int = 0, trust: Sequence[str] = (),
-    progress: bool = True,
-) -> Report:  # fmt: skip
+    model: Model | str | Path, data: Data | CountStore, *, task: typing.Literal["impute", "generate"] = "impute",
+    layer: str | None = None, rate: float = 0.5, protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5,
+    cells: int | None = None, cell_type: str | None = None, repaint_steps: int = 100, keep_trained: bool = False,
+    steps: int = 16, guidance: float = 1.0, depth: float | str | None = None, scvi: bool = True, seed: int = 0,
+    trust: Sequence[str] = (), progress: bool = True,
+) -> Report | Realism:  # fmt: skip
     """Hide counts of held-out cells, let the model and the cheap estimators fill them, and score both.
+
+    With ``task="generate"``: generate cells of every value of a label and score them against real cells.
 
     Parameters
     ----------
@@ -200,10 +204,20 @@ def evaluate(
     data
         A store, whose test cells are scored, or counts as :func:`train` takes them, which are split anew. Score a model
         on cells that it was not trained on.
+    task
+        ``"impute"``, or ``"generate"``: ``cells`` (200) of each value of the label ``cell_type`` (the model's first)
+        are generated and compared with validation and test cells (:func:`distdiff.realism.evaluate_generated`).
     layer
         Where the raw counts are (default ``X``); a store has none.
     rate, protocol, draws, cells, cell_type, repaint_steps
         Keys of the config's section ``evaluate``.
+    keep_trained
+        Score also cells that the model was trained on; else they are left out, where the model holds its filter of them
+        (:mod:`distdiff.seen`).
+    steps, guidance, depth
+        Of ``task="generate"``, as in :meth:`Model.generate <distdiff.model.Model.generate>`.
+    scvi
+        Of ``task="generate"``: train scVI (minutes), where it is installed, for a row of its samples.
     seed
         Of masks and draws.
     trust
@@ -213,23 +227,44 @@ def evaluate(
 
     Returns
     -------
-    Report
+    Report or Realism
         ``to_text()`` is the table, ``write(folder)`` its files and figures.
     """
+    generating = {"steps": steps, "guidance": guidance, "depth": depth, "scvi": scvi}
+    if task not in ("impute", "generate"):
+        raise ValueError(f"evaluate: task={task!r}; the tasks are impute and generate")
+    if task == "impute" and generating != {"steps": 16, "guidance": 1.0, "depth": None, "scvi": True}:
+        raise ValueError("evaluate: steps, guidance, depth and scvi belong to task='generate'")
     found = model if isinstance(model, Model) else load(model, trust=trust)
+    if task == "generate":
+        label = cell_type or next(iter(found.spec.labels), None)
+        with _opened(data, layer, found.spec.labels, label, progress) as opened:
+            return experiment.evaluate_generated(
+                found, opened, label=label, cells=cells or 200, seed=seed, progress=progress, **generating
+            )
     settings = configs.Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type, repaint_steps=repaint_steps
+        rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type, repaint_steps=repaint_steps
     )
+    with _opened(data, layer, found.spec.labels, cell_type, progress) as opened:
+        return experiment.evaluate_model(
+            found, opened, settings, seed=seed, keep_trained=keep_trained, progress=progress
+        )
+
+
+@contextlib.contextmanager
+def _opened(
+    data: Data | CountStore, layer: str | None, known: Iterable[str], label: str | None, progress: bool
+) -> Iterator[CountStore]:
+    """A store, opened; other counts get a temporary one, with ``label`` and what they have of ``known``."""
     if isinstance(data, CountStore) or _is_store(data):
         if layer is not None:
             raise ValueError(f"layer={layer!r}: a store has no layers; leave layer= out")
-        opened = data if isinstance(data, CountStore) else CountStore.open(str(data))
-        return experiment.evaluate_model(found, opened, settings, seed=seed, progress=progress)
+        yield data if isinstance(data, CountStore) else CountStore.open(str(data))
+        return
     with _temporary() as folder:
-        labels = dict.fromkeys([*_columns(data, layer, found.spec.labels), *([cell_type] if cell_type else [])])
-        store = Path(folder) / "data.zarr"
-        shard(data, store, layer=layer, labels=list(labels), progress=progress)
-        return experiment.evaluate_model(found, CountStore.open(store), settings, seed=seed, progress=progress)
+        labels = dict.fromkeys([*_columns(data, layer, known), *([label] if label else [])])
+        shard(data, Path(folder) / "data.zarr", layer=layer, labels=list(labels), progress=progress)
+        yield CountStore.open(Path(folder) / "data.zarr")
 
 
 def _raw(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:

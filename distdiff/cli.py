@@ -39,7 +39,7 @@ def shard(
     inputs: Annotated[list[Path], typer.Argument(help="h5ad, AnnData zarr, 10x h5 or mtx.")],
     out: Annotated[Path, typer.Option(help="Store to write, for example atlas.zarr.")],
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X; 'raw' for .raw.X).")] = None,
-    genes: Annotated[str, typer.Option(help="all, hvg:N, cv:N, seurat_v3:N, A,B,C, or a file.")] = "all",
+    genes: Annotated[str, typer.Option(help="all, hvg:N, top:N, cv:N, A,B,C, or a file.")] = "all",
     panel: Annotated[str | None, typer.Option(help="Genes to store apart, chosen as --genes.")] = None,
     join: Annotated[str, typer.Option(help="Of several files: inner (genes of all), outer (of any).")] = "inner",
     labels: Annotated[str, typer.Option(help="obs columns to keep, comma-separated.")] = "",
@@ -281,7 +281,7 @@ def denoise(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     readout: Annotated[str, typer.Option(help="mean, log1p, log1p_cp10k, median, q5 ...")] = "mean",
     depth: Annotated[float, typer.Option(help="Depth of the other measurement that is read out.")] = 1.0,
-    shrink: Annotated[bool, typer.Option("--shrink/--no-shrink", help="Weigh in each gene's own count.")] = True,
+    library: Annotated[str | None, typer.Option(help="log1p_cp10k is of: panel, cell, or an obs column.")] = None,
     ood: Ood = 0,
     genes: Annotated[str, typer.Option(help="model: those that it knows; all (others: 0); A,B,C; a file.")] = "model",
     dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
@@ -289,7 +289,7 @@ def denoise(
     """Write the rate behind every count."""
     wanted = genes if genes in ("model", "all") else _genes(genes)
     _batch(
-        context, "denoise", model, data, out, readout=readout, depth=depth, shrink=shrink, ood=ood, genes=wanted,
+        context, "denoise", model, data, out, readout=readout, depth=depth, library=library, ood=ood, genes=wanted,
         dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
@@ -323,9 +323,14 @@ def generate(
     context: typer.Context, model: ModelName, n: Annotated[int, typer.Option("--n", help="Number of cells.")], out: Out,
     obs: Annotated[list[str] | None, typer.Option(help="label=value of all cells, for example cell_type=B.")] = None,
     steps: Annotated[int, typer.Option(help="Network calls of a walk.")] = 16,
-    spacing: Spacing = "time", solver: Solver = "plain",
+    spacing: Annotated[
+        str | None, typer.Option(help="Where the steps lie: geometric (default), time, variance, or p by p: 0,0.5,1.")
+    ] = None,
+    solver: Solver = "plain",
     sigma: Annotated[tuple[str, float], typer.Option(help="Rule and strength of attrition.")] = ("none", 0.0),
-    guidance: Guidance = 1.0, seed: Seed = 0, **shared: Any,
+    guidance: Guidance = 1.0,
+    depth: Annotated[str | None, typer.Option(help="Molecules of a cell, or free (default: drawn).")] = None,
+    seed: Seed = 0, **shared: Any,
 ) -> None:  # fmt: skip
     """Generate cells from labels alone; cell i depends on the seed and i."""
     labels = {}
@@ -335,8 +340,9 @@ def generate(
             raise ValueError(f"--obs {word!r}: label=value is wanted")
         labels[key] = value
     _batch(
-        context, "generate", model, None, out, n=n, obs=labels, steps=steps, spacing=_levels(spacing), solver=solver,
-        sigma=sigma, guidance=guidance, seed=seed, **shared,
+        context, "generate", model, None, out, n=n, obs=labels, steps=steps,
+        spacing=None if spacing is None else _levels(spacing), solver=solver, sigma=sigma, guidance=guidance,
+        depth=_depth(depth), seed=seed, **shared,
     )  # fmt: skip
 
 
@@ -388,6 +394,7 @@ def _batch(
         f"genes unknown to the model {_unknown(kind, options.get('genes'))}": filled.genes_unknown_to_model,
         "genes of the model absent from the input": filled.genes_absent_from_input,
         "targets in unknown genes not filled": filled.targets_of_unknown_genes,
+        "cells that the model was trained on (scores on these are too good)": filled.cells_trained_on,
     }
     for text, number in notes.items():
         if number:
@@ -404,6 +411,14 @@ def _unknown(kind: str, genes: Any) -> str:
 def _shown(context: typer.Context) -> bool:
     """Whether bars and lines on the way are wanted (no ``--quiet``)."""
     return not context.find_root().params.get("quiet")
+
+
+def _depth(text: str | None) -> float | str | None:
+    """Molecules, a word, or nothing."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -427,26 +442,90 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A store (its test cells are scored), h5ad, AnnData zarr, or 10x.")],
     out: Annotated[Path | None, typer.Option(help="Folder for table and figures.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    task: Annotated[
+        str, typer.Option(help="impute, or generate: cells of each label against held-out cells.")
+    ] = "impute",
     rate: Annotated[float, typer.Option(help="Share of entries to hide.")] = 0.5,
-    protocol: Annotated[str, typer.Option(help="mcar (zeros scored), or paper.")] = "mcar",
+    protocol: Annotated[
+        str, typer.Option(help="mcar (zeros scored), mar, mnar_low, mnar_high, genes, paper.")
+    ] = "mcar",
     draws: Annotated[int, typer.Option(help="Draws of an ensemble, at least 2.")] = 5,
-    cells: Annotated[int, typer.Option(help="Most test cells to score.")] = 2000,
-    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows.")] = None,
+    cells: Annotated[
+        int | None, typer.Option(help="Most test cells to score (2000); cells to generate of each label value (200).")
+    ] = None,
+    cell_type: Annotated[str | None, typer.Option(help="Label of the cell-type rows; label to generate.")] = None,
     repaint_steps: Annotated[int, typer.Option(help="Steps of the RePaint row (0: none).")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of masks and draws.")] = 0,
+    keep_trained: Annotated[
+        bool, typer.Option("--keep-trained", help="Score also cells that the model was trained on.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Network calls of a generated cell.")] = 16,
+    guidance: Annotated[float, typer.Option(help="Weight of the labels of generated cells.")] = 1.0,
+    depth: Annotated[str | None, typer.Option(help="Molecules of a generated cell, or free (default: drawn).")] = None,
+    scvi: Annotated[bool, typer.Option(help="With --task generate: train scVI for a row, if it is installed.")] = True,
     trust: Trust = None,
 ) -> None:
-    """Hide entries of test cells, let the model and the baselines fill them, print the table."""
+    """Hide entries of test cells, let the model and the baselines fill them, print the table.
+
+    With --task generate: generate cells of each value of a label and compare them with held-out cells.
+    """
     import distdiff
 
     report = distdiff.evaluate(
-        model, data, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,  # type: ignore[arg-type]
-        repaint_steps=repaint_steps, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+        model, data, task=task, layer=layer, rate=rate, protocol=protocol, draws=draws, cells=cells,  # type: ignore[arg-type]
+        cell_type=cell_type, repaint_steps=repaint_steps, keep_trained=keep_trained, steps=steps, guidance=guidance,
+        depth=_depth(depth), scvi=scvi, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(report.to_text())
     if out is not None:
         report.write(out)
         typer.echo(f"written to {out}")
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="Raw counts: h5ad, AnnData zarr, 10x.")],
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    groupby: Annotated[str | None, typer.Option(help="obs column with groups (default: Leiden clusters).")] = None,
+    cells: Annotated[int, typer.Option(help="Most cells to use, chosen at random.")] = 3000,
+    genes: Annotated[int, typer.Option(help="Most genes to use, by variance over mean.")] = 2000,
+    model: Annotated[bool, typer.Option("--model", help="Train a model for a minute or so too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Should these counts be denoised at all, and how? Minutes, no model needed."""
+    import distdiff
+
+    found = distdiff.check(data, layer=layer, groupby=groupby, cells=cells, genes=genes, model=model, seed=seed)
+    typer.echo(found.to_text())
+    if out is not None:
+        typer.echo(f"written to {found.write(out, overwrite=overwrite)}")
+
+
+@app.command()
+def de(
+    data: Annotated[Path, typer.Option(help="h5ad with raw counts, and layers of distdiff if there are any.")],
+    groupby: Annotated[str, typer.Option(help="obs column with the groups.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .csv or .tsv; or .h5ad, the input with uns.")],
+    groups: Annotated[str, typer.Option(help="Those to test, comma-separated.")] = "all",
+    reference: Annotated[str, typer.Option(help="Group to compare with; rest: all other cells.")] = "rest",
+    sample: Annotated[str | None, typer.Option(help="obs column with the donor: donors are the replicates.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    depth: Annotated[str | None, typer.Option(help="obs column with a cell's depth (default: its molecules).")] = None,
+    allow_invalid: Annotated[
+        bool, typer.Option("--allow-invalid", help="Test what a model made; the reason against it is written too.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Differential expression on raw counts: a negative binomial score test, or donors as replicates."""
+    from distdiff import differential
+
+    tested = differential.of_file(
+        data, out, groupby=groupby, groups=groups if groups == "all" else _words(groups), reference=reference,
+        sample=sample, layer=layer, depth=depth, allow_invalid=allow_invalid, overwrite=overwrite,
+    )  # fmt: skip
+    typer.echo(f"{out}: {tested}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from distdiff.denoise import Denoiser
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.training.optim import Optim
-from distdiff.training.settings import Training
+from distdiff.training.settings import AUTO, Training
 
 MOST_DRAWS, MOST_STEPS = 1_000, 10_000
 """Draws of a cell and steps of a walk in the evaluation, at most: more would keep a finished run waiting for days."""
@@ -66,7 +66,9 @@ class Evaluation:
     rate
         Share of the entries of a test cell that are hidden.
     protocol
-        ``mcar``: zeros are scored too; ``paper``: zeros that may be dropout are neither seen nor scored.
+        ``mcar``: zeros are scored too; ``mar``, ``mnar_low``, ``mnar_high``, ``genes``: hidden in blocks, by value, or
+        whole genes (see `distdiff.evaluation.evaluate`); ``paper``: zeros that may be dropout are neither seen nor
+        scored.
     draws
         Draws of an ensemble, at least 2.
     cells
@@ -75,15 +77,18 @@ class Evaluation:
         Label of the cell-type rows; none: the rows are left out.
     repaint_steps
         Steps of the RePaint row; 0 leaves it out.
+    generated
+        Cells to generate of each value of the first label and to compare with held-out cells; 0: none.
     """
 
     enabled: bool = True
     rate: float = 0.5
-    protocol: Literal["mcar", "paper"] = "mcar"
+    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper"] = "mcar"
     draws: int = 5
     cells: int = 2000
     cell_type: str | None = None
     repaint_steps: int = 100
+    generated: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -97,6 +102,8 @@ class Evaluation:
                 f"evaluate.cells must be at least 1 and evaluate.repaint_steps at least 0, at most {MOST_STEPS:,}, got "
                 f"{self.cells} and {self.repaint_steps}"
             )
+        if not (self.generated == 0 or 2 <= self.generated <= MOST_STEPS):
+            raise ValueError(f"evaluate.generated must be 0, or 2 to {MOST_STEPS:,} cells, got {self.generated}")
         if self.protocol == "paper" and not self.cell_type:
             raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type)")
 
@@ -166,11 +173,13 @@ class Config:
         whole = self.as_dict()
         for name in (
             "out", "resume", "compile", "graph", "trace", "accumulate", "eval_cells", "checkpoint_cells",
-            "checkpoint_minutes", "keep", "minutes", *CHANGEABLE,
+            "checkpoint_minutes", "keep", "minutes", "manifest", *CHANGEABLE,
         ):  # fmt: skip
             whole["train"].pop(name)
         if whole["train"]["noise"] == "streams":  # as it was before there was a choice
             whole["train"].pop("noise")
+        if whole["survival"]["levels"] != "logit":
+            whole["survival"].pop("levels")
         return {k: whole[k] for k in ("process", "denoiser", "survival", "optim", "train")} | {
             "data": {k: whole["data"][k] for k in ("genes", "labels")},
             "loader": {k: whole["loader"][k] for k in ("window", "strata", "weights")},
@@ -272,8 +281,8 @@ def _parse(raw: Mapping[str, Any]) -> Config:
     for section, base, kind, given in SECTIONS:
         raw[section] = _checked(base, complete(base, {"kind": kind, **raw.get(section, {})}, given=given), section)
     train = raw.get("train", {})
-    if train.get("batch") == "auto":
-        raw["train"] = {**train, "batch": 0}
+    if automatic := {name: 0 for name in AUTO if train.get(name) == "auto"}:
+        raw["train"] = {**train, **automatic}
     try:
         config = TypeAdapter(Config).validate_python(raw)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from distdiff import metrics
 from distdiff.component import build, nearest
-from distdiff.data.masks import dropout_sites, expressed, mcar
+from distdiff.data.masks import dropout_sites, expressed, gene_folds, mar_blocks, mcar, mnar
 from distdiff.imputers import Imputer
 from distdiff.report import Report, Row
 from distdiff.rng import numpy_generator
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from distdiff.data.store.store import CountStore
 
 ANSWERS = ("mean", "1 draw", "draws")
+
+PROTOCOLS = ("mcar", "mar", "mnar_low", "mnar_high", "genes", "paper")
 
 MMD_CELLS = 2000
 """Most cells for MMD, whose matrices are cells x cells; chosen at random, the same for every imputer."""
@@ -152,6 +154,8 @@ def evaluate(
     batch: int = 256,
     labels: Sequence[str] = (),
     groups: str | None = None,
+    targets: str = "all",
+    fold: int = 0,
     resamples: tuple[int, int] = (200, 40),
     progress: bool = True,
 ) -> Report:
@@ -160,9 +164,16 @@ def evaluate(
     Parameters
     ----------
     rate, protocol
-        ``mcar``: every entry, zeros included, is hidden with probability ``rate`` and scored. ``paper``: the published
-        protocol, in which zeros of a gene that another cell of the same ``groups`` value expresses count as missing:
-        they are neither evidence nor scored, so almost every target is a non-zero count.
+        ``mcar``: every entry, zeros included, is hidden with probability ``rate`` and scored. ``mar``: blocks of genes
+        in groups of cells. ``mnar_low``, ``mnar_high``: small or large counts more often. ``genes``: whole genes, a
+        share ``rate`` of them, absent from every cell (panel completion; ``rate=0.1`` is the first of ten folds, and
+        ``fold`` names the others). ``paper``: as ``mcar``, but zeros of a gene that another cell of the same ``groups``
+        value expresses count as missing: they are neither evidence nor scored, so almost every target is a non-zero
+        count.
+    targets
+        ``all`` hidden entries are scored, or ``nonzero`` ones alone (as most published tables do: zeros are easier).
+    fold
+        Which fold of genes is hidden by ``genes``.
     draws
         Number of draws in an ensemble.
     labels
@@ -194,18 +205,22 @@ def evaluate(
     keys = tuple(dict.fromkeys([*labels, *([groups] if groups else []), *_label_keys(contestants)]))
     cells = store.cells(rows, keys)
     truth = cells.counts.numpy()
-    hidden = mcar(truth.shape, rate, numpy_generator(seed, "evaluate"))
-    observed, targets = _protocol(store, rows, protocol, groups, hidden)
-    if not targets.any():
+    hidden = _hidden(truth, rate, protocol, fold, seed)
+    observed, scored = _protocol(store, rows, protocol, groups, hidden)
+    if targets not in ("all", "nonzero"):
+        raise ValueError(f"unknown targets {targets!r}{nearest(targets, ('all', 'nonzero'))}")
+    if targets == "nonzero":
+        scored &= truth > 0
+    if not scored.any():
         raise ValueError(f"protocol {protocol!r} at rate {rate} leaves no entry to score in {len(rows)} cells")
-    score = _Score(truth, targets, seed, resamples)
+    score = _Score(truth, scored, seed, resamples)
     setting = {
         "store": store.path.name if hasattr(store, "path") else "", "data": store.manifest.fingerprint[:12],
-        "cells": len(rows), "genes": truth.shape[1], "targets": int(targets.sum()),
-        "zeros_among_targets": float((truth[targets] == 0).mean()), "protocol": protocol, "rate": rate,
+        "cells": len(rows), "genes": truth.shape[1], "targets": int(scored.sum()),
+        "zeros_among_targets": float((truth[scored] == 0).mean()), "protocol": protocol, "rate": rate,
         "draws": draws, "seed": seed,
     }  # fmt: skip
-    report = Report([], setting, truth, targets)
+    report = Report([], setting, truth, scored)
     bar = tqdm(contestants, desc="evaluate", unit=" imputers", disable=not progress)
     for contestant in bar:
         bar.set_postfix_str(contestant.name)
@@ -226,17 +241,35 @@ def evaluate(
 
 
 def _label_keys(contestants: Sequence[Contestant]) -> list[str]:
-    return [c.imputer.key for c in contestants if hasattr(c.imputer, "key")]
+    return [c.imputer.key for c in contestants if getattr(c.imputer, "key", "")]
+
+
+def _hidden(truth: np.ndarray, rate: float, protocol: str, fold: int, seed: int) -> np.ndarray:
+    """Which entries are hidden, ``bool [b g]``."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
+    rng = numpy_generator(seed, "evaluate")
+    if protocol == "mar":
+        return mar_blocks(truth.shape, rate, rng)
+    if protocol in ("mnar_low", "mnar_high"):
+        return mnar(truth, rate, rng, high=protocol == "mnar_high")
+    if protocol == "genes":
+        folds = round(1 / rate) if 0 < rate <= 0.5 else 0
+        if not 0 <= fold < folds:
+            raise ValueError(
+                f"protocol 'genes' at rate {rate} has {folds} folds, got fold {fold}; give a rate in (0, 0.5], one "
+                "over the number of folds, and a fold from 0"
+            )
+        return np.broadcast_to(gene_folds(truth.shape[1], folds, rng) == fold, truth.shape).copy()
+    return mcar(truth.shape, rate, rng)
 
 
 def _protocol(
     store: CountStore, rows: np.ndarray, protocol: str, groups: str | None, hidden: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which entries are evidence and which are scored: ``bool [b g]`` each."""
-    if protocol == "mcar":
-        return ~hidden, hidden
     if protocol != "paper":
-        raise ValueError(f"unknown protocol {protocol!r}{nearest(protocol, ('mcar', 'paper'))}")
+        return ~hidden, hidden.copy()
     if groups is None:
         raise ValueError("protocol 'paper' needs the label of the cell groups (cell_type=)")
     everyone = store.rows("all")

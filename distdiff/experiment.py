@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -36,6 +37,8 @@ from distdiff.imputers.panel import OnPanel
 from distdiff.model import Model
 from distdiff.pl.training import kept
 from distdiff.process.counts import Counts
+from distdiff.seen import CELLS, Seen, counter, salt_of
+from distdiff.tasks.depths import has_depths, label_depths
 from distdiff.tasks.measure import measure
 from distdiff.training import checkpoint, loop
 from distdiff.training.cells import training_cells
@@ -53,6 +56,7 @@ from distdiff.waits import waiting
 
 if TYPE_CHECKING:
     from distdiff.evaluation import Contestant
+    from distdiff.realism import Realism
     from distdiff.report import Report
 
 log = logging.getLogger("distdiff")
@@ -120,6 +124,7 @@ def _new(config: Config, store: CountStore, accelerator: Accelerator, trust: Seq
     with saved.affordable(config.denoiser, COPIES if alone else 1):
         model = Model.new(store.spec(config.data.labels), config.process, config.denoiser, seed=config.train.seed)
     model.check_store(store.manifest, config.data.store)
+    salt_of(config.train.manifest)
     if len(store.genes) > MANY and accelerator.is_main_process:
         log.warning(
             "train: %s genes; each costs time and memory in every step, and most hold few molecules: shard with "
@@ -156,7 +161,7 @@ def _going_on(config: Config) -> bool:
 def _check_label_names(config: Config, store: CountStore) -> None:
     """All labels that a config names must be the store's, now and not when training is over."""
     asked = [("data.labels", label) for label in config.data.labels]
-    asked += [("loader.strata", config.loader.strata)] if config.loader.strata else []
+    asked += [("loader.strata", config.loader.strata)] if config.loader.strata not in ("", "auto") else []
     if config.evaluate.enabled and config.evaluate.cell_type:
         asked.append(("evaluate.cell_type", config.evaluate.cell_type))
     for where, label in asked:
@@ -176,7 +181,7 @@ def _owning(
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
     going_on = _going_on(config)
     recipe = _recipe(config, store, model)
-    config = replace(config, train=settled(recipe, accelerator))
+    config = replace(config, train=settled(recipe, accelerator), survival=recipe.survival, loader=recipe.loading)
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),
@@ -227,12 +232,13 @@ def _owning(
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
         with waiting("train: measures the model on held-out cells", show=show):
-            measured = measure(
+            finished.info |= measure(
                 finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
             )
-        finished.info |= measured.info
         finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
-        finished.shrink = measured.shrink
+        if has_depths(finished.process, finished.denoiser):
+            finished.info["training"]["label_depth"] = label_depths(store, config.data.labels, seed=config.train.seed)
+        finished.seen = cells_seen(store, config.train.manifest)
         finished.save(best)
         report = None
         if config.evaluate.enabled:
@@ -248,6 +254,14 @@ def _owning(
             report.write(out / "evaluation")
             run.artifact(out / "evaluation")
             run.metrics(report.metrics())
+            if config.evaluate.generated and config.data.labels:
+                real = evaluate_generated(
+                    finished, store, cells=config.evaluate.generated, seed=config.train.seed, scvi=False
+                )
+                real.write(out / "generated")
+                run.artifact(out / "generated")
+                run.metrics(real.metrics())
+                accelerator.print(real.to_text())
         card = tracking.card(
             best, profile=profile, score=(progress.judge, progress.best), scores=report.metrics() if report else {},
             claims=report.claims() if report else (),
@@ -260,6 +274,15 @@ def _owning(
             description=text, step=progress.step,
         )  # fmt: skip
     return Outcome(best, progress, report, run.run_id, run.registered)
+
+
+def cells_seen(store: CountStore, manifest: str) -> Seen | None:
+    """The filter of a store's training cells, by ``train.manifest``; they are read once, some thousands at a time."""
+    if manifest == "none" or store.manifest.dtype == "float32":
+        return None
+    rows = store.rows("train")
+    blocks = (store.read(rows[start : start + CELLS]) for start in range(0, len(rows), CELLS))
+    return Seen.of(len(rows), blocks, salt=salt_of(manifest))
 
 
 def _existing_scores(model: Path, fingerprint: str) -> dict[str, float]:
@@ -335,12 +358,13 @@ def _start(model: Model, address: str, trust: Sequence[str]) -> str:
 
 def evaluate_model(
     model: Model, store: CountStore, settings: Evaluation, *, seed: int = 0, extra: Sequence[Contestant] = (),
-    progress: bool = True,
+    keep_trained: bool = False, progress: bool = True,
 ) -> Report:  # fmt: skip
     """Score a model, ``extra`` and the baselines on the store's test cells, same masks (see ``distdiff.evaluation``).
 
     The genes that both know are scored, whatever their order; the model's others count as not measured. A model with
-    labels answers without them, as its tasks do; a row of its own has them, and peeks.
+    labels answers without them, as its tasks do; a row of its own has them, and peeks. Cells that the model was trained
+    on (`distdiff.seen`) are left out, unless ``keep_trained``.
     """
     from distdiff.evaluation import Contestant, default_contestants, evaluate
 
@@ -369,12 +393,37 @@ def evaluate_model(
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild the store with another split=")
+    rows, about = _not_trained_on(store, model, rows, keep=keep_trained)
     rows = rows[:: max(1, -(-len(rows) // settings.cells))]
     contestants = default_contestants(settings.cell_type, extra=[*mine, *extra], rate=settings.rate)
-    return evaluate(
+    report = evaluate(
         store, rows, contestants, rate=settings.rate, protocol=settings.protocol, draws=settings.draws, seed=seed,
         labels=tuple(recode), groups=settings.cell_type, progress=progress,
     )  # fmt: skip
+    report.setting |= about
+    return report
+
+
+def _not_trained_on(
+    store: CountStore, model: Model, rows: np.ndarray, *, keep: bool
+) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+    """Test cells without those that the model was trained on, and what the report says of these."""
+    of_store, of_model = set(store.genes), {gene: i for i, gene in enumerate(model.spec.genes)}
+    columns = np.array([of_model[gene] for gene in store.genes])
+    _, why = counter(model.seen, columns, len(of_model.keys() - of_store))
+    if why or model.seen is None:
+        return rows, {"trained_on": f"unknown: {why}"}
+    parts = [rows[start : start + CELLS] for start in range(0, len(rows), CELLS)]
+    found = np.concatenate([model.seen.found(store.read(part), columns) for part in parts])
+    if keep or not found.any():
+        return rows, {"trained_on": int(found.sum()), "trained_on_kept": keep}
+    if found.all():
+        raise ValueError(
+            f"the model was trained on all {len(rows)} test cells of this store; give cells that it has not seen, or "
+            "score these nevertheless (keep_trained=True, --keep-trained)"
+        )
+    log.warning("evaluate: the model was trained on %d of %d test cells; they are left out", found.sum(), len(rows))
+    return rows[~found], {"trained_on": int(found.sum()), "trained_on_kept": False}
 
 
 def _recode(store: CountStore, model: Model) -> dict[str, torch.Tensor]:
@@ -385,6 +434,15 @@ def _recode(store: CountStore, model: Model) -> dict[str, torch.Tensor]:
             code_of = {value: code for code, value in enumerate(values)}
             found[label] = torch.tensor([code_of.get(value, -1) for value in store.manifest.labels[label]])
     return found
+
+
+def evaluate_generated(model: Model, store: CountStore, **options: Any) -> Realism:
+    """Score generated cells against a store's held-out cells; options of ``distdiff.realism.evaluate_generated``."""
+    from distdiff import realism
+
+    model.check_store(store.manifest, store.url)
+    model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
+    return realism.evaluate_generated(model, _shared(store, model), **options)
 
 
 def _shared(store: CountStore, model: Model) -> CountStore:

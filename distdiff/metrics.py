@@ -10,6 +10,9 @@ entries that are scored. There are two families.
 * *Of distributions*: `energy_distance`, `mmd`, `sliced_wasserstein` and `correlation_error` take ``weights``
   (``int [R b]``, how often each cell is in each replicate) and return ``float64 [R]``.
 
+Scores of what is done with an answer (scFID, clusters, differential expression, a probe) are in
+:mod:`~distdiff.downstream`.
+
 Sums are accumulated in float64. The published evaluations (CountsDiff, scIDPMs) differ in details, noted in each
 function.
 """
@@ -511,3 +514,90 @@ def coverage(u: FloatArray, levels: FloatArray) -> FloatArray:
     array([0.5, 0.9])
     """
     return (np.abs(u[None, :] - 0.5) <= np.asarray(levels)[:, None] / 2).mean(axis=1)
+
+
+def negative_binomial_score(truth: FloatArray, targets: BoolArray, mean: FloatArray, size: FloatArray) -> FloatArray:
+    """``-log NB(x; m, size)`` summed over each cell's targets, in nats: the log score of a row with such a law.
+
+    Parameters
+    ----------
+    truth, mean
+        ``float [b g]`` molecules; a mean below `DEVIANCE_FLOOR` counts as that.
+    targets
+        ``bool [b g]``.
+    size
+        ``float [g]`` or ``[b g]``, variance ``m + m^2 / size``.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``float64 [b]`` sums.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import negative_binomial_score
+    >>> one = np.ones((1, 1))
+    >>> negative_binomial_score(0 * one, one > 0, one, size=one[0]).round(4)  # log 2: a geometric law
+    array([0.6931])
+    """
+    from scipy.special import gammaln, xlogy
+
+    x = truth[targets].astype(np.float64)
+    m = np.maximum(mean[targets].astype(np.float64), DEVIANCE_FLOOR)
+    r = np.broadcast_to(size, targets.shape)[targets].astype(np.float64)
+    entries = np.zeros(targets.shape)
+    entries[targets] = (
+        gammaln(r) + gammaln(x + 1) - gammaln(x + r) + r * np.log1p(m / r) - xlogy(x, m) + xlogy(x, r + m)
+    )
+    return _sum(entries, targets)
+
+
+def cell_rmse(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
+    """RMSE of each cell (CountsDiff's paper averages it over cells), NaN without targets: ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import cell_rmse
+    >>> cell_rmse(np.array([[0.0, 3.0]]), np.array([[True, True]]), np.array([[1.0, 2.0]]))
+    array([1.])
+    """
+    n = targets.sum(axis=1)
+    sums = squared_error(truth, targets, answer)
+    return np.sqrt(np.divide(sums, n, out=np.full(len(n), np.nan), where=n > 0))
+
+
+def r2(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
+    """``1 - SSE / SST`` of each cell, SST of the truth; NaN with fewer than two targets or equal ones: ``float64 [b]``.
+
+    CountsDiff's code swaps the two, so that a constant answer is undefined.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import r2
+    >>> r2(np.array([[0.0, 2.0]]), np.array([[True, True]]), np.array([[0.0, 1.0]]))
+    array([0.5])
+    """
+    n = targets.sum(axis=1)
+    x = truth.astype(np.float64)
+    centre = np.divide(_sum(x, targets), n, out=np.zeros(len(n)), where=n > 0)
+    total = _sum((x - centre[:, None]) ** 2, targets)
+    ratio = np.divide(squared_error(truth, targets, answer), total, out=np.full(len(n), np.nan), where=total > 0)
+    return 1.0 - ratio
+
+
+def cosine(truth: FloatArray, targets: BoolArray, answer: FloatArray) -> FloatArray:
+    """Cosine of truth and answer over each cell's targets, NaN where one is zero throughout: ``float64 [b]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import cosine
+    >>> cosine(np.array([[0.0, 2.0]]), np.array([[True, True]]), np.array([[0.0, 1.0]]))
+    array([1.])
+    """
+    x, y = truth.astype(np.float64), answer.astype(np.float64)
+    length = np.sqrt(_sum(x * x, targets) * _sum(y * y, targets))
+    return np.divide(_sum(x * y, targets), length, out=np.full(len(x), np.nan), where=length > 0)

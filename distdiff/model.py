@@ -26,9 +26,11 @@ from distdiff.imputers.graphed import Graphed
 from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.schedule import placed
+from distdiff.seen import FILE, Seen, counter
 from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
-from distdiff.tasks.denoise import denoise
+from distdiff.tasks.denoise import Library, denoise
+from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.frame import copied, framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
 from distdiff.tasks.impute import (
@@ -42,7 +44,7 @@ from distdiff.tasks.impute import (
 )
 from distdiff.tasks.latent import KEY, latent
 from distdiff.tasks.likelihood import nats
-from distdiff.types import DataSpec, Tensor
+from distdiff.types import DataSpec
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,8 +70,8 @@ class Model:
         ``excess``: where along a walk dispersion is at stake (docs/MATHS.md 4.11); ``nats``: likelihood of held-out
         cells; ``training``: numbers of training cells by label value, quantiles of their depth
         (:func:`~distdiff.training.cells.training_cells`).
-    shrink
-        ``float32 [g]`` weights of the network against a gene's own count when denoising, or ``None``.
+    seen
+        Filter of the training cells, or ``None``.
     where
         Folder or address that it was loaded from.
 
@@ -91,7 +93,7 @@ class Model:
     spec: DataSpec
     options: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
-    shrink: Tensor | None = None
+    seen: Seen | None = None
     where: str = ""
 
     def __repr__(self) -> str:
@@ -106,6 +108,7 @@ class Model:
             torch.manual_seed(seed)
             network = build(Denoiser, denoiser, spec, law.outputs)
         network.relative = law.relative
+        network.largest = None if spec.gene_max is None else torch.as_tensor(spec.gene_max)
         options = {"process": complete(Process, process), "denoiser": complete(Denoiser, denoiser, given=2)}
         return cls(law, network, spec, options)
 
@@ -129,7 +132,7 @@ class Model:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
-        """Write ``model.json`` and ``weights.safetensors`` (weights and gene means); whole or not at all.
+        """Write ``model.json`` and ``weights.safetensors`` (weights, statistics of genes); whole or not at all.
 
         Raises
         ------
@@ -138,9 +141,9 @@ class Model:
         """
         tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in self.denoiser.state_dict().items()}
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
-        if self.shrink is not None:
-            tensors["shrink"] = self.shrink.cpu()
-        received.check_finite(tensors, but=("shrink",))
+        if self.spec.gene_max is not None:
+            tensors["spec.gene_max"] = torch.as_tensor(np.asarray(self.spec.gene_max, dtype=np.float32))
+        received.check_finite(tensors)
         names = saved.names_of(self.spec.genes, self.spec.labels)
         weights = save(tensors, metadata={saved.NAMES: names})
         card = {
@@ -150,9 +153,15 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
             "info": {**self.info, "weights_sha256": hashlib.sha256(weights).hexdigest()},
         }
+        card["info"].pop("seen", None)  # type: ignore[attr-defined]
+        if self.seen is not None:
+            cells_seen = self.seen.to_bytes()
+            card["info"]["seen"] = {**self.seen.about(), "sha256": hashlib.sha256(cells_seen).hexdigest()}  # type: ignore[index]
         folder = Path(folder).expanduser()
         with files.whole(folder, overwrite=overwrite) as temporary:
             temporary.mkdir()
+            if self.seen is not None:
+                (temporary / FILE).write_bytes(cells_seen)
             (temporary / "weights.safetensors").write_bytes(weights)
             (temporary / "model.json").write_text(json.dumps(saved.sealed(card), indent=1))
         self.info = card["info"]  # type: ignore[assignment]
@@ -180,6 +189,8 @@ class Model:
             with saved.bounded(card, tensors):
                 model = cls._of(spec, card)
             received.check_fit(saved.network(tensors), model.denoiser.state_dict())
+            if "seen" in card["info"]:
+                model.seen = Seen.read(folder, card["info"]["seen"])
         except FileNotFoundError as error:
             hint = " (use distdiff.load for models:/ addresses)" if str(folder).startswith("models:") else ""
             raise ValueError(
@@ -192,7 +203,7 @@ class Model:
             raise ValueError(f"the model in {folder} is damaged: {reason[:300]}") from error
         model.denoiser.load_state_dict(saved.network(tensors))
         model.denoiser.eval()
-        model.shrink, model.info, model.where = tensors.get("shrink"), card["info"], str(folder)
+        model.info, model.where = card["info"], str(folder)
         return model
 
     @classmethod
@@ -261,9 +272,11 @@ class Model:
         check_draws(draws, mean_only)
         reader = Reader(self.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
         check_labels(reader, self.required_labels, options.get("guidance", 1.0))
+        trained, unknown = counter(self.seen, reader.columns, reader.absent)
         plan = ImputationPlan.of(
             reader, self.imputer(method, **options), mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
-            mean_only=mean_only, seed=seed, progress=progress, provenance=self.provenance(method=method),
+            mean_only=mean_only, seed=seed, progress=progress, trained=trained,
+            provenance=self.provenance(method=method, **({"cells_trained_on_unknown": unknown} if unknown else {})),
         )  # fmt: skip
         self.denoiser.to(reader.device).eval()
         return plan
@@ -402,9 +415,9 @@ class Model:
 
     def generate(
         self, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, steps: int = 16,
-        spacing: str | Sequence[float] = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
-        guidance: float = 1.0, seed: int = 0, batch_size: int | None = None, device: str = "auto",
-        progress: bool = False,
+        spacing: str | Sequence[float] | None = None, solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
+        guidance: float = 1.0, depth: Depth = None, seed: int = 0, batch_size: int | None = None,
+        device: str = "auto", progress: bool = False,
     ) -> AnnData:  # fmt: skip
         """Draw ``n`` cells from nothing but labels (docs/MATHS.md 5.1).
 
@@ -415,6 +428,10 @@ class Model:
             training cells had is warned of.
         steps, spacing, solver, sigma, guidance, seed
             Of :func:`~distdiff.tasks.generate.generate`.
+        depth
+            Molecules of a cell: None draws them from the depths of the training cells with its labels, ``"free"`` takes
+            what the walk gives (their depth varies too little), a number or one a cell asks for them
+            (:func:`~distdiff.tasks.depths.depths_of`).
         batch_size, device, progress
             As for :meth:`impute`.
 
@@ -431,7 +448,8 @@ class Model:
         check_guidance(self.spec, self.required_labels, guidance)
         labels = label_codes(self.spec, obs or {}, n)
         warn_rare(self.info, obs or {})
-        options = self.spaced({"steps": steps, "spacing": spacing}, "generate")
+        depths = depths_of(self.process, self.denoiser, self.spec, self.info, labels, n, depth, seed=seed)
+        options = self.spaced({"steps": steps, "spacing": spacing, "depth": depths}, "generate")
         options |= _given(solver=solver, sigma=sigma, guidance=guidance, seed=seed, batch_size=batch_size)
         self.denoiser.to(device_of(device)).eval()
         made = []
@@ -447,8 +465,9 @@ class Model:
     def denoise(
         self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
         copy: bool = True, key_added: str | None = None, readout: str = "mean", depth: float = 1.0,
-        shrink: bool = True, ood: int = 0, use_labels: bool = False, unseen: Literal["unknown", "refuse"] = "unknown",
-        batch_size: int | None = None, device: str = "auto", progress: bool = False,
+        library: str | None = None, ood: int = 0, use_labels: bool = False,
+        unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None, device: str = "auto",
+        progress: bool = False,
     ) -> AnnData | None:  # fmt: skip
         """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4), into a layer ``denoised``.
 
@@ -466,9 +485,12 @@ class Model:
         readout
             ``mean``: expected molecules, the rate of each gene at the cell's own depth; ``log1p``, ``log1p_cp10k``,
             ``median``, ``q5`` ...: what else another measurement of the same cell, ``depth`` times as deep, would
-            show (on the read-out's own scale).
-        shrink
-            Weigh in each gene's own count, as fitted on validation cells.
+            show (on the read-out's own scale). ``open_problems`` is made for that benchmark's score alone
+            (:func:`distdiff.readouts.open_problems`).
+        library
+            What ``log1p_cp10k`` is normalised to: ``panel``, the molecules expected in the model's genes; ``cell``, all
+            molecules of the cell in ``adata``; or a column of obs. By default ``cell`` where ``adata`` has genes that
+            the model does not know, as scanpy would normalise it, else ``panel``.
         ood
             Network calls of ``obs["distdiff_nats"]`` (0: none), as for :meth:`impute`.
         use_labels, unseen, batch_size, device, progress
@@ -491,11 +513,11 @@ class Model:
         out, left_out = framed(adata, layer, keep=keep) if copy else (adata, [])
         wide = keep is None and not reader.known.all()
         at = None if keep is None else columns_of(keep, reader.rows.genes)
-        parts, bounds = [], []
+        parts, bounds, to = [], [], Library(reader, library, readout)
         for block in reader.blocks(progress=progress, desc="denoise"):
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
-                shrink=self.shrink if shrink else None,
+                library=to.of(block),
             )  # fmt: skip
             answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
             answer = answer if at is None else answer[:, at]
@@ -508,7 +530,7 @@ class Model:
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.uns["distdiff"] = self.provenance(
-            task="denoise", readout=readout, depth=depth, shrink=shrink, **reader.provenance(),
+            task="denoise", layer=name, readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         return out if copy else None
@@ -637,16 +659,20 @@ class Model:
             "labels": {k: list(v) for k, v in self.spec.labels.items()},
         }
         found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        tensors = {**self.denoiser.state_dict(), **({} if self.shrink is None else {"shrink": self.shrink})}
+        largest = self.denoiser.largest
+        tensors = {**self.denoiser.state_dict(), **({} if largest is None else {"largest": largest})}
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def provenance(self, **what: Any) -> dict[str, Any]:
-        """Which model did ``what``: stands in ``uns['distdiff']`` of every output."""
+        """Which model did ``what``: stands in ``uns['distdiff']`` of every output.
+
+        ``valid_for_tests`` is about the layers that were written; raw counts beside them stay valid (`distdiff.de`).
+        """
         return {
             "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
-            "trained_on": self.info.get("data", ""), **what,
+            "trained_on": self.info.get("data", ""), "valid_for_tests": False, **what,
         }  # fmt: skip
 
 

@@ -13,7 +13,10 @@ from distdiff.component import nearest
 from distdiff.process._laws import nb_mean_log1p, nb_quantile
 from distdiff.types import Float, Tensor
 
-NAMED = ("mean", "log1p", "log1p_cp10k", "median")
+NAMED = ("mean", "log1p", "log1p_cp10k", "open_problems", "median")
+
+LIFTED = 10
+"""Genes of a cell that carry the mass that ``open_problems`` lacks."""
 
 
 def check(name: str) -> None:
@@ -31,7 +34,7 @@ def check(name: str) -> None:
     >>> check("q101")
     Traceback (most recent call last):
         ...
-    ValueError: unknown readout 'q101'; known: log1p, log1p_cp10k, mean, median, q5, q95; a quantile ...
+    ValueError: unknown readout 'q101'; known: log1p, log1p_cp10k, mean, median, open_problems, q5, q95; a quantile ...
     """
     if name not in NAMED and _quantile(name) is None:
         raise ValueError(
@@ -60,11 +63,11 @@ def readout(
     ----------
     name
         ``mean`` (molecules); ``log1p``: ``E[log(1 + x)]``; ``log1p_cp10k``: ``E[log(1 + 10^4 x / library)]``;
-        ``median``, ``q5``, ``q97.5`` ...: quantiles (molecules).
+        ``open_problems``: see :func:`open_problems`; ``median``, ``q5``, ``q97.5`` ...: quantiles (molecules).
     base, mean, log_size
         Observed molecules, expected further molecules, log size.
     library
-        Molecules of each cell; by default the sum of the means.
+        Molecules of each cell, for ``log1p_cp10k``; by default the sum of the means.
 
     Raises
     ------
@@ -88,4 +91,37 @@ def readout(
     if name == "log1p_cp10k":
         library = (base + mean).sum(1, keepdim=True) if library is None else library
         return nb_mean_log1p(base, mean, log_size, 1e4 / library.clamp_min(1e-12))
+    if name == "open_problems":
+        return open_problems(readout("log1p_cp10k", base, mean, log_size))
     return base + nb_quantile(0.5 if name == "median" else _quantile(name) or 0.5, mean, log_size)
+
+
+def open_problems(log: Float[Tensor, "b g"]) -> Float[Tensor, "b g"]:
+    """An entry for Open Problems' denoising score, not an estimate of expression (docs/MATHS.md 5.9).
+
+    That score scales an answer to 10,000 a cell and takes its log1p, so the matching answer to its squared error,
+    ``E[log(1 + 10^4 x / library)]``, is inflated: it adds up to less. Here the ten largest genes of each cell are
+    multiplied until the cell has 10,000, and all others stay what they should be.
+
+    Parameters
+    ----------
+    log
+        The read-out ``log1p_cp10k``.
+
+    Returns
+    -------
+    Tensor
+        ``float32``, molecules in 10,000.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.readouts import open_problems
+    >>> made = open_problems(torch.log1p(torch.tensor([[900.0] * 10 + [3.0]])))
+    >>> round(made.sum().item()), round(made[0, -1].item(), 2)
+    (10000, 3.0)
+    """
+    part = torch.expm1(log)
+    largest, at = part.topk(min(LIFTED, part.shape[1]), dim=1)
+    lacking = 1e4 - part.sum(1, keepdim=True)
+    return part.scatter(1, at, largest + lacking * largest / largest.sum(1, keepdim=True).clamp_min(1e-12))

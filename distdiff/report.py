@@ -147,7 +147,7 @@ class Report:
 
     def to_text(self) -> str:
         """Aligned text; ``*`` marks the best of a column, brackets hold the standard error of the last digits."""
-        return self._render(_text_block)
+        return self._render(text_block)
 
     def to_markdown(self) -> str:
         """The same as Markdown tables."""
@@ -235,15 +235,28 @@ def number(value: float, error: float = math.nan) -> str:
 
 
 def _describe(s: dict[str, Any]) -> str:
+    trained = s.get("trained_on", 0)
+    seen = f" Cells that the model was trained on: {trained}" if trained else ""
+    seen += f", {'kept' if s.get('trained_on_kept') else 'left out'}." if isinstance(trained, int) and trained else ""
     return (
         f"{s['cells']} held-out cells x {s['genes']} genes of {s['store'] or 'a store'} ({s['data']}), protocol "
         f"{s['protocol']}, {s['rate']:.0%} hidden: {s['targets']:,} entries scored, {s['zeros_among_targets']:.0%} of "
         f"them zero; seed {s['seed']}. MMD, sliced W2 and correlations on log1p counts of completed cells; "
-        f"deviance takes means below {metrics.DEVIANCE_FLOOR:g} as that."
+        f"deviance takes means below {metrics.DEVIANCE_FLOOR:g} as that.{seen}"
     )
 
 
-def _text_block(head: list[str], body: list[list[str]]) -> str:
+def text_block(head: list[str], body: list[list[str]]) -> str:
+    """Lines of aligned text: the heading, a rule, the rows.
+
+    Examples
+    --------
+    >>> from distdiff.report import text_block
+    >>> print(text_block(["imputer", "MAE"], [["zero", "2.5"]]))
+    imputer  MAE
+    ------------
+    zero     2.5
+    """
     width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [
         "  ".join([line[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(line[1:], width[1:], strict=True))])

@@ -11,7 +11,7 @@ import torch
 from distdiff.component import nearest
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
-from distdiff.process.counts import Counts
+from distdiff.process.counts import Counts, of_molecules
 from distdiff.process.gaussian import Gaussian
 from distdiff.process.schedule import attrition
 from distdiff.rng import Rng
@@ -25,8 +25,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance: float = 1.0) -> Predict:
     """Join a process and a denoiser into ``(x, p) -> eta``, with guidance.
 
-    ``eta = eta_u + w (eta_c - eta_u)`` (docs/MATHS.md 4.6). ``w = 1`` (conditional) and ``w = 0`` (unconditional) cost
-    one network call; any other ``w`` stacks both branches into one call of twice the batch.
+    ``eta = eta_u + w (eta_c - eta_u)``, for counts with the total held (docs/MATHS.md 4.6). ``w = 1`` (conditional) and
+    ``w = 0`` (unconditional) cost one network call; any other ``w`` stacks both branches into one call of twice the
+    batch.
 
     Parameters
     ----------
@@ -62,7 +63,8 @@ def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance
                 f"the denoiser gives {raw.shape[-1]} numbers a gene, process {type(process).__name__} reads "
                 f"{process.outputs}; build it with outputs=process.outputs (Model.new does)"
             )
-        return process.natural(raw, x, p)
+        eta = process.natural(raw, x, p)
+        return eta if denoiser.largest is None else process.moderated(eta, denoiser.largest)
 
     def predict(x: Tensor, p: Tensor) -> Tensor:
         p = torch.as_tensor(p, dtype=x.dtype, device=x.device).expand_as(x)
@@ -73,9 +75,47 @@ def predictor(process: Process, denoiser: Denoiser, cond: Condition, *, guidance
             return call(x, p, u)
         both = Condition({k: torch.cat((c.labels[k], u.labels[k])) for k in c.labels})
         eta_c, eta_u = call(torch.cat((x, x)), torch.cat((p, p)), both).chunk(2)
-        return eta_u + guidance * (eta_c - eta_u)
+        return process.guided(eta_c, eta_u, guidance, p)
 
     return predict
+
+
+def to_depth(process: Process, predict: Predict, depth: Float[Tensor, "b 1"]) -> Predict:
+    """Scale the rates of every step so that molecules so far and the expected rest add up to ``depth``.
+
+    ``lambda' = lambda (T - sum x)+ / ((1 - p) sum lambda)`` (docs/MATHS.md 4.12).
+
+    Parameters
+    ----------
+    depth
+        Molecules that each cell is to have, in the model's genes; above 0.
+
+    Raises
+    ------
+    ValueError
+        A process whose states are not molecules.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.process.counts import Counts
+    >>> from distdiff.rng import generator
+    >>> from distdiff.sampling import sample, to_depth
+    >>> law, rng = Counts(head="mean"), generator(0, "example")
+    >>> perfect = lambda x, p: torch.full((*x.shape, 1), 5.0).log()  # a rate of 5 for every gene
+    >>> predict = to_depth(law, perfect, torch.tensor([[3000.0], [7000.0]]))
+    >>> x = sample(law, predict, law.prior((2, 100), rng=rng), list(torch.linspace(0, 1, 33)), rng=rng)
+    >>> [round(total, -2) for total in x.sum(1).tolist()]
+    [3000.0, 7000.0]
+    """
+    law = of_molecules(process, "a walk to a given depth")
+
+    def scaled(x: Tensor, p: Tensor) -> Tensor:
+        eta = predict(x, p)
+        rest = (depth - x.sum(1, keepdim=True)).clamp_min(0)
+        return law.scaled(eta, rest.log() - law.log_total(eta, p))
+
+    return scaled
 
 
 def repeated(cond: Condition, rows: int) -> Condition:

@@ -37,7 +37,7 @@ PARTS: dict[str, type] = {"process": dict, "denoiser": dict, "genes": list, "lab
 
 ABOUT: dict[str, type] = {
     "name": str, "data": str, "store": str, "config": dict, "config_digest": str, "depth": dict, "nats": dict,
-    "excess": dict, "training": dict,
+    "excess": dict, "training": dict, "seen": dict,
 }  # fmt: skip
 """Entries of ``info`` that are read again, where there are any."""
 
@@ -46,6 +46,12 @@ LENGTHS = ("depth", "layers")
 
 MOST_LISTED = 4096
 """Numbers that an option lists, at most."""
+
+PER_GENE = ("spec.gene_mean", "spec.gene_max")
+"""Tensors of one number a gene, besides the network's; only the first one must be there."""
+
+MOST_MOLECULES = 1e12
+"""Molecules of a cell, at most."""
 
 MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye}
 
@@ -79,7 +85,8 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
             f"{weights.name} is not the file that was saved with model.json (sha256 {found_sum[:12]}..., model.json "
             f"says {str(wanted_sum)[:12]}...); copy the folder again from where it was made"
         )
-    received.check_finite(tensors, but=("shrink",))
+    tensors.pop("shrink", None)  # of a gene's own count when denoising, in older models: not used any more
+    received.check_finite(tensors)
     genes = tuple(card["genes"])
     _check_names("genes", genes)
     for label, values in card["labels"].items():
@@ -91,8 +98,9 @@ def read(folder: Path, trust: Sequence[str]) -> tuple[dict[str, Any], DataSpec, 
         raise ValueError(
             "model.json: genes or labels are not those that the weights were saved with, or are out of order"
         )
-    mean = tensors["spec.gene_mean"].float().numpy()
-    return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean), tensors
+    mean, known = tensors["spec.gene_mean"].float().numpy(), tensors.get("spec.gene_max")
+    largest = None if known is None else known.float().numpy()
+    return card, DataSpec(genes, {k: tuple(v) for k, v in card["labels"].items()}, mean, largest), tensors
 
 
 def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,15 +226,15 @@ def _free_memory() -> int:
 
 
 def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The denoiser's tensors; others than those and the two that belong to genes keep their names and fit nothing."""
-    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in ("spec.gene_mean", "shrink")}
+    """The denoiser's tensors; others than those and `PER_GENE` keep their names and fit nothing."""
+    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in PER_GENE}
 
 
 def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:
-    """Gene means and shrink weights: one finite number a gene (a weight may be infinite), not negative."""
+    """`PER_GENE`: one finite number a gene, not negative."""
     if "spec.gene_mean" not in tensors:
         raise ValueError("tensor spec.gene_mean is missing")
-    for name in ("spec.gene_mean", "shrink"):
+    for name in PER_GENE:
         if (tensor := tensors.get(name)) is None:
             continue
         if tuple(tensor.shape) != (genes,) or not tensor.is_floating_point():
@@ -263,6 +271,8 @@ def _check_about(info: Mapping[str, Any]) -> None:
         _check_numbers("info.excess", [value for part in parts for value in part])
     if "training" in info:
         _check_training(info["training"])
+        if "label_depth" in info["training"]:
+            _check_label_depth(info["training"]["label_depth"])
 
 
 def described(
@@ -313,6 +323,20 @@ def _check_training(cells: Mapping[str, Any]) -> None:
     _check_numbers("info.training.depth", depth)
     if sorted(depth) != depth:
         raise ValueError("model.json: info.training.depth must ascend")
+
+
+def _check_label_depth(depths: Any) -> None:
+    """Label -> value -> quantiles of molecules that ascend; under the label ``""`` those of all training cells."""
+    laws = [law for values in depths.values() for law in values.values()] if _nested(depths) else []
+    if not laws or "" not in depths.get("", {}) or not all(isinstance(law, list) and law for law in laws):
+        raise ValueError("model.json: info.training.label_depth must map labels to quantiles of depth by value")
+    _check_numbers("info.training.label_depth", [value for law in laws for value in law])
+    if not all(0 <= law[0] <= law[-1] < MOST_MOLECULES and sorted(law) == law for law in laws):
+        raise ValueError(f"model.json: info.training.label_depth must ascend within [0, {MOST_MOLECULES:g})")
+
+
+def _nested(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(isinstance(values, dict) for values in tree.values())
 
 
 def _check_numbers(what: str, values: Sequence[Any]) -> None:

@@ -21,7 +21,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a denoiser needs to know of its data: genes, label values, mean counts.
+    """What a model needs to know of its data: genes, label values, mean and largest counts.
 
     Attributes
     ----------
@@ -31,6 +31,8 @@ class DataSpec:
         Covariate name -> its values in code order (code ``i`` is value ``i``).
     gene_mean
         ``float32 [g]``, mean molecules per training cell.
+    gene_max
+        ``float32 [g]``, most molecules of a training cell; ``None``: not known.
 
     Examples
     --------
@@ -43,6 +45,7 @@ class DataSpec:
     genes: tuple[str, ...]
     labels: Mapping[str, tuple[str, ...]]
     gene_mean: np.ndarray
+    gene_max: np.ndarray | None = None
 
     @property
     def n_genes(self) -> int:

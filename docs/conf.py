@@ -1,6 +1,7 @@
 """Sphinx configuration: ``sphinx-build -W docs build/site`` (the extra ``docs``)."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ sys.path.insert(0, str(DOCS))
 sys.path.insert(0, str(DOCS.parent))
 
 import generated  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
 
 from distdiff.version import __version__  # noqa: E402
 
@@ -40,7 +42,9 @@ if local := os.environ.get(
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
-nb_execution_mode = os.environ.get("DISTDIFF_DOCS_EXECUTE", "cache")  # off: pages without outputs, seconds
+# off: pages without outputs, seconds; short: trainings of a tenth of the cells, to see that all cells of a page run
+EXECUTE = os.environ.get("DISTDIFF_DOCS_EXECUTE", "cache")
+nb_execution_mode = {"short": "force"}.get(EXECUTE, EXECUTE)
 nb_execution_cache_path = str(DOCS.parent / "build" / ".jupyter_cache")
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
@@ -58,6 +62,14 @@ if nb_execution_mode == "off":  # the lexer of a cell is known once its kernel r
     suppress_warnings.append("myst-nb.lexer")
 
 
-def setup(app: object) -> None:
+def shorter(app: Sphinx, page: str, source: list[str]) -> None:
+    """Let the trainings of a tutorial see a tenth of their cells."""
+    if page.startswith("tutorials/"):
+        source[0] = re.sub(r"(\bcells=\d+_\d\d)0\b", r"\1", source[0])
+
+
+def setup(app: Sphinx) -> None:
     """Write the pages that are made from the code: the command line and the configuration."""
     generated.write(DOCS / "reference")
+    if EXECUTE == "short":
+        app.connect("source-read", shorter)

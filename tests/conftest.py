@@ -17,6 +17,35 @@ settings.load_profile("distdiff")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
+LONGEST = (
+    "test_walk.py", "slurm/test_train.py", "hosts/test_training.py", "training/test_engines.py", "test_cli.py",
+    "batch/test_engines.py", "data/ingest/test_shard.py", "batch/test_faults.py", "training/test_resume.py",
+    "test_examples.py", "test_recipes.py", "training/test_compiled.py", "test_fuzz_inputs.py", "hosts/test_dask.py",
+    "slurm/test_dask.py", "test_fuzz_saved.py", "data/store/test_remote.py", "tracking/test_transport.py",
+)  # fmt: skip
+"""Files that take longest, in this order."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order puts files of many tests first
+
+
+def pytest_collection_modifyitems(config, items):
+    """Processes of ``-n 2 --dist loadfile`` begin with the longest files, so that none is left alone with one."""
+    if hasattr(config, "workerinput"):
+        place = {f"tests/{name}": at for at, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+@pytest.fixture(autouse=True)
+def _kept():
+    """No test sees what another left behind; the one that did fails."""
+    from tests.isolation import kept
+
+    with kept():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     import torch
@@ -26,7 +55,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _own_tracking_server():
-    """No test sees the tracking server of another: ``mlflow.set_tracking_uri`` outlives its caller, in the environment too."""
+    """No test sees the tracking server of another: ``mlflow.set_tracking_uri`` sets the environment too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield
@@ -35,6 +64,18 @@ def _own_tracking_server():
 
             mlflow.set_tracking_uri(None)
         os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture
+def forked_workers():
+    """Workers of a dask cluster of this machine begin at the price of a fork."""
+    import dask.distributed  # its defaults must be there before they are changed
+
+    from tests import forkserver
+
+    forkserver.start()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
-"""The command line as a user meets it, in processes of their own."""
+"""The command line as a user meets it; in processes of their own where that is what is tested."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import anndata as ad
@@ -16,10 +14,26 @@ import numpy as np
 import pytest
 
 
-def distdiff(*words, cwd, **more):
+def in_a_process(*words, cwd):
     command = [sys.executable, "-m", "distdiff.cli", *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **more)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def distdiff(tmp_path, monkeypatch, capsys):
+    """``distdiff WORDS...`` in an empty folder, in this process: its exit code and what it said."""
+    from distdiff.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main([str(word) for word in words])
+        return done.value.code, *capsys.readouterr()
+
+    return run
 
 
 def test_import_is_light():
@@ -32,75 +46,92 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_the_whole_job_command_by_command(counts, tmp_path):
-    counts.write_h5ad(tmp_path / "a.h5ad")
-    done = distdiff("shard", "a.h5ad", "--out", "atlas.zarr", "--labels", "cell_type", "--workers", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "199 cells x 30 genes" in done.stdout
-    assert "dashboard" in done.stdout.lower()
-    (tmp_path / "c.yaml").write_text(
+def test_the_whole_job_command_by_command(counts, tmp_path, distdiff):
+    counts.write_h5ad("a.h5ad")
+    code, out, err = distdiff("shard", "a.h5ad", "--out", "atlas.zarr", "--labels", "cell_type", "--workers", 1)
+    assert code == 0, err
+    assert "199 cells x 30 genes" in out
+    assert "dashboard" in out.lower()
+    Path("c.yaml").write_text(
         "data: {store: atlas.zarr}\ndenoiser: {kind: mlp, width: 16, depth: 1}\n"
         "train: {out: run, cells: 640, batch: 32, eval_cells: 320}\n"
         "evaluate: {cell_type: cell_type, repaint_steps: 3}\ntracking: {model: small}\n"
     )
-    done = distdiff("train", "--config", "c.yaml", "train.cells=320", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "registered: small version 1, now 'champion'" in done.stdout
-    assert "RePaint" in done.stdout
+    code, out, err = distdiff("train", "--config", "c.yaml", "train.cells=320")
+    assert code == 0, err
+    assert "registered: small version 1, now 'champion'" in out
+    assert "RePaint" in out
     champion = ("--model", "models:/small@champion")
-    done = distdiff("evaluate", *champion, "--data", "a.h5ad", "--repaint-steps", 0, "--out", "table", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "table" / "table.json").read_text())
-    assert (tmp_path / "table" / "calibration.png").exists()
-    done = distdiff(
-        "impute", *champion, "--data", "a.h5ad", "--out", "b.h5ad", "--sites", "dropout", "--groups", "cell_type",
-        "--draws", 2, cwd=tmp_path,
-    )  # fmt: skip
+    code, _, err = distdiff("evaluate", *champion, "--data", "a.h5ad", "--repaint-steps", 0, "--out", "table")
+    assert code == 0, err
+    assert json.loads(Path("table/table.json").read_text())
+    assert Path("table/calibration.png").exists()
+    words = ("impute", *champion, "--data", "a.h5ad", "--out", "b.h5ad", "--sites", "dropout", "--groups", "cell_type")
+    done = in_a_process(*words, "--draws", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 cells without evidence" in done.stdout
-    out = ad.read_h5ad(tmp_path / "b.h5ad")
+    out = ad.read_h5ad("b.h5ad")
     observed = counts.X.toarray() > 0
     assert (np.asarray(out.layers["imputed"])[observed] == counts.X.toarray()[observed]).all()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["shard", "nowhere.h5ad", "--out", "x.zarr"], "nowhere.h5ad does not exist"),
-        (["shard", "a.h5ad", "--out", "x.zarr", "--split", "a,b"], "must be three numbers"),
-        (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["train", "--config", "bad.yaml"], "unknown key 'dat'; did you mean 'data'"),
-        (["impute", "--model", "nowhere", "--data", "a.h5ad", "--out", "b.h5ad"], "no model folder at nowhere"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_code_2(counts, tmp_path, words, message):
-    counts.write_h5ad(tmp_path / "a.h5ad")
-    (tmp_path / "bad.yaml").write_text("dat: {store: x}")
-    done = distdiff(*words, cwd=tmp_path)
+MISTAKES = [
+    (["shard", "nowhere.h5ad", "--out", "x.zarr"], "nowhere.h5ad does not exist"),
+    (["shard", "a.h5ad", "--out", "x.zarr", "--split", "a,b"], "must be three numbers"),
+    (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+    (["train", "--config", "bad.yaml"], "unknown key 'dat'; did you mean 'data'"),
+    (["impute", "--model", "nowhere", "--data", "a.h5ad", "--out", "b.h5ad"], "no model folder at nowhere"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(counts, distdiff, words, message):
+    counts.write_h5ad("a.h5ad")
+    Path("bad.yaml").write_text("dat: {store: x}")
+    code, _, err = distdiff(*words)
+    assert code == 2
+    assert message in err
+    assert err.startswith("distdiff: error: ")
+    assert "Traceback" not in err
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    done = in_a_process(*MISTAKES[2][0], cwd=tmp_path)
     assert done.returncode == 2
-    assert message in done.stderr
     assert done.stderr.startswith("distdiff: error: ")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_quickstart_interrupted_then_run_twice(tmp_path):
-    command = [sys.executable, "-m", "distdiff.cli", "quickstart"]
-    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    time.sleep(12)
-    first.send_signal(signal.SIGINT)
-    assert first.wait(60) == 130
-    hidden = list((tmp_path / "distdiff-quickstart").rglob(".*tmp*"))
-    assert hidden == []
-    done = distdiff("quickstart", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "distdiff mean is first in Poisson deviance" in done.stdout
-    pictures = [f"figures/{name}.png" for name in ("umap", "markers", "violins", "genes", "depth")]
-    for name in (*pictures, "imputed.h5ad", "run/evaluation/calibration.png", "run/evaluation/table.md"):
-        assert (tmp_path / "distdiff-quickstart" / name).stat().st_size > 1000
-    again = distdiff("quickstart", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+def test_quickstart_interrupted_then_run_twice(counts, tmp_path, distdiff, monkeypatch):
+    """On a small file with a short training; tests/test_walk.py runs all of it."""
+    from distdiff import quickstart
+    from distdiff.training.engine import Engine
+
+    real = quickstart.settings
+
+    def short(*given):
+        settings = real(*given)
+        settings["train"] |= {"cells": 640, "eval_cells": 320, "checkpoint_cells": 320}
+        settings["evaluate"] |= {"cells": 20, "repaint_steps": 3}
+        return settings | {"denoiser": {"kind": "mlp", "width": 16, "depth": 1}}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "settings", short)
+    counts.write_h5ad("mine.h5ad")
+    words = ("quickstart", "--data", "mine.h5ad")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", interrupted)
+        assert distdiff(*words)[0] == 130
+    assert list((tmp_path / "distdiff-quickstart").rglob(".*tmp*")) == []
+    for _ in range(2):
+        code, out, err = distdiff(*words)
+        assert code == 0, err
+        assert "in Poisson deviance" in out
+        assert (tmp_path / "distdiff-quickstart" / "figures" / "umap.png").stat().st_size > 1000
 
 
 def test_the_quickstart_goes_on_with_the_model_it_made():
@@ -127,39 +158,41 @@ def test_the_home_folder_is_known_where_no_shell_expands_it(tmp_path, monkeypatc
     assert f"no model folder at {tmp_path}/m" in capsys.readouterr().err
 
 
-def test_tasks_on_files(atlas, tmp_path, monkeypatch, capsys):
-    from distdiff.cli import main
+def test_tasks_on_files(atlas, tmp_path, distdiff):
     from distdiff.data.store.store import CountStore
     from distdiff.model import Model
 
-    def distdiff(*words):
-        with pytest.raises(SystemExit) as done:
-            main([str(word) for word in words])
-        assert done.value.code == 0, capsys.readouterr().err
-        return capsys.readouterr().out
+    def said(*words):
+        code, out, err = distdiff(*words)
+        assert code == 0, err
+        return out
 
-    monkeypatch.chdir(tmp_path)
     spec = CountStore.open(atlas).spec(("cell_type",))
     Model.new(spec, {"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1}).save(tmp_path / "m")
     (tmp_path / "genes.txt").write_text("gene3\ngene1\n")
     given = ("--model", "m", "--data", atlas)
-    said = distdiff("denoise", *given, "--out", "a.zarr", "--genes", "genes.txt", "--dtype", "float16")
-    assert "bytes a cell" in said
-    assert "199 cells x 2 genes" in said
-    assert "network calls (1.0 a cell)" in said
+    told = said("denoise", *given, "--out", "a.zarr", "--genes", "genes.txt", "--dtype", "float16")
+    assert "bytes a cell" in told
+    assert "199 cells x 2 genes" in told
+    assert "network calls (1.0 a cell)" in told
     out = ad.read_zarr(tmp_path / "a.zarr")
     assert list(out.var_names) == ["gene3", "gene1"]
     assert out.uns["distdiff"]["command"].startswith("distdiff denoise --model m --data atlas.zarr --out a.zarr")
-    assert "are as written" in distdiff("denoise", *given, "--out", "a.zarr", "--verify")
-    distdiff("generate", "--model", "m", "--n", 20, "--out", "b.h5ad", "--obs", "cell_type=T", "--steps", 2)
+    assert "are as written" in said("denoise", *given, "--out", "a.zarr", "--verify")
+    said("generate", "--model", "m", "--n", 20, "--out", "b.h5ad", "--obs", "cell_type=T", "--steps", 2)
     assert set(ad.read_h5ad(tmp_path / "b.h5ad").obs["cell_type"]) == {"T"}
-    distdiff("deepen", *given, "--out", "c.zarr", "--times", 2, "--beyond", "allow")
+    table = said(
+        "evaluate", *given, "--task", "generate", "--cells", 4, "--steps", 1, "--depth", 50, "--no-scvi", "--out", "r"
+    )
+    assert "labels with 15 training cells or more are recognised" in table
+    assert '"depth": "50.0"' in (tmp_path / "r" / "generate.json").read_text()
+    said("deepen", *given, "--out", "c.zarr", "--times", 2, "--beyond", "allow")
     assert "deepened" in ad.read_zarr(tmp_path / "c.zarr").layers
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/batch/test_engines.py has accelerate's launcher
 @pytest.mark.distributed
-def test_a_launcher_with_two_processes(atlas, tmp_path):
+def test_torchs_launcher_with_two_processes(atlas, tmp_path):
     from pathlib import Path
 
     from distdiff.data.store.store import CountStore

@@ -137,7 +137,7 @@ def test_every_value_is_checked_when_it_is_read(override, words):
         (["denoiser.kind=mlp", "denoiser.widht=3"], "unknown option 'widht'; did you mean 'width'"),
         (["train.precision=bf61"], "train.precision='bf61': .*did you mean 'bf16'"),
         (["train.batch=many"], "train.batch='many'"),
-        (["train.cells=0"], "train.cells must be at least 1, got 0"),
+        (["train.cells=-1"], "train.cells must be a number of cells or auto, got -1"),
         (["evaluate.protocol=mcra"], "did you mean 'mcar'"),
         (["optim.lr"], "must read key=value"),
         (["data.store.x=1"], "'store' is a value, not a section"),

@@ -159,6 +159,10 @@ def test_the_paper_protocol_hides_dropouts_from_everyone(store):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"protocol": "genes", "rate": 0.7}, "has 0 folds, got fold 0"),
+        ({"protocol": "genes", "rate": 0.1, "fold": 10}, "has 10 folds, got fold 10"),
+        ({"protocol": "mar", "rate": 0.6}, "blocks hide a share of entries"),
+        ({"targets": "nonzeros"}, "unknown targets 'nonzeros'; did you mean 'nonzero'"),
         ({"protocol": "papre"}, "unknown protocol 'papre'; did you mean 'paper'"),
         ({"protocol": "paper"}, "needs the label of the cell groups"),
         ({"rate": 1.0}, r"must lie in \(0, 1\), got 1"),
@@ -345,3 +349,46 @@ def test_a_store_with_other_genes_is_scored_on_those_that_both_know(atlas, count
     shard([tmp_path / "none.h5ad"], tmp_path / "none.zarr", labels=("cell_type",), workers=0, progress=False)
     with pytest.raises(ValueError, match="none of the store's 20 genes"):
         table(CountStore.open(tmp_path / "none.zarr"))
+
+
+@pytest.mark.parametrize("protocol", ["mar", "mnar_low", "mnar_high", "genes"])
+def test_a_protocol_hides_what_it_scores(protocol, store):
+    spy = Spy()
+    rate = 0.1 if protocol == "genes" else 0.25
+    report = evaluate(
+        store, store.rows("all")[:80], [Contestant("spy", spy)], protocol=protocol, rate=rate, resamples=(5, 5),
+        progress=False, batch=80,
+    )  # fmt: skip
+    (cells, observed), scored = spy.shown[0], report.targets
+    assert np.array_equal(~observed.numpy(), scored)
+    assert (cells.counts[~observed] == 0).all()
+    assert scored.mean() == pytest.approx(rate, abs=0.03)
+    if protocol == "genes":
+        assert (scored == scored[:1]).all()
+    if protocol.startswith("mnar"):
+        gone, seen = report.truth[scored].mean(), report.truth[~scored].mean()
+        assert gone < 0.5 * seen if protocol == "mnar_low" else gone > 1.5 * seen
+
+
+def test_folds_of_genes_hide_every_gene_once(store):
+    hidden = []
+    for fold in range(5):
+        spy = Spy()
+        evaluate(
+            store, store.rows("all")[:5], [Contestant("spy", spy)], protocol="genes", rate=0.2, fold=fold,
+            resamples=(2, 2), progress=False,
+        )  # fmt: skip
+        hidden.append(~spy.shown[0][1][0].numpy())
+    assert (np.sum(hidden, axis=0) == 1).all()
+
+
+def test_zeros_can_be_hidden_and_not_scored(store):
+    spy = Spy()
+    report = evaluate(
+        store, store.rows("all")[:60], [Contestant("spy", spy)], targets="nonzero", resamples=(2, 2), progress=False
+    )
+    hidden = ~spy.shown[0][1].numpy()
+    assert (report.truth[report.targets] > 0).all()
+    assert (report.targets <= hidden).all()
+    assert (hidden & ~report.targets).any()
+    assert report.setting["zeros_among_targets"] == 0

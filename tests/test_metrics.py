@@ -214,3 +214,33 @@ def test_pit_is_uniform_and_coverage_nominal_for_the_true_law(k):
     assert metrics.coverage(u, np.array([0.5, 0.8, 0.95])) == pytest.approx([0.5, 0.8, 0.95], abs=0.015)
     narrow = metrics.pit(rng.poisson(rate), targets, np.broadcast_to(rate.round(), (k, 50, 400)), rng)
     assert metrics.coverage(narrow, np.array([0.5]))[0] < 0.45
+
+
+def test_negative_binomial_score_is_that_of_scipy(made):
+    truth, targets, mean, _ = made
+    size = np.random.default_rng(0).gamma(2.0, 1.0, 40)
+    got = metrics.negative_binomial_score(truth, targets, mean, size)
+    m = np.maximum(mean.astype(float), 1e-6)
+    want = -scipy.stats.nbinom.logpmf(truth, size, size / (size + m))
+    assert got == pytest.approx((want * targets).sum(1))
+    zero = metrics.negative_binomial_score(truth, targets, np.zeros_like(mean), size)
+    assert np.isfinite(zero).all()
+    assert zero.sum() > got.sum()
+
+
+def test_scores_of_a_cell_are_those_of_sklearn(made):
+    from sklearn.metrics import r2_score, root_mean_squared_error
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    truth, targets, mean, _ = made
+    targets, truth = targets.copy(), truth.copy()
+    targets[3], truth[4] = False, 2.0
+    got = [score(truth, targets, mean) for score in (metrics.r2, metrics.cell_rmse, metrics.cosine)]
+    for cell, t in enumerate(targets):
+        if cell == 3:
+            assert all(np.isnan(score[cell]) for score in got)
+            continue
+        x, y = truth[cell][t], mean[cell][t]
+        assert got[0][cell] == pytest.approx(r2_score(x, y), rel=1e-4) or (cell == 4 and np.isnan(got[0][cell]))
+        assert got[1][cell] == pytest.approx(root_mean_squared_error(x, y))
+        assert got[2][cell] == pytest.approx(cosine_similarity(x[None], y[None])[0, 0])

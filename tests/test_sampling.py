@@ -9,7 +9,7 @@ from distdiff.imputers.repaint import RePaint
 from distdiff.process.counts import Counts
 from distdiff.process.schedule import levels
 from distdiff.rng import generator
-from distdiff.sampling import predictor, sample
+from distdiff.sampling import predictor, sample, to_depth
 from distdiff.types import Cells, Condition
 
 
@@ -35,9 +35,38 @@ def test_guidance_mixes_log_rates_and_calls_once(w, calls, rows):  # docs/MATHS.
     network = Affine()
     eta = predictor(Counts(head="mean"), network, COND, guidance=w)(X, P)
     conditional, unconditional = torch.tensor([0.3, 0.8]), torch.tensor([-0.2, -0.2])
-    want = w * conditional + (1 - w) * unconditional
+    want = min(w, 1) * conditional + (1 - min(w, 1)) * unconditional  # all genes alike: the total is all there is
     assert torch.allclose(eta[..., 0], want[:, None].expand(2, 3))
     assert (network.calls, network.rows) == (calls, rows)
+
+
+@pytest.mark.parametrize("w", [0.5, 1.5, 3.0])
+def test_guidance_moves_shares_and_keeps_the_total(w):  # docs/MATHS.md 4.6
+    rng = generator(0, "guidance")
+    law, p = Counts(), torch.tensor([[0.0, 0.2, 1.0, 0.7]]).expand(5, 4)
+    c, u = (torch.stack((rng.normal(5, 4) * 2, rng.normal(5, 4)), -1) for _ in range(2))
+    eta = law.guided(c, u, w, p)
+    shift = eta[..., 0] - (u + w * (c - u))[..., 0]
+    assert torch.allclose(shift, shift[:, :1].expand(5, 4), atol=1e-4)  # one factor a cell, shares as before
+    total, total_c, total_u = (law.lost(e, p).sum(1).log() for e in (eta, c, u))
+    assert torch.allclose(total, total_c if w >= 1 else (1 - w) * total_u + w * total_c, atol=1e-4)
+    assert torch.equal(eta[..., 1], (u + w * (c - u))[..., 1])
+    whole = law.guided(c, u, w, torch.ones(5, 4))  # nothing is lost: nothing to hold, and no NaN
+    assert whole.isfinite().all()
+
+
+def test_a_walk_to_a_depth_keeps_shares_and_reaches_it():  # docs/MATHS.md 4.12
+    law, rng = Counts(head="mean"), generator(0, "depth")
+    share = torch.tensor([0.1, 0.2, 0.7])
+    wanted = torch.tensor([300.0, 3000.0]).repeat(500).unsqueeze(1)
+    predict = to_depth(law, lambda x, p: (1000 * share).log().expand_as(x).unsqueeze(-1), wanted)
+    x = sample(law, predict, torch.zeros(1000, 3), list(levels(law.schedule, 16, "geometric")), rng=rng)
+    for depth in (300.0, 3000.0):
+        of = x[wanted[:, 0] == depth]
+        assert float(of.sum(1).mean()) == pytest.approx(depth, rel=0.02)
+        assert torch.allclose(of.mean(0) / of.sum(1).mean(), share, atol=0.01)
+    full = to_depth(law, lambda x, p: torch.zeros(2, 3, 1), torch.tensor([[5.0], [5.0]]))
+    assert law.lost(full(torch.tensor([[9.0, 0, 0], [5.0, 0, 0]]), P), P).sum() == 0  # as deep as wanted: no more
 
 
 def test_draws_repeat_their_covariates():

@@ -86,8 +86,6 @@ def one(name, value):
         (one("spec.gene_mean", -1.0), "spec.gene_mean holds numbers that are negative"),
         (drop("spec.gene_mean"), "spec.gene_mean is missing"),
         (put("spec.gene_mean", torch.ones(3)), r"spec.gene_mean has shape \[3\] of torch.float32, \[30\] real"),
-        (put("shrink", torch.full((30,), float("nan"))), "shrink holds numbers that are negative or not finite"),
-        (put("shrink", torch.ones(3)), r"shrink has shape \[3\]"),
         (drop("network.answer.weight"), "tensor answer.weight is missing"),
         (put("network.answer.weight", torch.ones(2, 3)), r"tensor answer.weight has shape \[2, 3\], \["),
         (put("network.more", torch.ones(2)), "tensor more is not part of this model"),

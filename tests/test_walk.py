@@ -1,6 +1,7 @@
 """The README and every page of docs/ are walked: their shell and Python blocks run in order, in an empty folder.
 
-A page begins with what ``distdiff quickstart`` made. ``pip`` and ``pytest`` are stand-ins that do nothing. A block
+A page begins with what ``distdiff quickstart`` made. ``pip`` and ``pytest`` are stand-ins that do nothing, and of the
+thousands of cells of a training (``cells=40_000``) a tenth is trained on. A block
 after ``<!-- not run: REASON -->`` is not run (a comment is invisible on the page); its commands are parsed, and the
 files that it names must exist. Blocks of tutorials (``{code-cell}``) run when the site is built.
 """
@@ -14,6 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +56,11 @@ def blocks(page: str, text: str) -> list[Block]:
             line = text.count("\n", 0, fence.start()) + 1
             found.append(Block(page, line, language, fence["text"], marker["reason"] if marker else ""))
     return found
+
+
+def shorter(text: str) -> str:
+    """The block with trainings of a tenth of the cells, as docs/conf.py does with tutorials."""
+    return re.sub(r"(\bcells=\d+_\d\d)0\b", r"\1", text)
 
 
 def commands(block: Block) -> Iterator[list[str]]:
@@ -186,29 +194,90 @@ for line in sys.stdin:
 """Runs the Python blocks of a page one after the other, with the same variables."""
 
 
-def environment(folder: Path, quickstart: Path | None) -> dict[str, str]:
-    """A PATH that begins with stand-ins for what must not or need not run again."""
-    bin_, real = folder / ".bin", f'exec "{sys.executable}" -c "from distdiff.cli import main; main()" "$@"\n'
+READY = """
+import json, os, socket, sys
+import matplotlib.backends.backend_agg, mlflow, torch._dynamo
+import distdiff.batch, distdiff.cli, distdiff.experiment, distdiff.tasks.measure
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    begun = 0
+    while True:
+        client, _ = listener.accept()
+        while begun and os.waitpid(-1, os.WNOHANG)[0]:
+            begun -= 1
+        if os.fork():  # this server goes on
+            client.close()
+            begun += 1
+            continue
+        asked, outs, _, _ = socket.recv_fds(client, 1 << 20, 3)
+        if command := os.fork():  # this process waits for the command
+            client.sendall(b"%d" % os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]))
+            os._exit(0)
+        break
+listener.close(), client.close()
+words, folder, environment = json.loads(asked)
+for number, out in enumerate(outs):
+    os.dup2(out, number)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.argv = ["distdiff", *words]
+distdiff.cli.main()
+"""
+"""Has imported what commands import, and forks a process for each: a page has many, and an import takes seconds."""
+
+ASK = """
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    asked = json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [asked], [0, 1, 2])
+    sys.exit(int(server.recv(9) or 1))
+"""
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory):
+    """Socket of a server that runs commands of ``distdiff``."""
+    folder = Path(tempfile.mkdtemp())  # a short path, as sockets need
+    (folder / "ask.py").write_text(ASK)
+    with subprocess.Popen([sys.executable, "-c", READY, folder / "socket"], cwd=folder, env=clean()) as server:
+        while not (folder / "socket").exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield f'exec "{sys.executable}" -IS "{folder}/ask.py" "{folder}/socket" "$@"\n'
+        server.kill()
+    shutil.rmtree(folder)
+
+
+def environment(folder: Path, quickstart: Path | None, real: str = "") -> dict[str, str]:
+    """A PATH that begins with stand-ins for what must not or need not run again; ``real``: how distdiff is started."""
+    bin_ = folder / ".bin"
     bin_.mkdir()
+    real = real or f'exec "{sys.executable}" -c "from distdiff.cli import main; main()" "$@"\n'
     made = "" if quickstart is None else f'[ "$*" = quickstart ] && exec cp -a "{quickstart}/." .\n'
     for name, text in (("distdiff", made + real), ("pip", "exit 0\n"), ("pytest", "exit 0\n")):
         (bin_ / name).write_text(f"#!/bin/bash\n{text}")
         (bin_ / name).chmod(0o755)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DISTDIFF_"))}
-    return clean | {
-        "PATH": f"{bin_}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    return clean() | {"PATH": f"{bin_}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def clean() -> dict[str, str]:
+    """The environment without what tests and users set for themselves."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DISTDIFF_"))} | {
         "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg", "TQDM_DISABLE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
 
-def walk(page: str, folder: Path, quickstart: Path) -> None:
+def walk(page: str, folder: Path, quickstart: Path, ready: str = "") -> None:
     """Run the blocks of a page in order, in ``folder``."""
     for name in CLONE:
         (folder / name).symlink_to(ROOT / name)
     if page != "README.md":  # which makes it itself
         shutil.copytree(quickstart, folder, dirs_exist_ok=True)
-    env = environment(folder, quickstart)
+    env = environment(folder, quickstart, ready)
     with subprocess.Popen(
         [sys.executable, "-c", SESSION], cwd=folder, env=env, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -216,12 +285,12 @@ def walk(page: str, folder: Path, quickstart: Path) -> None:
         for block in (b for b in READ if b.page == page and not b.reason):
             if block.language in SHELL:
                 done = subprocess.run(
-                    ["bash", "-euo", "pipefail", "-c", block.text], cwd=folder, env=env, text=True,
+                    ["bash", "-euo", "pipefail", "-c", shorter(block.text)], cwd=folder, env=env, text=True,
                     capture_output=True, timeout=900,
                 )  # fmt: skip
                 assert done.returncode == 0, f"{block}\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
                 continue
-            session.stdin.write(json.dumps(block.text) + "\n")
+            session.stdin.write(json.dumps(shorter(block.text)) + "\n")
             session.stdin.flush()
             for line in session.stderr:
                 if line.startswith('"'):
@@ -247,10 +316,20 @@ def quickstart(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_quickstart_makes_what_it_says(quickstart):
+    folder = quickstart / "distdiff-quickstart"
+    pictures = [f"figures/{name}.png" for name in ("umap", "markers", "violins", "genes", "depth")]
+    for name in (*pictures, "imputed.h5ad", "run/evaluation/calibration.png", "run/evaluation/table.md"):
+        assert (folder / name).stat().st_size > 1000
+    assert "distdiff mean is first in Poisson deviance" in (folder / "run/evaluation/table.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({block.page for block in READ if not block.reason}))
-def test_a_page_can_be_walked(page, quickstart, tmp_path):
-    walk(page, tmp_path, quickstart)
+def test_a_page_can_be_walked(page, quickstart, ready, tmp_path):
+    walk(page, tmp_path, quickstart, ready)
 
 
 @pytest.mark.parametrize("text", ["```bash\nfalse\ntrue\n```", "```python\nx = 1\n```\n\n```python\nx.missing\n```"])

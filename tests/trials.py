@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import sys
@@ -14,11 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["distdiff.cli", "distdiff.experiment", "distdiff.batch", "distdiff.config", "distdiff.tasks.measure",
-     "matplotlib.backends.backend_agg", "torch._dynamo", "anndata", "zarr"]
-)  # fmt: skip
+from tests.forkserver import process
 
 MEMORY = 12 << 30
 """Bytes of address space of a trial: what asks for more is refused by the system, as on a full machine."""
@@ -79,20 +74,20 @@ def started(work: Callable[..., None], *given: object, memory: int = MEMORY) -> 
     """A process that does ``work(*given)``, and the file of what it prints."""
     handle, log = tempfile.mkstemp(suffix=".txt")
     os.close(handle)
-    process = SERVER.Process(target=_work, args=(work, given, log, memory))
-    process.start()
-    return process, log
+    made = process(_work, (work, given, log, memory))
+    made.start()
+    return made, log
 
 
 def trial(work: Callable[..., None], *given: object, seconds: float = 60, memory: int = MEMORY) -> Ended:
     """How ``work(*given)`` ends in a process of its own."""
     began = time.monotonic()
-    process, log = started(work, *given, memory=memory)
-    process.join(seconds)
-    code = process.exitcode
+    begun, log = started(work, *given, memory=memory)
+    begun.join(seconds)
+    code = begun.exitcode
     if code is None:
-        process.kill()
-        process.join(10)
+        begun.kill()
+        begun.join(10)
     said = Path(log).read_text(errors="replace").replace("\r", "\n")
     os.unlink(log)
     return Ended(code, said, time.monotonic() - began)

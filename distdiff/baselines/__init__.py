@@ -2,8 +2,8 @@
 
 A baseline computes a *rate*: the expected molecules of the hidden entries, from the observed entries alone. This file
 does the rest in the same way for all: hidden counts are erased before the baseline gets them, observed counts are
-copied back unchanged, and draws are Poisson around the rate. A baseline whose rate follows the depth of the cell can
-also `Baseline.denoise` thinned counts.
+copied back unchanged, and draws are Poisson around the rate, or negative binomial where a baseline sets its sizes. A
+baseline whose rate follows the depth of the cell can also `Baseline.denoise` thinned counts.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Baseline(Imputer, ABC):
         Whether its rate follows the depth of the evidence, so that `denoise` is defined.
     gene_mean
         ``float64 [g]`` molecules of the average training cell, set by `fit`.
+    sizes
+        ``float64 [g]`` negative binomial sizes of the draws, variance ``m + m^2 / size``; ``None``: Poisson.
 
     Examples
     --------
@@ -74,6 +76,7 @@ class Baseline(Imputer, ABC):
     control: bool = False
     denoises: bool = False
     gene_mean: FloatArray
+    sizes: FloatArray | None = None
 
     def fit(self, store: CountStore, rows: np.ndarray) -> None:
         """Compute the gene means of the training cells ``rows``, then call `learn`.
@@ -114,7 +117,32 @@ class Baseline(Imputer, ABC):
         """
 
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
-        """Fill hidden entries with the rate, and with Poisson draws around it.
+        """Fill hidden entries with the rate, and with Poisson or negative binomial draws around it.
+
+        Raises
+        ------
+        ValueError
+            `fit` was not called, the batch has another number of genes, or the baseline answered with another shape or
+            with numbers that are not finite.
+        """
+        erased = self.evidence(cells, observed)
+        seen = observed.numpy()
+        rate = self.checked(self.rate(erased.counts.numpy(), seen, erased), seen)
+        mean = torch.where(observed, cells.counts, torch.from_numpy(rate.astype(np.float32)))
+        if draws == 0 or len(cells) == 0:
+            return Imputed(mean, mean.new_zeros((draws, *mean.shape)) if draws else None)
+        rng = numpy_generator(seed, "draw", int(cells.rows[0]))
+        answer = cells.counts.expand(draws, -1, -1).clone()
+        hidden = ~seen
+        expected = rate[hidden]
+        sizes = None if self.sizes is None else np.broadcast_to(self.sizes, seen.shape)[hidden]
+        for k in range(draws):
+            drawn = expected if sizes is None else expected * (rng.gamma(sizes) / sizes)
+            answer[k][~observed] = torch.from_numpy(rng.poisson(drawn).astype(np.float32))
+        return Imputed(mean, answer)
+
+    def evidence(self, cells: Cells, observed: Bool[Tensor, "b g"]) -> Cells:
+        """The batch without its hidden counts (0 there): all that a baseline ever gets to see.
 
         Raises
         ------
@@ -129,18 +157,29 @@ class Baseline(Imputer, ABC):
                 f"{tuple(observed.shape)} must both be [cells, {len(self.gene_mean)}], the genes of the fit"
             )
         erased = torch.where(observed, cells.counts, torch.zeros((), dtype=cells.counts.dtype))
-        seen = observed.numpy()
-        rate = self.rate(erased.numpy(), seen, Cells(erased, cells.labels, cells.rows))
+        return Cells(erased, cells.labels, cells.rows)
+
+    def checked(self, rate: FloatArray, observed: BoolArray) -> FloatArray:
+        """The rate as ``float64``, not negative.
+
+        Raises
+        ------
+        ValueError
+            Another shape than that of the batch, or a hidden entry whose rate is not finite.
+        """
+        if rate.shape != observed.shape:
+            raise ValueError(
+                f"{self.label or type(self).__name__} answered with shape {rate.shape} for cells x genes "
+                f"{observed.shape}; a baseline's rate needs one number for every entry"
+            )
         rate = np.maximum(rate, 0.0, dtype=np.float64)
-        mean = torch.where(observed, cells.counts, torch.from_numpy(rate.astype(np.float32)))
-        if draws == 0 or len(cells) == 0:
-            return Imputed(mean, mean.new_zeros((draws, *mean.shape)) if draws else None)
-        rng = numpy_generator(seed, "draw", int(cells.rows[0]))
-        answer = cells.counts.expand(draws, -1, -1).clone()
-        hidden = ~seen
-        for k in range(draws):
-            answer[k][~observed] = torch.from_numpy(rng.poisson(rate[hidden]).astype(np.float32))
-        return Imputed(mean, answer)
+        wrong = int(np.count_nonzero(~np.isfinite(rate[~observed])))
+        if wrong:
+            raise ValueError(
+                f"{self.label or type(self).__name__} answered with {wrong} numbers that are not finite, of "
+                f"{int(np.count_nonzero(~observed))} hidden entries; its row cannot be scored"
+            )
+        return rate
 
     def denoise(self, counts: FloatArray | csr_matrix | csr_array, p: float) -> FloatArray:
         """Expected molecules of every gene at full depth, from counts that each survived with probability ``p``.

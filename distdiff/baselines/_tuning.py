@@ -42,3 +42,19 @@ def dense(store: CountStore, rows: np.ndarray) -> FloatArray:
     out = np.empty((len(rows), len(store.genes)), dtype=np.float32)
     out[order] = store.read(rows[order]).toarray()
     return out
+
+
+def sizes(counts: FloatArray, hidden: BoolArray, mean: FloatArray) -> FloatArray:
+    """Negative binomial size of each gene by moments over hidden entries: ``float64 [g]`` in [0.01, 10,000].
+
+    ``sum (x - m)^2 - m = sum m^2 / size``; both sums are shrunk towards those of all genes by the weight of ten
+    entries, so that a gene with few molecules has the size of the average gene.
+    """
+    m = np.maximum(mean.astype(np.float64), 1e-6)
+    excess = np.sum((counts - m) ** 2 - m, axis=0, where=hidden)
+    square = np.sum(m**2, axis=0, where=hidden)
+    whole = square.sum() / max(excess.sum(), 1e-4 * square.sum(), 1e-12)
+    pseudo = 10.0 * square.sum() / max(1, np.count_nonzero(hidden))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (square + pseudo) / np.maximum(excess + pseudo / max(whole, 1e-2), 1e-12)
+    return np.clip(np.nan_to_num(found, nan=1e4, posinf=1e4), 1e-2, 1e4)

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from distdiff.baselines import CHUNK, Baseline, BoolArray, Cells, FloatArray, _tuning, depth
 
@@ -124,6 +125,50 @@ class Scvi(Baseline):
         encoded = self.module.inference(x, batch)
         decoded = self.module.generative(z=encoded["qz"].loc, library=encoded["library"], batch_index=batch)
         return decoded["px"].mean
+
+
+def prior_sampler(
+    counts: sparse.csr_matrix, codes: np.ndarray, *, epochs: int | None = None, seed: int = 0
+) -> Callable[[int, np.ndarray], sparse.csr_matrix]:
+    """Train scVI with the label as its batch; returns ``(code, library [n]) -> n`` cells at latents of the prior.
+
+    scVI has no cells of a label otherwise: the decoder is told the label, the latent ``z ~ N(0, I)`` is not.
+
+    Raises
+    ------
+    ImportError
+        scvi-tools is not installed.
+    """
+    try:
+        import scvi
+    except ImportError as error:
+        raise ImportError("scVI needs scvi-tools: pip install 'distdiff[baselines]'") from error
+    import pandas as pd
+    from anndata import AnnData
+
+    some = np.diff(counts.indptr) > 0
+    known, batch = np.unique(codes[some], return_inverse=True)
+    with _quiet(seed):
+        data = AnnData(counts[some].astype(np.float32), obs=pd.DataFrame({"label": pd.Categorical(batch)}))
+        scvi.model.SCVI.setup_anndata(data, batch_key="label")
+        model = scvi.model.SCVI(data, gene_likelihood="nb")
+        model.train(
+            max_epochs=epochs, accelerator="cpu", devices=1, train_size=1.0, shuffle_set_split=False,
+            enable_progress_bar=False, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        )  # fmt: skip
+    module = model.module.eval()
+
+    @torch.no_grad()
+    def draw(code: int, library: np.ndarray) -> sparse.csr_matrix:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + code)
+            z = torch.randn(len(library), module.n_latent)
+            depth = torch.from_numpy(np.log(np.maximum(library, 1)).astype(np.float32)).unsqueeze(1)
+            label = torch.full((len(library), 1), float(np.searchsorted(known, code)))
+            drawn = module.generative(z=z, library=depth, batch_index=label)["px"].sample()
+        return sparse.csr_matrix(drawn.numpy().astype(np.float32))
+
+    return draw
 
 
 @contextlib.contextmanager

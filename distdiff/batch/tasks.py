@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from distdiff import files
@@ -18,14 +19,12 @@ from distdiff.batch.task import OnCells, Task
 from distdiff.component import nearest
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import load_mask
-from distdiff.imputers import by_row
 from distdiff.model import Model
-from distdiff.process.schedule import levels
-from distdiff.sampling import predictor, sample
 from distdiff.tasks import Block, Reader, check_names, device_of
 from distdiff.tasks.deepen import deepen
-from distdiff.tasks.denoise import denoise
-from distdiff.tasks.generate import check_guidance, label_codes, warn_rare
+from distdiff.tasks.denoise import Library, denoise
+from distdiff.tasks.depths import Depth, depths_of
+from distdiff.tasks.generate import check_guidance, label_codes, walk, walk_levels, warn_rare
 from distdiff.tasks.impute import FillCounts, MaskLayer, absent_of, chosen_layers, is_imputation_layer
 from distdiff.tasks.latent import KEY, latent
 from distdiff.types import Cells, Condition
@@ -129,30 +128,36 @@ class Denoise(OnCells):
     name = "denoise"
 
     def __init__(
-        self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, shrink: bool = True,
+        self, model: Model, rows: Any, *, readout: str = "mean", depth: float = 1.0, library: str | None = None,
         dtype: str = "float32", sparse: bool | None = None, ood: int = 0, seed: int = 0,
         genes: Sequence[str] | Literal["model", "all"] | None = "model", **reading: Any,
     ) -> None:  # fmt: skip
         reader = Reader(model.spec, rows, **reading)
         super().__init__(model, rows, reader, tuple(rows.genes), keep=reader.chosen(genes), ood=ood, seed=seed)
         _check_dtype(dtype, sparse)
-        self.options: dict[str, Any] = {"readout": readout, "depth": depth, "shrink": shrink}
+        self.options: dict[str, Any] = {"readout": readout, "depth": depth}
+        self.library = Library(reader, library, readout)
         self.layer = "layers/denoised" if readout == "mean" else f"layers/denoised_{readout}"
         self.fields.append(Field(self.layer, dtype, len(self.genes), sparse))
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return {**super().identity(), **self.options, "dtype": self.fields[-1].dtype, "sparse": self.fields[-1].sparse}
+        return {
+            **super().identity(), **self.options, **self.library.provenance(), "dtype": self.fields[-1].dtype,
+            "sparse": self.fields[-1].sparse,
+        }  # fmt: skip
 
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
-        m, options = self.model, {**self.options, "shrink": self.model.shrink if self.options["shrink"] else None}
-        new = denoise(m.process, m.denoiser, block.cells, block.observed, **options)
+        m, library = self.model, self.library.of(block)
+        new = denoise(m.process, m.denoiser, block.cells, block.observed, library=library, **self.options)
         return {self.layer: self.reader.widen(new)}, _all_of(new)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""
-        return self.model.provenance(task=self.name, **self.options, **self.reader.label_provenance())
+        return self.model.provenance(
+            task=self.name, **self.options, **self.library.provenance(), **self.reader.label_provenance()
+        )
 
 
 class Deepen(OnCells):
@@ -219,14 +224,16 @@ class Generate(Task):
         Number of cells, and label -> value of all of them, or one a cell.
     steps, spacing, solver, sigma, guidance
         Of :func:`~distdiff.tasks.generate.generate`.
+    depth
+        Of :func:`~distdiff.tasks.depths.depths_of`.
     """
 
     name = "generate"
 
     def __init__(
         self, model: Model, n: int, obs: Mapping[str, str | Sequence[str]] | None = None, *, seed: int = 0,
-        steps: int = 16, spacing: Any = "time", solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
-        guidance: float = 1.0, device: str = "auto",
+        steps: int = 16, spacing: Any = None, solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0),
+        guidance: float = 1.0, depth: Depth = None, device: str = "auto",
     ) -> None:  # fmt: skip
         if n < 1:
             raise ValueError(f"generate: n must be at least 1, got {n}")
@@ -234,12 +241,15 @@ class Generate(Task):
         self.model, self.seed, self.genes = model, seed, model.spec.genes
         self.device = device_of(device)
         warn_rare(model.info, obs or {})
-        self.all_codes = {k: v.numpy() for k, v in label_codes(model.spec, obs or {}, n).items()}
+        codes = label_codes(model.spec, obs or {}, n)
+        self.all_codes = {k: v.numpy() for k, v in codes.items()}
+        self.depth = depths_of(model.process, model.denoiser, model.spec, model.info, codes, n, depth, seed=seed)
         self.rows = NewRows(n, self.genes, {k: self.all_codes[k] for k in obs or {}}, model.spec.labels)
         self.options = {"n": n, "steps": steps, "spacing": spacing, "solver": solver, "sigma": list(sigma),
-                        "guidance": guidance, "seed": seed}  # fmt: skip
+                        "guidance": guidance, "seed": seed,
+                        "depth": depth if depth is None or np.ndim(depth) == 0 else "one a cell"}  # fmt: skip
         spaced = model.spaced({"steps": steps, "spacing": spacing}, "generate")
-        self.grid = list(levels(model.process.schedule, **spaced).to(self.device))
+        self.grid = list(walk_levels(model.process, model.denoiser, **spaced).to(self.device))
         self.fields = [*self.label_fields(), Field("X", "float32", len(self.genes), None)]
 
     def identity(self) -> dict[str, Any]:
@@ -247,6 +257,8 @@ class Generate(Task):
         digest = hashlib.sha256()
         for key in sorted(self.all_codes):
             digest.update(key.encode() + self.all_codes[key].tobytes())
+        if self.depth is not None:
+            digest.update(self.depth.numpy().tobytes())
         return {**self.options, "obs": digest.hexdigest()}
 
     def read(self, start: int, stop: int) -> Cells:
@@ -257,12 +269,13 @@ class Generate(Task):
     @torch.no_grad()
     def compute(self, block: Cells) -> tuple[Values, Callable[[], FillCounts]]:
         """See :class:`Task`."""
-        cells, process, o = block.to(self.device), self.model.process, self.options
-        rng = by_row(cells, 1, self.seed, "generate")
-        x = process.prior((len(cells), len(self.genes)), rng=rng)
-        predict = predictor(process, self.model.denoiser, cells.labels, guidance=o["guidance"])
-        x = sample(process, predict, x, self.grid, sigma=tuple(o["sigma"]), solver=o["solver"], rng=rng)
-        return {"X": process.leave(x)}, _all_of(x)
+        cells, o = block.to(self.device), self.options
+        x = walk(
+            self.model.process, self.model.denoiser, cells, len(self.genes), self.grid,
+            depth=None if self.depth is None else self.depth[block.rows], sigma=tuple(o["sigma"]), solver=o["solver"],
+            guidance=o["guidance"], seed=self.seed,
+        )  # fmt: skip
+        return {"X": x}, _all_of(x)
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""

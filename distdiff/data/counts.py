@@ -134,8 +134,8 @@ def round_at_random(counts: sparse.csr_matrix, first: int, seed: int, file: int)
         counts = counts.copy()
         counts.sum_duplicates()
     row = first + np.repeat(np.arange(counts.shape[0], dtype=np.uint64), np.diff(counts.indptr))
-    z = _mixed(row * _GOLDEN + np.uint64(key(seed, "round", file)))
-    lot = (_mixed(z + counts.indices.astype(np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
+    z = mixed(row * _GOLDEN + np.uint64(key(seed, "round", file)))
+    lot = (mixed(z + counts.indices.astype(np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
     below = np.floor(counts.data)
     whole = below + (lot < counts.data - below)
     data = np.where(counts.data > 0, whole, counts.data).astype(counts.data.dtype)
@@ -145,7 +145,7 @@ def round_at_random(counts: sparse.csr_matrix, first: int, seed: int, file: int)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mixed(z: np.ndarray) -> np.ndarray:
+def mixed(z: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser, as `distdiff.rng.rows.mix`."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -33,6 +33,12 @@ class Denoiser(nn.Module, ABC):
     relative: bool = True
     """Whether output 0 is added to ``log(gene mean x depth)`` (:class:`~distdiff.denoise.embed.Expectation`)."""
 
+    depths: bool = True
+    """Whether a cell's total is a depth, which the measurement sets, and not its content, as the light of an image."""
+
+    largest: Tensor | None
+    """Most molecules of each gene in a training cell, ``float32 [g]``, or ``None``; moves with the weights, is none."""
+
     ragged: str = ""
     """Why tensor shapes change from batch to batch, so that ``torch.compile`` does not help; empty: they do not."""
 
@@ -41,6 +47,10 @@ class Denoiser(nn.Module, ABC):
 
     label_tables: str = "condition.tables"
     """Prefix of the names of weights that belong to label values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", None, persistent=False)
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b g"], p: Float[Tensor, "b g"], cond: Condition) -> Float[Tensor, "b g k"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from distdiff.types import Condition, DataSpec, Float, Tensor
 class UNet(Denoiser):
     """``diffusers.UNet2DModel`` over pixels whose intensities are counts; a "gene" is one colour of one pixel.
 
-    The input is ``(x_t - 127.5 p) / 255`` with intensities as molecules, as published; 0 at p = 0. Labels, the level of
-    thinning and depth go in as the class embedding.
+    The input is ``(x_t - 127.5 p) / 255`` with intensities as molecules, as published (255: ``brightest``); 0 at p = 0.
+    Labels, the level of thinning and depth go in as the class embedding.
 
     Parameters
     ----------
@@ -33,11 +34,19 @@ class UNet(Denoiser):
         Share of activations dropped in training.
     groups
         Groups of the norms.
+    brightest
+        Intensity of a white pixel: 255 of a byte, 16 of scikit-learn's digits.
+    levels
+        Whether p of every pixel is an input beside its intensity: where pixels of an image differ in p, as in masked
+        diffusion and where a part of an image is filled in.
+    log
+        Whether ``x`` is ``log(1 + intensity)``, as processes on counts give it; else it is the intensity itself, with
+        noise that an exponential would blow up, and tells nothing of depth.
 
     Raises
     ------
     ValueError
-        ``shape`` does not hold the data's number of genes, or cannot be halved that often.
+        ``shape`` does not hold the data's number of genes, or cannot be halved that often; ``brightest`` not above 0.
     ImportError
         diffusers is not installed.
 
@@ -52,10 +61,12 @@ class UNet(Denoiser):
     ValueError: denoiser unet: shape=[3, 32, 32] holds 3072 values, the data 2
     """
 
+    depths = False
+
     def __init__(
         self, spec: DataSpec, outputs: int, *, shape: Sequence[int] = (3, 32, 32),
         channels: Sequence[int] = (128, 256, 256, 256), attention: Sequence[int] = (1,), layers: int = 2,
-        dropout: float = 0.1, groups: int = 32,
+        dropout: float = 0.1, groups: int = 32, brightest: float = 255.0, levels: bool = False, log: bool = True,
     ):  # fmt: skip
         super().__init__()
         if len(shape) != 3 or not channels or groups < 1 or any(c % groups for c in channels):
@@ -63,6 +74,8 @@ class UNet(Denoiser):
                 "denoiser unet: shape must be three numbers and channels multiples of groups, got "
                 f"shape={list(shape)}, channels={list(channels)}, groups={groups}"
             )
+        if not 0 < brightest < math.inf:
+            raise ValueError(f"denoiser unet: brightest must be above 0, got {brightest}")
         colours, height, width = shape
         if colours * height * width != spec.n_genes:
             raise ValueError(
@@ -78,11 +91,12 @@ class UNet(Denoiser):
         except ImportError:
             raise ImportError("denoiser unet needs diffusers: pip install 'distdiff[images]'") from None
         self.outputs, self.shape = outputs, tuple(shape)
+        self.brightest, self.levels, self.log = brightest, levels, log
         self.expectation = Expectation(spec)
         self.condition = Conditioning(spec, 4 * channels[0])
         with_attention = [i in set(attention) for i in range(len(channels))]
         unet: Any = UNet2DModel(
-            sample_size=(height, width), in_channels=colours, out_channels=colours * outputs,
+            sample_size=(height, width), in_channels=colours * (1 + levels), out_channels=colours * outputs,
             block_out_channels=tuple(channels), layers_per_block=layers, dropout=dropout, norm_num_groups=groups,
             down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in with_attention],
             up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)],
@@ -111,7 +125,10 @@ class UNet(Denoiser):
 
     def _image(self, x: Tensor, p: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """What the UNet makes of the pixels, and log brightness."""
-        log_depth, _ = self.expectation(x, p)
-        light = torch.where(p > 0, torch.expm1(x) - 127.5 * p, 0.0) / 255
+        log_depth = self.expectation(x, p)[0] if self.log else torch.zeros_like(x[:, :1])
+        light = torch.where(p > 0, (torch.expm1(x) if self.log else x) / self.brightest - p / 2, 0.0)
+        image = light.unflatten(1, self.shape)
+        if self.levels:
+            image = torch.cat((image, p.unflatten(1, self.shape)), 1)
         c = self.condition(log_depth, p, cond)
-        return self.unet(light.unflatten(1, self.shape), 1000 * (1 - p.mean(1)), class_labels=c).sample, log_depth
+        return self.unet(image, 1000 * (1 - p.mean(1)), class_labels=c).sample, log_depth

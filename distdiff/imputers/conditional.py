@@ -54,9 +54,9 @@ class Conditional(Imputer):
             check(name)
             if name != "mean":
                 of_molecules(process, f"readout={name!r}")
-            if name == "log1p_cp10k":
+            if name in ("log1p_cp10k", "open_problems"):
                 raise ValueError(
-                    "readout='log1p_cp10k' is no number of molecules: denoise reads it out, imputation does not"
+                    f"readout={name!r} is no number of molecules: denoise reads it out, imputation does not"
                 )
         if "sd" in statistics:
             of_molecules(process, "a standard deviation")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.sparse as sp
 
+from distdiff.data.ingest.choose import choose
 from distdiff.data.masks import dropout_sites, expressed
 from distdiff.waits import waiting
 
@@ -90,12 +91,12 @@ def _leiden(rows: Rows, seed: int, genes: int) -> np.ndarray:
 
     counts, expressed = rows.read(0, rows.n_cells), getattr(rows, "expressed", None)
     data = ad.AnnData((counts if expressed is None else counts[:, np.flatnonzero(expressed)]).astype(np.float32))
+    some = np.arange(data.n_vars)
+    if data.n_vars > genes:
+        some = choose(data.X, f"hvg:{min(genes, int((data.X.sum(0) > 0).sum()))}")
     sc.pp.normalize_total(data, target_sum=1e4)
     sc.pp.log1p(data)
-    if data.n_vars > genes:
-        mean = np.asarray(data.X.mean(0)).ravel()
-        var = np.asarray(data.X.multiply(data.X).mean(0)).ravel() - mean**2
-        data = data[:, np.sort(np.argsort(-var / (mean + 1e-9))[:genes])].copy()
+    data = data[:, some].copy()
     sc.pp.pca(data, n_comps=min(50, min(data.shape) - 1), random_state=seed)
     sc.pp.neighbors(data, random_state=seed)
     try:

@@ -77,6 +77,10 @@ class Process(ABC):
     ) -> Float[Tensor, "b g k"]:
         """Raw network output -> natural parameters."""
 
+    def moderated(self, eta: Float[Tensor, "b g k"], largest: Float[Tensor, " g"]) -> Float[Tensor, "b g k"]:
+        """``eta`` with its tails held back, given each gene's largest count in training. Default: as it is."""
+        return eta
+
     @abstractmethod
     def loss(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor
@@ -99,6 +103,12 @@ class Process(ABC):
         rng: Rng,
     ) -> Float[Tensor, "b g"]:
         """One reverse step ``p_t -> p_s >= p_t``; raises where ``sigma`` is above its cap (docs/MATHS.md 4.3)."""
+
+    def guided(
+        self, eta_c: Float[Tensor, "b g k"], eta_u: Float[Tensor, "b g k"], weight: float, p: float | Tensor
+    ) -> Float[Tensor, "b g k"]:
+        """``eta_u + w (eta_c - eta_u)``: answers with and without labels, mixed (docs/MATHS.md 4.6)."""
+        return eta_u + weight * (eta_c - eta_u)
 
     def bound(
         self, eta: Float[Tensor, "b g k"], x_0: Float[Tensor, "b g"], x: Float[Tensor, "b g"], p: float | Tensor

@@ -193,6 +193,17 @@ class Counts(Process):
         # memory order [b k g]: later code reads one of the k numbers for all genes at a time
         return torch.stack((log_rate, log_size, *(answer.float() for answer in further[1:])), 1).movedim(1, -1)
 
+    def moderated(self, eta: Float[Tensor, "b g k"], largest: Float[Tensor, " g"]) -> Float[Tensor, "b g k"]:
+        """Size ``phi + lambda / largest``: the tail of a gene's own counts as a prior (docs/MATHS.md 3.8).
+
+        Trained networks are used so; training itself is free.
+        """
+        if self.head == "mean":
+            return eta
+        log_rate, log_size, *further = eta.unbind(-1)
+        log_size = torch.logaddexp(log_size, log_rate - largest.clamp_min(1).log())
+        return torch.stack((log_rate, log_size, *further), 1).movedim(1, -1)
+
     def rate(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """``lambda = f / (1 - p)``: expected molecules of a cell at full depth (docs/MATHS.md 3.4, 5.4).
 
@@ -208,6 +219,26 @@ class Counts(Process):
     def lost(self, eta: Float[Tensor, "b g k"], p: float | Tensor) -> Float[Tensor, "b g"]:
         """Expected lost molecules ``f = (1 - p) lambda`` (docs/MATHS.md 3.1, 3.4)."""
         return (1 - tensor(p, eta)) * eta[..., 0].clamp_max(LOG_RATE[1]).exp()
+
+    def log_total(self, eta: Float[Tensor, "b g k"], p: float | Tensor) -> Float[Tensor, "b 1"]:
+        """Log of all molecules that a cell is expected to have lost; ``-inf`` where none can be (p = 1 throughout)."""
+        return torch.logsumexp(eta[..., 0] + torch.log1p(-tensor(p, eta)), 1, keepdim=True)
+
+    def scaled(self, eta: Float[Tensor, "b g k"], log_factor: Float[Tensor, "b 1"]) -> Float[Tensor, "b g k"]:
+        """All rates of a cell times one factor, which leaves their shares and the sizes as they are."""
+        return torch.cat((eta[..., :1] + log_factor.unsqueeze(-1), eta[..., 1:]), -1)
+
+    def guided(
+        self, eta_c: Float[Tensor, "b g k"], eta_u: Float[Tensor, "b g k"], weight: float, p: float | Tensor
+    ) -> Float[Tensor, "b g k"]:
+        """Guidance of the genes' shares; a cell's total is that of the labelled answer (docs/MATHS.md 4.6).
+
+        Mixed log rates alone would have a larger sum, the exponential being convex.
+        """
+        mixed = super().guided(eta_c, eta_u, weight, p)
+        wanted = torch.lerp(self.log_total(eta_u, p), self.log_total(eta_c, p), min(max(weight, 0.0), 1.0))
+        found = self.log_total(mixed, p)
+        return self.scaled(mixed, torch.where(found.isfinite(), wanted - found, 0.0))
 
     def log_size(self, eta: Float[Tensor, "b g k"]) -> Float[Tensor, "b g"]:
         """Log size of the lost molecules' negative binomial; practically Poisson where the head gives no size."""

@@ -270,8 +270,16 @@ def schedule(given: Any) -> Schedule:
     return made if points is None else Discrete(made, points)
 
 
+SPACINGS = ("time", "logit", "geometric", "variance")
+"""Ways to place the levels of a walk (``variance``: by what a trained model measured, docs/MATHS.md 4.11)."""
+
+
 LOGIT_SPAN = math.log(999)
 """Half the range of ``logit p`` in a walk with ``logit`` spacing: p from .001 to .999, the ends then set to 0 and 1."""
+
+
+FIRST = 1e-3
+"""First level above 0 of a walk with ``geometric`` spacing: a cell of 2,000 molecules then has two."""
 
 
 LONGEST = 100_000
@@ -284,8 +292,9 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
     Parameters
     ----------
     spacing
-        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. Or the levels themselves, for example from
-        :func:`placed`.
+        ``time``: uniform in t. ``logit``: uniform in ``log(p / (1 - p))``. ``geometric``: 0, then from .001 to 1 by
+        equal factors, so that each step multiplies the molecules alike (docs/MATHS.md 5.1). Or the levels themselves,
+        for example from :func:`placed`.
 
     Raises
     ------
@@ -299,6 +308,8 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
     tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
     >>> levels(Linear(), 2, "logit")
     tensor([0.0000, 0.5000, 1.0000])
+    >>> levels(Linear(), 4, "geometric")
+    tensor([0.0000, 0.0010, 0.0100, 0.1000, 1.0000])
     """
     if not 1 <= steps <= LONGEST:
         raise ValueError(f"a walk has 1 to {LONGEST:,} steps, got steps={steps:,}")
@@ -313,8 +324,10 @@ def levels(schedule: Schedule, steps: int, spacing: str | Sequence[float] = "tim
         p = schedule.p(t)
     elif spacing == "logit":
         p = torch.sigmoid((1 - 2 * t) * LOGIT_SPAN)
+    elif spacing == "geometric":
+        p = torch.cat((t.new_zeros(1), torch.logspace(math.log10(FIRST), 0, steps, dtype=torch.float64)))
     else:
-        raise ValueError(f"unknown spacing {spacing!r}{nearest(spacing, ('time', 'logit', 'variance'))}")
+        raise ValueError(f"unknown spacing {spacing!r}{nearest(spacing, SPACINGS)}")
     p[0], p[-1] = 0.0, 1.0
     return p.float()
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from distdiff.process.schedule import Schedule
+from distdiff.process.schedule import Fisher, Schedule
 from distdiff.rng import Rng
 from distdiff.types import Bool, Float, Tensor
+
+LOGIT = Fisher(log_eps=-7.0)
+"""Levels of ``logit``."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Survival:
         All genes at p(t): generation, denoising, RePaint (docs/MATHS.md 5.1, 5.4, 6).
     target_share
         Range of the share of genes that are targets in the first two patterns, uniform per cell.
+    levels
+        Law of the p of ``uniform``. ``schedule``: p(t). ``logit``: even in logit p from .0009 to .9991 (docs/MATHS.md
+        1.3), so that cells with hardly a molecule left, whose labels decide, are met often for rare labels too.
+        ``auto``: ``logit`` for cells of counts with labels, if the loss weighs every p alike; else ``schedule``.
     time
         How t is drawn: ``uniform`` for each cell; ``stratified``: evenly over the global batch, with one random shift
         a step; ``learned``: stratified and denser where the loss is larger, weighted back, so that the gradient keeps
@@ -48,6 +55,7 @@ class Survival:
     two_level: float = 0.25
     uniform: float = 0.25
     target_share: tuple[float, float] = (0.1, 0.9)
+    levels: Literal["auto", "schedule", "logit"] = "auto"
     time: Literal["uniform", "stratified", "learned"] = "uniform"
 
     def __post_init__(self) -> None:
@@ -58,6 +66,10 @@ class Survival:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"survival target_share must satisfy 0 <= low <= high <= 1, got {self.target_share}")
 
+    def settled(self, near_zero: bool) -> Survival:
+        """The same with ``levels: auto`` decided: ``logit`` where p near 0 matters."""
+        return self if self.levels != "auto" else replace(self, levels="logit" if near_zero else "schedule")
+
     def draw(
         self, schedule: Schedule, t: Float[Tensor, "b 1"], genes: int, *, rng: Rng
     ) -> tuple[Float[Tensor, "b g"], Bool[Tensor, "b 1"]]:
@@ -65,9 +77,12 @@ class Survival:
         cells = len(t)
         pattern = rng.uniform(cells, 1) * (self.hidden + self.two_level + self.uniform)
         timed = pattern >= self.hidden
+        uniform = pattern >= self.hidden + self.two_level
         level = torch.where(timed, schedule.p(t), 0.0)
+        if self.levels == "logit":
+            level = torch.where(uniform, LOGIT.p(t), level)
         low, high = self.target_share
         share = low + (high - low) * rng.uniform(cells, 1)
         target = rng.uniform(cells, genes) < share
-        target |= pattern >= self.hidden + self.two_level
+        target |= uniform
         return torch.where(target, level, 1.0), timed

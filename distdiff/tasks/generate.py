@@ -13,8 +13,9 @@ from distdiff.denoise import Denoiser
 from distdiff.imputers import by_row
 from distdiff.process import Process
 from distdiff.process.schedule import levels
-from distdiff.sampling import predictor, sample
+from distdiff.sampling import predictor, sample, to_depth
 from distdiff.tasks import at_least_one
+from distdiff.tasks.depths import has_depths
 from distdiff.types import UNKNOWN, Cells, Condition, DataSpec, Float, Tensor
 
 log = logging.getLogger("distdiff")
@@ -62,10 +63,25 @@ def warn_rare(info: Mapping[str, Any], obs: Mapping[str, str | Sequence[str]]) -
 @torch.no_grad()
 def generate(
     process: Process, denoiser: Denoiser, spec: DataSpec, n: int, labels: Mapping[str, torch.Tensor], *,
-    steps: int = 16, spacing: str | Sequence[float] = "time", solver: str = "plain",
-    sigma: tuple[str, float] = ("none", 0.0), guidance: float = 1.0, seed: int = 0, batch_size: int = 256,
+    depth: Float[Tensor, " n"] | None = None, steps: int = 16, spacing: str | Sequence[float] | None = None,
+    solver: str = "plain", sigma: tuple[str, float] = ("none", 0.0), guidance: float = 1.0, seed: int = 0,
+    batch_size: int = 256,
 ) -> Iterator[Float[Tensor, "b g"]]:  # fmt: skip
     """Draw ``n`` cells, every gene from p = 0 to 1 (docs/MATHS.md 5.1); cell ``i`` depends on ``seed`` and ``i`` alone.
+
+    Parameters
+    ----------
+    depth
+        Molecules that each cell is to have (docs/MATHS.md 4.12, :func:`~distdiff.tasks.depths.depths_of`); ``None``:
+        what the walk gives.
+    steps, spacing
+        Levels of the walk (:func:`~distdiff.process.schedule.levels`). ``None`` is ``geometric`` for cells of counts,
+        ``time`` for other processes and images.
+    solver, sigma
+        Of :func:`~distdiff.sampling.sample`.
+    guidance
+        Weight of the labels (docs/MATHS.md 4.6). 1 keeps the law that was learned; more makes cells more typical of
+        their label and less varied, and worsens every score of a model trained with ``loader.strata``.
 
     Raises
     ------
@@ -73,16 +89,38 @@ def generate(
         ``batch_size`` below 1, or steps that are no walk.
     """
     device = next(denoiser.parameters()).device
-    grid = levels(process.schedule, steps, spacing).to(device)
+    grid = walk_levels(process, denoiser, steps, spacing).to(device)
     for start in range(0, n, at_least_one(batch_size)):
         rows = torch.arange(start, min(start + batch_size, n))
         cond = Condition({k: v[rows] for k, v in labels.items()}).to(device)
-        counts = torch.zeros(len(rows), spec.n_genes, device=device)
-        cells = Cells(counts, cond, rows.to(device, non_blocking=True))
-        rng = by_row(cells, 1, seed, "generate")
-        x = process.prior(tuple(cells.counts.shape), rng=rng)  # type: ignore[arg-type]
-        predict = predictor(process, denoiser, cond, guidance=guidance)
-        yield process.leave(sample(process, predict, x, list(grid), sigma=sigma, solver=solver, rng=rng))
+        cells = Cells(torch.zeros(len(rows), 0, device=device), cond, rows.to(device, non_blocking=True))
+        wanted = None if depth is None else depth[rows]
+        yield walk(
+            process, denoiser, cells, spec.n_genes, list(grid), depth=wanted, sigma=sigma, solver=solver,
+            guidance=guidance, seed=seed,
+        )  # fmt: skip
+
+
+def walk_levels(
+    process: Process, denoiser: Denoiser, steps: int, spacing: str | Sequence[float] | None
+) -> Float[Tensor, " n"]:
+    """Levels of a generating walk; ``None`` is ``geometric`` for cells of counts, else ``time`` (docs/MATHS.md 5.1)."""
+    if spacing is None:
+        spacing = "geometric" if has_depths(process, denoiser) else "time"
+    return levels(process.schedule, steps, spacing)
+
+
+def walk(
+    process: Process, denoiser: Denoiser, cells: Cells, genes: int, grid: Sequence[Tensor], *,
+    depth: Float[Tensor, " b"] | None, sigma: tuple[str, float], solver: str, guidance: float, seed: int,
+) -> Float[Tensor, "b g"]:  # fmt: skip
+    """Generate the cells of one batch from their labels and row numbers, along the levels ``grid``."""
+    rng = by_row(cells, 1, seed, "generate")
+    x = process.prior((len(cells), genes), rng=rng)
+    predict = predictor(process, denoiser, cells.labels, guidance=guidance)
+    if depth is not None:
+        predict = to_depth(process, predict, depth.to(x.device, non_blocking=True).unsqueeze(1))
+    return process.leave(sample(process, predict, x, grid, sigma=sigma, solver=solver, rng=rng))
 
 
 def check_guidance(spec: DataSpec, required: Sequence[str], guidance: float) -> None:

@@ -88,6 +88,7 @@ class FillCounts:
     genes_unknown_to_model: int = 0
     genes_absent_from_input: int = 0
     targets_of_unknown_genes: int = 0
+    cells_trained_on: int = 0
     seconds: float = 0.0
 
     def add(self, answer: Answer) -> FillCounts:
@@ -102,6 +103,7 @@ class FillCounts:
         self.molecules_added += molecules
         self.cells_without_evidence += empty
         self.targets_of_unknown_genes += unknown
+        self.cells_trained_on += answer.trained_on
         return self
 
 
@@ -194,6 +196,8 @@ class ImputationPlan:
         Draws of each target (0: the mean alone), and the seed of their noise.
     provenance
         Entries of ``uns['distdiff']``.
+    trained
+        Counts the cells of a block that the model was trained on (`distdiff.seen.counter`).
     """
 
     reader: Reader
@@ -203,6 +207,7 @@ class ImputationPlan:
     draws: int
     seed: int
     provenance: dict[str, Any]
+    trained: Callable[[sp.csr_matrix], int] = lambda counts: 0
 
     @classmethod
     def of(
@@ -219,6 +224,7 @@ class ImputationPlan:
         seed: int = 0,
         progress: bool = True,
         provenance: Mapping[str, Any] = MappingProxyType({}),
+        trained: Callable[[sp.csr_matrix], int] = lambda counts: 0,
     ) -> ImputationPlan:
         """Resolve targets and genes.
 
@@ -228,6 +234,8 @@ class ImputationPlan:
             Tell of clustering that takes long.
         provenance
             Entries of ``uns['distdiff']`` about the model and the method.
+        trained
+            As of the class.
 
         Raises
         ------
@@ -243,7 +251,7 @@ class ImputationPlan:
             **provenance, "targets": kind, "groups": groups or "", "readout": imputer.readout, "draws": draws,
             "seed": seed, **reader.label_provenance(),
         }  # fmt: skip
-        return cls(reader, imputer, hidden, added, draws, seed, entries)
+        return cls(reader, imputer, hidden, added, draws, seed, entries, trained)
 
     @cached_property
     def columns(self) -> np.ndarray:
@@ -314,7 +322,8 @@ class ImputationPlan:
         of_input = slice(len(self.reader.columns))
         none = torch.zeros((), dtype=torch.int64, device=device)
         unknown = none if block.hidden is None else (block.hidden & (columns[of_input] < 0)).sum()
-        return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown)
+        trained_on = self.trained(block.counts)
+        return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown, trained_on)
 
 
 @dataclass(frozen=True)
@@ -331,12 +340,15 @@ class Answer:
         ``bool [n]``: cells that had any; the others are as given.
     unknown
         ``int64 []``: targets in genes that the model does not know.
+    trained_on
+        Cells that the model was trained on.
     """
 
     layers: dict[str, torch.Tensor]
     filled: torch.Tensor
     evidence: torch.Tensor
     unknown: torch.Tensor
+    trained_on: int = 0
 
 
 def check_draws(draws: int, mean_only: bool) -> None:

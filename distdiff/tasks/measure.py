@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from distdiff.process import Process
 from distdiff.process.counts import Counts, of_molecules
 from distdiff.rng import generator, numpy_generator
 from distdiff.sampling import predictor
-from distdiff.tasks.denoise import fit_shrink
 from distdiff.tasks.likelihood import nats
-from distdiff.types import Cells, Tensor
+from distdiff.types import Cells
 
 if TYPE_CHECKING:
     from distdiff.data.store.store import CountStore
@@ -26,19 +24,11 @@ SHARES = {"impute": 0.5, "generate": 1.0}
 """Share of the genes that is hidden where a task's excess variance is measured."""
 
 
-@dataclass
-class Measured:
-    """Entries of a model's ``info``, and its ``shrink`` ``float32 [g]`` where it has one."""
-
-    info: dict[str, Any] = field(default_factory=dict)
-    shrink: Tensor | None = None
-
-
 @torch.no_grad()
 def measure(
     process: Process, denoiser: Denoiser, store: CountStore, *, labels: tuple[str, ...] = (), seed: int = 0
-) -> Measured:
-    """Measure ``info['depth']``, and for a process of counts ``info['excess']``, ``info['nats']`` and ``shrink``.
+) -> dict[str, Any]:
+    """Measure ``info['depth']``, and for a process of counts ``info['excess']`` and ``info['nats']``.
 
     ``depth``: quantiles of molecules per training cell, the limit of deepening (docs/MATHS.md 5.5). ``excess``: where
     along a walk dispersion is at stake (docs/MATHS.md 4.11). ``nats``: quantiles of the likelihood bound on held-out
@@ -47,17 +37,15 @@ def measure(
     rng = numpy_generator(seed, "measure")
     train, held_out = (_some(store.rows(split), n, rng) for split, n in (("train", 4096), ("val", CELLS)))
     molecules = np.asarray(store.read(train).sum(1)).ravel()
-    found = Measured()
-    found.info["depth"] = {f"q{round(q * 100):02d}": float(np.quantile(molecules, q)) for q in (0.01, 0.5, 0.99)}
+    found: dict[str, Any] = {}
+    found["depth"] = {f"q{round(q * 100):02d}": float(np.quantile(molecules, q)) for q in (0.01, 0.5, 0.99)}
     if not (isinstance(process, Counts) and process.molecules):
         return found
     cells = store.cells(held_out, labels).to(next(denoiser.parameters()).device)
     shares = {task: excess(process, denoiser, cells, share, seed) for task, share in SHARES.items()}
-    found.info["excess"] = {"p": list(LEVELS), **shares}
+    found["excess"] = {"p": list(LEVELS), **shares}
     cost = nats(process, denoiser, cells, torch.ones_like(cells.counts, dtype=torch.bool), seed=seed).double()
-    found.info["nats"] = {f"q{round(q * 100):02d}": float(cost.quantile(q)) for q in (0.01, 0.5, 0.99)}
-    if process.predict == "rate":
-        found.shrink = fit_shrink(process, denoiser, store, held_out, seed=seed, labels=labels)
+    found["nats"] = {f"q{round(q * 100):02d}": float(cost.quantile(q)) for q in (0.01, 0.5, 0.99)}
     return found
 
 

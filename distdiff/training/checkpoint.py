@@ -32,7 +32,7 @@ from distdiff.component import nearest
 from distdiff.training.engine import Engine
 
 PREFIX = "step-"
-FORMAT = 3
+FORMAT = 4
 GROUPS = ("weights", "ema", "optimizer")
 FILE = re.compile(rf"({'|'.join(GROUPS)})(-[0-9]{{5}}-of-[0-9]{{5}})?[.]safetensors")
 SEAL = "crc32c"

@@ -1,4 +1,4 @@
-"""``train.batch: auto``: a size found by a short search on the device, and kept for as long as the run goes on."""
+"""What reads ``auto`` in ``train``: length by the data; batch by a search on the device, kept while the run goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distdiff import files, received
 from distdiff.data.feed.loader import SHARE, memory_allowed
 from distdiff.training import losses
 from distdiff.training.noise import Noise
-from distdiff.training.settings import Recipe, Training
+from distdiff.training.settings import VALIDATIONS, Recipe, Training, length
 from distdiff.training.times import Times
 from distdiff.training.trouble import OutOfMemory, ran_out
 from distdiff.types import Condition, Tensor
@@ -40,9 +40,9 @@ TRIES = 3
 
 
 def settled(recipe: Recipe, accelerator: Accelerator) -> Training:
-    """The recipe's settings with the batch size in numbers, the same on every process; no weight is touched.
+    """The recipe's settings with length and batch in numbers, the same on every process; no weight is touched.
 
-    The number is written to ``batch.json`` in the run's folder, where a run that goes on finds it again. A number that
+    The batch is written to ``batch.json`` in the run's folder, where a run that goes on finds it again. A number that
     was given stays.
 
     Raises
@@ -50,9 +50,10 @@ def settled(recipe: Recipe, accelerator: Accelerator) -> Training:
     OutOfMemory
         Not even the smallest batch fits.
     """
-    settings = recipe.settings
+    settings = _long(recipe.settings, len(recipe.store.rows("train")), accelerator)
     if settings.batch:
         return settings
+    recipe = replace(recipe, settings=settings)
     known = _record(settings)
     found = [0]
     if accelerator.is_main_process:
@@ -70,6 +71,16 @@ def settled(recipe: Recipe, accelerator: Accelerator) -> Training:
         accelerator.print(f"distdiff train: train.batch={found[0]}, {why}")
     broadcast_object_list(found)
     return replace(settings, batch=found[0])
+
+
+def _long(settings: Training, cells: int, accelerator: Accelerator) -> Training:
+    """The settings with the length of a run on so many training cells, which is told."""
+    seen = settings.cells or length(cells)
+    if not settings.cells:
+        accelerator.print(
+            f"distdiff train: train.cells={seen}, {seen / cells:.3g} passes over {cells:,} training cells"
+        )
+    return replace(settings, cells=seen, eval_cells=settings.eval_cells or max(1, seen // VALIDATIONS))
 
 
 def search(seconds: Callable[[int], float], start: int, most: int) -> tuple[dict[int, float], str]:

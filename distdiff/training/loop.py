@@ -113,7 +113,7 @@ class Run:
 
 
 def train(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, *, identity: Mapping[str, Any]) -> Progress:
-    """Train until ``settings.cells`` or until validation stops improving.
+    """Train until ``settings.cells``, or until validation cells score worse than they did.
 
     Parameters
     ----------
@@ -237,15 +237,15 @@ def validate(run: Run) -> None:
     means = run.window.means(accelerator, run.waited.lap())
     run.noise.times.update(accelerator)
     scored = scores(run.recipe, run.held_out, run.ema.model, accelerator)
-    numbers = read({**means, **scored})  # nowhere else between two logs the device is waited for
+    numbers = read({**means, **{name: cells.mean() for name, cells in scored.items()}})  # the only wait for the device
     if numbers.pop("bad"):
         run.window.check(accelerator, run.writer.folder)
     numbers["cells_per_second"] = run.window.speed(run.recipe.settings.batch)
     run.window = Window(progress.step, accelerator.device)
-    progress.record(numbers, run.cells_seen)
+    progress.record(numbers, run.cells_seen, scored[progress.judge].tolist())
     if accelerator.is_main_process:
         run.hooks.on_log(run.cells_seen, numbers)
-        if progress.bad == 0:
+        if progress.improved:
             run.hooks.save_best(run.ema.model, numbers)
     run.bar.set_postfix(loss=f"{numbers['loss']:.4f}", val=f"{numbers[progress.judge]:.4f}")
 
@@ -354,8 +354,9 @@ def _report_end(run: Run, request: int) -> None:
     progress, settings = run.progress, run.recipe.settings
     if progress.bad >= settings.patience and progress.step < settings.steps:
         run.accelerator.print(
-            f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was not "
-            f"better than {progress.best:.4f}, that of step {progress.best_step}, in {progress.bad} validations "
+            f"distdiff train: stopped early after step {progress.step} of {settings.steps}: {progress.judge} was worse "
+            f"than {progress.best:.4f}, that of step {progress.best_step}, by more than chance in {progress.bad} "
+            f"validations in a row "
             f"(train.patience={settings.patience}; the same command with a larger one goes on)"
         )
     if request == LEAVE:

@@ -10,11 +10,34 @@ from distdiff.data.feed.loader import Loading
 from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.process import Process
+from distdiff.process.counts import Counts
 from distdiff.process.survival import Survival
 from distdiff.training.optim import Optim
 
 MOST = 10**15
 """Cells of a run, at most: its steps are counted in 64 bits, and in the floating-point numbers of the schedule."""
+
+
+AUTO = ("cells", "batch", "eval_cells")
+"""Numbers of ``train`` that may read ``auto`` in YAML; they are 0 here until they are settled."""
+
+PASSES, SHORTEST, LONGEST = 180, 50_000, 1_000_000
+"""A run of automatic length sees every training cell so often, within these bounds in cells."""
+
+VALIDATIONS = 20
+"""Of a run whose ``eval_cells`` is automatic."""
+
+
+def length(cells: int) -> int:
+    """Cells that a run on so many training cells sees in all, where none are asked for.
+
+    Examples
+    --------
+    >>> from distdiff.training.settings import length
+    >>> [length(cells) for cells in (200, 2_000, 50_000)]
+    [50000, 360000, 1000000]
+    """
+    return min(max(PASSES * cells, SHORTEST), LONGEST)
 
 
 @dataclass(frozen=True)
@@ -26,7 +49,7 @@ class Training:
     out
         Folder of the run: checkpoints, the best model.
     cells
-        Training cells to see in all (with repeats).
+        Training cells to see in all (with repeats); ``auto`` in YAML, 0 here: :func:`length` of their number.
     batch
         Cells of a step over all processes; ``auto`` in YAML, 0 here: found by a search (see
         :mod:`~distdiff.training.fit`), and part of the config from then on.
@@ -36,7 +59,7 @@ class Training:
     accumulate
         Passes that a process's share of a step is cut into, to need less memory; the result is the same.
     eval_cells
-        Validate each time this many cells have been seen.
+        Validate each time this many cells have been seen; ``auto`` in YAML, 0 here: 20 times in all.
     checkpoint_cells
         Save a checkpoint each time this many cells have been seen.
     checkpoint_minutes
@@ -46,8 +69,8 @@ class Training:
     minutes
         Save and leave after so many minutes of training (0: a SLURM job leaves before its end, others never).
     patience
-        Validations without a better score after which training stops; it and ``cells`` may change when a run is
-        continued, and the learning rate then follows the new length.
+        Validations in a row, worse than the best by more than chance, after which training stops; it and ``cells`` may
+        change when a run is continued, and the learning rate then follows the new length.
     label_dropout
         Share of cells trained without their labels (guidance needs some; CountsDiff, section 3.4).
     precision
@@ -68,19 +91,22 @@ class Training:
         ``auto`` continues the newest checkpoint in ``out``; ``never``; or the path of one, where ``optim`` may differ.
     seed
         Seed of the weights, the order of cells and the noise.
+    manifest
+        Filter of the training cells in the model's folder, by which it tells whether it saw a cell: ``cells``;
+        ``salted``: only for those who have DISTDIFF_SALT; ``none`` (see :mod:`~distdiff.seen`).
     """
 
     out: str = "runs/distdiff"
-    cells: int = 50_000
+    cells: int = 0
     batch: int = 128
     grain: int = 32
     accumulate: int = 1
-    eval_cells: int = 5_000
+    eval_cells: int = 0
     checkpoint_cells: int = 20_000
     checkpoint_minutes: float = 10.0
     keep: int = 2
     minutes: float = 0.0
-    patience: int = 5
+    patience: int = 3
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False
@@ -90,11 +116,13 @@ class Training:
     start: str = ""
     resume: str = "auto"
     seed: int = 0
+    manifest: Literal["cells", "salted", "none"] = "cells"
 
     def __post_init__(self) -> None:
-        if self.batch < 0:
-            raise ValueError(f"train.batch must be a number of cells or auto, got {self.batch}")
-        for name in ("cells", "grain", "accumulate", "eval_cells", "checkpoint_cells", "keep", "patience"):
+        for name in AUTO:
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be a number of cells or auto, got {getattr(self, name)}")
+        for name in ("grain", "accumulate", "checkpoint_cells", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not self.out or not self.resume:
@@ -113,7 +141,15 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the whole run.
+
+        Raises
+        ------
+        ValueError
+            ``cells`` is not settled.
+        """
+        if not self.cells:
+            raise ValueError("train.cells=auto must be settled before training (distdiff.training.fit.settled)")
         return math.ceil(self.cells / self.batch)
 
     def crosses(self, steps: int, every: int) -> bool:
@@ -165,3 +201,10 @@ class Recipe:
     settings: Training
     loading: Loading = field(default_factory=Loading)
     labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Decide what is ``auto`` of the mixture and of the order of cells."""
+        law = self.process
+        cells = isinstance(law, Counts) and law.molecules and law.weight == "none" and self.denoiser.depths
+        object.__setattr__(self, "survival", self.survival.settled(near_zero=bool(self.labels) and cells))
+        object.__setattr__(self, "loading", self.loading.settled(self.store, self.labels))

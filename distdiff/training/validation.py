@@ -20,24 +20,24 @@ BLOCK, LIMIT = 256, 8192
 
 @torch.no_grad()
 def scores(recipe: Recipe, rows: np.ndarray, denoiser: Denoiser, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Score held-out cells ``rows``, no labels withheld; the numbers stay on the device.
+    """Score held-out cells ``rows``, no labels withheld: for each score the part of each cell, ``float64 [n]``.
 
-    ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden outright (one call); ``val/loss``:
-    the training loss under the mixture of ``survival``, times even. Masks and noise depend on the seed and the rows
-    alone; blocks of rows go round the processes; sums are reduced, then divided.
+    The mean over cells is the score. ``val/deviance``: mean Poisson deviance of an entry when half of them are hidden
+    outright (one call); ``val/loss``: the training loss under the mixture of ``survival``, times even. Masks and noise
+    depend on the seed and the rows alone; blocks of rows go round the processes. All stays on the device.
     """
     rows = rows[:: max(1, -(-len(rows) // LIMIT))]
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    found = torch.zeros(3, len(rows), dtype=torch.float64, device=accelerator.device)
     for turn, start in enumerate(range(0, len(rows), BLOCK)):
         if turn % accelerator.num_processes == accelerator.process_index:
             cells = recipe.store.cells(rows[start : start + BLOCK], recipe.labels)
-            sums += _sums(recipe, denoiser, cells, start, accelerator.device)
-    deviance, targets, loss, n = accelerator.reduce(sums, "sum")
-    return {"val/deviance": deviance / targets, "val/loss": loss / n}
+            found[:, start : start + len(cells)] = _of_block(recipe, denoiser, cells, start, accelerator.device)
+    deviance, targets, loss = accelerator.reduce(found, "sum")
+    return {"val/deviance": deviance / targets.mean(), "val/loss": loss}
 
 
-def _sums(recipe: Recipe, denoiser: Denoiser, cells: Cells, start: int, device: torch.device) -> Tensor:
-    """Of a block: summed deviance, hidden entries, summed loss, cells; ``float64 [4]``."""
+def _of_block(recipe: Recipe, denoiser: Denoiser, cells: Cells, start: int, device: torch.device) -> Tensor:
+    """Of each cell of a block: summed deviance, hidden entries, loss; ``float64 [3 b]``."""
     process, seed = recipe.process, recipe.settings.seed
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(seed, "validate", start))
     cells, p = cells.to(device), torch.from_numpy(~hidden).to(device, non_blocking=True).float()
@@ -45,13 +45,11 @@ def _sums(recipe: Recipe, denoiser: Denoiser, cells: Cells, start: int, device: 
     x_0, prior = process.enter(cells.counts, rng=rng), process.prior(tuple(p.shape), rng=rng)  # type: ignore[arg-type]
     x = torch.where(p == 1, x_0, prior)
     eta = predictor(process, denoiser, cells.labels)(x, p)
-    target = torch.from_numpy(np.flatnonzero(hidden)).to(device, non_blocking=True)
-    mean = process.mean(eta, x, p).flatten()[target].clamp_min(1e-6).double()
-    truth = cells.counts.flatten()[target].double()
-    deviance = 2 * (mean - truth + torch.xlogy(truth, truth / mean))
+    target, truth = p == 0, cells.counts.double()
+    mean = process.mean(eta, x, p).clamp_min(1e-6).double()
+    deviance = torch.where(target, 2 * (mean - truth + torch.xlogy(truth, truth / mean)), 0.0).sum(1)
     t = ((torch.arange(len(cells), device=rng.device) + 0.5) / len(cells)).unsqueeze(1)
     p, _ = recipe.survival.draw(process.schedule, t, p.shape[1], rng=rng)
     x = process.forward(x_0, 1.0, p, rng=rng)
-    loss = losses.of_states(process, denoiser, x_0, x, p, cells.labels).double().sum()
-    entries, n = (torch.full_like(loss, number) for number in (len(target), len(cells)))
-    return torch.stack((deviance.sum(), entries, loss, n))
+    loss = losses.of_states(process, denoiser, x_0, x, p, cells.labels).double()
+    return torch.stack((deviance, target.double().sum(1), loss))

@@ -1,8 +1,7 @@
-"""Processes forked from one that has imported everything, so that a command starts in a blink."""
+"""Commands in processes of their own (tests/forkserver.py), and what happens to them."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,22 +12,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-
-def context():
-    """A clean server to fork from: it has run nothing, so it holds no thread and no lock."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(
-        [
-            "tests.batch.forks",
-            "distdiff.batch",
-            "distdiff.batch.ranks",
-            "tests.data.kills",
-            "zarr",
-            "anndata",
-            "scipy.sparse",
-        ]
-    )
-    return found
+from tests.forkserver import process
 
 
 class Command:
@@ -37,9 +21,7 @@ class Command:
     def __init__(self, log, kind, model, data, out, *, rank=None, world=1, port=0, before=None, **options):
         self.log = Path(log)
         launch = None if rank is None else (rank, world, port)
-        self.process = context().Process(
-            target=_command, args=(str(log), kind, str(model), data, str(out), launch, before, options)
-        )
+        self.process = process(_command, (str(log), kind, str(model), data, str(out), launch, before, options))
         self.process.start()
 
     def __enter__(self):

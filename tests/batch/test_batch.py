@@ -20,6 +20,7 @@ from distdiff.batch.output import Corrupt
 from distdiff.batch.rows import StoreRows
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
+from tests import forkserver
 from tests.batch import forks
 from tests.batch.conftest import OPTIONS
 
@@ -140,6 +141,10 @@ def test_deepen_generate_and_complete(model, atlas, tmp_path):
     made = ad.read_zarr(tmp_path / "made.zarr")
     assert (dense(made.X) == dense(model.generate(100, obs, steps=3, seed=2).X)).all()
     assert list(made.obs_names[:2]) == ["generated0", "generated1"]
+    deep = np.arange(10.0, 110.0)
+    batch.generate_file(model, 100, tmp_path / "deep.h5ad", obs=obs, depth=deep, steps=3, seed=2, **SMALL)
+    want = model.generate(100, obs, depth=deep, steps=3, seed=2).X
+    assert (dense(ad.read_h5ad(tmp_path / "deep.h5ad").X) == dense(want)).all()
     assert set(made.obs["cell_type"]) == {"B"}
     panel = given[:, 5:].copy()
     panel.obsm["pca"] = np.ones((199, 2))
@@ -458,18 +463,16 @@ def test_the_input_is_only_read(model, atlas, mask, tmp_path):
 
 @pytest.mark.distributed
 def test_memory_does_not_grow_with_the_cells(saved, tmp_path):
-    queue = forks.context().Queue()
+    queue = forkserver.SERVER.Queue()
     peaks = []
     for cells in (10_000, 100_000):
-        process = forks.context().Process(
-            target=forks.peak, args=(str(saved), cells, str(tmp_path / f"{cells}.zarr"), queue)
-        )
-        process.start()
+        task = forkserver.process(forks.peak, (str(saved), cells, str(tmp_path / f"{cells}.zarr"), queue))
+        task.start()
         try:
             peaks.append(queue.get(timeout=90))
-            process.join(20)
+            task.join(20)
         finally:
-            process.kill()
+            task.kill()
     assert peaks[1] < 1.1 * peaks[0]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from distdiff import config, experiment
 from distdiff.data import images
 from distdiff.data.ingest.shard import shard
 from distdiff.model import Model
+from distdiff.types import Condition
 
 
 def pictures(folder, n=24, size=12):
@@ -62,6 +65,68 @@ def test_a_folder_of_pictures(tmp_path):
         images.folder(tmp_path / "p", 4)
     with pytest.raises(FileNotFoundError, match="holds no image"):
         images.folder(tmp_path / "nowhere", 4)
+
+
+def test_parts_are_the_whole(tmp_path):
+    root = pictures(tmp_path / "p")
+    whole, some = images.folder(root, 4), list(images.parts(root, 4, images_a_part=10))
+    assert [part.n_obs for part in some] == [10, 10, 4]
+    assert np.array_equal(np.concatenate([part.X for part in some]), whole.X)
+    assert [label for part in some for label in part.obs["label"]] == whole.obs["label"].tolist()
+    known = pd.DataFrame({"Male": "no"}, index=[f"{i:02}.png" for i in range(23)])
+    with pytest.raises(ValueError, match=r"23.png is not among the 23 images"):
+        next(images.parts(root, 4, known=known))
+
+
+def test_what_is_no_image_has_no_shape():
+    with pytest.raises(ValueError, match="no pixels of images"):
+        images.shape_of(["CD3E", "LYZ"])
+    with pytest.raises(ValueError, match="no pixels of images"):
+        images.shape_of(images.pixels(1, 2, 2)[1:])
+
+
+def network(**options):
+    pytest.importorskip("diffusers", reason="the UNet needs the extra 'images'")
+    from distdiff.denoise.unet import UNet
+    from distdiff.types import DataSpec
+
+    torch.manual_seed(0)
+    spec = DataSpec(tuple(images.pixels(1, 4, 4)), {}, np.full(16, 4.0, np.float32))
+    unet = UNet(spec, 1, shape=(1, 4, 4), channels=(8, 8), attention=(), layers=1, dropout=0, groups=4, **options)
+    for parameter in unet.parameters():  # leave the zero start, where it ignores its input
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet.eval()
+
+
+def test_a_brightness_is_a_unit():
+    """Half as bright images of half as bright pixels are the same to the network, up to what it knows of depth."""
+    x, p = torch.arange(16.0).expand(2, -1), torch.full((2, 16), 0.5)
+    seen = []
+    for brightest in (16.0, 32.0):
+        unet = network(brightest=brightest)
+        unet.unet.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        unet(torch.log1p(x * brightest / 16), p, Condition({}))
+    assert torch.allclose(*seen, atol=1e-5)
+    assert seen[0].min() >= -0.5
+    with pytest.raises(ValueError, match="brightest must be above 0, got 0"):
+        network(brightest=0)
+
+
+def test_levels_tell_a_hidden_pixel_from_a_grey_one():
+    grey, p = torch.full((2, 16), 8.0), torch.ones(2, 16)
+    p[1, 5] = 0.0
+    for levels, told in ((False, False), (True, True)):
+        unet = network(brightest=16, levels=levels)
+        seen = []
+        unet.unet.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
+        unet(torch.log1p(grey), p, Condition({}))
+        assert bool((seen[0][0] != seen[0][1]).any()) == told
+
+
+def test_a_state_with_noise_is_not_exponentiated():
+    unet, x, p = network(brightest=16, log=False), torch.full((1, 16), 60.0), torch.full((1, 16), 0.5)
+    assert unet(x, p, Condition({})).isfinite().all()
+    assert not network(brightest=16)(x, p, Condition({})).isfinite().all()  # e^60 molecules
 
 
 def test_a_unet_learns_bright_from_dark(tmp_path):

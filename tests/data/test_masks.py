@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from distdiff.data.masks import dropout_sites, expressed, load_mask, mcar
+from distdiff.data.masks import (
+    dropout_sites,
+    expressed,
+    gene_folds,
+    load_mask,
+    mar_blocks,
+    mcar,
+    mnar,
+    rare,
+    split_molecules,
+)
 
 
 def test_mcar_hides_the_share_it_is_asked_for():
@@ -90,3 +100,74 @@ def test_mask_files_that_cannot_be_used(tmp_path):
         load_mask(tmp_path / "m.npy", (7, 6))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_mask(tmp_path / "no.npy", (7, 5))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.3])
+def test_blocks_hide_whole_groups_of_genes_of_a_group_of_cells(rate):
+    rng = np.random.default_rng(0)
+    hidden = mar_blocks((400, 200), rate, rng)
+    assert hidden.mean() == pytest.approx(rate, abs=0.005)
+    kinds = {row.tobytes() for row in hidden}
+    assert len(kinds) == (4 if rate == 0.1 else 5)  # every block hides the same genes in its cells; the rest miss none
+    assert (hidden.sum(1) == 0).any()
+    assert np.array_equal(hidden, mar_blocks((400, 200), rate, np.random.default_rng(0)))
+    for wrong in (0.0, 0.5):
+        with pytest.raises(ValueError, match="blocks hide a share"):
+            mar_blocks((10, 10), wrong, rng)
+
+
+@pytest.mark.parametrize("high", [False, True])
+def test_not_at_random_hides_small_or_large_counts_gene_by_gene(high):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(2.0, 4.0, (400, 6)))
+    valid = rng.random(counts.shape) < 0.7
+    hidden = mnar(counts, 0.25, rng, high=high, valid=valid)
+    assert not (hidden & ~valid).any()
+    assert hidden.sum(0).tolist() == np.floor(0.25 * valid.sum(0)).tolist()
+    for gene in range(6):
+        seen, gone = counts[valid[:, gene], gene], counts[hidden[:, gene], gene]
+        half = np.quantile(seen, 0.5)
+        assert (gone >= half).all() if high else (gone <= half).all()
+    sharp = mnar(counts, 0.25, rng, high=high, spare=0)
+    threshold = np.sort(counts, axis=0)[:: -1 if high else 1][99]
+    assert (np.where(sharp, counts, threshold) >= threshold).all() if high else (
+        np.where(sharp, counts, threshold) <= threshold
+    ).all()  # fmt: skip
+    whole = mnar(counts, 0.25, rng, high=high, spare=5000)  # published: every entry of so small a set is a candidate
+    assert counts[whole].mean() == pytest.approx(counts.mean(), rel=0.1)
+    for options, message in (
+        ({"rate": 1.0}, "must lie in"),
+        ({"spare": -1}, "spare=-1"),
+        ({"valid": valid[:3]}, "same"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mnar(counts, **{"rate": 0.25, "rng": rng, **options})
+
+
+def test_gene_folds_hold_every_gene_once():
+    fold = gene_folds(103, 10, np.random.default_rng(0))
+    assert sorted(np.bincount(fold).tolist()) == [10] * 7 + [11] * 3
+    assert not np.array_equal(fold, np.sort(fold))
+    for folds in (1, 104):
+        with pytest.raises(ValueError, match=f"{folds} folds of 103 genes"):
+            gene_folds(103, folds, np.random.default_rng(0))
+
+
+def test_molecules_are_split_and_none_is_lost():
+    counts = sparse.random(300, 50, 0.2, "csr", random_state=0, data_rvs=lambda n: np.full(n, 20.0))
+    evidence, held = split_molecules(counts, 0.9, np.random.default_rng(0))
+    assert abs(evidence + held - counts).nnz == 0
+    assert evidence.sum() / counts.sum() == pytest.approx(0.9, abs=0.01)
+    assert min(evidence.data.min(), held.data.min()) >= 1
+    assert held.dtype == counts.dtype
+    with pytest.raises(ValueError, match="whole numbers"):
+        split_molecules(counts * 0.31, 0.9, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="must lie in"):
+        split_molecules(counts, 1.0, np.random.default_rng(0))
+
+
+def test_rare_types_have_few_training_cells():
+    train = np.repeat([0, 1, 2, -1], [31, 30, 1, 40])
+    assert rare(train, np.array([0, 1, 2, 3, -1])).tolist() == [False, True, True, False, False]
+    assert rare(train, np.array([], int)).shape == (0,)
+    assert rare(train, np.array([0]), at_most=31).tolist() == [True]

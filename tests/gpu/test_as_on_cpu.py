@@ -124,7 +124,7 @@ def test_tasks(atlas, half_hidden, gpu):
         imputed = model.impute(adata, mask=mask, draws=2, seed=1, **on)
         yield "mean", imputed.layers["imputed_mean"], 0.0
         yield "draw", imputed.layers["imputed_draw2"], FLIPPED
-        yield "denoised", model.denoise(adata, shrink=False, **on).layers["denoised"], 0.0
+        yield "denoised", model.denoise(adata, **on).layers["denoised"], 0.0
         yield "nats", model.likelihood(adata, levels=4, **on)["nats"].to_numpy(), FLIPPED
         model.denoiser.to(device)
         yield "generated", model.generate(64, steps=4, seed=1).X, 0.05

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,16 @@ def test_two_levels_share_one_target_level_a_cell():
     share = target.float().mean(1)
     assert float(share.quantile(0.05)) > 0.1
     assert float(share.mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_logit_levels_meet_cells_that_are_nearly_empty():
+    p = draw(Survival(hidden=0, two_level=0, uniform=1, levels="logit"))[:, 0]
+    assert float((p < 0.01).float().mean()) == pytest.approx((7 - 4.6) / 14, abs=0.02)
+    assert float((draw(Survival(hidden=0, two_level=0, uniform=1))[:, 0] < 0.01).float().mean()) < 0.1
+    both = Survival(hidden=0, two_level=0.5, uniform=0.5)
+    a, b = draw(both), draw(replace(both, levels="logit"))
+    kept = (a == b).all(1)  # of two levels nothing changes
+    assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import torch
 from scipy import stats
 
 from distdiff import config, experiment
-from distdiff.data.store.store import CountStore
 from distdiff.denoise import Denoiser
 from distdiff.model import Model
 from distdiff.process.counts import Counts
@@ -65,11 +64,31 @@ def test_a_generated_cell_depends_on_the_seed_and_its_number_alone(model):
     assert not np.array_equal(one, dense(model.generate(50, seed=4, steps=4).X))
 
 
+def test_generated_cells_are_as_deep_as_their_label(model, counts):
+    molecules = np.asarray(counts[counts.obs["cell_type"] == "B"].X.sum(1)).ravel()
+    made = {name: dense(model.generate(400, {"cell_type": "B"}, depth=d, steps=16, seed=1).X).sum(1)
+            for name, d in (("drawn", None), ("free", "free"))}  # fmt: skip
+    assert made["drawn"].mean() == pytest.approx(molecules.mean(), rel=0.1)
+    assert made["drawn"].std() == pytest.approx(molecules.std(), rel=0.2)
+    asked = dense(model.generate(200, {"cell_type": "B"}, depth=50, steps=16, seed=1).X).sum(1)
+    assert asked.mean() == pytest.approx(50, rel=0.1)
+    assert asked.std() < 0.5 * made["free"].std()
+    guided = model.generate(400, {"cell_type": "B"}, steps=16, seed=1, guidance=3.0)
+    assert dense(guided.X).sum(1).mean() == pytest.approx(made["drawn"].mean(), rel=0.05)
+
+
+def test_labels_decide_the_order_and_the_levels_of_training(model):
+    settled = model.info["config"]
+    assert settled["loader"]["strata"] == "cell_type"
+    assert settled["loader"]["weights"] == 0.5
+    assert settled["survival"]["levels"] == "logit"
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"guidance": 2.0}, {"sigma": ("rescale", 0.1)}, {"spacing": "logit"}, {"spacing": "variance"},
-        {"solver": "trapezoidal"}, {"spacing": [0, 0.2, 0.5, 0.9, 1]},
+        {"solver": "trapezoidal"}, {"spacing": [0, 0.2, 0.5, 0.9, 1]}, {"spacing": "time", "depth": "free"},
     ],
 )  # fmt: skip
 def test_every_way_to_walk_generates(model, options):
@@ -132,32 +151,99 @@ def cells_of(x):
     return Cells(x, Condition(), torch.arange(len(x))), torch.ones(x.shape, dtype=torch.bool)
 
 
-def test_denoised_is_the_rate_and_the_shrink_is_the_gamma_posterior():
+def test_denoised_is_the_rate():
     model = known([2.0, 5.0], [1.0, 1.0])
     cells, seen = cells_of([[0.0, 9.0]])
     assert torch.allclose(denoising.denoise(model.process, model.denoiser, cells, seen), torch.tensor([[2.0, 5.0]]))
-    shrink = torch.tensor([3.0, torch.inf])
-    rate, _ = denoising.rates(model.process, model.denoiser, cells, seen, p=0.8, shrink=shrink)
-    assert torch.allclose(rate, torch.tensor([[(0 + 3.0) / (0.8 + 3.0 / 2.0), 5.0]]))
-    rate, _ = denoising.rates(model.process, model.denoiser, cells, ~seen, p=0.8, shrink=shrink)
-    assert torch.allclose(rate, torch.tensor([[2.0, 5.0]]))  # a gene that was not looked for has no count
 
 
-def test_shrink_finds_the_gamma_shape_of_the_data(tmp_path):  # rates Gamma(k) around the network's: k is the answer
-    from distdiff.data.ingest.shard import shard
+# a panel of two genes in a frame of three: g0 (rate 2) and g1 (rate 5) are the model's
+FRAME = [[1.0, 4.0, 15.0], [2.0, 6.0, 0.0], [0.0, 0.0, 0.0]]
 
-    rng, n = np.random.default_rng(0), 6000
-    rate, k = np.array([6.0, 6.0, 6.0]), np.array([2.0, 50.0, 1e9])
-    x = rng.poisson(rng.gamma(k, rate / k, (n, 3))).astype(np.float32)
-    names = pd.DataFrame(index=[f"g{i}" for i in range(3)])
-    ad.AnnData(sp.csr_matrix(x), var=names).write_h5ad(tmp_path / "x.h5ad")
-    shard([tmp_path / "x.h5ad"], tmp_path / "x.zarr", workers=0, progress=False)
-    store = CountStore.open(tmp_path / "x.zarr")
-    model = known(list(rate), [1.0, 1.0, 1.0])
-    fit = denoising.fit_shrink(model.process, model.denoiser, store, store.rows("all"))
-    assert 1 <= fit[0] <= 4
-    assert 15 <= fit[1] <= 300
-    assert fit[2] > 100
+
+def in_frame(**obs):
+    names = pd.DataFrame(index=["g0", "g1", "other"])
+    frame = pd.DataFrame(obs, index=[f"c{i}" for i in range(3)])
+    return ad.AnnData(sp.csr_matrix(np.array(FRAME, np.float32)), obs=frame, var=names)
+
+
+def log_of(library):
+    """E[log1p_cp10k] of the two rates, size 1, in cells of these libraries."""
+    column = torch.tensor(library, dtype=torch.float32).view(-1, 1)
+    mean, size = torch.tensor([[2.0, 5.0]]).expand(len(column), 2), torch.zeros(len(column), 2)
+    return readout("log1p_cp10k", torch.zeros_like(mean), mean, size, column).numpy()
+
+
+@pytest.mark.parametrize(
+    ("library", "molecules", "name"),
+    [(None, [20, 8, 7], "cell"), ("cell", [20, 8, 7], "cell"), ("panel", [7, 7, 7], "panel"),
+     ("depth", [30, 9, 1], "depth")],
+)  # fmt: skip
+def test_the_log_scale_is_that_of_the_library(library, molecules, name, tmp_path):
+    from distdiff import batch
+
+    model, adata = known([2.0, 5.0], [1.0, 1.0]), in_frame(depth=[30, 9, 1])
+    options = {"readout": "log1p_cp10k", "library": library}
+    out = model.denoise(adata, **options)
+    assert np.allclose(out.layers["denoised_log1p_cp10k"], log_of(molecules), atol=1e-5)  # the last cell has none
+    assert out.uns["distdiff"]["library"] == name
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / "o.h5ad", progress=False, **options)
+    found = ad.read_h5ad(tmp_path / "o.h5ad")
+    assert np.allclose(dense(found.layers["denoised_log1p_cp10k"]), log_of(molecules), atol=1e-5)
+    assert found.uns["distdiff"]["library"] == name
+    alone = model.denoise(adata[:, :2].copy(), readout="log1p_cp10k")
+    assert alone.uns["distdiff"]["library"] == "panel"  # nothing else was measured
+    assert np.allclose(alone.layers["denoised_log1p_cp10k"], log_of([7, 7, 7]), atol=1e-5)
+
+
+def test_a_library_that_cannot_be_used_is_named():
+    model, adata = known([2.0, 5.0], [1.0, 1.0]), in_frame(depth=[30, 0, 1], words=["a", "b", "c"])
+    for library, message in {
+        "dept": "library='dept' is none of panel, cell, and .*did you mean 'depth'",
+        "depth": r"obs\['depth'\] holds '0' \(cell 1\), a positive number",
+        "words": r"obs\['words'\] holds 'a' \(cell 0\)",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model.denoise(adata, readout="log1p_cp10k", library=library)
+    with pytest.raises(ValueError, match="library='cell' is for readout='log1p_cp10k'; 'mean' is"):
+        model.denoise(adata, library="cell")
+    adata.X[0, 2] = -1.5
+    with pytest.raises(ValueError, match="'other' holds numbers below 0"):
+        model.denoise(adata, readout="log1p_cp10k")
+    assert model.denoise(adata, readout="log1p_cp10k", library="panel").shape == (3, 2)
+
+
+def test_no_raw_count_stands_in_a_layer_of_logarithms(tmp_path):  # of a gene that the model does not know
+    from distdiff import batch
+
+    model, adata = known([2.0, 5.0], [1.0, 1.0]), in_frame()
+    assert list(model.denoise(adata, readout="log1p_cp10k").var_names) == ["g0", "g1"]
+    made = [model.denoise(adata, readout="log1p_cp10k", genes="all"), adata.copy()]
+    model.denoise(made[1], readout="log1p_cp10k", copy=False)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / "o.h5ad", keep="all", readout="log1p_cp10k",
+              progress=False)  # fmt: skip
+    for out in (*made, ad.read_h5ad(tmp_path / "o.h5ad")):
+        values = dense(out.layers["denoised_log1p_cp10k"])
+        assert (values[:, :2] > 1).all()
+        assert not values[:, 2].any()
+    assert made[0].var["distdiff_known"].tolist() == [True, True, False]
+
+
+def test_an_entry_for_open_problems_has_the_logarithms_that_its_pipeline_would_inflate():  # docs/MATHS.md 5.9
+    model = known(np.r_[np.full(10, 40.0), np.full(90, 0.1)], np.ones(100))
+    cells, seen = cells_of(np.zeros((2, 100)))
+    log, entry = (
+        denoising.denoise(model.process, model.denoiser, cells, seen, readout=name, depth=0.1).double()
+        for name in ("log1p_cp10k", "open_problems")
+    )
+    assert torch.expm1(log).sum(1).max() < 8000  # what the pipeline would scale up to 10,000
+    assert torch.allclose(entry.sum(1), torch.full((2,), 1e4).double(), rtol=1e-4)
+    assert torch.allclose(torch.log1p(entry[:, 10:]), log[:, 10:], atol=1e-4)
+    assert torch.allclose((entry / torch.expm1(log))[:, :10].std(1), torch.zeros(2).double(), atol=1e-3)
+    with pytest.raises(ValueError, match="readout='open_problems' is no number of molecules"):
+        model.imputer(readout="open_problems")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +411,6 @@ def test_strange_cells_cost_more(model, counts):
 
 def test_what_a_model_knows_of_itself_travels_with_it(model, tmp_path):
     again = Model.load(model.save(tmp_path / "m"))
-    assert torch.equal(again.shrink, model.shrink)
     assert again.info["depth"]["q99"] > again.info["depth"]["q50"] > 0
     assert len(again.info["excess"]["p"]) == len(again.info["excess"]["generate"])
     blind = Model(model.process, model.denoiser, model.spec, model.options)

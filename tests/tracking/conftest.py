@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -17,7 +18,8 @@ def migrated(tmp_path_factory):
     import mlflow
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    with contextlib.chdir(path.parent):  # where experiment 0 keeps its files
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 

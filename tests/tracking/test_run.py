@@ -12,6 +12,7 @@ import pytest
 from distdiff import tracking
 from distdiff.model import Model
 from distdiff.tracking.sender import Sender
+from tests import forkserver
 from tests.tracking.runs import GENES, a_run
 
 
@@ -149,14 +150,11 @@ def first_launch(folder, ready):
 
 @pytest.mark.distributed
 def test_first_launches_side_by_side_lose_no_run(tmp_path, monkeypatch):
-    import multiprocessing
-
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(3)
-    launches = [context.Process(target=first_launch, args=(tmp_path, ready)) for _ in range(3)]
+    ready = forkserver.SERVER.Barrier(3)
+    launches = [forkserver.process(first_launch, (tmp_path, ready)) for _ in range(3)]
     for launch in launches:
         launch.start()
     for launch in launches:

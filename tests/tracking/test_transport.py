@@ -6,17 +6,20 @@ import contextlib
 import gzip
 import json
 import os
+import resource
 import socket
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
 
-from distdiff.tracking import transport
+from distdiff import tracking
+from distdiff.tracking import background, transport
+from distdiff.tracking.address import load_mlflow
 from distdiff.tracking.spool import spools
+from tests import forkserver
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
@@ -64,40 +67,40 @@ def misbehaving(kind):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-RUN = """
-import json, resource, sys, time
-from distdiff import tracking
-from distdiff.tracking import background, transport
-from distdiff.tracking.address import load_mlflow
-transport.MOST_SECONDS, background.MOST_SILENCE = json.loads(sys.argv[1])
-load_mlflow()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with tracking.run(experiment="e", name="n", params={}, tags={}, folder="run") as run:
-    for step in range(100):
-        run.metrics({"loss": 1.0}, step)
-    time.sleep(1)
-    began = time.time()
-tracking.attach("run", "table.txt")
-rose = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps({"ended": began, "mib": rose / 1024}))
-"""
+def run(folder, uri, limits):
+    """A run against a server; what it says and how it went go to files. Forked, and it ends as any process does."""
+    os.chdir(folder)
+    with open("said", "w") as said:
+        os.dup2(said.fileno(), 2)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    transport.MOST_SECONDS, background.MOST_SILENCE = limits
+    load_mlflow()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tracking.run(experiment="e", name="n", params={}, tags={}, folder="run") as run:
+        for step in range(100):
+            run.metrics({"loss": 1.0}, step)
+        time.sleep(1)
+        began = time.time()
+    tracking.attach("run", "table.txt")
+    rose = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    Path("found").write_text(json.dumps([began, rose / 1024]))
 
 
 def ended(kind, folder, limits):
     """Seconds from the end of a run's block to the end of its process, and the MiB by which its memory rose."""
     (folder / "table.txt").write_text("a table")
     with misbehaving(kind) as uri:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, json.dumps(limits)], cwd=folder, capture_output=True, text=True, timeout=200,
-            env={**inherited, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"},
-        )  # fmt: skip
+        task = forkserver.process(run, (folder, uri, limits))
+        task.start()
+        task.join(200)
         now = time.time()
-    assert done.returncode == 0, done.stderr
-    assert "entries were not sent" in done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+        task.kill()
+    said = (folder / "said").read_text()
+    assert task.exitcode == 0, said
+    assert "entries were not sent" in said
+    began, mib = json.loads((folder / "found").read_text())
     assert spools(folder / "run")[0].n_unsent > 100, "all stays in the spool"
-    return now - found["ended"], found["mib"]
+    return now - began, mib
 
 
 @pytest.mark.distributed

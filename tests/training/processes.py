@@ -1,29 +1,20 @@
-"""Training in processes of its own at the price of a fork: a server has imported everything already."""
+"""Training in processes of its own (tests/forkserver.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 import faulthandler
 import json
-import multiprocessing
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "distdiff.experiment",
-        "matplotlib.backends.backend_agg",
-        "distdiff.tasks.measure",
-        "torch.distributed.tensor",
-        "torch._dynamo",
-    ]
-)
+from tests.forkserver import process
 
 
 def train(config, log: str, environment: Mapping[str, str], prepare: Callable[..., None] | None, given: Any) -> None:
@@ -62,7 +53,7 @@ def train(config, log: str, environment: Mapping[str, str], prepare: Callable[..
 def start(
     config, log: Path, *, world: int = 1, environment: Mapping[str, str] | None = None,
     prepare: Callable[..., None] | None = None, given: Any = None,
-) -> list[multiprocessing.Process]:  # fmt: skip
+) -> list[BaseProcess]:  # fmt: skip
     """Start the ranks of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +66,7 @@ def start(
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-        ranks.append(SERVER.Process(target=train, args=(config, f"{log}.{rank}", own, prepare, given)))
+        ranks.append(process(train, (config, f"{log}.{rank}", own, prepare, given)))
         ranks[-1].start()
     return ranks
 

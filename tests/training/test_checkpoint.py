@@ -269,5 +269,5 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint folder"):
         checkpoint.find(str(tmp_path / "nowhere"), tmp_path)
     (path / "state.json").write_text(json.dumps({"step": 3}))
-    with pytest.raises(ValueError, match=r"has format 1 \(state.json\), this distdiff reads 3"):
+    with pytest.raises(ValueError, match=r"has format 1 \(state.json\), this distdiff reads 4"):
         checkpoint.load(Path(path), {})

@@ -65,22 +65,20 @@ def same_law(options: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("options", [{"kind": "counts"}, {"kind": "counts", "head": "loadings", "weight": "nll"}])
-def test_a_compiled_loss_and_its_gradient_are_the_same(options):
-    """In a process of its own, as below."""
-    code = f"from tests.training.test_compiled import same_law; same_law({options!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
-    "options", [{"kind": "mlp", "width": 16}, {"kind": "transformer", "width": 16, "depth": 1, "heads": 2}]
+    ("network", "law"),
+    [
+        ({"kind": "mlp", "width": 16}, {"kind": "counts"}),
+        pytest.param(
+            {"kind": "transformer", "width": 16, "depth": 1, "heads": 2},
+            {"kind": "counts", "head": "loadings", "weight": "nll"},
+            marks=pytest.mark.long,
+        ),
+    ],
 )
-def test_compiled_answers_and_gradients_are_the_same(options):
+def test_compiled_answers_losses_and_gradients_are_the_same(network, law):
     """In a process of its own: the checks of types that tests install cannot be compiled."""
-    code = f"from tests.training.test_compiled import same; same({options!r})"
+    code = f"from tests.training.test_compiled import same, same_law; same({network!r}); same_law({law!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

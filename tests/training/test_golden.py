@@ -86,9 +86,11 @@ def numbers(law: dict[str, Any], folder: Path) -> dict[str, list[float]]:
         "data": {"store": str(folder / "cells.zarr"), "labels": ["kind"]},
         "denoiser": {"kind": "mlp", "width": 16, "depth": 1},
         "optim": {"warmup_cells": 64},
+        "loader": {"strata": ""},  # as before labels chose an order of their own
+        **law,
+        "survival": {"levels": "schedule", **law.get("survival", {})},
         "evaluate": {"enabled": False},
         "tracking": {"enabled": False},
-        **law,
         "train": {"out": str(folder / "run"), "cells": 160, "batch": 16, "grain": 4, "eval_cells": 16, "patience": 99,
                   "checkpoint_cells": 10**9, "precision": "fp32", **law.get("train", {})},
     }  # fmt: skip

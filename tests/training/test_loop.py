@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -132,14 +133,22 @@ def test_labels_that_the_store_lacks_are_named_before_training(atlas, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def of_twenty_cells(score, first=0.0):
+    """What `validation.scores` finds if all validation cells of the atlas have this score, and the first one more."""
+    cells = torch.full((20,), float(score))
+    cells[0] += first
+    return {"val/deviance": cells, "val/loss": cells}
+
+
 def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
     """As the message of an early stop, and of a model that a regression beats, says: more patience, more cells."""
     real = loop.scores
-    monkeypatch.setattr(loop, "scores", lambda *a, **k: {"val/deviance": 1.0, "val/loss": 1.0})
+    rising = itertools.count(1.0)
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(next(rising)))
     short = experiment.train(make(atlas, tmp_path / "run", patience=1, eval_cells=320))
     assert short.progress.step == 20
     said = capsys.readouterr().out
-    assert "after step 20 of 40: val/deviance was not better than 1.0000, that of step 10, in 1 validations" in said
+    assert "after step 20 of 40: val/deviance was worse than 1.0000, that of step 10, by more than chance in 1" in said
     more = experiment.train(make(atlas, tmp_path / "run", patience=100, eval_cells=320))
     assert more.progress.step == 40
     assert "stopped early" not in capsys.readouterr().out
@@ -158,12 +167,40 @@ def test_a_run_trains_on_for_longer(atlas, tmp_path, monkeypatch, capsys):
 
 def test_early_stop(atlas, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop, "scores", lambda *a, **k: {"val/deviance": next(scores), "val/loss": 0.0})
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(next(scores)))
     outcome = experiment.train(make(atlas, tmp_path / "run", patience=2))
     assert outcome.progress.step == 40
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     outcome = experiment.train(make(atlas, tmp_path / "short", patience=2, eval_cells=160))
     assert (outcome.progress.step, outcome.progress.best_step, outcome.progress.best) == (20, 10, 2.0)
+    noise = iter([0.0, 9.0, 9.0, 9.0, 9.0])  # worse on average, as one cell is
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(2.0, first=next(noise)))
+    outcome = experiment.train(make(atlas, tmp_path / "noise", patience=1, eval_cells=320))
+    assert (outcome.progress.step, outcome.progress.best_step) == (40, 10)
+
+
+def test_a_run_that_goes_on_stops_where_it_would_have(atlas, tmp_path, monkeypatch):
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(next(scores)))
+    first = experiment.train(make(atlas, tmp_path / "run", patience=2, cells=640))
+    assert (first.progress.step, first.progress.bad) == (20, 1)
+    outcome = experiment.train(make(atlas, tmp_path / "run", patience=2))  # knows the cells of step 10 as they were
+    assert (outcome.progress.step, outcome.progress.best_step, outcome.progress.bad) == (30, 10, 2)
+    assert outcome.progress.best_cells == [1.0] * 20
+
+
+def test_length_by_the_data(atlas, tmp_path, monkeypatch, capsys):
+    from distdiff.model import Model
+    from distdiff.training import fit
+
+    monkeypatch.setattr(fit, "length", lambda cells: 8 * cells)
+    outcome = experiment.train(config.parse({**make(atlas, tmp_path).as_dict(), "train": {
+        "out": str(tmp_path), "cells": "auto", "eval_cells": "auto", "batch": 32, "grain": 8, "checkpoint_cells": 10**9,
+    }}))  # fmt: skip
+    assert "train.cells=1272, 8 passes over 159 training cells" in capsys.readouterr().out
+    assert outcome.progress.step == 40  # ceil(1272 / 32)
+    assert len(outcome.progress.history) == 20
+    assert Model.load(outcome.model).info["config"]["train"]["cells"] == 1272
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(atlas, tmp_path, monkeypatch):
@@ -320,7 +357,7 @@ def test_a_run_that_goes_on_elsewhere_has_a_best_model_all_the_same(atlas, tmp_p
     """Its best weights stayed in the first folder, and no later validation is better."""
     experiment.train(make(atlas, tmp_path / "first"))
     middle = sorted((tmp_path / "first" / "checkpoints").iterdir())[0]
-    monkeypatch.setattr(loop, "scores", lambda *_: {"val/deviance": 1e6, "val/loss": 1e6})
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(1e6))
     outcome = experiment.train(make(atlas, tmp_path / "second", resume=str(middle)))
     assert outcome.progress.step == 40
     assert (tmp_path / "second" / "model" / "model.json").exists()

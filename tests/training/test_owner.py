@@ -14,7 +14,7 @@ from distdiff import experiment
 from distdiff.model import Model
 from distdiff.training import loop, stop
 from tests.training import processes
-from tests.training.test_loop import assert_equal, final, make
+from tests.training.test_loop import assert_equal, final, make, of_twenty_cells
 from tests.training.test_resume import SHORT, wait_for, walks
 
 
@@ -70,7 +70,7 @@ def test_a_model_that_this_run_did_not_save_is_not_registered(atlas, tmp_path, m
     first = experiment.train(make(atlas, tmp_path / "run", cells=320)).model
     shutil.copytree(first, tmp_path / "other")
     if case == "nan":
-        monkeypatch.setattr(loop, "scores", lambda *_: {"val/deviance": float("nan"), "val/loss": float("nan")})
+        monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(float("nan")))
         words = "no validation gave a number"
     else:
         real = loop.train
@@ -91,7 +91,7 @@ def test_going_back_to_an_older_checkpoint_has_its_own_best_model(atlas, tmp_pat
     """The model that stands there is of later steps, which this run does not have."""
     experiment.train(make(atlas, tmp_path / "run", checkpoint_cells=320, keep=9))
     middle = sorted((tmp_path / "run" / "checkpoints").iterdir())[0]
-    monkeypatch.setattr(loop, "scores", lambda *_: {"val/deviance": 9.0, "val/loss": 9.0})
+    monkeypatch.setattr(loop, "scores", lambda *_: of_twenty_cells(9.0))
     outcome = experiment.train(make(atlas, tmp_path / "run", resume=str(middle), cells=1280))
     assert outcome.progress.best == 9.0
     assert Model.load(outcome.model).info["validation"]["val/deviance"] == 9.0

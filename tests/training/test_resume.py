@@ -69,7 +69,7 @@ def frail(given: tuple[Path, int]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kills", "steps"), [(4, 20), pytest.param(20, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(4, 20), pytest.param(20, 60, marks=pytest.mark.long)])
 def test_killed_at_random_moments_also_while_saving(atlas, tmp_path, kills, steps):
     """By turns inside a save, between two steps, and whenever it may be from the start of the process on.
 

@@ -13,7 +13,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Full, Queue
 from typing import Literal, TypeVar
@@ -35,6 +35,10 @@ BUNDLE = 4096
 
 SHARE = 0.25
 """Share of the free memory that a resident copy may use."""
+
+
+SCATTERED = 200_000
+"""Cells of a store that may be read by label though they do not lie so: beyond, most blocks are read for few cells."""
 
 
 STEEPEST = 10
@@ -66,8 +70,11 @@ class Loading:
         Batches to prepare in advance; for ``dask``, requests in flight.
     strata
         Label whose values are read in given proportions; fastest on a store that was built with this ``--strata``.
+        ``auto``: the first label that the model is conditioned on, if the store was built so or has at most 200,000
+        cells; empty: none.
     weights
         A power of the number of cells of a value (1: proportions of the data, 0: equal), or a weight for each value.
+        ``auto``: 0.5, at which rare labels are learned and common ones lose nothing; 1 without strata.
 
     Raises
     ------
@@ -89,19 +96,20 @@ class Loading:
     resident: Literal["auto", "yes", "no"] = "auto"
     window: int = 64
     ahead: int = 2
-    strata: str = ""
-    weights: float | dict[str, float] = 1.0
+    strata: str = "auto"
+    weights: float | dict[str, float] | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("cache_mb", "window", "ahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loader.{name} must be at least 1, got {getattr(self, name)}")
-        weights = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        given = 1.0 if self.weights == "auto" else self.weights
+        weights = given.values() if isinstance(given, dict) else [given]
         if not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"loader.weights must be finite, got {self.weights}")
         if isinstance(self.weights, dict) and any(weight < 0 for weight in self.weights.values()):
             raise ValueError(f"loader.weights must not be negative, got {self.weights}")
-        if not isinstance(self.weights, dict) and abs(self.weights) > STEEPEST:
+        if not isinstance(given, dict) and abs(given) > STEEPEST:
             raise ValueError(f"loader.weights, as a power, must lie in [-{STEEPEST}, {STEEPEST}], got {self.weights}")
         if max(self.cache_mb, self.window, self.ahead) > MOST:
             raise ValueError(
@@ -127,11 +135,29 @@ class Loading:
         ValueError
             ``strata`` is no label of the store, or ``weights`` do not fit it.
         """
-        if not self.strata:
+        settled = self.settled(store)
+        if not (strata := settled.strata):
             return Plan(len(index), batch, block=store.manifest.block, window=self.window, seed=seed)
-        codes = store.labels(index, [self.strata])[self.strata]
-        return Mixed.of(codes, store.manifest.labels[self.strata], self.weights, batch=batch,
+        codes, weights = store.labels(index, [strata])[strata], settled.weights
+        return Mixed.of(codes, store.manifest.labels[strata], weights, batch=batch,  # type: ignore[arg-type]
                         block=store.manifest.block, window=self.window, seed=seed)  # fmt: skip
+
+    def settled(self, store: CountStore, labels: Sequence[str] = ()) -> Loading:
+        """The same with ``auto`` of ``strata`` and ``weights`` decided, for a model with these labels.
+
+        Examples
+        --------
+        >>> from distdiff.data.feed.loader import Loading
+        >>> from distdiff.data.store.store import CountStore
+        >>> found = Loading().settled(CountStore.open("atlas.zarr"), ["cell_type"])
+        >>> found.strata, found.weights
+        ('cell_type', 0.5)
+        """
+        strata, weights = self.strata, self.weights
+        if strata == "auto":
+            near = store.n_cells <= SCATTERED or (bool(labels) and store.manifest.order.strata == labels[0])
+            strata = labels[0] if labels and near else ""
+        return replace(self, strata=strata, weights=(0.5 if strata else 1.0) if weights == "auto" else weights)
 
     def keep(self, store: CountStore, device: torch.device, ranks: int = 1) -> tuple[CountStore, Resident | None, str]:
         """Keep the store in memory if ``resident`` says so and it fits.

@@ -23,8 +23,8 @@ from distdiff import files
 from distdiff.data.ingest import foreign
 from distdiff.data.ingest import split as splits
 from distdiff.data.ingest import turn as turning
-from distdiff.data.ingest.choose import Choice
-from distdiff.data.ingest.scan import BuildSettings, Scanned, ShardTask, Span, Written, clipped, measure, scatter, write
+from distdiff.data.ingest.choose import Choice, Of
+from distdiff.data.ingest.scan import BuildSettings, Scanned, ShardTask, Span, Written, measure, scatter, summed, write
 from distdiff.data.ingest.source import Source, codes
 from distdiff.data.store import manifest as about
 from distdiff.data.store.coding import narrowest
@@ -46,8 +46,8 @@ SPANS = 512
 SLAB_BYTES = 512 << 20
 """Memory that turning a part of a matrix stored gene by gene takes."""
 
-SPILLED = 2
-"""Version of what a spill holds: a build that another version began is not continued."""
+SPILLED = 3
+"""Version of what a spill holds and of how genes are chosen: a build that another version began is not continued."""
 
 GROUPS = ("panel", "rest")
 """Names of the column groups; a store without a panel has one, ``all``."""
@@ -105,6 +105,12 @@ class Build:
         self.not_shared = len(set().union(*(s.genes for s in self.sources))) - len(self.known)
         self.genes = Choice.parse(wanted.genes, self.known, "genes")
         self.panel = None if wanted.panel is None else Choice.parse(wanted.panel, self.known, "panel")
+        for choice in (self.genes, self.panel):
+            if choice is not None and choice.measure == "hvg" and not wanted.counts:
+                raise ValueError(
+                    f"genes {choice.how!r}: the law of counts that it rests on does not hold for measurements; "
+                    "take cv:N, fano:N or seurat_v3:N"
+                )
         self.names = _unique_names([s.obs_names for s in self.sources])
         self.alike = _alike(self.sources)
         extra = [k for k in (wanted.split_by, wanted.strata) if k]
@@ -258,19 +264,18 @@ class Build:
         gene_nnz = reduce(add, [f.gene_nnz for f in found])
         moments = reduce(add, [f.moments for f in found])
 
-        def clip(limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            parts = run(clipped, range(len(found)), replace(job, limit=limit), "variance")
-            return reduce(add, [p[0] for p in parts]), reduce(add, [p[1] for p in parts])
+        def again(of: Of) -> Any:
+            return reduce(add, run(partial(summed, of=of), range(len(found)), job, "variance"))
 
         enough = gene_nnz >= max(1, self.wanted.quality.get("min_cells", 1))
-        genes = self.genes.pick(known, enough, moments, clip)
+        genes = self.genes.pick(known, enough, moments, again)
         among = np.zeros(len(known), bool)
         among[genes] = True
         if self.panel and (lost := [g for g in self.panel.names or () if g not in {known[i] for i in genes}]):
             raise ValueError(
                 f"panel: gene {lost[0]!r} is not among the genes of the store (never counted, or not chosen)"
             )
-        panel = genes if self.panel is None else self.panel.pick(known, among, moments, clip)
+        panel = genes if self.panel is None else self.panel.pick(known, among, moments, again)
         if len(panel) == len(genes):
             panel = genes
         column, group = np.full(len(known), -1, np.int32), np.zeros(len(known), np.int8)

@@ -1,25 +1,41 @@
-"""Which genes: all, the most variable by one of three measures, or a list."""
+"""Which genes: all, those that lead by one of five measures, or a list."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from distdiff.component import nearest
 from distdiff.data.ingest.damage import reading
 from distdiff.data.store.moments import Moments
+from distdiff.jit import njit
 
 MEASURES = {
-    "hvg": "variance / mean (Fano factor of the raw molecules; 1 for Poisson noise)",
+    "hvg": "variance of a gene's Pearson residuals without the two largest (docs/MATHS.md 12.1)",
+    "top": "molecules",
     "cv": "standard deviation / mean, as in CountsDiff",
+    "fano": "variance / mean of the molecules, 1 for Poisson noise; one cell with many molecules lifts a gene",
     "seurat_v3": "variance of counts standardised by a fit of variance on mean, as scanpy's flavor of that name",
 }
 
-Clip = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Sums and sums of squares of the training cells' counts cut at a limit a gene."""
+THETA = 100.0
+"""Size of the negative binomial around a gene's expected molecules (docs/MATHS.md 12.1)."""
+
+LEVELS = 2048
+"""Classes of depth, 64 in each power of two, whose cells count as their mean where a sum runs over every cell."""
+
+QUANTUM = 2.0**-16
+"""Terms are rounded to multiples of it, so that their sum is exact and has no order."""
+
+Of = Callable[[sparse.csr_matrix], Any]
+Again = Callable[[Of], Any]
+"""Sum (``+``) of a function over the training cells, of which it gets a piece ``csr [n g]`` at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class Choice:
 
     @classmethod
     def parse(cls, genes: str | Path | Sequence[str], known: Sequence[str], option: str) -> Choice:
-        """Read ``all``, ``hvg:N``, ``cv:N``, ``seurat_v3:N``, a text file with one gene a line, names, or ``A,B,C``.
+        """Read ``all``, ``hvg:N`` (or another of `MEASURES`), a text file with one gene a line, names, or ``A,B,C``.
 
         Raises
         ------
@@ -57,16 +73,17 @@ class Choice:
             elif len(words) > 1 or str(genes) in known:
                 how, where, names = "names", option, words
             else:
+                measures = ", ".join(f"'{name}:N'" for name in MEASURES)
                 raise FileNotFoundError(
-                    f"{option} {str(genes)[:200]!r} is neither 'all', 'hvg:N', 'cv:N', 'seurat_v3:N', names of genes "
-                    "with commas between them, nor a text file of gene names"
+                    f"{option} {str(genes)[:200]!r} is neither 'all', {measures}, "
+                    "names of genes with commas between them, nor a text file of gene names"
                 )
         else:
             how, where, names = "names", option, list(genes)
         _check_names(names, known, where)
         return cls(how, tuple(names))
 
-    def pick(self, genes: Sequence[str], among: np.ndarray, moments: Moments, clip: Clip) -> np.ndarray:
+    def pick(self, genes: Sequence[str], among: np.ndarray, moments: Moments, again: Again) -> np.ndarray:
         """Numbers of the chosen genes, ascending (those given by name in the order given).
 
         Parameters
@@ -77,8 +94,8 @@ class Choice:
             ``bool [g]``, genes that may be chosen.
         moments
             Of the training cells.
-        clip
-            For ``seurat_v3``.
+        again
+            Another pass over them, for ``hvg`` and ``seurat_v3``.
 
         Raises
         ------
@@ -93,7 +110,7 @@ class Choice:
         top, n_counted = self.top or 0, int(among.sum())
         if top > n_counted:
             raise ValueError(f"genes {self.how!r}: only {n_counted} genes have a count; ask for at most that many")
-        score = np.where(among, _SCORES[self.measure](moments, clip), -np.inf)
+        score = np.where(among, _SCORES[self.measure](moments, again), -np.inf)
         return np.sort(np.argsort(-score, kind="stable")[:top])
 
 
@@ -118,15 +135,110 @@ def listed(file: Path) -> list[str]:
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _fano(moments: Moments, clip: Clip) -> np.ndarray:
+def choose(counts: sparse.csr_matrix, genes: str) -> np.ndarray:
+    """Columns of counts in memory that ``genes``, such as ``hvg:2000``, chooses: ``int64 [N]``, ascending.
+
+    As `distdiff.data.ingest.shard.shard` chooses them if all of these are training cells.
+
+    Raises
+    ------
+    ValueError
+        Fewer genes than are to be chosen.
+
+    Examples
+    --------
+    >>> from scipy import sparse
+    >>> from distdiff.data.ingest.choose import choose
+    >>> cells = 4 * [[9, 0, 7, 1]] + 4 * [[9, 7, 0, 1]] + [[9, 0, 7, 90]]  # the last gene stands on one cell
+    >>> choose(sparse.csr_matrix(cells), "hvg:2"), choose(sparse.csr_matrix(cells), "fano:1")
+    (array([1, 2]), array([3]))
+    """
+    names = [str(i) for i in range(counts.shape[1])]
+    moments = Moments.of(counts)
+    return Choice.parse(genes, names, "genes").pick(names, moments.total > 0, moments, lambda of: of(counts))
+
+
+def _hvg(moments: Moments, again: Again) -> np.ndarray:
+    """Variance of each gene's Pearson residuals without the two largest (docs/MATHS.md 12.1)."""
+    share, limit = moments.total / max(moments.total.sum(), 1.0), float(np.sqrt(moments.n))
+    found: Residuals = again(partial(Residuals.of, share=share, limit=limit))
+    squares, total = found.squares - (found.largest**2).sum(0), found.total - found.largest.sum(0)
+    for cells, molecules in found.depths[:, found.depths[0] > 0].T:
+        zero = _residual(np.zeros(len(share)), molecules / cells * share, limit)
+        squares += cells * zero**2
+        total += cells * zero
+    n = max(moments.n - len(found.largest), 1)
+    return squares / n - (total / n) ** 2
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Sums over training cells of Pearson residuals (docs/MATHS.md 12.1); ``+`` adds cells, in any order the same.
+
+    Parameters
+    ----------
+    squares, total
+        ``float64 [g]``, what counts add to the sums (of squares) that zeros in their places would give.
+    largest
+        ``float64 [2, g]``, the largest of each gene, descending, at least 0.
+    depths
+        ``float64 [2, LEVELS]``, cells of each class of depth, and their molecules.
+    """
+
+    squares: np.ndarray
+    total: np.ndarray
+    largest: np.ndarray
+    depths: np.ndarray
+
+    @classmethod
+    def of(cls, counts: sparse.csr_matrix, share: np.ndarray, limit: float) -> Residuals:
+        """Of cells ``[n g]``, with each gene's share of all molecules ``float64 [g]``, clipped at +-``limit``."""
+        depth = np.asarray(counts.sum(1), np.float64).ravel()
+        sums, largest = np.zeros((2, len(share))), np.zeros((2, len(share)))
+        _residuals(counts.indptr, counts.indices, counts.data, depth, share, limit, sums, largest)
+        level = np.minimum(np.log2(np.maximum(depth, 1)) * 64, LEVELS - 1).astype(np.int64)
+        depths = np.stack([np.bincount(level, weights, minlength=LEVELS) for weights in (np.ones_like(depth), depth)])
+        return cls(sums[0], sums[1], largest, depths)
+
+    def __add__(self, other: Residuals) -> Residuals:
+        largest = -np.sort(-np.concatenate((self.largest, other.largest)), axis=0)[:2]
+        return Residuals(
+            self.squares + other.squares, self.total + other.total, largest, self.depths + other.depths
+        )  # fmt: skip
+
+
+@njit
+def _residual(x, expected, limit):  # type: ignore[no-untyped-def]
+    return np.minimum(np.maximum((x - expected) / np.sqrt(expected + expected**2 / THETA + 1e-300), -limit), limit)
+
+
+@njit
+def _residuals(indptr, indices, data, depth, share, limit, sums, largest):  # type: ignore[no-untyped-def]
+    for i in range(len(depth)):
+        for j in range(indptr[i], indptr[i + 1]):
+            gene = indices[j]
+            expected = depth[i] * share[gene]
+            some, zero = _residual(float(data[j]), expected, limit), _residual(0.0, expected, limit)
+            sums[0, gene] += np.round((some**2 - zero**2) / QUANTUM) * QUANTUM
+            sums[1, gene] += np.round((some - zero) / QUANTUM) * QUANTUM
+            for k in range(2):
+                if some > largest[k, gene]:
+                    some, largest[k, gene] = largest[k, gene], some
+
+
+def _top(moments: Moments, again: Again) -> np.ndarray:
+    return moments.total
+
+
+def _fano(moments: Moments, again: Again) -> np.ndarray:
     return np.divide(moments.var, moments.mean, out=np.full(len(moments.total), -1.0), where=moments.mean > 0)
 
 
-def _cv(moments: Moments, clip: Clip) -> np.ndarray:
+def _cv(moments: Moments, again: Again) -> np.ndarray:
     return np.divide(np.sqrt(moments.var), moments.mean, out=np.full(len(moments.total), -1.0), where=moments.mean > 0)
 
 
-def _seurat_v3(moments: Moments, clip: Clip) -> np.ndarray:
+def _seurat_v3(moments: Moments, again: Again) -> np.ndarray:
     """Stuart et al. 2019: counts standardised by a loess fit of log variance on log mean, cut at sqrt(n)."""
     try:
         from skmisc.loess import loess
@@ -139,13 +251,21 @@ def _seurat_v3(moments: Moments, clip: Clip) -> np.ndarray:
     fit.fit()
     spread = np.zeros(len(mean))
     spread[seen] = np.sqrt(10**fit.outputs.fitted_values)
-    total, squares = clip(spread * np.sqrt(n) + mean)
+    total, squares = again(partial(clipped, limit=spread * np.sqrt(n) + mean))
     score = np.zeros(len(mean))
     score[seen] = ((n * mean**2 + squares - 2 * total * mean) / ((n - 1) * np.where(seen, spread, 1.0) ** 2))[seen]
     return score
 
 
-_SCORES: dict[str, Callable[[Moments, Clip], np.ndarray]] = {"hvg": _fano, "cv": _cv, "seurat_v3": _seurat_v3}
+def clipped(counts: sparse.csr_matrix, limit: np.ndarray) -> np.ndarray:
+    """Sums, and sums of squares, of counts cut at a limit a gene ``float64 [g]``: ``float64 [2, g]``."""
+    values = np.round(np.minimum(counts.data, limit[counts.indices]) / QUANTUM) * QUANTUM
+    return np.stack([np.bincount(counts.indices, v, minlength=len(limit)) for v in (values, values**2)])
+
+
+_SCORES: dict[str, Callable[[Moments, Again], np.ndarray]] = {
+    "hvg": _hvg, "top": _top, "cv": _cv, "fano": _fano, "seurat_v3": _seurat_v3
+}  # fmt: skip
 
 
 def _check_names(names: Sequence[str], known: Sequence[str], where: str) -> None:

@@ -12,12 +12,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from distdiff import files, received
 from distdiff.data.counts import as_counts, check_counts, first_bad, round_at_random
+from distdiff.data.ingest.choose import Of
 from distdiff.data.ingest.source import Source
 from distdiff.data.store import coding, spill
 from distdiff.data.store.layout import Layout, write_shard
@@ -59,8 +61,6 @@ class BuildSettings:
     column, group
         For each gene of the spills its column in the store's group (-1: dropped), and the group (for `measure`,
         `write`).
-    limit
-        ``float64 [n_genes]``, where `clipped` cuts counts.
     dtype
         Of the values (for `measure`).
     layout
@@ -80,7 +80,6 @@ class BuildSettings:
     rounding: int | None = None
     column: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
-    limit: np.ndarray = field(default_factory=lambda: np.zeros(0))
     dtype: str = "uint8"
     layout: Layout | None = None
 
@@ -244,15 +243,12 @@ def check(rows: sparse.csr_matrix, source: Source, start: int, counts: bool) -> 
         )
 
 
-def clipped(number: int, job: BuildSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and squares of the training cells' counts cut at ``job.limit``, ``float64 [n_genes]`` each."""
+def summed(number: int, job: BuildSettings, of: Of) -> Any:
+    """``of`` the training cells of a spill."""
     folder = job.spill(number)
-    _, of = spill.coded(folder)
+    _, coded = spill.coded(folder)
     everything = np.arange(job.n_genes, dtype=np.int32)
-    cells = spill.cells(of, np.flatnonzero(spill.load(folder, "train")), everything, job.n_genes)
-    values = np.minimum(cells.data, job.limit[cells.indices])
-    return (np.bincount(cells.indices, values, minlength=job.n_genes),
-            np.bincount(cells.indices, values**2, minlength=job.n_genes))  # fmt: skip
+    return of(spill.cells(coded, np.flatnonzero(spill.load(folder, "train")), everything, job.n_genes))
 
 
 def measure(number: int, job: BuildSettings) -> Measured:

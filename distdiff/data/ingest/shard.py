@@ -88,9 +88,9 @@ def shard(
     layer
         Where the raw counts are: None is ``X``, ``"raw"`` is ``raw.X``, else a layer.
     genes
-        ``"all"`` that have a count; ``"hvg:N"``, the N with the largest variance / mean (Fano factor of the raw
-        molecules over training cells; 1 for Poisson noise); ``"cv:N"``, with the largest coefficient of variation
-        (CountsDiff); ``"seurat_v3:N"``; a text file with one gene a line; or the names.
+        ``"all"`` that have a count; ``"hvg:N"``, the N that vary most over training cells (docs/MATHS.md 12.1);
+        ``"top:N"``, with most molecules; ``"cv:N"``, with the largest coefficient of variation (CountsDiff);
+        ``"fano:N"``, variance / mean; ``"seurat_v3:N"``; a text file with one gene a line; or the names.
     panel
         Genes to store apart from the rest (same choices), so that training on them reads nothing else.
     join

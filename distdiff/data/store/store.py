@@ -276,9 +276,10 @@ class CountStore:
         return {name: self._of_genes(name) for name in ("mean", "var", "nnz", "max")}
 
     def spec(self, labels: Sequence[str] | None = None) -> DataSpec:
-        """What a denoiser must know: genes, the values of some covariates (None is all), mean counts."""
+        """What a model must know: genes, the values of some covariates (None is all), mean and largest counts."""
         values = {k: tuple(self.manifest.labels[k]) for k in self.label_keys(labels)}
-        return DataSpec(self.genes, values, self._of_genes("mean").astype(np.float32))
+        mean, largest = (self._of_genes(name).astype(np.float32) for name in ("mean", "max"))
+        return DataSpec(self.genes, values, mean, largest)
 
     def describe(self) -> str:
         """What the store holds, in a few lines."""

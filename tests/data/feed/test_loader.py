@@ -102,6 +102,7 @@ def test_slots_are_given_back(usual):
         assert all(one.holders == 0 for one in columns.pool._held.values())
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_dask_workers_feed_two_ranks_and_one_may_die(atlas, usual):
     """A worker killed in mid-stream costs time, not cells."""

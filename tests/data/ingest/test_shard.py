@@ -119,7 +119,7 @@ def test_variable_genes_are_those_of_the_training_cells(tmp_path):
     x = make_counts(200, 50, 3).toarray()
     x[:, 10] = 1
     path = save(make_adata(sparse.csr_matrix(x)), tmp_path / "a.h5ad")
-    made = build(path, tmp_path / "hvg", genes="hvg:12")
+    made = build(path, tmp_path / "fano", genes="fano:12")
     full = build(path, tmp_path / "all")
     train = x[CountStore.open(tmp_path / "all").rows("train")]
     assert full.n_cells == 200
@@ -127,7 +127,7 @@ def test_variable_genes_are_those_of_the_training_cells(tmp_path):
         fano = np.nan_to_num(train.var(0) / train.mean(0))
     want = np.sort(np.argsort(-fano)[:12])
     assert made.genes == tuple(f"g{i}" for i in want)
-    assert np.array_equal(everything(CountStore.open(tmp_path / "hvg")), x[x[:, want].sum(1) > 0][:, want])
+    assert np.array_equal(everything(CountStore.open(tmp_path / "fano")), x[x[:, want].sum(1) > 0][:, want])
 
 
 def test_large_counts_take_wider_integers(tmp_path):
@@ -192,6 +192,7 @@ def test_codec_and_shard_count_do_not_matter_content_does(tmp_path, one, dense, 
     assert build(path, tmp_path / "e").fingerprint != base
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_worker_processes_give_the_same_store(tmp_path, one, dense, capfd, monkeypatch):
     monkeypatch.setattr("distdiff.data.ingest.build.SPAN_BYTES", 8000)
@@ -334,7 +335,7 @@ def two(tmp_path, dense):
 
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_a_build_killed_at_any_file_operation_around_publishing(tmp_path, two, monkeypatch, there, swaps, step):
     if not swaps:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
@@ -633,6 +634,7 @@ def test_a_source_that_changed_while_the_build_was_down(tmp_path, one, dense, mo
     assert build(one, tmp_path / "out").n_cells == 100  # begins anew
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 @pytest.mark.parametrize("where", ["distdiff.data.ingest.scan._scatter", "distdiff.data.ingest.scan._write"])
 def test_a_worker_killed_in_either_pass_costs_its_task(tmp_path, one, where, monkeypatch):
@@ -690,6 +692,7 @@ def test_a_matrix_by_gene_takes_little_memory(tmp_path):
     assert (store.read(np.arange(500)) != x.tocsr()[row][:, columns]).nnz == 0
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_the_scheduler_of_worker_processes_that_dies_is_one_sentence(tmp_path, one, monkeypatch):
     """And what is done is there for the same command."""

@@ -1,0 +1,225 @@
+"""Scores of what is done with imputed or denoised cells: embeddings, clusters, tests, a probe of types.
+
+And the two scores of the denoising board of Open Problems. Scores of entries are in :mod:`~distdiff.metrics`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdiff.metrics import BoolArray, FloatArray
+
+
+def frechet(truth: FloatArray, answer: FloatArray) -> float:
+    """Fréchet distance between normal laws of two sets of embedded cells (scFID, with the encoder of your choice).
+
+    ``|mu - nu|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2)``; its logarithm is what CountsDiff's tables hold.
+
+    Parameters
+    ----------
+    truth, answer
+        ``float [n d]`` and ``[m d]`` embeddings of true and of imputed cells.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two cells, or different numbers of dimensions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.downstream import frechet
+    >>> cells = np.random.default_rng(0).normal(size=(500, 3))
+    >>> round(frechet(cells, cells + 2.0), 6)  # a shift by 2 in 3 dimensions
+    12.0
+    """
+    if min(len(truth), len(answer)) < 2 or truth.shape[1] != answer.shape[1]:
+        raise ValueError(
+            f"frechet: embeddings {truth.shape} and {answer.shape}: two cells or more in the same dimensions are wanted"
+        )
+    x, y = truth.astype(np.float64), answer.astype(np.float64)
+    s, t = (np.atleast_2d(np.cov(a, rowvar=False)) for a in (x, y))
+    value, vector = np.linalg.eigh(s)
+    root = (vector * np.sqrt(np.maximum(value, 0.0))) @ vector.T
+    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ t @ root), 0.0)).sum()
+    return float(np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(s) + np.trace(t) - 2.0 * shared)
+
+
+def clustering(labels: NDArray[np.integer], clusters: NDArray[np.integer]) -> dict[str, float]:
+    """How well clusters agree with labels: ``ari``, ``nmi``, ``purity`` and ``f`` (of pairs of cells), as in scIDPMs.
+
+    ``purity`` is the share of cells that have the commonest label of their cluster; ``f`` the harmonic mean of
+    precision and recall of pairs in one cluster as pairs of one label.
+
+    Raises
+    ------
+    ValueError
+        Not one cluster for each label, or no cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.downstream import clustering
+    >>> clustering(np.array([0, 0, 1, 1]), np.array([5, 5, 3, 3]))
+    {'ari': 1.0, 'nmi': 1.0, 'purity': 1.0, 'f': 1.0}
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    if len(labels) == 0 or len(labels) != len(clusters):
+        raise ValueError(f"clustering: {len(labels)} labels and {len(clusters)} clusters; one of each a cell is wanted")
+    table = contingency_matrix(labels, clusters).astype(np.float64)
+
+    def pairs(n: FloatArray) -> float:
+        return float((n * (n - 1)).sum() / 2)
+
+    both, in_cluster, in_label = pairs(table), pairs(table.sum(0)), pairs(table.sum(1))
+    return {
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "purity": float(table.max(axis=0).sum() / table.sum()),
+        "f": 2 * both / (in_cluster + in_label) if in_cluster + in_label else 1.0,
+    }
+
+
+def differential(values: FloatArray, inside: BoolArray) -> FloatArray:
+    """Wilcoxon rank-sum test of each gene between the cells ``inside`` and the others, Benjamini-Hochberg adjusted.
+
+    Tests on imputed values find differences that the imputation made; compare with those on the true counts.
+
+    Parameters
+    ----------
+    values
+        ``float [b g]``, such as log counts.
+    inside
+        ``bool [b]``.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``float64 [g]`` adjusted p-values, 1 for a gene that is the same in all cells.
+
+    Raises
+    ------
+    ValueError
+        A side with fewer than two cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.downstream import differential
+    >>> values = np.random.default_rng(0).normal(size=(60, 2))
+    >>> values[:30, 1] += 3.0
+    >>> differential(values, inside=np.arange(60) < 30) < 0.05
+    array([False,  True])
+    """
+    from scipy.stats import false_discovery_control, mannwhitneyu
+
+    sides = int(inside.sum()), int((~inside).sum())
+    if min(sides) < 2:
+        raise ValueError(f"differential: {sides[0]} cells against {sides[1]}; two or more on each side are wanted")
+    p = mannwhitneyu(values[inside], values[~inside], axis=0, method="asymptotic").pvalue
+    return false_discovery_control(np.nan_to_num(p, nan=1.0))
+
+
+def probe(
+    train: FloatArray,
+    train_labels: NDArray[np.integer],
+    cells: FloatArray,
+    labels: NDArray[np.integer],
+    *,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Accuracy and macro F1 of cell types told by XGBoost (100 trees of depth 6), trained on true training cells.
+
+    Parameters
+    ----------
+    train, train_labels
+        ``[n g]`` true values and ``int [n]`` types of training cells.
+    cells, labels
+        ``[b g]`` imputed values and ``int [b]`` true types of other cells; types that training lacks count as wrong.
+    seed
+        Of XGBoost.
+
+    Raises
+    ------
+    ImportError
+        XGBoost is not installed.
+    ValueError
+        Training cells of fewer than two types, or no cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.downstream import probe
+    >>> probe(np.zeros((3, 2)), np.zeros(3, int), np.zeros((1, 2)), np.zeros(1, int))
+    Traceback (most recent call last):
+        ...
+    ValueError: probe: training cells of 1 type(s); two or more are wanted, and cells to tell (1 given)
+    """
+    known, codes = np.unique(train_labels, return_inverse=True)
+    if len(known) < 2 or len(cells) == 0:
+        raise ValueError(
+            f"probe: training cells of {len(known)} type(s); two or more are wanted, and cells to tell ({len(cells)} "
+            "given)"
+        )
+    try:
+        from xgboost import XGBClassifier
+    except ImportError as error:
+        raise ImportError("the cell-type probe needs XGBoost: pip install xgboost") from error
+    from sklearn.metrics import accuracy_score, f1_score
+
+    model = XGBClassifier(n_estimators=100, max_depth=6, random_state=seed, n_jobs=1)
+    answer = known[model.fit(train, codes).predict(cells)]
+    return {
+        "accuracy": float(accuracy_score(labels, answer)), "f1": float(f1_score(labels, answer, average="macro")),
+    }  # fmt: skip
+
+
+def open_problems(held: FloatArray, answer: FloatArray) -> dict[str, float]:
+    """The two denoising scores of Open Problems, and the second with its arguments the right way round.
+
+    ``mse``: of ``log(1 + CP10k)`` of both. ``poisson``: mean of ``x - y log(x + 1e-6)`` as they compute it, with the
+    held-out molecules ``x`` in the place of the prediction; ``poisson_right``: of ``y - x log(y + 1e-6)``, whose
+    optimum is the true rate. ``answer`` is scaled to the molecules of ``held`` for both.
+
+    Parameters
+    ----------
+    held
+        ``[b g]`` held-out molecules.
+    answer
+        ``[b g]`` denoised values of the same cells, at any depth.
+
+    Raises
+    ------
+    ValueError
+        Shapes that differ, negative values, or an answer or held-out counts of nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.downstream import open_problems
+    >>> held = np.array([[1.0, 3.0], [2.0, 0.0]])
+    >>> {name: round(value, 3) for name, value in open_problems(held, 9 * held).items()}  # perfect
+    {'mse': 0.0, 'poisson': 0.329, 'poisson_right': 0.329}
+    """
+    if held.shape != answer.shape:
+        raise ValueError(
+            f"open_problems: held-out molecules {held.shape}, answer {answer.shape}: they must be the same"
+        )
+    x, y = held.astype(np.float64), answer.astype(np.float64)
+    if min(x.min(initial=0.0), y.min(initial=0.0)) < 0 or x.sum() <= 0 or y.sum() <= 0:
+        raise ValueError("open_problems: values of at least 0 are wanted, with a positive sum on both sides")
+
+    def log_cp10k(a: FloatArray) -> FloatArray:
+        total = a.sum(axis=1, keepdims=True)
+        return np.log1p(1e4 * a / np.where(total > 0, total, 1.0))
+
+    mse = float(np.mean((log_cp10k(x) - log_cp10k(y)) ** 2))
+    y = y * (x.sum() / y.sum())
+    return {
+        "mse": mse,
+        "poisson": float(np.mean(x - y * np.log(x + 1e-6))),
+        "poisson_right": float(np.mean(y - x * np.log(y + 1e-6))),
+    }
