@@ -94,7 +94,7 @@ def train(config: Config, *, trust: Sequence[str] = (), progress: bool = True) -
     Lost
         Another process, or machine, of the run is gone.
     """
-    with _products(config.train.precision), Peers() as peers:
+    with _products(config.train.precision), _on_cpu(), Peers() as peers:
         return _train(config, (*trust, *modules((config.process, config.denoiser))), peers, progress)
 
 
@@ -106,10 +106,6 @@ def _train(config: Config, trust: Sequence[str], peers: Peers, show: bool) -> Ou
     _check_label_names(config, store)
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training here, in another precision
-    if _cpu():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else DeepSpeed, where it is installed, prints that it found none
     accelerator = Accelerator(
         mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu(),
         kwargs_handlers=_exchange(),
@@ -523,6 +519,19 @@ def _products(asked: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Without a GPU, tell DeepSpeed so: where it is installed it prints otherwise that it found none."""
+    if not _cpu() or "DS_ACCELERATOR" in os.environ:
+        yield
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        yield
+    finally:
+        os.environ.pop("DS_ACCELERATOR", None)
 
 
 def _cpu() -> bool:
