@@ -48,7 +48,7 @@ class UNet(Denoiser):
     Raises
     ------
     ValueError
-        ``shape`` does not hold the data's number of genes, or cannot be halved that often; ``brightest`` is out of range.
+        ``shape`` does not hold the data's number of genes, or cannot be halved that often; ``brightest`` out of range.
     ImportError
         diffusers is not installed.
 
