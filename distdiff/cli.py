@@ -391,7 +391,7 @@ def _batch(
         echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
     notes = {
         "cells without evidence left as they were": filled.cells_without_evidence,
-        "genes unknown to the model left as they were": filled.genes_unknown_to_model,
+        f"genes unknown to the model {_unknown(kind, options.get('genes'))}": filled.genes_unknown_to_model,
         "genes of the model absent from the input": filled.genes_absent_from_input,
         "targets in unknown genes not filled": filled.targets_of_unknown_genes,
         "cells that the model was trained on (scores on these are too good)": filled.cells_trained_on,
@@ -399,6 +399,13 @@ def _batch(
     for text, number in notes.items():
         if number:
             echo(f"  {number} {text}")
+
+
+def _unknown(kind: str, genes: Any) -> str:
+    """What became of the genes that the model does not know."""
+    if kind != "denoise":
+        return "are not looked at" if kind == "latent" else "left as they were"
+    return "are 0 in the layer" if genes == "all" else "are not in the result"
 
 
 def _shown(context: typer.Context) -> bool:
@@ -551,7 +558,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else arguments
     words = [HOME.sub(lambda at: f"{at[1]}{Path.home()}", word) for word in given]
-    flags = console.flags_of(app)
+    flags = {**console.flags_of(app, ["shard"]), **console.flags_of(app, words)}  # (advice may be to shard anew)
     try:
         with console.warnings_in_flags(flags):
             app(words, obj=words)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -100,16 +100,13 @@ Flags = Mapping[str, tuple[str, str]]
 VALUE = r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[\w/.:%{}@-]*[\w/%}])"""
 
 
-def flags_of(app: typer.Typer) -> dict[str, tuple[str, str]]:
-    """The options of all commands, which have the same name in each."""
-
-    def options(command: Any) -> Iterator[Any]:
-        yield from command.params
-        for below in getattr(command, "commands", {}).values():
-            yield from options(below)
-
+def flags_of(app: typer.Typer, words: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The options of the command that some words name."""
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = getattr(command, "commands", {}).get(word, command)
     found: dict[str, tuple[str, str]] = {}
-    for option in options(typer.main.get_command(app)):
+    for option in command.params:
         if option.param_type_name == "option":
             long = [word for word in option.opts if word.startswith("--")]
             found.setdefault(option.name, ((long or option.opts)[0], (*option.secondary_opts, "")[0]))
@@ -136,6 +133,8 @@ def in_flags(text: str, flags: Flags) -> str:
             value = ",".join(re.findall(r"[^\s,'\"\[\]]+", value))
         return f"{yes} {value.strip(chr(34) + chr(39))}".rstrip()
 
+    if not flags:
+        return text
     names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
     return re.sub(rf"(?<![\w.\-])(?P<name>{names})=(?P<value>{VALUE})?", flag, text)
 

@@ -420,7 +420,7 @@ def _not_trained_on(
     if found.all():
         raise ValueError(
             f"the model was trained on all {len(rows)} test cells of this store; give cells that it has not seen, or "
-            "score these nevertheless (keep_trained=True, --keep-trained)"
+            "score these nevertheless (keep_trained=True)"
         )
     log.warning("evaluate: the model was trained on %d of %d test cells; they are left out", found.sum(), len(rows))
     return rows[~found], {"trained_on": int(found.sum()), "trained_on_kept": False}

@@ -214,16 +214,16 @@ def evaluate_generated(
     known = [name for name in model.spec.labels if name in store.manifest.labels]
     if label not in known:
         raise ValueError(
-            f"evaluate --task generate needs a label that both the model and the store have, got {label!r}"
-            f"{nearest(label, known)}; train with data.labels, shard with --labels"
+            f"evaluate, task='generate', needs a label that both the model and the store have, got {label!r}"
+            f"{nearest(label, known)}; train with data.labels, shard with labels="
         )
     if cells < 2:
-        raise ValueError(f"evaluate --task generate: cells must be at least 2, got {cells}")
+        raise ValueError(f"evaluate, task='generate': cells must be at least 2, got {cells}")
     data = _Data.of(store, label, seed)
     values = [v for v in data.order() if v in model.spec.labels[label]]
     if len(values) < 2 or not len(data.held_out[1]):
         raise ValueError(
-            f"evaluate --task generate: {len(values)} values of {label!r} have training cells, and there are "
+            f"evaluate, task='generate': {len(values)} values of {label!r} have training cells, and there are "
             f"{len(data.held_out[1])} held-out cells; two values and some held-out cells are wanted"
         )
     contestants: dict[str, Callable[[str], sp.csr_matrix]] = {

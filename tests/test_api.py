@@ -175,7 +175,7 @@ def test_a_model_says_what_it_is(counts, tmp_path, caplog):
     model.info["training"]["labels"]["cell_type"]["B"] = 99
     model.generate(4, {"cell_type": ["B", "T", "B", "T"]}, steps=2)
     assert [m for m in caplog.messages if "generate" in m] == [
-        "generate: cell_type='B' had 99 training cells, fewer than 100; what is made of it is a guess"
+        "generate: cell_type 'B' had 99 training cells, fewer than 100; what is made of it is a guess"
     ]
     del model.info["training"]  # of an earlier version
     model.save(tmp_path / "old")

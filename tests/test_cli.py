@@ -62,7 +62,7 @@ def test_the_whole_job_command_by_command(counts, tmp_path, distdiff):
     assert "registered: small version 1, now 'champion'" in out
     assert "RePaint" in out
     champion = ("--model", "models:/small@champion")
-    code, _, err = distdiff("evaluate", *champion, "--data", "atlas.zarr", "--repaint-steps", 0, "--out", "table")
+    code, _, err = distdiff("evaluate", *champion, "--data", "a.h5ad", "--repaint-steps", 0, "--out", "table")
     assert code == 0, err
     assert json.loads(Path("table/table.json").read_text())
     assert Path("table/calibration.png").exists()

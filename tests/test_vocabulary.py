@@ -19,7 +19,7 @@ from distdiff.model import Model
 ROOT = Path(distdiff.__file__).parent
 
 TASKS = {name: getattr(Model, name) for name in (*ON_CELLS, "generate")}
-CALLS = {**TASKS, "evaluate": distdiff.evaluate, "shard": shard}
+CALLS = {**TASKS, "evaluate": distdiff.evaluate, "check": distdiff.check, "de": distdiff.de, "shard": shard}
 
 ON_FILES = {
     "context", "model", "data", "inputs", "out", "dtype", "sparse", "shard_cells", "precision", "scheduler", "workers",
@@ -32,9 +32,10 @@ IN_MEMORY = {"self", "adata", "model", "data", "inputs", "out", "trust", "copy",
 
 OTHERWISE = {
     "shard": {"labels": ("", ()), "split": ("0.8,0.1,0.1", (0.8, 0.1, 0.1)),
-              **dict.fromkeys(("block", "blocks_per_shard", "scheduler", "workers", "overwrite"), "file")},
+              **dict.fromkeys(("block", "blocks_per_shard", "scheduler", "workers", "overwrite"), "alone")},
+    "de": {"model_layer": "alone"},
 }  # fmt: skip
-"""Defaults that a shell writes otherwise, and what of the file format only Python sets."""
+"""Defaults that a shell writes otherwise, and what one of the two has alone."""
 
 
 def options(function, but):
@@ -50,7 +51,7 @@ def command(name):
 def test_an_option_has_one_name_and_one_default(name):
     shell, python = options(command(name), ON_FILES), options(CALLS[name], IN_MEMORY)
     for option, how in OTHERWISE.get(name, {}).items():
-        if how == "file":
+        if how == "alone":
             shell.pop(option, None), python.pop(option, None)
         else:
             assert (shell.pop(option), python.pop(option)) == how
@@ -90,7 +91,7 @@ def test_the_library_names_arguments_as_python_does():
     assert not found
 
 
-FLAGS = console.flags_of(cli.app)
+FLAGS = {**console.flags_of(cli.app, ["impute"]), **console.flags_of(cli.app, ["deepen"])}
 
 
 @pytest.mark.parametrize(

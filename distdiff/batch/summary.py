@@ -33,10 +33,11 @@ class Summary(FillCounts):
     def line(self) -> str:
         """In one line."""
         rate = self.cells / self.seconds if self.seconds else 0.0
+        filled = f"{self.targets:,} targets filled, " if self.targets else ""
+        calls = f"{self.network_calls:,} network calls ({self.passes:.1f} a cell), " if self.network_calls else ""
         return (
-            f"{self.cells:,} cells x {self.genes:,} genes, {self.targets:,} targets filled, {self.network_calls:,} "
-            f"network calls ({self.passes:.1f} a cell), {self.seconds:.1f} s ({rate:,.0f} cells/s), peak memory "
-            f"{self.peak_mib:,.0f} MiB"
+            f"{self.cells:,} cells x {self.genes:,} genes, {filled}{calls}{self.seconds:.1f} s ({rate:,.0f} cells/s), "
+            f"peak memory {self.peak_mib:,.0f} MiB"
         )
 
     @classmethod

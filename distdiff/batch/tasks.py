@@ -205,7 +205,7 @@ class Latent(OnCells):
     def answer(self, block: Block) -> tuple[dict[str, torch.Tensor], Callable[[], FillCounts]]:
         """See :class:`OnCells`."""
         found = self._of(block)
-        return {f"obsm/{KEY}": found}, _all_of(found)
+        return {f"obsm/{KEY}": found}, lambda: FillCounts(cells=len(found))
 
     def _of(self, block: Block) -> torch.Tensor:
         return latent(self.model.process, self.model.denoiser, block.cells, block.observed)

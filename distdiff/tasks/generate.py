@@ -38,7 +38,7 @@ def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) 
         if len(values) != n:
             raise ValueError(f"obs[{name!r}] has {len(values)} values for {n} cells")
         if unknown := [v for v in values if v not in known]:
-            raise ValueError(f"the model never saw {name}={unknown[0]!r}{nearest(str(unknown[0]), known)}")
+            raise ValueError(f"the model never saw {name} {unknown[0]!r}{nearest(str(unknown[0]), known)}")
         found[name] = torch.tensor([known[v] for v in values])
     return found
 
@@ -55,7 +55,7 @@ def warn_rare(info: Mapping[str, Any], obs: Mapping[str, str | Sequence[str]]) -
             cells = counted.get(label, {}).get(value, RARE)
             if cells < RARE:
                 log.warning(
-                    "generate: %s=%r had %d training cells, fewer than %d; what is made of it is a guess",
+                    "generate: %s %r had %d training cells, fewer than %d; what is made of it is a guess",
                     label, value, cells, RARE,
                 )  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_every_way_to_walk_generates(model, options):
     [
         ({"n": 0}, "n must be at least 1"),
         ({"obs": {"celltype": "B"}}, "not trained with label 'celltype'; did you mean 'cell_type'"),
-        ({"obs": {"cell_type": "Bb"}}, "never saw cell_type='Bb'; did you mean 'B'"),
+        ({"obs": {"cell_type": "Bb"}}, "never saw cell_type 'Bb'; did you mean 'B'"),
         ({"obs": {"cell_type": ["B"]}}, "1 values for 5 cells"),
         ({"steps": 0}, "a walk has 1 to 100,000 steps"),
         ({"spacing": [0, 0.5, 0.9], "steps": 2}, "must end at p = 1"),
