@@ -59,7 +59,7 @@ ROWS = [
                 options["kind"] in NEEDS and importlib.util.find_spec(NEEDS[options["kind"]]) is None,
                 reason="its package is not installed",
             ),
-            *([pytest.mark.long] if options.get("attention") == "lsh" else []),
+            *([pytest.mark.long] if options.get("attention") == "lsh" or options["kind"] in NEEDS else []),
         ],
     )
     for options in [
