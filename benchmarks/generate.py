@@ -126,8 +126,8 @@ def main() -> None:
     _record.write(given.out, began, content)
     for name, found in walks.items():
         scores = " ".join(f"{k} {v:.3f}" for k, v in found["rows"][OURS][""].items())
-        print(f"{name}: {found['molecules']} molecules; {scores}; short: {found['short_of_90_percent']}")  # noqa: T201
-    print(content["imputation"])  # noqa: T201
+        print(f"{name}: {found['molecules']} molecules; {scores}; short: {found['short_of_90_percent']}")
+    print(content["imputation"])
 
 
 if __name__ == "__main__":
