@@ -106,6 +106,10 @@ def _train(config: Config, trust: Sequence[str], peers: Peers, show: bool) -> Ou
     _check_label_names(config, store)
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training here, in another precision
+    if _cpu():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, where it is installed, prints that it found none
     accelerator = Accelerator(
         mixed_precision=_precision(config.train.precision), step_scheduler_with_optimizer=False, cpu=_cpu(),
         kwargs_handlers=_exchange(),

@@ -85,7 +85,7 @@ class Model:
     distdiff model, not trained
       genes    2: CD3E, MS4A1
       labels   cell_type (2): B, T
-      law      counts; network mlp, 827 weights
+      law      counts; network mlp, 2,028 weights
     """
 
     process: Process
