@@ -241,7 +241,7 @@ def evaluate(
 
 
 def _label_keys(contestants: Sequence[Contestant]) -> list[str]:
-    return [c.imputer.key for c in contestants if getattr(c.imputer, "key", "")]
+    return [key for c in contestants if (key := getattr(c.imputer, "key", ""))]
 
 
 def _hidden(truth: np.ndarray, rate: float, protocol: str, fold: int, seed: int) -> np.ndarray:

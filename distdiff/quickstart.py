@@ -107,13 +107,10 @@ def settings(store: Path, out: Path, cell_type: str | None, name: str) -> dict[s
     return {
         "data": {"store": str(store)},
         "denoiser": {"kind": "mlp", "width": 256, "depth": 3},
-        "train": {
-            "out": str(out), "cells": 76_800, "eval_cells": 6_400, "patience": 3, "resume": "never",
-            "checkpoint_cells": 12_800,
-        },
+        "train": {"out": str(out), "resume": "never"},
         "evaluate": {"cell_type": cell_type},
         "tracking": {"model": name},
-    }  # fmt: skip
+    }
 
 
 def _guess(source: Source) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import LONGEST
 from tests.isolation import ROOT, kept, world
 
 
@@ -49,3 +50,7 @@ def test_modules_of_a_model_that_was_loaded_are_found_by_that_test_alone():
     with kept():
         sys.path.insert(0, "/elsewhere")
     assert sys.path == before
+
+
+def test_the_longest_files_are_there():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).exists()] == []

@@ -102,6 +102,13 @@ def test_tensors_that_do_not_fit_are_named(model, tmp_path, change, words):
         Model.load(folder)
 
 
+def test_a_weight_of_the_own_count_that_older_models_hold_is_not_used(model, tmp_path):
+    folder = model.save(tmp_path / "model")
+    tensors = load_file(folder / "weights.safetensors")
+    resaved(folder, {**tensors, "shrink": torch.full((30,), torch.inf)})
+    assert Model.load(folder).fingerprint() == model.fingerprint()
+
+
 def at(path, value):
     *parents, last = path.split(".")
 

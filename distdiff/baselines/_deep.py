@@ -6,7 +6,7 @@ import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,9 +44,12 @@ class Deep(Fitted, ABC):
     lr: float | Sequence[float] = 1e-3
     patience: int = 5
 
+    network: Any = field(init=False, repr=False)
+    capacity: int = field(init=False, default=0, repr=False)
+    spent: int = field(init=False, default=0, repr=False)
+
     refit: ClassVar[bool] = False
     cells_at_once: ClassVar[int] = 256
-    spent: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

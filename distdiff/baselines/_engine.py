@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,8 +40,9 @@ class Engine(Deep, ABC):
     samples: int = 5
     key: str = ""
 
-    law: ClassVar[Process]
-    denoises: ClassVar[bool] = False
+    law: Process = field(init=False, repr=False)
+
+    denoises = False
     bounded: ClassVar[bool] = False
     alike: ClassVar[Survival] = Survival(hidden=0, two_level=0, uniform=1)
     cells_at_once: ClassVar[int] = 32

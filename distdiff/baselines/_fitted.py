@@ -47,8 +47,7 @@ class Fitted(Baseline, ABC):
     seed: int = 0
 
     refit: ClassVar[bool] = True
-    denoises: ClassVar[bool] = True
-    capacity: ClassVar[int] = 0
+    denoises = True
 
     def __post_init__(self) -> None:
         """Refuse budgets out of range.
@@ -69,7 +68,7 @@ class Fitted(Baseline, ABC):
 
     def options(self) -> dict[str, tuple[Any, ...]]:
         """Every option of the row with its values to choose from."""
-        own = {f.name for f in fields(self)} - {f.name for f in fields(Fitted)}
+        own = {f.name for f in fields(self) if f.init} - {f.name for f in fields(Fitted)}
         given = {name: getattr(self, name) for name in sorted(own)}
         return {k: tuple(v) if isinstance(v, tuple | list) else (v,) for k, v in given.items()}
 
@@ -113,10 +112,10 @@ class Fitted(Baseline, ABC):
             cells = Cells(torch.from_numpy(seen), held.labels, held.rows)
             answers.append((observed, seen, np.maximum(self.predict(seen, observed, cells), 0.0)))
         observed, _, answer = answers[0]
-        expected = np.sum(answer, axis=0, where=~observed, dtype=np.float64)
-        total = np.sum(truth, axis=0, where=~observed, dtype=np.float64)
+        expected: FloatArray = np.asarray(np.sum(answer, axis=0, where=~observed, dtype=np.float64))
+        total: FloatArray = np.asarray(np.sum(truth, axis=0, where=~observed, dtype=np.float64))
         overall = total.sum() / expected.sum() if expected.sum() > 0 else 1.0
-        factors = np.ones(len(total)), (total + 10.0 * overall) / (expected + 10.0)
+        factors: tuple[FloatArray, ...] = np.ones(len(total)), (total + 10.0 * overall) / (expected + 10.0)
         observed, seen, answer = answers[1]
         tried = [
             (_tuning.deviance(truth, observed, self._floored(seen, observed, factor * answer, floor)), (factor, floor))

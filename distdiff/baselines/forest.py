@@ -50,7 +50,7 @@ class Forest(Fitted):
     threads: int = 1
 
     refit: ClassVar[bool] = False
-    denoises: ClassVar[bool] = False
+    denoises = False
     label = "Forest-Diffusion"
 
     def __post_init__(self) -> None:

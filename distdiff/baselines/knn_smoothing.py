@@ -88,4 +88,4 @@ class KnnSmoothing(Fitted):
         s = depth(counts, observed, self.gene_mean)
         own = s * pools / depth(pools, observed, self.gene_mean)
         mean = neighbours / self.ks[-1]
-        return np.where(observed, own, s * mean / depth(mean, observed, self.gene_mean))
+        return np.where(observed, own, s * mean / depth(mean * observed, observed, self.gene_mean))

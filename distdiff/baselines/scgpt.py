@@ -46,8 +46,8 @@ class Attention(nn.Module):
 class _Network(nn.Module):
     def __init__(self, genes: int, width: int, depth: int, heads: int, bins: int) -> None:
         super().__init__()
-        self.gene = nn.Parameter(torch.randn(genes, width) * 0.02)
-        self.cell = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.gene = nn.Parameter(torch.randn(genes, width))
+        self.cell = nn.Parameter(torch.randn(1, 1, width))
         self.value = nn.Embedding(bins + 1, width)
         self.blocks = nn.ModuleList(Attention(width, heads) for _ in range(depth))
         self.end = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, 1))
@@ -59,7 +59,7 @@ class _Network(nn.Module):
         keys = nn.functional.pad(observed > 0, (1, 0), value=True)
         for block in self.blocks:
             tokens = block(tokens, keys)
-        by_cell = (self.whole(tokens[:, :1]) * self.gene[at]).sum(2)
+        by_cell = (self.whole(tokens[:, :1]) * self.gene[at]).mean(2)
         return self.end(tokens[:, 1:])[..., 0], by_cell
 
 

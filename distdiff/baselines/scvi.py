@@ -164,7 +164,7 @@ def prior_sampler(
             torch.manual_seed(seed + code)
             z = torch.randn(len(library), module.n_latent)
             depth = torch.from_numpy(np.log(np.maximum(library, 1)).astype(np.float32)).unsqueeze(1)
-            label = torch.full((len(library), 1), float(np.searchsorted(known, code)))
+            label = torch.full((len(library), 1), int(np.searchsorted(known, code)))
             drawn = module.generative(z=z, library=depth, batch_index=label)["px"].sample()
         return sparse.csr_matrix(drawn.numpy().astype(np.float32))
 

@@ -35,10 +35,10 @@ class _Linear(nn.Module):
 class _Network(nn.Module):
     def __init__(self, genes: int, width: int, depth: int, heads: int, bins: int) -> None:
         super().__init__()
-        self.gene = nn.Parameter(torch.randn(genes, width) * 0.02)
+        self.gene = nn.Parameter(torch.randn(genes, width))
         self.weights = nn.Sequential(nn.Linear(1, bins), nn.LeakyReLU(), nn.Linear(bins, bins))
-        self.bins = nn.Parameter(torch.randn(bins, width) * 0.02)
-        self.special = nn.Parameter(torch.randn(3, width) * 0.02)  # the cell, an observed zero, a hidden gene
+        self.bins = nn.Parameter(torch.randn(bins, width))
+        self.special = nn.Parameter(torch.randn(3, width))  # the cell, an observed zero, a hidden gene
         self.encoder = nn.ModuleList(Attention(width, heads) for _ in range(depth))
         self.decoder = _Linear(width)
         self.end = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,9 @@ from torch import nn
 from distdiff.denoise import Denoiser
 from distdiff.denoise.embed import Conditioning, Expectation, start
 from distdiff.types import Condition, DataSpec, Float, Tensor
+
+WHITEST = 2**24
+"""Largest ``brightest``: whole numbers up to it are exact as float32."""
 
 
 class UNet(Denoiser):
@@ -46,7 +48,7 @@ class UNet(Denoiser):
     Raises
     ------
     ValueError
-        ``shape`` does not hold the data's number of genes, or cannot be halved that often; ``brightest`` not above 0.
+        ``shape`` does not hold the data's number of genes, or cannot be halved that often; ``brightest`` out of range.
     ImportError
         diffusers is not installed.
 
@@ -74,8 +76,8 @@ class UNet(Denoiser):
                 "denoiser unet: shape must be three numbers and channels multiples of groups, got "
                 f"shape={list(shape)}, channels={list(channels)}, groups={groups}"
             )
-        if not 0 < brightest < math.inf:
-            raise ValueError(f"denoiser unet: brightest must be above 0, got {brightest}")
+        if not 1 <= brightest <= WHITEST:
+            raise ValueError(f"denoiser unet: brightest must lie between 1 and {WHITEST:,}, got {brightest:g}")
         colours, height, width = shape
         if colours * height * width != spec.n_genes:
             raise ValueError(

@@ -27,7 +27,7 @@ class Pixels(Counts):
     Raises
     ------
     ValueError
-        ``brightest`` below 1.
+        ``brightest`` below 1 or above 2^24.
 
     Examples
     --------
@@ -44,8 +44,8 @@ class Pixels(Counts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.brightest < 1:
-            raise ValueError(f"process pixels: brightest must be at least 1, got {self.brightest}")
+        if not 1 <= self.brightest <= 2**24:  # whole numbers up to it are exact as float32
+            raise ValueError(f"process pixels: brightest must lie between 1 and {2**24:,}, got {self.brightest}")
 
     def mean(self, eta: Float[Tensor, "b g k"], x: Float[Tensor, "b g"], p: float | Tensor) -> Float[Tensor, "b g"]:
         """``E[x_0 | x_p]``, at most white."""

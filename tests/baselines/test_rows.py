@@ -59,7 +59,7 @@ ROWS = [
                 options["kind"] in NEEDS and importlib.util.find_spec(NEEDS[options["kind"]]) is None,
                 reason="its package is not installed",
             ),
-            *([pytest.mark.long] if options.get("attention") == "lsh" else []),
+            *([pytest.mark.long] if options.get("attention") == "lsh" or options["kind"] in NEEDS else []),
         ],
     )
     for options in [
@@ -187,6 +187,27 @@ def test_cells_without_any_count_are_no_obstacle(batch):
         )
         row.fit(nothing, np.arange(12))
         assert torch.isfinite(row.impute(*batch).mean).all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": "dca"}, {"kind": "gain"}, {"kind": "hivae"}, {"kind": "saver", "penalty": 1e-4}, {"kind": "gnnimpute"},
+     {"kind": "scdd"}, {"kind": "scgcc"}, {"kind": "scgpt", "width": 32, "depth": 1, "patience": 20},
+     {"kind": "xtrimogene", "width": 32, "depth": 1, "patience": 20}],
+    ids=lambda options: options["kind"],
+)  # fmt: skip
+def test_a_network_learns_more_than_the_mean(options):
+    rng = np.random.default_rng(3)
+    rate = rng.gamma(1.0, 1.0, (400, 3)) @ rng.gamma(0.8, 2.0, (3, 40))
+    made = Store(rng.poisson(rate), np.zeros(400, int))
+    observed = torch.from_numpy(rng.random((80, 40)) < 0.5)
+    cells, scores = made.cells(np.arange(320, 400)), []
+    for row in (component.build(Baseline, {"steps": 1000, "lr": 2e-3, "trials": 1, **options}), GeneMean(depth=True)):
+        row.fit(made, np.arange(320))
+        mean = row.impute(cells, observed).mean.numpy()
+        scores.append(metrics.poisson_deviance(cells.counts.numpy(), ~observed.numpy(), mean).sum())
+    assert scores[0] < 0.85 * scores[1]
 
 
 def test_at_most_so_many_fits_are_tried(store):

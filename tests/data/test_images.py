@@ -108,7 +108,7 @@ def test_a_brightness_is_a_unit():
         unet(torch.log1p(x * brightest / 16), p, Condition({}))
     assert torch.allclose(*seen, atol=1e-5)
     assert seen[0].min() >= -0.5
-    with pytest.raises(ValueError, match="brightest must be above 0, got 0"):
+    with pytest.raises(ValueError, match="brightest must lie between 1 and 16,777,216, got 0"):
         network(brightest=0)
 
 

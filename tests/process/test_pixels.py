@@ -34,6 +34,7 @@ def test_below_white_it_is_the_law_of_counts():
     assert torch.equal(*drawn)
 
 
-def test_a_brightest_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="brightest must be at least 1, got 0"):
-        Pixels(brightest=0)
+def test_a_brightest_out_of_range_is_refused():
+    for brightest in (0, 2**24 + 1):
+        with pytest.raises(ValueError, match=f"brightest must lie between 1 and 16,777,216, got {brightest}"):
+            Pixels(brightest=brightest)

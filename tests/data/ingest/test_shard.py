@@ -436,7 +436,7 @@ def test_inputs_that_cannot_be_used(tmp_path, one):
         (log, {}, ValueError, r"log.h5ad: cell '.*', gene '.*': .* is not a whole number: was this log-normalised\?"),
         ([one, other], {}, ValueError, r"no gene is in all 2 files; are some named by symbol"),
         ([], {}, ValueError, "no input files"),
-        (one, {"genes": "hgv:20"}, FileNotFoundError, "neither 'all', 'hvg:N', 'cv:N', .* nor a text file"),
+        (one, {"genes": "hgv:20"}, FileNotFoundError, "neither 'all', 'hvg:N', 'top:N', .* nor a text file"),
         (one, {"genes": "hvg:many"}, ValueError, "a whole number of genes is wanted after 'hvg:'"),
         (one, {"genes": "hvg:900"}, ValueError, "only 40 genes have a count"),
         (one, {"genes": str(tmp_path / "genes.txt")}, ValueError, r"1 of 3 genes are not in every input: G3"),
