@@ -222,7 +222,7 @@ def test_no_raw_count_stands_in_a_layer_of_logarithms(tmp_path):  # of a gene th
     made = [model.denoise(adata, readout="log1p_cp10k", genes="all"), adata.copy()]
     model.denoise(made[1], readout="log1p_cp10k", copy=False)
     adata.write_h5ad(tmp_path / "a.h5ad")
-    batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / "o.h5ad", keep="all", readout="log1p_cp10k",
+    batch.run("denoise", model, tmp_path / "a.h5ad", tmp_path / "o.h5ad", genes="all", readout="log1p_cp10k",
               progress=False)  # fmt: skip
     for out in (*made, ad.read_h5ad(tmp_path / "o.h5ad")):
         values = dense(out.layers["denoised_log1p_cp10k"])

@@ -49,7 +49,7 @@ def test_a_frame_comes_back_with_its_gaps_filled(imputes, model):
     import anndata as ad
 
     cells = ad.AnnData(frame.fillna(0)[["gene3", "gene1", "gene0"]].iloc[:2].astype("float32"))
-    direct = Model.load(model).impute(cells, mean_only=True, mask=None, genes=["gene2", "gene4", "gene5"])
+    direct = Model.load(model).complete(cells, ["gene2", "gene4", "gene5"], mean_only=True)
     whole = imputes.predict(frame.iloc[1:2].drop(columns="stranger"))  # nothing hidden in this cell
     np.testing.assert_allclose(whole[["gene2", "gene4", "gene5"]].to_numpy()[0],
                                direct.layers["imputed_mean"][1, 3:], rtol=1e-5)  # fmt: skip
