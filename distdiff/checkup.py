@@ -26,6 +26,7 @@ from distdiff.baselines.magic import Magic
 from distdiff.baselines.pca import Pca
 from distdiff.data.counts import check_counts
 from distdiff.data.ingest.source import Source
+from distdiff.data.masks import split_molecules
 from distdiff.data.store.moments import Moments
 from distdiff.imputers.targets import leiden
 from distdiff.rng import numpy_generator
@@ -226,27 +227,12 @@ def check(
     notes = _notes(source, counts, depth, group, names)
     rows: list[Row] = []
     for p in DEPTHS:
-        seen, held = split(counts[:, keep], p, seed)
+        rng = numpy_generator(seed, "check-split", round(1000 * p))
+        seen, held = split_molecules(counts[:, keep], p, rng)
         answers = _answers(seen, p, names[keep], model and p == DEPTHS[0], seed, tell)
         rows += _rows(answers, held, p, group, np.asarray(counts[:, keep].mean(0)).ravel(), seed)
     use, verdict = _verdict([row for row in rows if row.depth == DEPTHS[0] and row.group == row.band == "all"])
     return Check(use, verdict, about, notes, rows)
-
-
-def split(counts: sparse.csr_matrix, p: float, seed: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Molecules that survive with probability ``p``, and the others (docs/MATHS.md 5.7).
-
-    Examples
-    --------
-    >>> import numpy as np, scipy.sparse as sp
-    >>> from distdiff.checkup import split
-    >>> seen, held = split(sp.csr_matrix(np.full((50, 50), 8)), 0.75, seed=0)
-    >>> int((seen + held).min()), round(seen.mean())
-    (8, 6)
-    """
-    seen = counts.copy()
-    seen.data = numpy_generator(seed, "check-split", round(1000 * p)).binomial(counts.data, p)
-    return seen, sparse.csr_matrix(counts - seen)
 
 
 class _Memory:
