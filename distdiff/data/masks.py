@@ -169,7 +169,7 @@ def gene_folds(n_genes: int, folds: int, rng: np.random.Generator) -> np.ndarray
 def split_molecules(
     counts: sparse.csr_matrix, share: float, rng: np.random.Generator
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Molecular cross-validation (docs/MATHS.md 5.7): each molecule is evidence with probability ``share``, else held out.
+    """Molecular cross-validation (docs/MATHS.md 5.7): a molecule is evidence with probability ``share``, else held out.
 
     Returns
     -------
