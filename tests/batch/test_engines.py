@@ -183,7 +183,7 @@ def test_a_refusal_is_that_of_all_ranks(saved, atlas, mask, tmp_path):
     options = {"mask": mask, **SMALL}
     with ranks(2, tmp_path, "impute", saved, str(atlas), tmp_path / "out.zarr", **options) as processes:
         assert [process.end() for process in processes] == [2, 2]
-    assert all("exists already; give --overwrite" in process.words() for process in processes)
+    assert all("exists already; give overwrite=True" in process.words() for process in processes)
 
 
 @pytest.mark.parametrize("late", [0, 1])
