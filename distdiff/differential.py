@@ -90,7 +90,7 @@ def de(
     -------
     AnnData or None
         ``uns[key_added]``: record arrays ``names``, ``scores``, ``logfoldchanges`` (log2, shrunken), ``pvals``,
-        ``pvals_adj`` (Benjamini and Hochberg), by p-value, a field a group, as `scanpy.get.rank_genes_groups_df` reads
+        ``pvals_adj`` (Benjamini and Hochberg), by score, a field a group, as `scanpy.get.rank_genes_groups_df` reads
         them; also ``logfoldchanges_raw``, ``logfoldchanges_error``, ``model_logfoldchanges`` and ``exploratory``. Genes
         completed from a panel (``var["distdiff_added"]``) are exploratory and are adjusted apart from the others.
 
@@ -477,7 +477,7 @@ def _records(
         padj = np.ones(len(genes))
         for part in (completed, ~completed):
             padj[part] = adjusted(test.p[part])
-        order = np.lexsort((-np.abs(test.z), test.p, completed))
+        order = np.lexsort((-test.z, completed))  # as scanpy: what is higher in the group comes first
         log2 = 1 / np.log(2)
         values = {
             "names": np.asarray(genes, dtype=object), "scores": test.z,
