@@ -55,7 +55,7 @@ def kinds(base: type) -> list[str]:
     >>> from distdiff.component import kinds
     >>> from distdiff.process import Process
     >>> kinds(Process)
-    ['blackout', 'counts', 'gaussian', 'jump', 'masked']
+    ['blackout', 'counts', 'gaussian', 'jump', 'masked', 'pixels']
     """
     package = importlib.import_module(base.__module__)
     names = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
