@@ -188,7 +188,7 @@ def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
 
 def evaluate(
     model: Model | str | Path, data: Data | CountStore, *, task: typing.Literal["impute", "generate"] = "impute",
-    layer: str | None = None, rate: float = 0.5, protocol: typing.Literal["mcar", "paper"] = "mcar", draws: int = 5,
+    layer: str | None = None, rate: float = 0.5, protocol: str = "mcar", draws: int = 5,
     cells: int | None = None, cell_type: str | None = None, repaint_steps: int = 100, keep_trained: bool = False,
     steps: int = 16, guidance: float = 1.0, depth: float | str | None = None, scvi: bool = True, seed: int = 0,
     trust: Sequence[str] = (), progress: bool = True,
@@ -243,7 +243,12 @@ def evaluate(
                 found, opened, label=label, cells=cells or 200, seed=seed, progress=progress, **generating
             )
     settings = configs.Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type, repaint_steps=repaint_steps
+        rate=rate,
+        protocol=protocol,
+        draws=draws,
+        cells=cells or 2000,
+        cell_type=cell_type,  # type: ignore[arg-type]
+        repaint_steps=repaint_steps,
     )
     with _opened(data, layer, found.spec.labels, cell_type, progress) as opened:
         return experiment.evaluate_model(
