@@ -243,13 +243,9 @@ def evaluate(
                 found, opened, label=label, cells=cells or 200, seed=seed, progress=progress, **generating
             )
     settings = configs.Evaluation(
-        rate=rate,
-        protocol=protocol,
-        draws=draws,
-        cells=cells or 2000,
-        cell_type=cell_type,  # type: ignore[arg-type]
+        rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type,  # type: ignore[arg-type]
         repaint_steps=repaint_steps,
-    )
+    )  # fmt: skip
     with _opened(data, layer, found.spec.labels, cell_type, progress) as opened:
         return experiment.evaluate_model(
             found, opened, settings, seed=seed, keep_trained=keep_trained, progress=progress
