@@ -67,8 +67,7 @@ class Evaluation:
         Share of the entries of a test cell that are hidden.
     protocol
         ``mcar``: zeros are scored too; ``mar``, ``mnar_low``, ``mnar_high``, ``genes``: hidden in blocks, by value, or
-        whole genes (see `distdiff.evaluation.evaluate`); ``paper``: zeros that may be dropout are neither seen nor
-        scored.
+        whole genes; ``paper``: zeros that may be dropout are neither seen nor scored.
     draws
         Draws of an ensemble, at least 2.
     cells
