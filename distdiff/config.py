@@ -256,7 +256,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"override {shown(override)} must read key=value, for example optim.lr=1e-4")
+            raise ValueError(f"override {shown(override)} must read key=value, for example data.store=mine.zarr")
         try:
             read, words = configtext.parsed(value)
         except ValueError:

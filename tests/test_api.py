@@ -59,6 +59,7 @@ def test_train_from_an_anndata_goes_the_whole_way(counts, tmp_path):
     assert model.spec.labels == {"cell_type": ("B", "T")}
     again = distdiff.load(tmp_path / "run" / "model")
     assert again.info["weights_sha256"] == model.info["weights_sha256"]
+    assert again.info["name"] == "distdiff-run"  # in the registry: champions of other data do not mix
     assert model.denoise(counts).layers["denoised"].shape == counts.shape
     finished = distdiff.train(counts, labels=["cell_type"], out=tmp_path / "run", **QUICK)  # nothing is left to do
     assert finished.info["weights_sha256"] == model.info["weights_sha256"]
@@ -68,7 +69,9 @@ def test_train_without_a_folder_leaves_none(counts, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
-    assert distdiff.train(counts, **QUICK).spec.n_genes == 30
+    model = distdiff.train(counts, **QUICK)
+    assert model.spec.n_genes == 30
+    assert model.info["name"] == f"distdiff-{model.info['data'][:8]}"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("distdiff")]
 
 
