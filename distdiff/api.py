@@ -60,8 +60,9 @@ def train(
         obs columns that the model is conditioned on.
     out
         Folder of the run: checkpoints, the best model (``out/model``), curves and tables, the store unless ``store``
-        names another place. The same call goes on with a run that was interrupted. None: a temporary folder, which is
-        removed once the model is in memory; nothing can be resumed then.
+        names another place; the model of ``runs/mine`` is registered as ``distdiff-mine``. The same call goes on with a
+        run that was interrupted. None: a temporary folder, which is removed once the model is in memory; nothing can
+        be resumed then.
     store
         Where to put the store; nothing may be there yet. None: ``out/atlas.zarr``, which every call builds anew.
     config
@@ -108,11 +109,16 @@ def train(
             _refuse_for_store(address, layer=layer, genes=genes, store=store, split_by=split_by)
         else:
             address = str(Path(store).expanduser()) if store is not None else str(folder / "atlas.zarr")
-            shard(
+            made = shard(
                 data, address, layer=layer, genes=genes, labels=labels, split_by=split_by, overwrite=store is None,
                 progress=progress,
             )  # fmt: skip
             genes = "all"
+            if store is None:  # which has no name of its own
+                tracked = raw.setdefault("tracking", {})
+                if tracked.get("model", "auto") == "auto":
+                    name = made.fingerprint[:8] if out is None else folder.resolve().name
+                    tracked["model"] = configs.Tracking().named(name).model
         section = raw.setdefault("data", {})
         section.update({"store": address, "labels": list(labels) or list(section.get("labels", ()))})
         if isinstance(genes, str) and genes != "all":

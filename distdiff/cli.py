@@ -27,7 +27,7 @@ server = typer.Typer(no_args_is_help=True, help="Send to MLflow what runs could 
 app.add_typer(server, name="mlflow")
 console.add(app)
 
-Config = Annotated[Path, typer.Option(help="YAML file of the experiment.")]
+Config = Annotated[Path, typer.Option(help="YAML file of the experiment, or a config that ships with distdiff.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Trust = Annotated[
     list[str] | None, typer.Option("--trust", help="A package whose code a model may run (may be repeated).")
@@ -145,8 +145,10 @@ def sync(
 @app.command()
 def train(
     context: typer.Context,
-    config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.lr=1e-4")] = None,
+    config: Config = Path("default"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example data.store=mine.zarr train.out=runs/mine")
+    ] = None,
     trust: Trust = None,
 ) -> None:
     """Train a model (the same function as ``accelerate launch launch/train.py``).

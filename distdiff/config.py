@@ -107,6 +107,10 @@ class Evaluation:
             raise ValueError("protocol 'paper' needs the label of the cell groups (evaluate.cell_type)")
 
 
+REFUSED = "/:@'\"`"
+"""Characters that MLflow's registry does not take in a model's name."""
+
+
 @dataclass(frozen=True)
 class Tracking:
     """MLflow's names. Its server or folder is MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite).
@@ -118,19 +122,32 @@ class Tracking:
     experiment
         MLflow experiment that the runs belong to; by default MLFLOW_EXPERIMENT_NAME, else distdiff.
     model
-        Name in MLflow's registry.
+        Name in MLflow's registry; auto: ``distdiff-`` and the store's, so that champions of other data do not mix.
     """
 
     enabled: bool = True
     experiment: str = field(default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME") or "distdiff")
-    model: str = "distdiff"
+    model: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, refused in (("experiment", ""), ("model", "/:@'\"`")):
+        for name, refused in (("experiment", ""), ("model", REFUSED)):
             value = getattr(self, name)
             if not value.strip() or not value.isprintable() or set(value) & set(refused):
                 but = f" and none of {' '.join(refused)}" if refused else ""
                 raise ValueError(f"tracking.{name} must be a name of printable characters{but}, got {value!r}")
+
+    def named(self, data: str) -> Tracking:
+        """The same with the registry's name for a model of ``data``, where it is ``auto``.
+
+        Examples
+        --------
+        >>> Tracking().named("mine.zarr").model, Tracking(model="pbmc").named("mine.zarr").model
+        ('distdiff-mine', 'pbmc')
+        """
+        if self.model != "auto":
+            return self
+        name = "".join(c if c.isprintable() and c not in REFUSED else "-" for c in data.removesuffix(".zarr"))
+        return dataclasses.replace(self, model=f"distdiff-{name}")
 
 
 @dataclass(frozen=True)
@@ -238,7 +255,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"override {shown(override)} must read key=value, for example optim.lr=1e-4")
+            raise ValueError(f"override {shown(override)} must read key=value, for example data.store=mine.zarr")
         try:
             read, words = configtext.parsed(value)
         except ValueError:

@@ -139,7 +139,7 @@ def _plain(requirement: Any) -> str:
 EXTRAS = {
     "deepspeed": "deepspeed", "scvi": "baselines", "diffusers": "images", "skmisc": "seurat", "zarrs": "zarrs",
     "leidenalg": "leiden", "dask_jobqueue": "slurm", "dask_kubernetes": "k8s",
-    "pynvml": "gpu",
+    "pynvml": "gpu", "pydeseq2": "de", "dask_cuda": "dask-cuda",
 }  # fmt: skip
 """Modules of optional dependencies, and the extra that installs them."""
 

@@ -181,7 +181,10 @@ def _owning(
     out, best, profile = Path(config.train.out), Path(config.train.out) / "model", _profile(store)
     going_on = _going_on(config)
     recipe = _recipe(config, store, model)
-    config = replace(config, train=settled(recipe, accelerator), survival=recipe.survival, loader=recipe.loading)
+    config = replace(
+        config, train=settled(recipe, accelerator), survival=recipe.survival, loader=recipe.loading,
+        tracking=config.tracking.named(store.path.name),
+    )  # fmt: skip
     model.info = {
         "name": config.tracking.model, "data": fingerprint, "store": store.path.name,
         "config": config.as_dict(), "config_digest": config.digest(),

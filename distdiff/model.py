@@ -42,7 +42,7 @@ from distdiff.tasks.impute import (
     is_imputation_layer,
     mask_of,
 )
-from distdiff.tasks.latent import KEY, latent
+from distdiff.tasks.latent import KEY, NOTE, latent
 from distdiff.tasks.likelihood import nats
 from distdiff.types import DataSpec
 
@@ -595,7 +595,8 @@ class Model:
         copy
             False writes into ``adata`` itself and returns None.
         key_added
-            Entry of ``obsm``, ``float32 [cells, width of the network]``.
+            Entry of ``obsm``, ``float32 [cells, width of the network]``; what was done stands in
+            ``uns["distdiff_latent"]``, so that ``uns["distdiff"]`` still speaks of layers.
         use_labels, unseen, batch_size, device, progress
             As for :meth:`impute`.
 
@@ -613,7 +614,7 @@ class Model:
             found.append(received.check_answer(new, key_added, block.start))
         out = copied(adata) if copy else adata
         out.obsm[key_added] = np.concatenate(found)
-        out.uns["distdiff"] = self.provenance(task="latent", **reader.provenance())
+        out.uns[NOTE] = self.provenance(task="latent", **reader.provenance())
         return out if copy else None
 
     def likelihood(

@@ -66,6 +66,7 @@ def run(
     store = out / "atlas.zarr"
     shard([data], store, layer=layer, genes=genes, labels=(cell_type,) if cell_type else (), overwrite=True)
     if prepare_only:
+        print(f"The store is {store}. Next:\n  distdiff train data.store={shlex.quote(str(store))} train.out=RUN")
         return
 
     _say(began, "3/5 train, then evaluate on held-out cells")

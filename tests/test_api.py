@@ -59,6 +59,7 @@ def test_train_from_an_anndata_goes_the_whole_way(counts, tmp_path):
     assert model.spec.labels == {"cell_type": ("B", "T")}
     again = distdiff.load(tmp_path / "run" / "model")
     assert again.info["weights_sha256"] == model.info["weights_sha256"]
+    assert again.info["name"] == "distdiff-run"  # in the registry: champions of other data do not mix
     assert model.denoise(counts).layers["denoised"].shape == counts.shape
     finished = distdiff.train(counts, labels=["cell_type"], out=tmp_path / "run", **QUICK)  # nothing is left to do
     assert finished.info["weights_sha256"] == model.info["weights_sha256"]
@@ -68,7 +69,9 @@ def test_train_without_a_folder_leaves_none(counts, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
-    assert distdiff.train(counts, **QUICK).spec.n_genes == 30
+    model = distdiff.train(counts, **QUICK)
+    assert model.spec.n_genes == 30
+    assert model.info["name"] == f"distdiff-{model.info['data'][:8]}"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("distdiff")]
 
 
@@ -189,6 +192,7 @@ def test_latent_states_in_memory_and_on_files(counts, atlas, tmp_path):
     model = Model.new(spec, {"kind": "counts"}, {"kind": "mlp", "width": 16, "depth": 1})
     given = counts.copy()
     given.obsm["pca"] = np.ones((200, 2))
+    given.uns["distdiff"] = {"task": "generate"}
     out = model.latent(given, batch_size=64)
     assert "X_distdiff" not in given.obsm
     assert out.obsm["X_distdiff"].dtype == np.float32
@@ -196,6 +200,7 @@ def test_latent_states_in_memory_and_on_files(counts, atlas, tmp_path):
     assert (out.obsm["pca"] == 1).all()
     assert model.latent(given, copy=False, key_added="where") is None
     assert np.allclose(given.obsm["where"], out.obsm["X_distdiff"], atol=1e-5)
+    assert given.uns["distdiff"] == {"task": "generate"}  # of X, which latent does not touch
     given.obsm["X_distdiff"] = np.zeros((200, 3))  # of another model
     given.write_h5ad(tmp_path / "a.h5ad")
     for name, read in (("b.h5ad", ad.read_h5ad), ("b.zarr", ad.read_zarr)):
@@ -204,6 +209,7 @@ def test_latent_states_in_memory_and_on_files(counts, atlas, tmp_path):
         assert np.allclose(found.obsm["X_distdiff"], out.obsm["X_distdiff"], atol=1e-5)
         assert (found.obsm["pca"] == 1).all()
         assert (found.X != counts.X).nnz == 0
+        assert (found.uns["distdiff"]["task"], found.uns["distdiff_latent"]["task"]) == ("generate", "latent")
     batch.run("latent", model, atlas, tmp_path / "c.zarr", progress=False)
     assert ad.read_zarr(tmp_path / "c.zarr").obsm["X_distdiff"].shape == (199, 16)
 

@@ -79,6 +79,7 @@ MISTAKES = [
     (["shard", "nowhere.h5ad", "--out", "x.zarr"], "nowhere.h5ad does not exist"),
     (["shard", "a.h5ad", "--out", "x.zarr", "--split", "a,b"], "must be three numbers"),
     (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+    (["train", "mine.zarr"], "override 'mine.zarr' must read key=value, for example data.store=mine.zarr"),
     (["train", "--config", "bad.yaml"], "unknown key 'dat'; did you mean 'data'"),
     (["impute", "--model", "nowhere", "--data", "a.h5ad", "--out", "b.h5ad"], "no model folder at nowhere"),
 ]

@@ -30,6 +30,12 @@ def test_the_quickstart_is_the_experiment_of_its_config(tmp_path):
     assert made.train.eval_cells == written.train.eval_cells
 
 
+def test_the_registry_has_a_name_for_each_store():
+    auto = config.Tracking()
+    assert [auto.named(data).model for data in ("mine.zarr", "a:b'c")] == ["distdiff-mine", "distdiff-a-b-c"]
+    assert config.Tracking(model="pbmc").named("mine.zarr").model == "pbmc"
+
+
 def test_overrides_are_typed():
     c = config.load(
         None, ["data.store=x.zarr", "optim.lr=1e-4", "train.cells=100", "data.labels=[a, b]", "denoiser.width=8"]

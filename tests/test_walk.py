@@ -141,6 +141,13 @@ def test_extras_that_pages_name_exist():
     assert not [(page, extra) for page, extra in named if extra not in known]
 
 
+def test_the_doctor_knows_every_extra():
+    from distdiff.doctor import EXTRAS
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) == set(known) - {"test", "dev", "docs"}
+
+
 PLANTED = """
 # Page
 

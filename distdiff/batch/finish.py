@@ -72,10 +72,10 @@ def finish(task: Task, plan: Plan, work: Path, *, suffix: str, command: str = ""
         if suffix == ".h5ad":
             result = own / "result.h5ad"
             frame.to_h5ad(root, result, task, layout.fields)
-            frame.write_uns_h5ad(result, about, KEY, json.dumps(note))
+            frame.write_uns_h5ad(result, about, task.uns, KEY, json.dumps(note))
             return result
         frame.build(root, task, layout.fields)
-        frame.write_uns(root, about)
+        frame.write_uns(root, about, task.uns)
         files["rest"] = output.unrecorded(store, files)
         root.attrs[KEY] = {**note, "plan": json.loads(plan.to_json()), "files": files, "nnz": nnz}
         frame.consolidate(store)

@@ -240,23 +240,23 @@ def as_zarr(path: Path) -> Iterator[Any]:
         yield zarr.open_group(str(path), mode="a", zarr_format=3, use_consolidated=False)
 
 
-def write_uns(root: Any, about: dict[str, Any]) -> None:
-    """Provenance in ``uns['distdiff']``."""
+def write_uns(root: Any, about: dict[str, Any], name: str = "distdiff") -> None:
+    """Provenance in ``uns[name]``."""
     import anndata as ad
 
     uns = root.require_group("uns")
-    if "distdiff" in uns:
-        del uns["distdiff"]
+    if name in uns:
+        del uns[name]
     with zarr_v3():
-        ad.io.write_elem(uns, "distdiff", about)
+        ad.io.write_elem(uns, name, about)
 
 
-def write_uns_h5ad(path: Path, about: dict[str, Any], key: str, note: str) -> None:
-    """Provenance in an h5ad file, and ``note`` (JSON) as its attribute ``key``."""
+def write_uns_h5ad(path: Path, about: dict[str, Any], name: str, key: str, note: str) -> None:
+    """Provenance in ``uns[name]`` of an h5ad file, and ``note`` (JSON) as its attribute ``key``."""
     import h5py
 
     with h5py.File(path, "r+") as file:
-        write_uns(file, about)
+        write_uns(file, about, name)
         file.attrs[key] = note
 
 

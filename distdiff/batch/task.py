@@ -34,9 +34,12 @@ class Task(ABC):
         Whether the result holds whatever else the input holds, its X untouched; else X is a field.
     fields
         What is written.
+    uns
+        Entry of ``uns`` that says what was done.
     """
 
     name: str
+    uns = "distdiff"
     inherits = False
     model: Model
     rows: Any

@@ -26,7 +26,7 @@ from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.generate import check_guidance, label_codes, walk, walk_levels, warn_rare
 from distdiff.tasks.impute import FillCounts, MaskLayer, absent_of, chosen_layers, is_imputation_layer
-from distdiff.tasks.latent import KEY, latent
+from distdiff.tasks.latent import KEY, NOTE, latent
 from distdiff.types import Cells, Condition
 
 DTYPES = ("float32", "float16", "int32", "int16", "uint16")
@@ -194,6 +194,7 @@ class Latent(OnCells):
     """Where each cell lies in the network: ``obsm["X_distdiff"]``; options of :meth:`distdiff.model.Model.latent`."""
 
     name = "latent"
+    uns = NOTE
 
     def __init__(self, model: Model, rows: Any, **reading: Any) -> None:
         reader = Reader(model.spec, rows, **reading)

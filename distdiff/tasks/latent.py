@@ -13,6 +13,9 @@ from distdiff.types import Bool, Cells, Float, Tensor
 KEY = "X_distdiff"
 """Entry of ``obsm``."""
 
+NOTE = "distdiff_latent"
+"""Entry of ``uns``: no layer is written, so what ``uns["distdiff"]`` says of layers stays."""
+
 
 @torch.no_grad()
 def latent(
