@@ -77,11 +77,8 @@ class LogLinear(Baseline, ABC):
         self.solve(np.log1p(np.float32(option["scale"]) * rates), option)
 
     def _linear(self, counts: FloatArray, observed: BoolArray, scale: float) -> tuple[FloatArray, FloatArray]:
-        given = (counts, observed, self.gene_mean, self.cap)
-        s, rate = log_linear(
-            *(torch.from_numpy(np.ascontiguousarray(array)) for array in given), scale,
-            lambda y: torch.from_numpy(self.predict(y.numpy(), observed)),
-        )  # fmt: skip
+        x, seen, mean, cap = (torch.from_numpy(a) for a in (counts, observed, self.gene_mean, self.cap))
+        s, rate = log_linear(x, seen, mean, cap, scale, lambda y: torch.from_numpy(self.predict(y.numpy(), observed)))
         return s.numpy(), rate.numpy()
 
     def _try(

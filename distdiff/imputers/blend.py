@@ -44,7 +44,9 @@ def log_linear(
 def low_rank(
     y: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"], centre: Tensor, loadings: Tensor, precision: Tensor
 ) -> Tensor:
-    """``mu + V z`` with ``(V_o' V_o + diag(precision)) z = V_o' (y - mu)_o``, ``o`` the observed genes (5.10).
+    """``mu + V z`` with ``(V_o' V_o + diag(precision)) z = V_o' (y - mu)_o``, ``o`` the observed genes.
+
+    The answer of docs/MATHS.md 5.10 to a cell, on the logarithmic scale.
 
     Parameters
     ----------
@@ -150,7 +152,7 @@ class Blend:
         return self._on[device]
 
     def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
-        """What the regression expects of every gene, in molecules, from the observed entries alone."""
+        """Molecules that the regression expects of every gene, from the observed entries alone (docs/MATHS.md 5.10)."""
         g = self.genes
 
         def predict(y: Tensor) -> Tensor:
@@ -163,7 +165,10 @@ class Blend:
         self, eta: Float[Tensor, "b g k"], counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"],
         labels: Condition,
     ) -> Float[Tensor, "b g k"]:  # fmt: skip
-        """``eta`` of the targets with blended log rates; that of cells with a label stays: the weight knew none."""
+        """``eta`` with blended log rates of the targets (docs/MATHS.md 5.10).
+
+        That of cells with a label stays: the weight was fitted without.
+        """
         mine = self.on(eta.device)
         rate = mine.rate(counts, observed)
         target = ~observed & (rate > 0)
