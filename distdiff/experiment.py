@@ -230,6 +230,8 @@ def _owning(
                 )
             )
         finished = Model.load(best, trust=trust)
+        finished.blend = None  # of an earlier run that had nothing left to do
+        finished.info.pop("blend", None)
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
         with waiting("train: measures the model on held-out cells", show=show):

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file
 
+import distdiff
 from distdiff import metrics, saved
 from distdiff.baselines import depth
 from distdiff.baselines._blend import fit_blend
@@ -20,6 +21,7 @@ from distdiff.imputers import blend as module
 from distdiff.imputers.blend import Blend, low_rank
 from distdiff.model import Model
 from distdiff.types import Cells, Condition, DataSpec
+from tests.test_api import QUICK
 from tests.test_saved import resaved
 
 GENES, CELLS = 40, 900
@@ -202,6 +204,16 @@ def test_impute_and_complete_say_how_much_they_blend(fitted, linear):
     assert panel.uns["distdiff"]["blend"] == fitted.blend.weight
     whole = fitted.impute(adata, mask=mask, ood=0, device="cpu").to_df("imputed_mean")
     pd.testing.assert_frame_equal(panel.to_df("imputed_mean")[list(linear.genes)], whole, rtol=1e-4)
+
+
+def test_training_decides_and_a_run_can_go_without(counts, tmp_path):
+    model = distdiff.train(counts, out=tmp_path / "run", **QUICK)
+    info = model.info["blend"]
+    assert info["cells"] > 0
+    assert (model.blend is None) == (info["weight"] == 0)
+    model = distdiff.train(counts, out=tmp_path / "run", blend=False, **QUICK)  # nothing is left to train
+    assert model.blend is None
+    assert "blend" not in model.info
 
 
 def test_names_of_blend_tensors_are_no_part_of_the_network():
