@@ -8,6 +8,7 @@ deviance, RMSE of the mean; log1p MSE of ``expm1 E[log(1 + x)]``; CRPS, energy d
 correlations of draws; log score. ``deciles``: molecules over predicted molecules of hidden entries, by tenths of the
 predicted mean; ``genes``: by tenths of the genes, fewest training molecules first. ``giants``: draws above three times
 the gene's training maximum, in 100,000 (expected under the law); ``real giants``: the same of the hidden counts.
+``shares``: see :func:`shares`; the row ``network alone`` is the default without its blend (docs/MATHS.md 5.10).
 ``sigmas``: how many standard errors of the paired difference over cells a row is behind the first.
 
 Genes are chosen by analytic Pearson residuals of all cells, so the rarest are those with luck in the held-out cells:
@@ -83,21 +84,23 @@ def trained(store: CountStore, folder: Path, words: list[str], seed: int) -> tup
 
 
 class Hidden:
-    """Cells of a split, half of their entries hidden."""
+    """Cells of a split, a share of their entries hidden."""
 
-    def __init__(self, store: CountStore, split: str, seed: int) -> None:
+    def __init__(self, store: CountStore, split: str, seed: int, rate: float = 0.5) -> None:
         self.cells = store.cells(store.rows(split))
         self.truth = self.cells.counts.numpy()
-        self.hidden = mcar(self.truth.shape, 0.5, numpy_generator(seed, "defaults", split))
+        self.hidden = mcar(self.truth.shape, rate, numpy_generator(seed, "defaults", split))
         self.observed = torch.from_numpy(~self.hidden)
         self.erased = Cells(torch.where(self.observed, self.cells.counts, 0.0), self.cells.labels, self.cells.rows)
 
     @torch.no_grad()
-    def law(self, model: Model) -> Law:
-        """The model's, by one call."""
+    def law(self, model: Model, *, blend: bool = True) -> Law:
+        """The model's, by one call; without the blend, the network's alone."""
         process: Any = model.process
         p = self.observed.float()
         eta = predictor(process, model.denoiser, self.cells.labels)(self.erased.counts, p)
+        if blend and model.blend is not None:
+            eta = model.blend.into(eta, self.erased.counts, self.observed, self.cells.labels)
         return process.lost(eta, p).numpy(), process.log_size(eta).numpy()
 
     def mean(self, peer: Baseline) -> np.ndarray:
@@ -164,6 +167,21 @@ def behind(cells: dict[str, dict[str, np.ndarray]], entries: int) -> dict[str, d
     return found
 
 
+def shares(model: Model, store: CountStore, seed: int) -> dict[str, Any]:
+    """By the share of hidden entries: deviance with and without the blend, and by how many errors it is better."""
+    found = {}
+    for rate in (0.1, 0.5, 0.9, 0.98):
+        test = Hidden(store, "test", seed, rate)
+        means = [test.law(model, blend=blend)[0] for blend in (True, False)]
+        own, alone = (
+            metrics.poisson_deviance(test.truth, test.hidden, np.where(test.hidden, mean, test.truth)) for mean in means
+        )
+        gain, n = alone - own, test.hidden.sum()
+        error = gain.std(ddof=1) / len(gain) ** 0.5
+        found[str(rate)] = [float(own.sum() / n), float(alone.sum() / n), float(gain.mean() / max(error, 1e-12))]
+    return found
+
+
 def table(
     data: Path, genes: int, cells: int, seed: int, words: list[str], models: dict[str, str], peers: list[str]
 ) -> dict[str, Any]:
@@ -174,6 +192,7 @@ def table(
         laws: dict[str, Law] = {}
         model, seconds, seen = trained(store, Path(name) / "run", words, seed)
         laws["default"] = test.law(model)
+        laws["network alone"] = test.law(model, blend=False)
         laws |= {label: test.law(Model.load(folder.format(data=data.stem))) for label, folder in models.items()}
         for label in peers:
             peer = component.build(Baseline, PEERS[label])
@@ -183,6 +202,7 @@ def table(
             laws[f"{label} + NB"] = mean, np.broadcast_to(sizes(held_out.mean(peer), held_out), mean.shape).copy()
         scored = {row: score(law, test, store, seed) for row, law in laws.items()}
         about = {"cells": store.n_cells, "genes": len(store.genes), "cpu_seconds": round(seconds), "cells_seen": seen}
+        about |= {"blend": model.info.get("blend", {}), "shares": shares(model, store, seed)}
     sigmas = behind({row: parts for row, (_, parts) in scored.items()}, int(test.hidden.sum()))
     return {**about, "rows": {row: {**found, "sigmas": sigmas[row]} for row, (found, _) in scored.items()}}
 

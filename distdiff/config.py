@@ -189,7 +189,7 @@ class Config:
         whole = self.as_dict()
         for name in (
             "out", "resume", "compile", "graph", "trace", "accumulate", "eval_cells", "checkpoint_cells",
-            "checkpoint_minutes", "keep", "minutes", "manifest", *CHANGEABLE,
+            "checkpoint_minutes", "keep", "minutes", "manifest", "blend", *CHANGEABLE,
         ):  # fmt: skip
             whole["train"].pop(name)
         if whole["train"]["noise"] == "streams":  # as it was before there was a choice

@@ -26,6 +26,7 @@ from accelerate.utils import (
 )
 
 from distdiff import files, received, saved, tracking
+from distdiff.baselines._blend import fit_blend
 from distdiff.component import Untrusted, modules, nearest
 from distdiff.config import Config, Evaluation
 from distdiff.data.store.manifest import SPLITS
@@ -232,11 +233,24 @@ def _owning(
                 )
             )
         finished = Model.load(best, trust=trust)
+        finished.blend = None  # of an earlier run that had nothing left to do
+        finished.info.pop("blend", None)
         finished.info |= {"judge": progress.judge, "history": kept(progress.history, progress.judge)}
         finished.denoiser.to(accelerator.device)
         with waiting("train: measures the model on held-out cells", show=show):
             finished.info |= measure(
                 finished.process, finished.denoiser, store, labels=finished.required_labels, seed=config.train.seed
+            )
+            if config.train.blend and _blends(finished):
+                finished.blend, finished.info["blend"] = fit_blend(
+                    finished.process, finished.denoiser, store, seed=config.train.seed
+                )
+                found = finished.info["blend"]
+                run.metrics({f"val/blend_{name}": value for name, value in found.items()})
+        if finished.blend is not None:
+            accelerator.print(
+                f"distdiff train: imputation by one call takes {finished.blend.weight:.0%} of a PCA regression "
+                f"(deviance on validation cells {found['best']:.4f}, of the network alone {found['network']:.4f})"
             )
         finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
         if has_depths(finished.process, finished.denoiser):
@@ -277,6 +291,11 @@ def _owning(
             description=text, step=progress.step,
         )  # fmt: skip
     return Outcome(best, progress, report, run.run_id, run.registered)
+
+
+def _blends(model: Model) -> bool:
+    """Whether imputation by this model may be blended with a regression, which knows counts and no labels."""
+    return isinstance(model.process, Counts) and model.process.molecules and not model.required_labels
 
 
 def cells_seen(store: CountStore, manifest: str) -> Seen | None:

@@ -21,6 +21,7 @@ from distdiff.component import Untrusted, build, complete, nearest
 from distdiff.data.ingest.source import Source, layer_names
 from distdiff.denoise import Denoiser
 from distdiff.imputers import Imputer
+from distdiff.imputers.blend import Blend
 from distdiff.imputers.conditional import Conditional
 from distdiff.imputers.graphed import Graphed
 from distdiff.imputers.repaint import RePaint
@@ -72,6 +73,8 @@ class Model:
         (:func:`~distdiff.training.cells.training_cells`).
     seen
         Filter of the training cells, or ``None``.
+    blend
+        A regression that imputation by one call blends with the network (docs/MATHS.md 5.10), or ``None``.
     where
         Folder or address that it was loaded from.
 
@@ -95,6 +98,7 @@ class Model:
     info: dict[str, Any] = field(default_factory=dict)
     seen: Seen | None = None
     where: str = ""
+    blend: Blend | None = None
 
     def __repr__(self) -> str:
         weights = sum(tensor.numel() for tensor in self.denoiser.parameters())
@@ -143,6 +147,7 @@ class Model:
         tensors["spec.gene_mean"] = torch.as_tensor(np.asarray(self.spec.gene_mean, dtype=np.float32))
         if self.spec.gene_max is not None:
             tensors["spec.gene_max"] = torch.as_tensor(np.asarray(self.spec.gene_max, dtype=np.float32))
+        tensors |= {} if self.blend is None else self.blend.tensors()
         received.check_finite(tensors)
         names = saved.names_of(self.spec.genes, self.spec.labels)
         weights = save(tensors, metadata={saved.NAMES: names})
@@ -189,6 +194,7 @@ class Model:
             with saved.bounded(card, tensors):
                 model = cls._of(spec, card)
             received.check_fit(saved.network(tensors), model.denoiser.state_dict())
+            model.blend = Blend.of(tensors, spec.n_genes)
             if "seen" in card["info"]:
                 model.seen = Seen.read(folder, card["info"]["seen"])
         except FileNotFoundError as error:
@@ -226,7 +232,8 @@ class Model:
         Parameters
         ----------
         graph
-            Replay batches as CUDA graphs (``conditional`` alone; see :mod:`~distdiff.imputers.graphed`).
+            Replay batches as CUDA graphs (``conditional`` alone; see :mod:`~distdiff.imputers.graphed`). They hold the
+            network alone, without its blend.
 
         Raises
         ------
@@ -238,6 +245,8 @@ class Model:
         if method not in kinds:
             raise ValueError(f"unknown imputation method {method!r}{nearest(method, kinds)}")
         check_guidance(self.spec, self.required_labels, options.get("guidance", 1.0))
+        if method == "conditional":
+            options.setdefault("blend", None if graph else self.blend)
         made = kinds[method](self.process, self.denoiser, **self.spaced(options, "impute"))
         return Graphed(made) if graph else made
 
@@ -273,10 +282,15 @@ class Model:
         reader = Reader(self.spec, rows, use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
         check_labels(reader, self.required_labels, options.get("guidance", 1.0))
         trained, unknown = counter(self.seen, reader.columns, reader.absent)
+        imputer = self.imputer(method, **options)
+        used = getattr(imputer, "blend", None)
         plan = ImputationPlan.of(
-            reader, self.imputer(method, **options), mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
+            reader, imputer, mask=mask, sites=sites, groups=groups, genes=genes, draws=draws,
             mean_only=mean_only, seed=seed, progress=progress, trained=trained,
-            provenance=self.provenance(method=method, **({"cells_trained_on_unknown": unknown} if unknown else {})),
+            provenance=self.provenance(
+                method=method, blend=0.0 if used is None else used.weight,
+                **({"cells_trained_on_unknown": unknown} if unknown else {}),
+            ),
         )  # fmt: skip
         self.denoiser.to(reader.device).eval()
         return plan
@@ -664,6 +678,7 @@ class Model:
         found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
         largest = self.denoiser.largest
         tensors = {**self.denoiser.state_dict(), **({} if largest is None else {"largest": largest})}
+        tensors |= {} if self.blend is None else self.blend.tensors()
         for name in sorted(tensors):
             found.update(name.encode() + tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()

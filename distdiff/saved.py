@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from distdiff import received
 from distdiff.component import check_trust, modules, nearest
+from distdiff.imputers.blend import PREFIX
 from distdiff.types import DataSpec, Tensor
 
 FORMAT = 2
@@ -227,7 +228,7 @@ def _free_memory() -> int:
 
 def network(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The denoiser's tensors; others than those and `PER_GENE` keep their names and fit nothing."""
-    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in PER_GENE}
+    return {k.removeprefix("network."): v for k, v in tensors.items() if k not in PER_GENE and not k.startswith(PREFIX)}
 
 
 def _check_per_gene(tensors: Mapping[str, Tensor], genes: int) -> None:

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, _tuning, depth
+from distdiff.imputers.blend import log_linear
 
 if TYPE_CHECKING:
     from distdiff.data.store.store import CountStore
@@ -75,10 +77,9 @@ class LogLinear(Baseline, ABC):
         self.solve(np.log1p(np.float32(option["scale"]) * rates), option)
 
     def _linear(self, counts: FloatArray, observed: BoolArray, scale: float) -> tuple[FloatArray, FloatArray]:
-        s = depth(counts, observed, self.gene_mean)
-        y = np.log1p(scale * counts / s).astype(np.float32)
-        rate = np.expm1(np.clip(self.predict(y, observed), 0.0, np.log1p(scale * self.cap))) / scale
-        return s, rate
+        x, seen, mean, cap = (torch.from_numpy(a) for a in (counts, observed, self.gene_mean, self.cap))
+        s, rate = log_linear(x, seen, mean, cap, scale, lambda y: torch.from_numpy(self.predict(y.numpy(), observed)))
+        return s.numpy(), rate.numpy()
 
     def _try(
         self, kept: FloatArray, held: FloatArray, option: dict[str, Any]

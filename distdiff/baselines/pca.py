@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from distdiff.baselines import BoolArray, FloatArray
 from distdiff.baselines._loglinear import LogLinear
+from distdiff.imputers.blend import low_rank
 
 
 class Pca(LogLinear):
@@ -74,9 +76,5 @@ class Pca(LogLinear):
 
     def predict(self, y: FloatArray, observed: BoolArray) -> FloatArray:
         """Solve ``(V_o' V_o + diag(noise / lambda)) z = V_o' (y - mu)`` for all cells at once."""
-        v, d = self.loadings, self.loadings.shape[1]
-        m = observed.astype(np.float32)
-        pairs = (v[:, :, None] * v[:, None, :]).reshape(len(v), d * d)
-        gram = (m @ pairs).reshape(-1, d, d) + np.diag(self.precision)
-        z = np.linalg.solve(gram.astype(np.float64), (((y - self.centre) * m) @ v)[:, :, None])[:, :, 0]
-        return self.centre + z @ v.T
+        arrays = (y, observed, self.centre, self.loadings, self.precision)
+        return low_rank(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)).numpy()

@@ -8,6 +8,7 @@ import torch
 
 from distdiff.denoise import Denoiser
 from distdiff.imputers import Imputed, Imputer, by_row
+from distdiff.imputers.blend import Blend
 from distdiff.process import Process
 from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
@@ -36,6 +37,9 @@ class Conditional(Imputer):
         logarithm is ``E[log(1 + x)]``, best for squared error of log1p; ``median`` or a quantile such as ``q5``.
     statistics
         Others of the predictive law, of the same network call: ``sd`` (standard deviation, molecules) and read-outs.
+    blend
+        A regression to blend with the network's rates (docs/MATHS.md 5.10), where one call gives the whole answer:
+        ``steps=1``, no guidance, no labels. The sizes stay the network's.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Conditional(Imputer):
         solver: str = "plain",
         readout: str = "mean",
         statistics: Sequence[str] = (),
+        blend: Blend | None = None,
     ):
         for name in (readout, *(name for name in statistics if name != "sd")):
             check(name)
@@ -64,6 +69,7 @@ class Conditional(Imputer):
         self.readout = readout
         self.process, self.denoiser, self.guidance, self.solver = process, denoiser, guidance, solver
         self.levels = levels(process.schedule, steps, spacing)
+        self.blend = blend if steps == 1 and guidance == 1 and solver == "plain" else None
 
     @torch.no_grad()
     def impute(self, cells: Cells, observed: Bool[Tensor, "b g"], *, draws: int = 0, seed: int = 0) -> Imputed:
@@ -79,6 +85,8 @@ class Conditional(Imputer):
         x = torch.where(observed.repeat(many, 1), known, prior)
         predict = predictor(self.process, self.denoiser, cells.labels, guidance=self.guidance)
         eta = predict(x[: len(p)], p)
+        if self.blend is not None:
+            eta = self.blend.into(eta, counts, observed, cells.labels)
         mean = torch.where(observed, counts, self._read_out(self.readout, eta, x[: len(p)], p))
         statistics = {
             name: torch.where(observed, 0.0 if name == "sd" else counts, self._read_out(name, eta, x[: len(p)], p))

@@ -94,6 +94,9 @@ class Training:
     manifest
         Filter of the training cells in the model's folder, by which it tells whether it saw a cell: ``cells``;
         ``salted``: only for those who have DISTDIFF_SALT; ``none`` (see :mod:`~distdiff.seen`).
+    blend
+        Impute by one call with a blend of the network and a PCA regression, where that is better on validation cells
+        (:mod:`~distdiff.imputers.blend`).
     """
 
     out: str = "runs/distdiff"
@@ -117,6 +120,7 @@ class Training:
     resume: str = "auto"
     seed: int = 0
     manifest: Literal["cells", "salted", "none"] = "cells"
+    blend: bool = True
 
     def __post_init__(self) -> None:
         for name in AUTO:
