@@ -79,6 +79,15 @@ class Certificate:
         Data, model, numbers of cells and genes, seed, cost, versions.
     notes
         What else is to be known.
+    sample
+        Hidden counts of some cells, for the figure.
+
+    Examples
+    --------
+    >>> from distdiff.certified import Certificate, Item, verdict
+    >>> items = [Item("", "zeros", "pass", 0.01, "")]
+    >>> Certificate(verdict(items), items, {}, {}, []).status
+    'pass'
     """
 
     verdict: str

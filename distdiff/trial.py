@@ -83,7 +83,7 @@ def prepared(
     source = Source.open(data, layer) if isinstance(data, str | Path) else Source.from_anndata(data, layer)
     reader, rng = Reader(model.spec, source), numpy_generator(seed, "certify-cells")
     counts = source.read(0, source.n_cells)[:, np.flatnonzero(reader.known)]
-    check_counts(counts, np.asarray(source.genes)[reader.known], source.obs_names, f"certify: {source.where}")
+    check_counts(counts, np.asarray(source.genes)[reader.known].tolist(), source.obs_names, f"certify: {source.where}")
     columns = reader.columns[reader.known]
     counts, columns = sparse.csr_matrix(counts[:, np.argsort(columns)], dtype=np.float32), np.sort(columns)
     some = np.asarray(counts.sum(1)).ravel() > 0
@@ -96,9 +96,8 @@ def prepared(
         trained = model.seen.found(counts, columns)
     fresh = np.flatnonzero(some if keep_trained else some & ~trained)
     if len(fresh) < checkup.FEWEST:
-        why = (
-            f" ({int((trained & some).sum())} more were trained on; keep_trained=True scores them too)" * trained.any()
-        )
+        more = int((trained & some).sum())
+        why = f" ({more} more were trained on; keep_trained=True scores them too)" if more and not keep_trained else ""
         raise ValueError(
             f"certify: {source.where} has {len(fresh)} cells with molecules to score, at least {checkup.FEWEST} are "
             f"wanted{why}"
@@ -254,7 +253,7 @@ def scored(
     fill: Fill, trial: Trial, draws: int, seed: int, *, watch: bool = False,
     most: FloatArray | None = None,
 ) -> Filled:  # fmt: skip
-    """Hide half of the entries of the scored cells, the same ones whatever fills them, and score what stands there then.
+    """Hide half of the entries of the scored cells, the same ones whatever fills them, and score what is put there.
 
     ``watch`` keeps every entry: its cell, gene, truth, mean, place among the draws (`distdiff.metrics.pit`), share of
     draws that are zero and, with ``most`` ``[g]``, above that.
