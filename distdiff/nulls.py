@@ -106,7 +106,7 @@ def mean_correlation(values: FloatArray, group: np.ndarray) -> float:
 
 
 def real_share(seen: FloatArray, held: FloatArray, group: np.ndarray) -> float:
-    """How much of the covariance between denoised genes molecules that were held out bear out: 1 is all, 0 none.
+    """How much of the covariance of denoised genes held-out molecules bear out: 1 all, 0 none (docs/MATHS.md 16.1).
 
     ``seen`` ``[n g]`` are rates made from a part of each cell's molecules, ``held`` ``[n g]`` the other molecules on
     the same scale. For rates that are what the cell leads one to expect, ``cov(seen_i, held_j) = cov(seen_i, seen_j)``;

@@ -161,7 +161,7 @@ def test_one_group_and_no_labels_are_said(good, fresh, monkeypatch):
 
 def test_the_command(good, fresh, tmp_path):
     good.save(tmp_path / "model")
-    fresh[:100].write_h5ad(tmp_path / "mine.h5ad")
+    fresh[:100].copy().write_h5ad(tmp_path / "mine.h5ad")
     words = ["certify", "--model", tmp_path / "model", "--data", tmp_path / "mine.h5ad", "--out", tmp_path / "c"]
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
