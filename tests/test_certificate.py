@@ -86,14 +86,14 @@ def test_a_model_that_invents_a_program_fails(good, fresh, monkeypatch):
     honest = trial.Asked.denoise
 
     def inventing(self, counts):
-        """Every gene follows the cell's count of one gene."""
+        """Cells with an odd number of molecules are another type."""
         rate, own = honest(self, counts)
-        followed = np.log1p(counts[:, :1]) - np.log1p(counts[:, :1]).mean()
-        return rate * np.exp(2 * followed * np.linspace(-1, 1, rate.shape[1])), own
+        odd = 2 * (counts.sum(1, keepdims=True) % 2) - 1
+        return rate * np.exp(odd * np.linspace(-1, 1, rate.shape[1])), own
 
     monkeypatch.setattr(trial.Asked, "denoise", inventing)
     found = statuses(distdiff.certify(good, fresh))
-    assert found["co-expression"] == found["cells that are all alike"] == "fail", found
+    assert found["co-expression"] == found["cells that are all alike"] == "fail"
     assert found["genes permuted within groups"] == "look"
 
 
