@@ -25,7 +25,7 @@ from distdiff.model import Model
 from distdiff.process.counts import of_molecules
 from distdiff.rng import numpy_generator
 from distdiff.tracking.versions import versions
-from distdiff.trial import RIVALS, SCORES, Asked, Filled, Trial, prepared, rival, scored
+from distdiff.trial import RIVALS, SCORES, Answers, Asked, Trial, prepared, rival, scored
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -137,7 +137,7 @@ def certify(
 LEVELS = np.array([0.5, 0.8, 0.95])
 
 
-def _calibration(ours: Filled, trial: Trial) -> list[Item]:
+def _calibration(ours: Answers, trial: Trial) -> list[Item]:
     """PIT, and coverage in all, by expression, depth, group and batch."""
     part, u = "Does it know how sure it can be?", ours.entries["u"]
     share = np.histogram(u, 10, (0, 1))[0] / len(u) * 10
@@ -179,7 +179,7 @@ def _calibration(ours: Filled, trial: Trial) -> list[Item]:
     return items
 
 
-def _means(ours: Filled, trial: Trial, most: FloatArray | None) -> list[Item]:
+def _means(ours: Answers, trial: Trial, most: FloatArray | None) -> list[Item]:
     """Predicted against observed means, zeros and tails."""
     part, e = "Are its numbers right on average?", ours.entries
     rows = certified.mean_rows(e["mean"], e["truth"])
@@ -212,7 +212,7 @@ def _means(ours: Filled, trial: Trial, most: FloatArray | None) -> list[Item]:
     return items
 
 
-def _against(name: str, ours: Filled, theirs: Filled, seed: int) -> Item:
+def _against(name: str, ours: Answers, theirs: Answers, seed: int) -> Item:
     """Paired comparison with a cheap method on the same hidden counts."""
     n = len(ours.count)
     weights = metrics.bootstrap_weights(n, 500, numpy_generator(seed, "certify-resample")) / n
@@ -228,11 +228,11 @@ def _against(name: str, ours: Filled, theirs: Filled, seed: int) -> Item:
     good = better >= 2 and not worse
     status = "pass" if good else "fail" if trivial or worse >= 2 else "look"
     words = ["worse", "not surely better", "better"]
-    said = ", ".join(f"{r['of']} {words[(r['low'] > 0) - (r['high'] < 0) + 1]}" for r in rows)
+    comparison = ", ".join(f"{r['of']} {words[(r['low'] > 0) - (r['high'] < 0) + 1]}" for r in rows)
     return Item(
         "Is it worth the trouble?", f"better than {name}", status, rows[0]["gain"],
-        f"Against {name}, on the same hidden counts: {said} (better only where the 95 % interval of the difference "
-        "excludes 0).", rows,
+        f"Against {name}, on the same hidden counts: {comparison} (better only where the 95 % interval of the "
+        "difference excludes 0).", rows,
     )  # fmt: skip
 
 
@@ -270,12 +270,12 @@ def _nulls(model: Asked, trial: Trial, seed: int) -> list[Item]:
     ]  # fmt: skip
     same = nulls.flat(counts, rng)
     alike, given = nulls.log_cp10k(model.denoise(same)[0]), nulls.log_cp10k(same[:, keep])
-    left = float(alike.var(0).sum() / max(real.var(0).sum(), 1e-12))
+    remaining = float(alike.var(0).sum() / max(real.var(0).sum(), 1e-12))
     before = float(given.var(0).sum() / max(nulls.log_cp10k(counts[:, keep]).var(0).sum(), 1e-12))
     items.append(Item(
-        part, "cells that are all alike", certified.status(left, 0.1, max(0.3, before)), left,
-        f"Cells that differ by chance and depth alone keep {left:.1%} of the variation that denoising shows among real "
-        f"cells (0 is right, 10 % allowed; raw counts keep {before:.0%}).",
+        part, "cells that are all alike", certified.status(remaining, 0.1, max(0.3, before)), remaining,
+        f"Cells that differ by chance and depth alone keep {remaining:.1%} of the variation that denoising shows among "
+        f"real cells (0 is right, 10 % allowed; raw counts keep {before:.0%}).",
     ))  # fmt: skip
     name = max(set(group), key=lambda g: int((group == g).sum()))
     found = nulls.halves(real[group == name], rng)
@@ -286,12 +286,13 @@ def _nulls(model: Asked, trial: Trial, seed: int) -> list[Item]:
     ))  # fmt: skip
     markers = nulls.markers_of(trial.reference[:, keep].toarray(), trial.group_of_reference.astype(str))
     if markers:
-        expected, there = nulls.leak(rate, held[:, keep], group, markers)
-        ratio, chance = (expected + 1) / (there + 1), 3 / np.sqrt(there + 1)
+        expected, present = nulls.leak(rate, held[:, keep], group, markers)
+        ratio, chance = (expected + 1) / (present + 1), 3 / np.sqrt(present + 1)
         items.append(Item(
             part, "marker leakage", certified.status(ratio - 1, 0.25 + chance, 1 + chance), ratio,
             f"In cell types that lack them, {sum(map(len, markers.values()))} marker genes are denoised to {ratio:.2f} "
-            f"times the {there:,.0f} molecules that are there (1 is right, 1.25 and {chance:.2f} for chance allowed).",
+            f"times the {present:,.0f} molecules that are there (1 is right, 1.25 and {chance:.2f} for chance "
+            "allowed).",
         ))  # fmt: skip
     return items
 
@@ -316,11 +317,11 @@ def _sources(model: Asked, trial: Trial, found: Model, seed: int) -> list[Item]:
         ))  # fmt: skip
     if (quantiles := found.info.get("nats")) and trial.about["genes_absent_from_input"] == 0:
         cost = model.nats(counts[:500])
-        odd = float((cost > quantiles["q99"]).mean())
+        surprised = float((cost > quantiles["q99"]).mean())
         items.append(Item(
-            part, "cells unlike those of training", certified.status(odd, 0.05, 0.3), odd,
-            f"{odd:.1%} of cells surprise the model more than 99 % of the cells that were held out from its training "
-            f"do (1 % is chance; median {np.median(cost):,.0f} nats, there {quantiles['q50']:,.0f}).",
+            part, "cells unlike those of training", certified.status(surprised, 0.05, 0.3), surprised,
+            f"{surprised:.1%} of cells surprise the model more than 99 % of the cells that were held out from its "
+            f"training do (1 % is chance; median {np.median(cost):,.0f} nats, there {quantiles['q50']:,.0f}).",
         ))  # fmt: skip
     known = found.info.get("training", {}).get("labels", {})
     key = next((k for k in known if trial.label == f"obs[{k!r}]"), None)

@@ -201,8 +201,8 @@ def verdict(items: Sequence[Item]) -> str:
     return f"pass: all {len(items)} items"
 
 
-def status(value: float, good: float, bad: float, also: bool = True) -> str:
-    """``pass`` up to ``good`` (and where ``also`` holds), ``fail`` beyond ``bad`` or without a number, else ``look``.
+def status(value: float, good: float, bad: float, condition: bool = True) -> str:
+    """``pass`` up to ``good`` (where ``condition`` holds), ``fail`` beyond ``bad`` or without a number, else ``look``.
 
     Examples
     --------
@@ -212,7 +212,7 @@ def status(value: float, good: float, bad: float, also: bool = True) -> str:
     """
     if not value <= bad:
         return "fail"
-    return "pass" if value <= good and also else "look"
+    return "pass" if value <= good and condition else "look"
 
 
 def bands(values: NDArray[np.floating], n: int) -> NDArray[np.int64]:

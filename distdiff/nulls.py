@@ -175,9 +175,9 @@ def leak(rate: FloatArray, held: FloatArray, group: np.ndarray, markers: dict[st
     """
     expected = seen = 0.0
     for name, genes in markers.items():
-        others = np.flatnonzero(group != name)
-        expected += float(rate[np.ix_(others, genes)].sum(dtype=np.float64))
-        seen += float(held[np.ix_(others, genes)].sum(dtype=np.float64))
+        other_cells = np.flatnonzero(group != name)
+        expected += float(rate[np.ix_(other_cells, genes)].sum(dtype=np.float64))
+        seen += float(held[np.ix_(other_cells, genes)].sum(dtype=np.float64))
     return expected, seen
 
 
@@ -201,8 +201,8 @@ def markers_of(counts: FloatArray, group: np.ndarray, *, most: int = 10) -> dict
     rate /= np.maximum(rate.sum(1, keepdims=True), 1e-12)
     found = {}
     for i, name in enumerate(names):
-        others = np.delete(rate, i, 0).max(0)
-        own = np.flatnonzero((rate[i] > 10 * others) & (rate[i] > 1e-4))
+        other_rate = np.delete(rate, i, 0).max(0)
+        own = np.flatnonzero((rate[i] > 10 * other_rate) & (rate[i] > 1e-4))
         if len(own):
             found[str(name)] = own[np.argsort(-rate[i][own], kind="stable")][:most]
     return found

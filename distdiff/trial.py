@@ -240,7 +240,7 @@ SCORES = {"deviance": "deviance", "crps": "CRPS", "log_score": "log score"}
 
 
 @dataclass
-class Filled:
+class Answers:
     """Scores of an imputer, sums over each cell's hidden entries; of ours, every hidden entry."""
 
     sums: dict[str, NDArray[np.float64]]
@@ -252,7 +252,7 @@ class Filled:
 def scored(
     fill: Fill, trial: Trial, draws: int, seed: int, *, watch: bool = False,
     most: FloatArray | None = None,
-) -> Filled:  # fmt: skip
+) -> Answers:  # fmt: skip
     """Hide half of the entries of the scored cells, the same ones whatever fills them, and score what is put there.
 
     ``watch`` keeps every entry: its cell, gene, truth, mean, place among the draws (`distdiff.metrics.pit`), share of
@@ -286,4 +286,4 @@ def scored(
             )
     whole = {name: np.concatenate(parts) for name, parts in sums.items()}
     count = whole.pop("count")
-    return Filled(whole, count, {k: np.concatenate(v) for k, v in entries.items() if v}, first)
+    return Answers(whole, count, {k: np.concatenate(v) for k, v in entries.items() if v}, first)

@@ -88,8 +88,8 @@ def test_a_model_that_invents_a_program_fails(good, fresh, monkeypatch):
     def inventing(self, counts):
         """Cells with an odd number of molecules are another type."""
         rate, own = honest(self, counts)
-        odd = 2 * (counts.sum(1, keepdims=True) % 2) - 1
-        return rate * np.exp(odd * np.linspace(-1, 1, rate.shape[1])), own
+        sign = 2 * (counts.sum(1, keepdims=True) % 2) - 1
+        return rate * np.exp(sign * np.linspace(-2.5, 2.5, rate.shape[1])), own
 
     monkeypatch.setattr(trial.Asked, "denoise", inventing)
     found = statuses(distdiff.certify(good, fresh))
