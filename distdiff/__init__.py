@@ -10,6 +10,7 @@ __all__ = [
     "CountStore",
     "Model",
     "__version__",
+    "certify",
     "check",
     "de",
     "evaluate",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from distdiff import pl
     from distdiff.api import evaluate, load, shard, train
     from distdiff.batch import impute_file
+    from distdiff.certificate import certify
     from distdiff.checkup import check
     from distdiff.data.store.store import CountStore
     from distdiff.differential import de
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CountStore": "distdiff.data.store.store",
     "Model": "distdiff.model",
+    "certify": "distdiff.certificate",
     "check": "distdiff.checkup",
     "de": "distdiff.differential",
     "evaluate": "distdiff.api",

@@ -506,6 +506,39 @@ def check(
 
 
 @app.command()
+def certify(
+    context: typer.Context,
+    model: ModelName,
+    data: Annotated[Path, typer.Option(help="Raw counts: h5ad, AnnData zarr, 10x.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page, the numbers and the text.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with raw counts (default: X).")] = None,
+    groupby: Annotated[
+        str | None, typer.Option(help="obs column with cell types (default: the model's label, or Leiden clusters).")
+    ] = None,
+    sample: Annotated[str | None, typer.Option(help="obs column with batches or donors.")] = None,
+    cells: Annotated[int, typer.Option(help="Most cells to score, chosen at random.")] = 3000,
+    genes: Annotated[int, typer.Option(help="Most genes to score, by variance over mean.")] = 2000,
+    draws: Annotated[int, typer.Option(help="Draws of each hidden count, at least 2.")] = 10,
+    keep_trained: Annotated[
+        bool, typer.Option("--keep-trained", help="Score also cells that the model was trained on.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of masks, draws and splits.")] = 0,
+    trust: Trust = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Can this model's answers on these cells be believed? Each test passes, fails, or is to be looked at."""
+    import distdiff
+
+    found = distdiff.certify(
+        model, data, layer=layer, groupby=groupby, sample=sample, cells=cells, genes=genes, draws=draws,
+        keep_trained=keep_trained, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+    )  # fmt: skip
+    typer.echo(found.to_text())
+    if out is not None:
+        typer.echo(f"written to {found.write(out, overwrite=overwrite)}")
+
+
+@app.command()
 def de(
     data: Annotated[Path, typer.Option(help="h5ad with raw counts, and layers of distdiff if there are any.")],
     groupby: Annotated[str, typer.Option(help="obs column with the groups.")],

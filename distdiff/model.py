@@ -662,6 +662,12 @@ class Model:
         bits = cost / np.log(2) / np.where(molecules > 0, molecules, np.nan)
         return pd.DataFrame({"nats": cost, "molecules": molecules, "bits_per_molecule": bits}, index=adata.obs_names)
 
+    def certify(self, adata: AnnData, **options: Any) -> Any:
+        """Test on raw counts whether this model's answers can be believed; options of :func:`distdiff.certify`."""
+        import importlib  # by name, for it lies floors above and knows the baselines
+
+        return importlib.import_module("distdiff.certificate").certify(self, adata, **options)
+
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
         check_labels(reader, self.required_labels)

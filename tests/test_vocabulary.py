@@ -19,7 +19,8 @@ from distdiff.model import Model
 ROOT = Path(distdiff.__file__).parent
 
 TASKS = {name: getattr(Model, name) for name in (*ON_CELLS, "generate")}
-CALLS = {**TASKS, "evaluate": distdiff.evaluate, "check": distdiff.check, "de": distdiff.de, "shard": shard}
+CALLS = {**TASKS, "evaluate": distdiff.evaluate, "check": distdiff.check, "certify": distdiff.certify,
+         "de": distdiff.de, "shard": shard}  # fmt: skip
 
 ON_FILES = {
     "context", "model", "data", "inputs", "out", "dtype", "sparse", "shard_cells", "precision", "scheduler", "workers",
