@@ -224,8 +224,8 @@ def _ours(
         known, _ = experiment.not_trained_on(store, model, rows, keep=False)
         if len(known) < len(rows):
             raise ValueError(
-                f"{options.model} was trained on {len(rows) - len(known)} of the {len(rows)} test cells of {cell.data}; give "
-                "it cells that it has not seen, or train it in the grid (train:)"
+                f"{options.model} was trained on {len(rows) - len(known)} of {len(rows)} test cells of {cell.data}; "
+                "give cells that it has not seen, or train in the grid (train:)"
             )
     walk: dict[str, Any] = {k: v for k, v in (("steps", options.steps), ("readout", options.readout)) if v}
     imputer = experiment.answering(model, store, model.imputer(options.method, **walk), options.labels or None)
