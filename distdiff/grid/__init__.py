@@ -146,7 +146,9 @@ def _computed(
 def _written(grid: Grid, records: list[Record], folder: Path) -> Result:
     found = table.tidy(records)
     _table_file(found, folder)
-    setting = {f"{r['data']}, {r['name']}": _about(r, grid) for r in records if r["status"] == "done"}
+    setting: dict[str, str] = {}
+    for key, of_table in itertools.groupby(records, lambda r: f"{r['data']}, {r['name']}"):
+        setting[key] = _about([r for r in of_table if r["status"] == "done"], grid)
     text, lines = table.markdown(found, setting), table.merged(found)
     with files.whole(folder / "table.md", overwrite=True) as temporary:
         temporary.write_text(text)
@@ -174,10 +176,15 @@ def _table_file(found: pd.DataFrame, folder: Path) -> None:
             found.to_csv(temporary, index=False)
 
 
-def _about(record: Record, grid: Grid) -> str:
-    s = record["setting"]
-    return (
+def _about(done: list[Record], grid: Grid) -> str:
+    """What was scored, and which scores are missing, of one table."""
+    if not done:
+        return ""
+    s = done[0]["setting"]
+    text = (
         f"{s['cells']} test cells x {s['genes']} genes ({s['data']}), {s['targets']:,} entries scored, "
         f"{s['zeros_among_targets']:.0%} of them zero; seeds {', '.join(map(str, grid.settings.seeds))}, "
         f"{grid.settings.draws} draws in an ensemble."
     )
+    reasons = dict.fromkeys(f"- {reason}" for r in done for answer in r["answers"] for reason in answer["reasons"])
+    return "\n\n".join([text, *(["\n".join(reasons)] if reasons else [])])
