@@ -415,8 +415,8 @@ def answering(model: Model, store: CountStore, imputer: Imputer, use_labels: boo
             f"{store.url} has no label {missing[0]!r}, without which this model has no answer (train.label_dropout=0); "
             f"shard it with labels=[{missing[0]!r}]"
         )
-    told = bool(model.required_labels) if use_labels is None else use_labels
-    return _on(store, model)(WithLabels(imputer, told, recode) if model.spec.labels else imputer)
+    with_labels = bool(model.required_labels) if use_labels is None else use_labels
+    return _on(store, model)(WithLabels(imputer, with_labels, recode) if model.spec.labels else imputer)
 
 
 def not_trained_on(

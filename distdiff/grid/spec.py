@@ -272,7 +272,7 @@ def _grid(raw: dict[str, Any], data: Sequence[str]) -> Grid:
         raise ValueError(f"protocol dropout is of simulated sets (splat:), and {stores[0]} is a store")
     for name, items in (("data", found), ("protocols", protocols), ("rows", lines)):
         if not items:
-            raise ValueError(f"no {name}: a grid needs at least one" + (" (--data STORE)" if name == "data" else ""))
+            raise ValueError(f"no {name}: a grid needs at least one" + (" (data=STORE)" if name == "data" else ""))
     for names in ([line.name for line in lines], protocols):
         if len(set(names)) < len(names):
             raise ValueError(f"two of {shown(names, 300)} are the same; give one a name: of its own or leave it out")

@@ -182,10 +182,12 @@ def markdown(table: pd.DataFrame, setting: dict[str, str]) -> str:
         reasons = dict.fromkeys(f"- {r.row}: {r.status}: {r.reason}" for r in missing.itertuples())
         if reasons:
             parts.append("Rows that did not run:\n\n" + "\n".join(reasons))
-    said = claims(lines)
-    notes = "`+` peeks: labels were made from the full counts. CPU seconds of one thread-summed process; of a `+ NB` " \
-        "row both fits. Capacity: weights of a network. Trials: fits that chose the options, at most."  # fmt: skip
-    return "\n\n".join(["# Results of the grid", *parts, "\n".join(f"- {s}" for s in said), notes]) + "\n"
+    sentences = claims(lines)
+    notes = (
+        "`+` peeks: labels were made from the full counts. CPU seconds are of the process that computes; those of "
+        "a `+ NB` row hold its fits of the row. Capacity: weights of a network. Trials: most fits that choose options."
+    )
+    return "\n\n".join(["# Results of the grid", *parts, "\n".join(f"- {s}" for s in sentences), notes]) + "\n"
 
 
 def _cell(own: pd.DataFrame, metric: str, first: Any) -> str:
