@@ -564,6 +564,27 @@ def de(
 
 
 @app.command()
+def benchmark(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of a grid, or one of configs/eval by name: light.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example cells=500.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Store, in place of the file's (may be repeated).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for cells, tables, figures.")] = Path("benchmark"),
+    workers: Annotated[int | None, typer.Option(help="Dask processes to start (default: work here).")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://...")] = None,
+) -> None:
+    """Score rows on data sets under protocols, and print the tables; the same command goes on with a grid."""
+    from distdiff import grid
+
+    result = grid.run(
+        config, out, data=tuple(data or ()), overrides=tuple(overrides or ()), workers=workers, scheduler=scheduler,
+        progress=_shown(context),
+    )  # fmt: skip
+    typer.echo(result.markdown)
+    typer.echo(f"{out}: results.parquet, table.md, figures")
+
+
+@app.command()
 def quickstart(
     data: Annotated[Path | None, typer.Option(help="Your own h5ad with raw counts.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("distdiff-quickstart"),

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,6 +25,8 @@ from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.training.optim import Optim
 from distdiff.training.settings import AUTO, Training
+
+T = TypeVar("T")
 
 MOST_DRAWS, MOST_STEPS = 1_000, 10_000
 """Draws of a cell and steps of a walk in the evaluation, at most: more would keep a finished run waiting for days."""
@@ -299,8 +301,41 @@ def _parse(raw: Mapping[str, Any]) -> Config:
     train = raw.get("train", {})
     if automatic := {name: 0 for name in AUTO if train.get(name) == "auto"}:
         raw["train"] = {**train, **automatic}
+    config: Config = _typed(Config, raw)
     try:
-        config = TypeAdapter(Config).validate_python(raw)
+        build(Process, config.process)
+    except (TypeError, OverflowError) as error:  # of a component from outside the tree, or an option of any type
+        raise ValueError(f"process {shown(config.process)}: {error}") from None
+    return config
+
+
+def section(cls: type[T], raw: Any, *, where: str) -> T:
+    """A mapping as the frozen dataclass ``cls``, checked as the sections of a config are.
+
+    Raises
+    ------
+    ValueError
+        No mapping, an unknown key (the nearest one is named), a wrong type or literal.
+
+    Examples
+    --------
+    >>> from distdiff.config import Evaluation, section
+    >>> section(Evaluation, {"rate": 0.2}, where="evaluate").rate
+    0.2
+    """
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where} must be a mapping, got {shown(raw)}")
+    _check_keys(cls, raw, f"{where}: ")
+    try:
+        return _typed(cls, raw)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _typed(cls: type[T], raw: Any) -> T:
+    """``raw`` with the types of ``cls``; what is wrong is said in one sentence."""
+    try:
+        return TypeAdapter(cls).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
@@ -313,11 +348,6 @@ def _parse(raw: Mapping[str, Any]) -> Config:
         if first["type"] == "missing":
             raise ValueError(f"{location} is missing") from None
         raise ValueError(f"{location}={shown(value)}: {message}") from None
-    try:
-        build(Process, config.process)
-    except (TypeError, OverflowError) as error:  # of a component from outside the tree, or an option of any type
-        raise ValueError(f"process {shown(config.process)}: {error}") from None
-    return config
 
 
 LONGEST = 600

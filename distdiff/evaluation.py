@@ -157,6 +157,8 @@ def evaluate(
     targets: str = "all",
     fold: int = 0,
     resamples: tuple[int, int] = (200, 40),
+    before: NDArray[np.float32] | None = None,
+    ours: str = "distdiff",
     progress: bool = True,
 ) -> Report:
     """Score imputers on cells ``rows`` of a store; each is fitted on the training cells first.
@@ -182,6 +184,11 @@ def evaluate(
         Label whose values are the groups of the ``paper`` protocol.
     resamples
         Number of bootstrap replicates over cells, for per-cell scores and for scores of distributions.
+    before
+        ``float32 [n g]`` counts of ``rows`` before dropout, where they are known (simulations): then nothing else is
+        hidden, ``paper``'s missing zeros are filled, and every entry of the completed matrix is scored against these.
+    ours
+        The contestant whose answers the report keeps.
 
     Raises
     ------
@@ -206,7 +213,15 @@ def evaluate(
     cells = store.cells(rows, keys)
     truth = cells.counts.numpy()
     hidden = _hidden(truth, rate, protocol, fold, seed)
+    if before is not None:
+        hidden = np.zeros_like(hidden)
     observed, scored = _protocol(store, rows, protocol, groups, hidden)
+    if before is not None:
+        if protocol != "paper" or before.shape != truth.shape:
+            raise ValueError(
+                f"before= is counts {truth.shape} and protocol 'paper', got {before.shape} and {protocol!r}"
+            )
+        truth, scored = before, np.ones_like(scored)
     if targets not in ("all", "nonzero"):
         raise ValueError(f"unknown targets {targets!r}{nearest(targets, ('all', 'nonzero'))}")
     if targets == "nonzero":
@@ -220,20 +235,23 @@ def evaluate(
         "zeros_among_targets": float((truth[scored] == 0).mean()), "protocol": protocol, "rate": rate,
         "draws": draws, "seed": seed,
     }  # fmt: skip
-    report = Report([], setting, truth, scored)
+    report = Report([], setting, truth, scored, ours=ours)
     bar = tqdm(contestants, desc="evaluate", unit=" imputers", disable=not progress)
     for contestant in bar:
         bar.set_postfix_str(contestant.name)
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         contestant.imputer.fit(store, store.rows("train"))
-        fitted = time.perf_counter()
+        fitted, fitted_cpu = time.perf_counter(), time.process_time()
         wanted = draws if set(contestant.answers) & {"1 draw", "draws"} else 0
 
         def show(done: int, name: str = contestant.name) -> None:
             bar.set_postfix_str(f"{name}, {done:,} of {len(cells):,} cells")
 
         mean, drawn = _fill(contestant.imputer, cells, observed, wanted, seed, batch, show)
-        seconds = {"fit_seconds": fitted - began, "fill_seconds": time.perf_counter() - fitted}
+        seconds = {
+            "fit_seconds": fitted - began, "fill_seconds": time.perf_counter() - fitted,
+            "fit_cpu_seconds": fitted_cpu - began_cpu, "fill_cpu_seconds": time.process_time() - fitted_cpu,
+        }  # fmt: skip
         report.rows += _rows(contestant, mean, drawn, score, seconds)
         if contestant.name == report.ours:
             report.mean, report.draws = mean, drawn

@@ -392,15 +392,7 @@ def evaluate_model(
 
     model.check_store(store.manifest, store.url)
     store = _shared(store, model)
-    on, recode = _on(store, model), _recode(store, model)
-    if missing := [label for label in model.required_labels if label not in recode]:
-        raise ValueError(
-            f"{store.url} has no label {missing[0]!r}, without which this model has no answer (train.label_dropout=0); "
-            f"shard it with labels=[{missing[0]!r}]"
-        )
-
-    def ours(imputer: Imputer, use_labels: bool = bool(model.required_labels)) -> Imputer:
-        return on(WithLabels(imputer, use_labels, recode) if model.spec.labels else imputer)
+    recode, ours = _recode(store, model), partial(answering, model, store)
 
     model.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     mine = [Contestant(OURS, ours(model.imputer()), ("mean", "1 draw", "draws"), 1)]
@@ -415,7 +407,7 @@ def evaluate_model(
     rows = store.rows("test")
     if not len(rows):
         raise ValueError("the store has no test cells: rebuild the store with another split=")
-    rows, about = _not_trained_on(store, model, rows, keep=keep_trained)
+    rows, about = not_trained_on(store, model, rows, keep=keep_trained)
     rows = rows[:: max(1, -(-len(rows) // settings.cells))]
     contestants = default_contestants(settings.cell_type, extra=[*mine, *extra], rate=settings.rate)
     report = evaluate(
@@ -426,7 +418,30 @@ def evaluate_model(
     return report
 
 
-def _not_trained_on(
+def answering(model: Model, store: CountStore, imputer: Imputer, use_labels: bool | None = None) -> Imputer:
+    """The model's ``imputer`` for cells of a store whose genes it knows; without labels, unless it needs or gets them.
+
+    Raises
+    ------
+    ValueError
+        A gene that the model does not know, or a label missing without which it has no answer.
+    """
+    if unknown := set(store.genes) - set(model.spec.genes):
+        raise ValueError(
+            f"the model does not know {len(unknown)} of the {len(store.genes)} genes of {store.url} "
+            f"({', '.join(sorted(unknown)[:3])}); train one on this store"
+        )
+    recode = _recode(store, model)
+    if missing := [label for label in model.required_labels if label not in recode]:
+        raise ValueError(
+            f"{store.url} has no label {missing[0]!r}, without which this model has no answer (train.label_dropout=0); "
+            f"shard it with labels=[{missing[0]!r}]"
+        )
+    with_labels = bool(model.required_labels) if use_labels is None else use_labels
+    return _on(store, model)(WithLabels(imputer, with_labels, recode) if model.spec.labels else imputer)
+
+
+def not_trained_on(
     store: CountStore, model: Model, rows: np.ndarray, *, keep: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """Test cells without those that the model was trained on, and what the report says of these."""

@@ -1,0 +1,225 @@
+"""Scores of a row's mean beyond the entries: what is done with the completed cells, by `distdiff.downstream`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdiff import downstream, metrics
+from distdiff.data.masks import rare
+from distdiff.report import Column
+from distdiff.rng import numpy_generator
+
+if TYPE_CHECKING:
+    from distdiff.data.store.store import CountStore
+    from distdiff.report import Report
+
+COLUMNS = {
+    "r2": Column("R2", "high", "cells"),
+    "cosine": Column("cosine", "high", "cells"),
+    "cell_rmse": Column("RMSE a cell", "low", "cells"),
+    "op_mse": Column("OP MSE", "low", "open_problems"),
+    "op_poisson": Column("OP Poisson", "low", "open_problems"),
+    "op_poisson_right": Column("OP Poisson, right", "low", "open_problems"),
+    "rare_deviance": Column("rare deviance", "low", "rare"),
+    "log_frechet": Column("log scFID (PCA)", "low", "frechet"),
+    "ari": Column("ARI", "high", "clustering"),
+    "nmi": Column("NMI", "high", "clustering"),
+    "purity": Column("purity", "high", "clustering"),
+    "f": Column("F", "high", "clustering"),
+    "probe_accuracy": Column("probe accuracy", "high", "probe"),
+    "probe_f1": Column("probe F1", "high", "probe"),
+}
+"""Columns by metric; the block is the score in the grid's ``scores:`` that adds it."""
+
+TRAINING = 5000
+"""Training cells of the PCA and of the probe, at most."""
+
+Found = dict[str, tuple[float, float]]
+"""Metric -> value and standard error (NaN where none is computed)."""
+
+
+@dataclass
+class Scored:
+    """What extra scores need: the report with its arrays, the store, and the label of types.
+
+    Examples
+    --------
+    >>> from distdiff.baselines.gene_mean import GeneMean
+    >>> from distdiff.data.store.store import CountStore
+    >>> from distdiff.evaluation import Contestant, evaluate
+    >>> from distdiff.grid.scores import Scored
+    >>> store = CountStore.open("atlas.zarr")
+    >>> rows = store.rows("test")
+    >>> report = evaluate(
+    ...     store, rows, [Contestant("mean", GeneMean())], resamples=(5, 5), ours="mean", progress=False
+    ... )
+    >>> sorted(Scored(report, store, rows, "cell_type", seed=0).cells())
+    ['cell_rmse', 'cosine', 'r2']
+    """
+
+    report: Report
+    store: CountStore
+    rows: NDArray[np.int64]
+    cell_type: str | None
+    seed: int
+    replicates: int = 200
+
+    @cached_property
+    def completed(self) -> NDArray[np.float32]:
+        """The true cells with the row's mean in the targets."""
+        mean, truth = self.report.mean, self.report.truth
+        if mean is None:
+            raise ValueError("extra scores need the row's mean, and the report holds none")
+        return np.where(self.report.targets, np.maximum(mean, 0), truth)
+
+    @cached_property
+    def weights(self) -> NDArray[np.int64]:
+        """Cells once, then bootstraps."""
+        n = len(self.rows)
+        drawn = metrics.bootstrap_weights(n, self.replicates, numpy_generator(self.seed, "grid"))
+        return np.concatenate((metrics.once(n), drawn))
+
+    @cached_property
+    def training(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Log CP10k and type codes of training cells."""
+        rows = self.store.rows("train")
+        rows = rows[:: max(1, -(-len(rows) // TRAINING))]
+        return log_cp10k(self.store.read(rows).toarray()), self.types(rows)
+
+    def types(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Codes of cell types, -1 where a cell has none.
+
+        Raises
+        ------
+        ValueError
+            No label of types was named, or the store has none of that name.
+        """
+        if self.cell_type is None:
+            return np.full(len(rows), -1)
+        return self.store.labels(rows, [self.cell_type])[self.cell_type]
+
+    def typed(self) -> NDArray[np.int64]:
+        """The types of the scored cells.
+
+        Raises
+        ------
+        ValueError
+            There are none, or fewer than two.
+        """
+        codes = self.types(self.rows)
+        if len(np.unique(codes[codes >= 0])) < 2:
+            raise ValueError("scores by type need cell_type: a label with two types or more among the test cells")
+        return codes
+
+    def cells(self) -> Found:
+        """R2, cosine and RMSE of each cell, averaged over cells."""
+        t, m, mean = self.report.truth, self.report.targets, self.completed
+        found = {f.__name__: f(t, m, mean) for f in (metrics.r2, metrics.cosine, metrics.cell_rmse)}
+        return {name: _with_error(metrics.cell_mean(each, self.weights)) for name, each in found.items()}
+
+    def open_problems(self) -> Found:
+        """The denoising pair of Open Problems on the targets alone, and the second the right way round."""
+        m = self.report.targets
+        pair = downstream.open_problems(np.where(m, self.report.truth, 0), np.where(m, self.completed, 0))
+        return {f"op_{name}": (value, np.nan) for name, value in pair.items()}
+
+    def rare(self) -> Found:
+        """Deviance over the cells of types with at most 30 training cells."""
+        some = rare(self.types(self.store.rows("train")), self.typed())
+        if some.sum() < 2:
+            raise ValueError(
+                f"rare: {some.sum()} test cells are of a type with at most 30 training cells; 2 are wanted"
+            )
+        t, m = self.report.truth[some], self.report.targets[some]
+        sums = metrics.poisson_deviance(t, m, self.completed[some])
+        weights = metrics.bootstrap_weights(len(t), self.replicates, numpy_generator(self.seed, "grid-rare"))
+        both = np.concatenate((metrics.once(len(t)), weights))
+        return {"rare_deviance": _with_error(metrics.pooled(sums, m.sum(1), both))}
+
+    def frechet(self) -> Found:
+        """Log Fréchet distance between true and completed cells in a PCA of training cells."""
+        from sklearn.decomposition import PCA
+
+        train, _ = self.training
+        encoder = PCA(min(50, min(train.shape) - 1), random_state=self.seed).fit(train)
+        truth, answer = (encoder.transform(log_cp10k(x)) for x in (self.report.truth, self.completed))
+        return {"log_frechet": (float(np.log(max(downstream.frechet(truth, answer), 1e-12))), np.nan)}
+
+    def clustering(self) -> Found:
+        """Leiden clusters of the completed cells against their types."""
+        from scipy.sparse import csr_matrix
+
+        from distdiff.imputers.targets import leiden
+
+        codes, completed, genes = self.typed(), self.completed, self.store.genes
+
+        class Rows:
+            n_cells = len(completed)
+
+            def __init__(self) -> None:
+                self.genes = genes
+
+            def read(self, start: int, stop: int) -> csr_matrix:
+                return csr_matrix(completed[start:stop])
+
+            def obs(self, key: str) -> NDArray[np.object_]:
+                raise ValueError(key)
+
+        clusters, known = leiden(Rows(), seed=self.seed, progress=False), codes >= 0
+        return {k: (v, np.nan) for k, v in downstream.clustering(codes[known], clusters[known]).items()}
+
+    def probe(self) -> Found:
+        """Types of the completed cells as XGBoost tells them."""
+        train, codes = self.training
+        wanted, known = self.typed(), codes >= 0
+        have = wanted >= 0
+        found = downstream.probe(
+            train[known], codes[known], log_cp10k(self.completed)[have], wanted[have], seed=self.seed
+        )
+        return {f"probe_{name}": (value, np.nan) for name, value in found.items()}
+
+
+def log_cp10k(counts: NDArray[np.floating]) -> NDArray[np.float32]:
+    """``log(1 + 10,000 x / depth)``, ``float32 [n g]``; a cell without molecules stays zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.grid.scores import log_cp10k
+    >>> log_cp10k(np.array([[0.0, 0.0], [1.0, 1.0]])).round(1)
+    array([[0. , 0. ],
+           [8.5, 8.5]], dtype=float32)
+    """
+    depth = counts.sum(axis=1, keepdims=True, dtype=np.float64)
+    return np.log1p(1e4 * counts / np.where(depth > 0, depth, 1.0)).astype(np.float32)
+
+
+def extra(names: tuple[str, ...], scored: Scored) -> tuple[Found, list[str]]:
+    """The scores that are asked for, and a sentence on each that this row or data set cannot have.
+
+    Examples
+    --------
+    >>> from distdiff.grid.scores import extra
+    >>> extra((), None)
+    ({}, [])
+    """
+    found: Found = {}
+    reasons = []
+    for name in names:
+        score: Callable[[], Found] = getattr(scored, name)
+        try:
+            found |= score()
+        except (ValueError, ImportError) as error:
+            reasons.append(f"no score {name!r}: {error}")
+    return found, reasons
+
+
+def _with_error(replicates: NDArray[np.floating]) -> tuple[float, float]:
+    some = replicates[1:][np.isfinite(replicates[1:])]
+    return float(replicates[0]), float(some.std()) if len(some) else np.nan
