@@ -97,7 +97,8 @@ def after(model: Path, store: Path, data: Path, imputed: Path, *, groups: str, l
     of = f"--model {shlex.quote(str(model))} --data"
     counts = shlex.quote(str(data)) + (f" --layer {shlex.quote(layer)}" if layer else "")
     return (
-        f"Next:\n  distdiff impute {of} {counts} --sites dropout --groups {shlex.quote(groups)} "
+        f"Next:\n  distdiff denoise {of} {counts} --out {shlex.quote(str(imputed.with_name('denoised.h5ad')))}\n"
+        f"  distdiff impute {of} {counts} --sites dropout --groups {shlex.quote(groups)} "
         f"--out {shlex.quote(str(imputed))}\n  distdiff evaluate {of} {shlex.quote(str(store))} --rate 0.25\n"
         "  mlflow ui --backend-store-uri sqlite:///mlflow.db"
     )

@@ -141,7 +141,7 @@ def test_the_quickstart_goes_on_with_the_model_it_made():
 
     text = after(Path("my runs/run/model"), Path("a.zarr"), Path("b.h5ad"), Path("c.h5ad"), groups="T cells", layer="x")
     lines = [shlex.split(line) for line in text.splitlines() if line.strip().startswith("distdiff ")]
-    assert [words[1] for words in lines] == ["impute", "evaluate"]
+    assert [words[1] for words in lines] == ["denoise", "impute", "evaluate"]
     for words in lines:
         assert words[words.index("--model") + 1] == "my runs/run/model"
         parse(words[1:])
