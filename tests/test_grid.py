@@ -244,3 +244,12 @@ def test_markdown_of_a_grid_in_which_nothing_ran(atlas, tmp_path):
     result = run([of_kind("Absent")], atlas, tmp_path)
     assert result.claims == ()
     assert "Absent: absent: this row needs nolibrary" in markdown(result.table, {})
+
+
+@pytest.mark.distributed
+def test_workers_compute_the_same(atlas, tmp_path, forked_workers):
+    rows = [{"kind": "gene_mean"}, {"kind": "zero"}]
+    here = run(rows, atlas, tmp_path / "here", answers=["mean"]).table
+    spec = {**SMALL, "rows": rows, "answers": ["mean"]}
+    there = grid.run(spec, tmp_path / "there", data=[str(atlas)], workers=1, progress=False).table
+    assert here.value.equals(there.value)

@@ -139,7 +139,7 @@ def _computed(
         client = stack.enter_context(connect(address))
         task = partial(compute, folder=folder.absolute())
         sent = {client.submit(task, cell, pure=False): cell for cell in cells}
-        for future in as_completed(sent):
+        for future in as_completed(sent, loop=client.loop):
             yield sent[future], future.result()
 
 
