@@ -135,7 +135,7 @@ def test_evaluation_leaves_out_what_was_trained_on(counts, trained, tmp_path):
     kept, about = experiment.not_trained_on(Planted(), model, Planted().rows("test"), keep=True)
     assert len(kept) == len(test) + 3
     assert about["trained_on_kept"]
-    with pytest.raises(ValueError, match=r"trained on all 3 test cells .* --keep-trained"):
+    with pytest.raises(ValueError, match=r"trained on all 3 test cells .* \(keep_trained=True\)"):
         experiment.not_trained_on(Planted(), model, train[:3], keep=False)
 
 
