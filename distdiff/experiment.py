@@ -438,7 +438,7 @@ def answering(model: Model, store: CountStore, imputer: Imputer, use_labels: boo
             f"shard it with labels=[{missing[0]!r}]"
         )
     with_labels = bool(model.required_labels) if use_labels is None else use_labels
-    return _on(store, model)(WithLabels(imputer, with_labels, recode) if model.spec.labels else imputer)
+    return _on(store, model)(WithLabels(imputer, with_labels, recode))
 
 
 def not_trained_on(

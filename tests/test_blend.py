@@ -219,3 +219,17 @@ def test_training_decides_and_a_run_can_go_without(counts, tmp_path):
 def test_names_of_blend_tensors_are_no_part_of_the_network():
     assert saved.network({"network.a": torch.ones(1), "blend.cap": torch.ones(1)}).keys() == {"a"}
     assert Blend.of({"network.a": torch.ones(1)}, 3) is None
+
+
+def test_an_evaluation_with_cell_types_scores_the_blend_of_a_model_without_labels(counts, atlas, tmp_path):
+    """The groups of a table are labels of its cells, and none that the network was told."""
+    model = distdiff.train(counts, out=tmp_path / "run", **QUICK)
+    store = distdiff.CountStore.open(atlas)
+    model.blend = model.blend or fit_blend(model.process, model.denoiser, store)[0]
+    assert model.blend is not None
+    scored = [
+        distdiff.evaluate(model, store, cell_type=label, repaint_steps=0, draws=2, keep_trained=True, progress=False)
+        for label in (None, "cell_type")
+    ]
+    plain, grouped = (report.metrics()["test/deviance/distdiff mean"] for report in scored)
+    assert plain == grouped
