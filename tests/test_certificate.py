@@ -32,7 +32,7 @@ def cells(n=600, genes=60, seed=0):
 def trained(adata, n):
     return distdiff.train(
         adata, config="quick", labels=["kind"], cells=n, width=64, batch=64, lr=3e-3, progress=False,
-        evaluate={"enabled": False}, tracking={"enabled": False},
+        blend=False, evaluate={"enabled": False}, tracking={"enabled": False},
     )  # fmt: skip
 
 

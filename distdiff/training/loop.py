@@ -237,12 +237,13 @@ def validate(run: Run) -> None:
     means = run.window.means(accelerator, run.waited.lap())
     run.noise.times.update(accelerator)
     scored = scores(run.recipe, run.held_out, run.ema.model, accelerator)
-    numbers = read({**means, **{name: cells.mean() for name, cells in scored.items()}})  # the only wait for the device
+    averages = {**means, **{name: cells.mean() for name, cells in scored.items()}}
+    numbers, by_cell = read(averages, scored[progress.judge])  # the only wait for the device
     if numbers.pop("bad"):
         run.window.check(accelerator, run.writer.folder)
     numbers["cells_per_second"] = run.window.speed(run.recipe.settings.batch)
     run.window = Window(progress.step, accelerator.device)
-    progress.record(numbers, run.cells_seen, scored[progress.judge].tolist())
+    progress.record(numbers, run.cells_seen, by_cell)
     if accelerator.is_main_process:
         run.hooks.on_log(run.cells_seen, numbers)
         if progress.improved:

@@ -60,11 +60,12 @@ class Window:
         return event
 
 
-def read(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """All numbers as Python's, in one wait for the device."""
+def read(numbers: Mapping[str, float | Tensor], scores: Tensor) -> tuple[dict[str, float], list[float]]:
+    """All numbers, and ``scores`` (``[n]``), as Python's, in one wait for the device."""
     on_device = {k: v.double() for k, v in numbers.items() if isinstance(v, Tensor)}
-    values = torch.stack(list(on_device.values())).tolist()
-    return {**numbers, **dict(zip(on_device, values, strict=True))}  # type: ignore[dict-item]
+    values = torch.cat((torch.stack(list(on_device.values())), scores.double())).tolist()
+    of_numbers, of_scores = values[: len(on_device)], values[len(on_device) :]
+    return {**numbers, **dict(zip(on_device, of_numbers, strict=True))}, of_scores  # type: ignore[dict-item]
 
 
 class Waited:

@@ -54,7 +54,7 @@ def test_a_run_leaves_before_its_time_is_over():
 
 
 def test_the_command_line_leaves_with_a_status_of_its_own(tmp_path, monkeypatch, capsys):
-    def stopped(config, trust):
+    def stopped(config, **options):
         raise Stopped("stopped by SIGTERM after step 3 of 9")
 
     monkeypatch.setattr(experiment, "train", stopped)

@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_the_cell_and_th
     assert len(words) == 1
     store = CountStore.open(atlas)
     rows = store.rows("train")
-    bad = rows[Loading().plan(store, rows, 32, 0).rank_rows(6, 1, 2)[3]]
+    bad = rows[Loading().settled(store, config.data.labels).plan(store, rows, 32, 0).rank_rows(6, 1, 2)[3]]
     back = tmp_path / "run" / "checkpoints" / "step-000000004"  # step 8 would have been poisoned
     assert f"not finite at step 6, rows {bad} of the store" in (said := words.pop())
     assert f"go back with train.resume={back} and a smaller optim.lr" in said
