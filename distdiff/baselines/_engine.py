@@ -15,6 +15,7 @@ from distdiff.baselines._deep import Deep
 from distdiff.component import build
 from distdiff.denoise import Denoiser
 from distdiff.imputers import Imputed, Imputer
+from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
 from distdiff.process.survival import Survival
 from distdiff.rng import generator
@@ -162,3 +163,31 @@ class Engine(Deep, ABC):
         self.checked(mean.numpy(), observed.numpy())
         whole = torch.where(observed, cells.counts, drawn[:draws].round())
         return Imputed(mean, whole if draws else None)
+
+
+@dataclass(eq=False)
+class TransformerEngine(Engine, ABC):
+    """A row with the transformer of `CountsDiff`, imputing by RePaint without repeats.
+
+    Parameters
+    ----------
+    walk
+        Reverse steps.
+    width, depth, heads
+        Of the transformer.
+    """
+
+    walk: int = 20
+    width: int = 64
+    depth: int = 3
+    heads: int = 4
+    lr: float = 2e-4
+
+    def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
+        """The published shape."""
+        sizes = {name: option[name] for name in ("width", "depth", "heads")}
+        return {"kind": "transformer", "shortcut": False, **sizes}
+
+    def imputer(self, network: Denoiser) -> Imputer:
+        """RePaint without repeats."""
+        return RePaint(self.law, network, steps=self.walk)

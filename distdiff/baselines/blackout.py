@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distdiff.baselines._engine import Engine
-from distdiff.denoise import Denoiser
-from distdiff.imputers.repaint import RePaint
+from distdiff.baselines._engine import TransformerEngine
 from distdiff.process import Process
 from distdiff.process.blackout import Blackout as Law
 
 
 @dataclass(eq=False)
-class Blackout(Engine):
+class Blackout(TransformerEngine):
     """CountsDiff's table calls it so: its own network on 1,000 discrete times, neither guidance nor attrition.
 
     Parameters
@@ -30,23 +28,8 @@ class Blackout(Engine):
     1000
     """
 
-    walk: int = 20
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-    lr: float = 2e-4
-
     label = "Blackout"
 
     def process(self, most: int, option: dict[str, Any]) -> Process:
         """Discrete pure death."""
         return Law(own=False)
-
-    def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
-        """The transformer of `CountsDiff`."""
-        sizes = {name: option[name] for name in ("width", "depth", "heads")}
-        return {"kind": "transformer", "shortcut": False, **sizes}
-
-    def imputer(self, network: Denoiser) -> RePaint:
-        """RePaint without repeats."""
-        return RePaint(self.law, network, steps=self.walk)

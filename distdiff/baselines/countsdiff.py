@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distdiff.baselines._engine import Engine
+from distdiff.baselines._engine import TransformerEngine
 from distdiff.denoise import Denoiser
 from distdiff.imputers.repaint import RePaint
 from distdiff.process import Process
@@ -13,7 +13,7 @@ from distdiff.process.counts import Counts
 
 
 @dataclass(eq=False)
-class CountsDiff(Engine):
+class CountsDiff(TransformerEngine):
     """The published recipe on our engine: cosine schedule, mean head, weight ``-p'``, 19 steps and 3 passes of RePaint.
 
     With a label and guidance .5 each step takes two network calls, 114 as published; here 110, as the walk never goes
@@ -46,10 +46,6 @@ class CountsDiff(Engine):
     jump: int = 20
     passes: int = 3
     guidance: float = 0.5
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-    lr: float = 2e-4
 
     label = "CountsDiff as published"
 
@@ -70,11 +66,6 @@ class CountsDiff(Engine):
     def process(self, most: int, option: dict[str, Any]) -> Process:
         """Binomial thinning with the published weight."""
         return Counts(head="mean", weight="paper", own=False, leap="plain", rounding=self.rounding)
-
-    def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
-        """The published shape."""
-        sizes = {name: option[name] for name in ("width", "depth", "heads")}
-        return {"kind": "transformer", "shortcut": False, **sizes}
 
     def imputer(self, network: Denoiser) -> RePaint:
         """RePaint with its passes."""

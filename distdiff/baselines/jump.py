@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distdiff.baselines._engine import Engine
-from distdiff.denoise import Denoiser
-from distdiff.imputers.repaint import RePaint
+from distdiff.baselines._engine import TransformerEngine
 from distdiff.process import Process
 from distdiff.process.jump import Jump as Law
 
 
 @dataclass(eq=False)
-class Jump(Engine):
+class Jump(TransformerEngine):
     """Thickening by ``scale`` adds the relative noise ``1 / sqrt(scale x)``; draws are rounded to whole molecules.
 
     Births are Poisson, as in the method's own sampler. The published code has no imputation in this mode; here RePaint.
@@ -35,23 +33,9 @@ class Jump(Engine):
     """
 
     scale: float = 10.0
-    walk: int = 20
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-    lr: float = 2e-4
 
     label = "JUMP"
 
     def process(self, most: int, option: dict[str, Any]) -> Process:
         """Thickened counts, Poisson births."""
         return Law(scale=self.scale, head="mean", own=False, leap="plain", rounding="poisson")
-
-    def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
-        """The transformer of `CountsDiff`."""
-        sizes = {name: option[name] for name in ("width", "depth", "heads")}
-        return {"kind": "transformer", "shortcut": False, **sizes}
-
-    def imputer(self, network: Denoiser) -> RePaint:
-        """RePaint without repeats."""
-        return RePaint(self.law, network, steps=self.walk)

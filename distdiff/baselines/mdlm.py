@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distdiff.baselines._engine import Engine
+from distdiff.baselines._engine import TransformerEngine
 from distdiff.denoise import Denoiser
 from distdiff.imputers import Imputed, Imputer, by_row
 from distdiff.process import Process
@@ -47,7 +47,7 @@ class Unmask(Imputer):
 
 
 @dataclass(eq=False)
-class Mdlm(Engine):
+class Mdlm(TransformerEngine):
     """A transformer that gives every masked gene a law over classes ``0 ... classes - 1``.
 
     Larger counts are held at the last class. An entry is unmasked with probability ``(p_s - p_t) / (1 - p_t)`` at each
@@ -73,11 +73,6 @@ class Mdlm(Engine):
 
     remask: float = 0.0
     classes: int = 64
-    walk: int = 20
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-    lr: float = 2e-4
 
     label = "MDLM"
 
@@ -88,11 +83,6 @@ class Mdlm(Engine):
     def process(self, most: int, option: dict[str, Any]) -> Process:
         """Masking of classes."""
         return Masked(classes=max(2, min(option["classes"], most + 1)), clamp=True)
-
-    def denoiser(self, option: dict[str, Any]) -> dict[str, Any]:
-        """The transformer of `CountsDiff`."""
-        sizes = {name: option[name] for name in ("width", "depth", "heads")}
-        return {"kind": "transformer", "shortcut": False, **sizes}
 
     def imputer(self, network: Denoiser) -> Unmask:
         """Unmask, or unmask and remask."""
