@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from distdiff import files, received
-from distdiff.data.feed.loader import SHARE, memory_allowed
+from distdiff.data.feed.loader import SHARE, memory_allowed, numbered
 from distdiff.training import losses
 from distdiff.training.noise import Noise
 from distdiff.training.settings import VALIDATIONS, Recipe, Training, length
@@ -186,7 +186,7 @@ def _margin(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    allowed = memory_allowed(device)
+    device, allowed = numbered(device), memory_allowed(device)
     torch.cuda.set_per_process_memory_fraction(allowed * (0.95 - SHARE), device)
     try:
         yield

@@ -430,7 +430,12 @@ class _Scout:
 def memory_allowed(device: torch.device) -> float:
     """Share of a GPU's memory that this process may use (``torch.cuda.set_per_process_memory_fraction``)."""
     read_fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and newer
-    return 1.0 if read_fraction is None else float(read_fraction(device))
+    return 1.0 if read_fraction is None else float(read_fraction(numbered(device)))
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The GPU with its number: a plain ``cuda`` is the current one, and some functions of torch refuse it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _free_on(device: torch.device) -> int:
