@@ -4,5 +4,7 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.duration > 3:
+        print(f"\n{report.duration:.0f} s {report.when}", end=" ", flush=True)
     if report.failed:
         print("\n" + "\n".join(report.longreprtext.splitlines()[-25:]), flush=True)

@@ -49,7 +49,7 @@ class Part:
         with files.whole(self.out, overwrite=True) as temporary:
             temporary.write_text(json.dumps(self.found, indent=1, default=float))
         if show:
-            print(f"{name}: {json.dumps(value, default=float)[:400]}", flush=True)
+            print(f"{name}: {json.dumps(value, default=float)}", flush=True)
 
     def case(self, name: str, needs: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Keep what ``measure`` returns; what stops it is the result then, and the next case begins.

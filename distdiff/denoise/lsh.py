@@ -172,7 +172,8 @@ def lsh_attention(
     tensor([1.])
     """
     b, heads, n, e = qk.shape
-    q, k = qk.reshape(b * heads, n, e), F.normalize(qk, dim=-1).reshape(b * heads, n, e)
+    k = F.normalize(qk.float(), dim=-1).to(qk.dtype)  # autocast on CUDA would leave it float32, on a CPU not
+    q, k = qk.reshape(b * heads, n, e), k.reshape(b * heads, n, e)
     visible = seen.repeat_interleave(heads, 0)
     with torch.no_grad():
         rounds = [meetings(places(q, rotation), visible, bucket) for rotation in rotations]

@@ -270,7 +270,7 @@ def test_a_gpu_answers_as_the_cpu_does(kind, gpu):
     assert torch.allclose(network(*on_gpu).cpu(), want, atol=1e-3)
     with torch.autocast(gpu.type, dtype=torch.bfloat16):
         out = network(*on_gpu)
-        out.square().sum().backward()
+    out.square().sum().backward()  # outside, as in training
     assert torch.allclose(out.cpu(), want, atol=0.05, rtol=0.05)
     assert all(w.grad.isfinite().all() for w in network.parameters() if w.grad is not None)
 

@@ -107,3 +107,16 @@ def test_twice_is_the_same():
     qk, v, seen = made(300)
     turns = rotations(6, 300, 16, 2, rng=torch.Generator().manual_seed(1))
     assert torch.equal(lsh_attention(qk, v, seen, turns, 16), lsh_attention(qk, v, seen, turns, 16))
+
+
+def test_a_backward_pass_outside_autocast(monkeypatch):
+    """CUDA's autocast leaves a normalised key float32, a CPU's does not; the backward pass knows neither."""
+    normalize = F.normalize
+    monkeypatch.setattr(F, "normalize", lambda x, dim: normalize(x.float(), dim=dim))
+    qk, v = (torch.randn(2, 2, 40, 8).bfloat16().requires_grad_() for _ in range(2))
+    seen = torch.ones(2, 40, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lsh_attention(qk, v, seen, rotations(8, 40, bucket=8, rounds=2), bucket=8)
+    out.float().square().sum().backward()
+    assert out.dtype == qk.grad.dtype == v.grad.dtype == torch.bfloat16
+    assert qk.grad.isfinite().all() and v.grad.abs().sum() > 0

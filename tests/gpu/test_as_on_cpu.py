@@ -45,9 +45,9 @@ def rows(n: int, device: torch.device | str) -> Rng:
     return Rows(torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device), 0, "gpu")
 
 
-def assert_near(got: torch.Tensor, want: torch.Tensor, *, drawn: bool = False) -> None:
+def assert_near(got: torch.Tensor, want: torch.Tensor, *, drawn: bool = False, atol: float = 1e-4) -> None:
     got, want = got.cpu().double(), want.double()
-    away = ~torch.isclose(got, want, rtol=1e-4, atol=1e-4)
+    away = ~torch.isclose(got, want, rtol=1e-4, atol=atol)
     assert away.double().mean() <= (FLIPPED if drawn else 0), (got[away][:5], want[away][:5])
 
 
@@ -79,9 +79,12 @@ def test_laws(kind, atlas, gpu):
                 given[name] = call(given, rng)  # a process without a likelihood says so
         network.to(gpu)
         there, rng = {name: value.to(gpu) for name, value in given.items()}, rows(64, gpu)
+        # log-likelihoods are differences of log k!, of which float32 rounds away up to this much (5,800 molecules: .005)
+        lost = 1e-4 + 2**-23 * torch.lgamma(given["x_0"].max() + 1).item()
         for name, (drawn, call) in steps.items():
             if name in given:
-                assert_near(call(there, rng), given[name], drawn=drawn)
+                near = lost if name in ("loss", "bound") else 1e-4
+                assert_near(call(there, rng), given[name], drawn=drawn, atol=near)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -285,7 +285,10 @@ def loader(
 
     def cells(rows: np.ndarray, leases: list[Lease] | None) -> Cells:
         if leases is None:
-            return store.cells(rows, labels)
+            found = store.cells(rows, labels)
+            if device is None:
+                return found
+            return Cells(found.counts.to(device), found.labels.to(device), found.rows)
         if uploader is not None:
             return uploader.cells(rows, leases, labels)
         codes = {k: torch.from_numpy(v) for k, v in store.labels(rows, labels).items()}

@@ -71,7 +71,7 @@ class Resident:
             offset, long, begun = self._send(starts[rows] - begin[:-1], lengths, begin)
             entry = torch.repeat_interleave(offset, long, output_size=int(begin[-1]))
             entry = entry + torch.arange(len(entry), device=self.device)
-            counts.append(to_dense(gaps[entry], values[entry], begun, gene_column, len(self.store.genes)))
+            counts.append(to_dense(gaps[entry], _picked(values, entry), begun, gene_column, len(self.store.genes)))
         (at,) = self._send(rows)
         codes = {k: self._codes(k)[at] for k in self.store.label_keys(labels)}
         return Cells(_sum(counts), Condition(codes), torch.from_numpy(rows))
@@ -162,6 +162,12 @@ def to_dense(gaps: Tensor, values: Tensor, starts: Tensor, gene_column: Tensor, 
     wide = values.to(torch.float32) if values.dtype != torch.uint32 else values.to(torch.int64).to(torch.float32)
     out.index_add_(0, row * (n_genes + 1) + column, wide)
     return out.view(n, n_genes + 1)[:, :n_genes]
+
+
+def _picked(values: Tensor, at: Tensor) -> Tensor:
+    """``values[at]``; CUDA indexes no unsigned integers beyond uint8, so these are read as signed ones on the way."""
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32}.get(values.dtype)
+    return values[at] if signed is None else values.view(signed)[at].view(values.dtype)
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distdiff.data.feed import loader as loading
 from distdiff.data.feed.loader import Loading, loader
@@ -219,6 +221,31 @@ def test_counts_that_float32_does_not_hold_are_told(tmp_path):
         taken(store, Plan(41, 10, block=16, window=4), store.rows("all"), stop=5)
     with pytest.raises(ValueError, match=r"loader.resident=no"):
         Resident.load(store, torch.device("cpu"))
+
+
+class AsOnCuda(TorchDispatchMode):
+    """Refuses what CUDA has no kernels for: anything but views and copies of integers wider than uint8, unsigned."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name not in ("view", "_to_copy", "copy_", "slice", "detach", "as_strided", "alias", "empty"):
+            for x in tree_leaves((arguments, options or {})):
+                if isinstance(x, torch.Tensor):
+                    assert x.dtype not in (torch.uint16, torch.uint32), name
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("largest", [70_000, 300, 3])
+def test_a_copy_asks_nothing_of_unsigned_integers(largest, tmp_path):
+    x = make_counts(100, 20, 5).minimum(9).tolil()
+    x[7, 3] = largest
+    build(save(make_adata(x.tocsr()), tmp_path / "x.h5ad"), tmp_path / "x.store")
+    store = CountStore.open(tmp_path / "x.store")
+    rows = np.array([7, 3, 99, 7])
+    copy = Resident.load(store, torch.device("cpu"))
+    with AsOnCuda():
+        got = copy.cells(rows).counts
+    assert torch.equal(got, store.cells(rows).counts)
 
 
 @pytest.mark.gpu
