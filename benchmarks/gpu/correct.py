@@ -19,8 +19,8 @@ def main() -> None:
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))
              if re.search(r"mark\.gpu\b", path.read_text())]  # fmt: skip
     # that machine's versions are not ours: what they warn of is no failure there
-    words = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu._at_once", "-m", "gpu", "-v", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short",
-             "--durations=5", *files]  # fmt: skip
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short",
+             "-p", "benchmarks.gpu._at_once", "--durations=5", *files]  # fmt: skip
     if part.dry:  # killing and continuing is what the suite itself tries on a CPU
         words += ["-k", "not killed"]
     found: dict[str, Any] = {"PASSED": 0, "SKIPPED": 0, "failed": []}

@@ -79,7 +79,7 @@ def test_laws(kind, atlas, gpu):
                 given[name] = call(given, rng)  # a process without a likelihood says so
         network.to(gpu)
         there, rng = {name: value.to(gpu) for name, value in given.items()}, rows(64, gpu)
-        # log-likelihoods are differences of log k!, of which float32 rounds away up to this much (5,800 molecules: .005)
+        # log-likelihoods are differences of log k!; float32 rounds away up to this much (5,800 molecules: .005)
         lost = 1e-4 + 2**-23 * torch.lgamma(given["x_0"].max() + 1).item()
         for name, (drawn, call) in steps.items():
             if name in given:
