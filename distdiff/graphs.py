@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("distdiff")
 
 Function = Callable[..., tuple[Tensor, ...]]
 WARM = 3
@@ -24,10 +28,13 @@ class Captured:
         Function from tensors on one CUDA device to a tuple of tensors.
     name
         Setting that switched the graph on, for messages.
+    must
+        What cannot be recorded is an error; else a warning, and every call stays an ordinary one.
     """
 
-    def __init__(self, function: Function, name: str) -> None:
-        self.function, self.name, self.calls = function, name, 0
+    def __init__(self, function: Function, name: str, *, must: bool = True) -> None:
+        self.function, self.name, self.must, self.calls = function, name, must, 0
+        self.ordinary = WARM
         self.inputs: list[Tensor] = []
         self.replay: Callable[[], tuple[Tensor, ...]] | None = None
 
@@ -40,17 +47,19 @@ class Captured:
             Arguments of another shape or dtype than those that were recorded, or a function that cannot be recorded.
         """
         self.calls += 1
-        if self.calls <= WARM:
+        if self.calls <= self.ordinary:
             return call_on_own_stream(self.function, given)
         if self.replay is None:
             self.inputs = [x.clone() for x in given]
             try:
                 self.replay = record(self.function, self.inputs)
             except RuntimeError as error:
-                first = str(error).splitlines()[0]
-                raise ValueError(
-                    f"{self.name}: this cannot be recorded as a CUDA graph ({first}); leave it out"
-                ) from error
+                why = f"{self.name}: this cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})"
+                if self.must:
+                    raise ValueError(f"{why}; leave it out") from error
+                log.warning("%s; every step is started from Python, which is slower", why)
+                self.ordinary, self.inputs = sys.maxsize, []
+                return call_on_own_stream(self.function, given)
         if [(x.shape, x.dtype) for x in given] != [(x.shape, x.dtype) for x in self.inputs]:
             shapes = [[tuple(x.shape) for x in of] for of in (given, self.inputs)]
             raise ValueError(f"{self.name}: a CUDA graph takes one shape, recorded was {shapes[1]}, given {shapes[0]}")

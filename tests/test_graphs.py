@@ -57,7 +57,7 @@ def test_each_call_is_made_once_on_what_it_was_given(stand_in):
         captured(torch.zeros(4, 3), torch.zeros(1, 3))
 
 
-def test_what_cannot_be_recorded_is_named(monkeypatch, stand_in):
+def test_what_cannot_be_recorded_is_named(monkeypatch, stand_in, caplog):
     def record(function, inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -67,6 +67,13 @@ def test_what_cannot_be_recorded_is_named(monkeypatch, stand_in):
         captured(torch.ones(1))
     with pytest.raises(ValueError, match=r"train.graph: .*\(operation not permitted when stream is capturing\); leave"):
         captured(torch.ones(1))
+
+    captured, seen = Captured(lambda x: (seen.append(x) or x,), "train.graph", must=False), []
+    for n in range(WARM + 3):
+        (got,) = captured(torch.full((1 + n % 2,), float(n)))  # another shape is no trouble either
+        assert len(got) == 1 + n % 2
+    assert len(seen) == WARM + 3
+    assert caplog.text.count("is slower") == 1
 
 
 def denoiser(**options) -> Denoiser:
@@ -95,9 +102,11 @@ def test_training_is_refused_a_graph_where_there_can_be_none(machine, network, a
     made = denoiser(**{"kind": "mlp", "width": 8} | network)
     if words:
         with pytest.raises(ValueError, match=rf"^train.graph=true: .*{words}.*train.graph=false"):
-            graphed.check(accelerator, made, accumulate)  # type: ignore[arg-type]
+            graphed.wanted(True, accelerator, made, accumulate)  # type: ignore[arg-type]
     else:
-        graphed.check(accelerator, made, accumulate)  # type: ignore[arg-type]
+        assert graphed.wanted(True, accelerator, made, accumulate)  # type: ignore[arg-type]
+    assert graphed.wanted("auto", accelerator, made, accumulate) == (made.light and not words)  # type: ignore[arg-type]
+    assert not graphed.wanted(False, accelerator, made, accumulate)  # type: ignore[arg-type]
 
 
 def run(atlas: Path, out: Path, **train) -> dict[str, torch.Tensor]:
@@ -125,7 +134,7 @@ def test_a_step_in_a_graph_is_the_step(atlas, tmp_path, monkeypatch, stand_in, n
     plain = run(atlas, tmp_path / "plain", noise=noise)
     with pytest.raises(ValueError, match=r"train\.graph=true: CUDA graphs need a GPU"):
         run(atlas, tmp_path / "no", graph=True)
-    monkeypatch.setattr(graphed, "check", lambda *_: None)
+    monkeypatch.setattr(graphed, "reason", lambda *_: "")
     monkeypatch.setattr("distdiff.training.engine.Engine.capturable", on_cpu)
     assert_near(run(atlas, tmp_path / "graph", graph=True, noise=noise), plain)
     assert len(stand_in) == 1
@@ -205,8 +214,7 @@ def test_on_a_gpu_training_is_the_same(atlas, tmp_path, options):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_on_a_gpu_imputation_is_the_same(atlas, monkeypatch):
-    monkeypatch.setenv("DISTDIFF_FUSED", "1")
+def test_on_a_gpu_imputation_is_the_same(atlas):
     model, store = imputer_of(atlas)
     model.denoiser.cuda().eval()
     same_answers(model.imputer(graph=True, statistics=("sd",)), model.imputer(statistics=("sd",)), store, "cuda")

@@ -142,6 +142,7 @@ def made(results: Found) -> str:
     memory = f", {about['memory GiB']:.0f} GiB" if "memory GiB" in about else ""
     cores = f"{about['cpus']} CPU cores; commit {results['commit'][:12]}"
     lines += [f"{about['device']}{memory}; torch {about['torch']}, Python {about['python']}, {cores}", ""]
+    lines += [results["note"], ""] if "note" in results else []
     lines += ["## Targets", "", *table(["", "wanted", "measured", ""], targets(parts))]
     for name, (title, page) in PAGES.items():
         if name not in parts:

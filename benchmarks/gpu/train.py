@@ -61,11 +61,8 @@ CASES = {
     "lsh, 20,000 genes": Case(20_000, LSH, 8, 24),
     "mlp, 2,000 genes, from disk": Case(2000, {"kind": "mlp"}, 4096, 150, resident="no"),
     "mlp, 20,000 genes, from disk": Case(20_000, {"kind": "mlp"}, 1024, 100, resident="no"),
+    "mlp, 2,000 genes, no graph": Case(2000, {"kind": "mlp"}, 4096, 150, train={"graph": False}),
     "mlp, 2,000 genes, noise by address": Case(2000, {"kind": "mlp"}, 4096, 150, train={"noise": "rows"}),
-    "mlp, 2,000 genes, noise by address, graph": Case(
-        2000, {"kind": "mlp"}, 4096, 150, train={"noise": "rows", "graph": True}
-    ),
-    "mlp, 2,000 genes, graph": Case(2000, {"kind": "mlp"}, 4096, 150, train={"graph": True}),
     "transformer, 2,000 genes, compiled": Case(2000, TRANSFORMER, 64, 24, needs=35, train={"compile": True}),
     "mlp, 2,000 genes, compiled": Case(2000, {"kind": "mlp"}, 4096, 150, needs=20, train={"compile": True}),
     "transformer, 2,000 genes, 12 GB, auto": Case(2000, TRANSFORMER, 0, 20, needs=15, cap_gib=12),

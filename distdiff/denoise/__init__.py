@@ -42,6 +42,9 @@ class Denoiser(nn.Module, ABC):
     ragged: str = ""
     """Why tensor shapes change from batch to batch, so that ``torch.compile`` does not help; empty: they do not."""
 
+    light: bool = False
+    """Whether a GPU ends a training step sooner than Python can start it, so that a CUDA graph is faster."""
+
     gene_axes: Mapping[str, int] = {}
     """Weights that belong to genes, by name, and their gene axis (its length: k x genes, genes fastest)."""
 

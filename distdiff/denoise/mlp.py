@@ -40,6 +40,8 @@ class MLP(Denoiser):
     torch.Size([3, 2, 2])
     """
 
+    light = True
+
     def __init__(
         self, spec: DataSpec, outputs: int, *, width: int = 256, depth: int = 3, rank: int = 0, linear: int = 0
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,6 +18,8 @@ from distdiff.types import Bool, Cells, Float, Tensor
 
 if TYPE_CHECKING:
     from distdiff.data.store.store import CountStore
+
+log = logging.getLogger("distdiff")
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,24 @@ class Imputer(ABC):
 
 
 def fused_draws(device: torch.device) -> bool:
-    """Whether noise is drawn by kernels of our own (:mod:`distdiff.rng.fused`): on a GPU, by ``DISTDIFF_FUSED=1``."""
-    return device.type == "cuda" and os.environ.get("DISTDIFF_FUSED") == "1"
+    """Whether noise is drawn by kernels of our own (:mod:`distdiff.rng.fused`): on a GPU where Triton compiles them.
+
+    ``DISTDIFF_FUSED=0`` in the environment switches them off.
+    """
+    return device.type == "cuda" and os.environ.get("DISTDIFF_FUSED") != "0" and _kernels_run(device)
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """Draw one number by a kernel; what stops it (no triton, no C compiler) is told once, draws are slower then."""
+    try:
+        one = torch.zeros(1, dtype=torch.long, device=device)
+        Rows(one, one, 0, fused=True).uniform(1, 1)
+    except Exception as error:  # whatever a compiler may raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("draws are not made by fused kernels on %s (%s); about a quarter slower", device, first)
+        return False
+    return True
 
 
 def by_row(cells: Cells, draws: int, seed: int, stream: str) -> Rows:

@@ -62,4 +62,4 @@ def _check(device: torch.device, draws: int) -> None:
     if device.type != "cuda":
         raise ValueError(f"graph=True: CUDA graphs need a GPU, these cells are on {device}; leave it out")
     if draws and not fused_draws(device):
-        raise ValueError("graph=True: draws must not wait for the GPU; set DISTDIFF_FUSED=1 in the environment")
+        raise ValueError("graph=True: draws must not wait for the GPU; that needs triton, and DISTDIFF_FUSED not 0")

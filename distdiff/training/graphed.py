@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -17,14 +18,24 @@ Losses = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 """``(x_0, x, p, labels)`` -> loss of each cell ``[b]``."""
 
 
-def check(accelerator: Accelerator, denoiser: Denoiser, accumulate: int) -> None:
-    """Whether a step can be a graph.
+def wanted(graph: bool | Literal["auto"], accelerator: Accelerator, denoiser: Denoiser, accumulate: int) -> bool:
+    """Whether steps shall be a graph: ``graph`` is ``train.graph``.
 
     Raises
     ------
     ValueError
-        It cannot; the reason is told.
+        They shall and cannot; the reason is told.
     """
+    if graph is False or (graph == "auto" and not denoiser.light):
+        return False
+    why = reason(accelerator, denoiser, accumulate)
+    if why and graph is True:
+        raise ValueError(f"train.graph=true: {why}; or set train.graph=false")
+    return not why
+
+
+def reason(accelerator: Accelerator, denoiser: Denoiser, accumulate: int) -> str:
+    """Why a step cannot be a graph, or ``""``."""
     why = ""
     if accelerator.device.type != "cuda":
         why = f"CUDA graphs need a GPU, this is a {accelerator.device.type}"
@@ -38,8 +49,7 @@ def check(accelerator: Accelerator, denoiser: Denoiser, accumulate: int) -> None
         why = f"shapes differ from batch to batch ({denoiser.ragged})"
     elif any(getattr(module, "dropout", 0) for module in denoiser.modules()):
         why = "dropout draws anew at each step; set denoiser.dropout=0"
-    if why:
-        raise ValueError(f"train.graph=true: {why}; or set train.graph=false")
+    return why
 
 
 class Step:
@@ -53,12 +63,14 @@ class Step:
         Of each cell, by ``engine.network``.
     labels
         Covariates of every batch.
+    must
+        A step that cannot be recorded is an error; else it is told, and steps go on one kernel after the other.
     """
 
-    def __init__(self, engine: Engine, losses: Losses, labels: tuple[str, ...]) -> None:
+    def __init__(self, engine: Engine, losses: Losses, labels: tuple[str, ...], *, must: bool = True) -> None:
         self.engine, self.losses, self.labels = engine, losses, labels
         engine.capturable()
-        self.captured = Captured(self._step, "train.graph")
+        self.captured = Captured(self._step, "train.graph", must=must)
 
     def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
         """Take a step on these cells: their losses ``[b]``, not weighted, and the gradient's norm."""

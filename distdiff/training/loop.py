@@ -175,8 +175,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, identity: Ma
     if hooks.peers is not None:
         hooks.peers.where = partial(_progress_text, progress, settings.steps, folder)
     law = _compiled(recipe, accelerator, share)
-    if settings.graph:
-        graphed.check(accelerator, recipe.denoiser, settings.accumulate)
+    graph = graphed.wanted(settings.graph, accelerator, recipe.denoiser, settings.accumulate)
     prepared = engine.prepare(accelerator, recipe.denoiser, optim, share=share, accumulate=settings.accumulate)
     times = Times(recipe.survival.time, settings.batch, settings.seed, accelerator.device)
     if saved:
@@ -189,7 +188,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, identity: Ma
     return Run(
         recipe, accelerator, hooks, identity, held_out, progress, ema, prepared,
         noise=Noise(recipe.process, recipe.survival, times, settings), law=law,
-        graph=graphed.Step(prepared, of_states, recipe.labels) if settings.graph else None,
+        graph=graphed.Step(prepared, of_states, recipe.labels, must=settings.graph is True) if graph else None,
         waited=Waited(_batches(recipe, accelerator, index, progress.step), named=settings.trace),
         writer=checkpoint.Writer(
             folder, keep=settings.keep, process=accelerator.process_index, processes=accelerator.num_processes,
@@ -283,8 +282,7 @@ def check(recipe: Recipe, accelerator: Accelerator) -> None:
             f"{need / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free; choose a smaller number"
         )
     recipe.loading.plan(store, index, share * processes, settings.seed)
-    if settings.graph:
-        graphed.check(accelerator, recipe.denoiser, settings.accumulate)
+    graphed.wanted(settings.graph, accelerator, recipe.denoiser, settings.accumulate)
     if settings.resume not in ("auto", "never"):
         checkpoint.find(settings.resume, Path(settings.out))
 

@@ -80,6 +80,7 @@ class Training:
         ``torch.compile`` the network and the loss, where it can be (see :mod:`~distdiff.training.compiled`).
     graph
         Replay the step as one CUDA graph (see :mod:`~distdiff.training.graphed`): one GPU, networks of one shape.
+        ``auto``: for ``mlp`` alone, which trained 2.9 times faster so on an H100; attention keeps a GPU busy anyway.
     noise
         ``streams``: torch's generators, one for ``grain`` cells. ``rows``: numbers by the cell's place in the run, the
         same for any ``grain``; on a GPU by one kernel a draw instead of one for ``grain`` cells (needs triton).
@@ -113,7 +114,7 @@ class Training:
     label_dropout: float = 0.2
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False
-    graph: bool = False
+    graph: bool | Literal["auto"] = "auto"
     noise: Literal["streams", "rows"] = "streams"
     trace: bool = False
     start: str = ""

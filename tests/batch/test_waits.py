@@ -62,8 +62,7 @@ def test_without_the_kernels_it_waits(atlas, name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["impute", "impute in steps", "denoise"])
-def test_on_a_gpu_a_batch_waits_for_nothing(atlas, monkeypatch, name):
-    monkeypatch.setenv("DISTDIFF_FUSED", "1")
+def test_on_a_gpu_a_batch_waits_for_nothing(atlas, name):
     store = CountStore.open(atlas)
     model = Model.new(store.spec(("cell_type",)), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
     task = TASKS[name](model, StoreRows(store))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from distdiff import imputers
 from distdiff.rng.rows import Rows
 from tests.rng.test_rows import follows
 
@@ -124,3 +125,11 @@ def test_on_a_gpu_the_laws_hold():
     for mean, log_size in ((0.1, -0.7), (9.0, 4.6), (5.0, -2.3), (5e4, -0.3)):
         size = float(full(log_size).exp()[0, 0])
         follows(rng.nb(full(mean), full(log_size)).cpu(), stats.nbinom(size, size / (size + mean)))
+
+
+def test_where_kernels_do_not_run_draws_are_torchs(caplog):
+    """No GPU, no triton, no compiler: told once, and nothing fails."""
+    imputers._kernels_run.cache_clear()
+    assert not any(imputers._kernels_run(torch.device("cpu")) for _ in range(2))
+    assert caplog.text.count("draws are not made by fused kernels on cpu") == 1
+    assert not imputers.fused_draws(torch.device("cpu"))
