@@ -67,6 +67,7 @@ def store_of(data: Path, genes: int, cells: int, seed: int, folder: Path) -> Cou
     counts = counts[np.sort(some)].copy()
     sc.pp.filter_genes(counts, min_cells=10)
     sc.experimental.pp.highly_variable_genes(counts, n_top_genes=genes, flavor="pearson_residuals")
+    torch.set_num_threads(1)  # numba's parallel loops, which scanpy uses, raised it
     counts = counts[:, counts.var["highly_variable"]].copy()
     counts.write_h5ad(folder / data.name)
     store = folder / f"{data.stem}{seed}.zarr"
