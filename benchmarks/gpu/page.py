@@ -155,7 +155,8 @@ def made(results: Found) -> str:
             if ended["rc"] is None
             else f" (exit status {ended['rc']})"
         )
-        lines += [f"## {title}{how}", "", *page(parts[name])]
+        of = parts[name].get("commit", results["commit"])
+        lines += [f"## {title}{how}{'' if of == results['commit'] else f', commit {of[:12]}'}", "", *page(parts[name])]
     return "\n".join(lines).rstrip() + "\n"
 
 
