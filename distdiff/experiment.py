@@ -247,7 +247,7 @@ def _owning(
                 )
                 found = finished.info["blend"]
                 run.metrics({f"val/blend_{name}": value for name, value in found.items()})
-        if finished.blend is not None:
+        if finished.blend is not None and finished.blend.weight:
             accelerator.print(
                 f"distdiff train: imputation by one call takes {finished.blend.weight:.0%} of a PCA regression "
                 f"(deviance on validation cells {found['best']:.4f}, of the network alone {found['network']:.4f})"

@@ -290,6 +290,7 @@ class Model:
             mean_only=mean_only, seed=seed, progress=progress, trained=trained,
             provenance=self.provenance(
                 method=method, blend=0.0 if used is None else used.weight,
+                calibrated=used is not None and bool(used.knots.numel()),
                 **({"cells_trained_on_unknown": unknown} if unknown else {}),
             ),
         )  # fmt: skip

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import distdiff
 from distdiff import metrics, saved
+from distdiff.baselines import _blend as blending
 from distdiff.baselines import depth
-from distdiff.baselines._blend import fit_blend
+from distdiff.baselines._blend import fit_blend, fit_knots
 from distdiff.imputers import blend as module
-from distdiff.imputers.blend import Blend, low_rank
+from distdiff.imputers.blend import KNOTS, Blend, low_rank, right_on_average
 from distdiff.model import Model
 from distdiff.types import Cells, Condition, DataSpec
 from tests.test_api import QUICK
@@ -93,10 +94,48 @@ def test_a_network_that_is_exact_stays_alone():
     store = Store(rng.poisson(rng.gamma(1.0, 2.0, GENES), (CELLS, GENES)).astype(np.float32))
     model = store.model()
     blend, info = fit_blend(model.process, model.denoiser, store)
-    assert blend is None
     assert info["weight"] == 0
+    assert blend is None or blend.knots[1].abs().max() < 0.2
     assert info["network"] - info["best"] <= info["error"]
     assert info["pca"] > info["network"]
+
+
+def binned(rng, rate, truth):
+    """As fit_blend makes them, of 400 cells x 200 entries whose rates are ``rate`` and true ones ``truth``."""
+    x = torch.from_numpy(rng.poisson(truth).astype(np.float32))
+    return blending._binned(x, torch.from_numpy(np.log(rate)).float(), torch.ones(x.shape, dtype=torch.bool))
+
+
+def test_rates_that_are_off_by_their_size_become_right_and_others_stay():
+    rng = np.random.default_rng(4)
+    truth = np.exp(rng.normal(-1, 1.5, (400, 200)))
+    knots, gain = fit_knots(binned(rng, np.where(truth < 0.2, truth / 1.5, truth), truth))
+    assert knots.shape == (2, KNOTS)
+    assert gain > 0
+    change = right_on_average(torch.tensor([-9.0, -3.0, 1.0, 9.0]), knots) - torch.tensor([-9.0, -3.0, 1.0, 9.0])
+    assert change[:2].tolist() == pytest.approx([np.log(1.5)] * 2, abs=0.1)
+    assert change[2:].tolist() == pytest.approx([0.0] * 2, abs=0.02)
+    lasting = sum(fit_knots(binned(rng, truth, truth))[0][1:].abs().sum().item() for _ in range(10)) / 10 / KNOTS
+    assert lasting < 0.01  # of rates that are right, chance takes factors of a percent at most
+    assert fit_knots(binned(rng, np.ones((400, 200)), truth))[0].numel() == 0  # all alike: no groups
+    assert fit_knots(binned(rng, truth, np.zeros((400, 200))))[0][1].max() < -1  # nothing found where much was promised
+
+
+def test_a_model_that_promises_too_little_is_put_right_and_saved_so(tmp_path):
+    """Without structure there is nothing to blend; the factor alone is kept, and used."""
+    rng = np.random.default_rng(1)
+    store = Store(rng.poisson(rng.gamma(1.0, 2.0, GENES), (CELLS, GENES)).astype(np.float32))
+    model = store.model()
+    model.denoiser.expectation.mean *= 0.75  # of every gene
+    model.blend, info = fit_blend(model.process, model.denoiser, store)
+    assert info["weight"] == 0
+    assert info["calibrated"] > 0.001
+    cells, observed = hidden(store)
+    for found in (model, Model.load(model.save(tmp_path / "model"))):
+        mean = found.imputer().impute(cells, observed).mean
+        assert float(cells.counts[~observed].sum() / mean[~observed].sum()) == pytest.approx(1, abs=0.05)
+    alone = replace(model, blend=None).imputer().impute(cells, observed).mean
+    assert float(cells.counts[~observed].sum() / alone[~observed].sum()) > 1.2
 
 
 def test_hidden_entries_are_never_used(fitted, linear):

@@ -1,9 +1,9 @@
-"""PCA regression of a cell's evidence, and its blend with the network's answer (docs/MATHS.md 5.10)."""
+"""A PCA regression blended with the network's answer, and rates right on average (docs/MATHS.md 5.10, 5.11)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,9 @@ MOST = 64
 
 GENES = 4096
 """Genes whose pairs of loadings are in memory at once."""
+
+KNOTS = 10
+"""Of the factor by the size of the rate; each stands for as many hidden entries."""
 
 PREFIX = "blend."
 """Of a blend's tensors in the file of a model's weights."""
@@ -64,20 +67,45 @@ def low_rank(
     return centre + torch.cholesky_solve(right, factor).squeeze(2).to(y.dtype) @ loadings.T
 
 
+def right_on_average(log_rate: Tensor, knots: Float[Tensor, "2 k"]) -> Tensor:
+    """``log_rate`` plus the logarithm of a factor, linear between the knots (docs/MATHS.md 5.11).
+
+    Parameters
+    ----------
+    knots
+        Log rates, ascending, and the factor's logarithm at each; beyond the ends it stays.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.imputers.blend import right_on_average
+    >>> right_on_average(torch.tensor([-5.0, 0.5, 9.0]), torch.tensor([[0.0, 1.0], [0.2, 0.0]]))
+    tensor([-4.8000,  0.6000,  9.0000])
+    """
+    at, factor = knots
+    right = torch.bucketize(log_rate.contiguous(), at).clamp(1, len(at) - 1)
+    share = ((log_rate - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return log_rate + torch.lerp(factor[right - 1], factor[right], share)
+
+
 @dataclass(frozen=True)
 class Blend:
-    """Log rates of the network and of a PCA regression, in one proportion for all genes (docs/MATHS.md 5.10).
+    """What validation cells teach about the log rates of one call (docs/MATHS.md 5.10, 5.11).
+
+    A PCA regression in one proportion for all genes, then a factor by the size of the rate.
 
     Parameters
     ----------
     weight
-        Of the regression, in (0, 1].
+        Of the regression, in [0, 1].
     scale, floor
         Of the logarithm; share of ``s mean`` below which the regression's rate may not fall.
     genes
         ``mean``, ``centre``, ``cap``, ``smear``: ``float32 [g]`` (:class:`~distdiff.baselines.pca.Pca`).
     loadings, precision
         ``float32 [g d]``, ``[d]``.
+    knots
+        Of :func:`right_on_average`, ``float32 [2 k]``; without a column: none.
 
     Examples
     --------
@@ -99,6 +127,7 @@ class Blend:
     genes: Mapping[str, Tensor]
     loadings: Tensor
     precision: Tensor
+    knots: Tensor = field(default_factory=lambda: torch.empty(2, 0))
     _on: dict[torch.device, Blend] = field(default_factory=dict, repr=False, compare=False)
 
     GENES: ClassVar[tuple[str, ...]] = ("mean", "centre", "cap", "smear")
@@ -107,6 +136,7 @@ class Blend:
         """All of it by name, as it stands in a model's file."""
         numbers = torch.tensor([self.weight, self.scale, self.floor], dtype=torch.float64)
         parts = {**self.genes, "loadings": self.loadings, "precision": self.precision, "numbers": numbers}
+        parts |= {"knots": self.knots} if self.knots.numel() else {}
         return {PREFIX + name: part.cpu().contiguous() for name, part in parts.items()}
 
     @classmethod
@@ -121,6 +151,9 @@ class Blend:
         found = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
         if not found:
             return None
+        knots = found.pop("knots", torch.empty(2, 0)).float()
+        if list(knots.shape) not in ([2, 0], [2, KNOTS]) or not bool((knots[:1].diff() > 0).all()):
+            raise ValueError(f"tensor {PREFIX}knots has shape {list(knots.shape)}, [2, {KNOTS}] ascending is wanted")
         names = (*cls.GENES, "loadings", "precision", "numbers")
         if wrong := sorted(set(names) ^ set(found)):
             raise ValueError(f"tensor {PREFIX}{wrong[0]} is {'missing' if wrong[0] in names else 'unknown'}")
@@ -135,20 +168,20 @@ class Blend:
                 )
         weight, scale, floor = found["numbers"].tolist()
         plain = all(bool((found[name] >= 0).all()) for name in ("mean", "cap", "smear"))
-        if not (0 < weight <= 1 and scale > 0 and floor > 0 and plain and bool((found["precision"] > 0).all())):
+        if not (0 <= weight <= 1 and scale > 0 and floor > 0 and plain and bool((found["precision"] > 0).all())):
             raise ValueError(f"tensors {PREFIX}* hold numbers that no fit gives (weight {weight:g}, scale {scale:g})")
         floats = {name: part.float() for name, part in found.items()}
         genes = {name: floats[name] for name in cls.GENES}
-        return cls(weight, scale, floor, genes, floats["loadings"], floats["precision"])
+        return cls(weight, scale, floor, genes, floats["loadings"], floats["precision"], knots)
 
     def on(self, device: torch.device) -> Blend:
         """The same on another device, which keeps its copy."""
         if self.loadings.device == device:
             return self
         if device not in self._on:
+            parts = {name: getattr(self, name).to(device) for name in ("loadings", "precision", "knots")}
             genes = {name: part.to(device) for name, part in self.genes.items()}
-            loadings, precision = self.loadings.to(device), self.precision.to(device)
-            self._on[device] = Blend(self.weight, self.scale, self.floor, genes, loadings, precision)
+            self._on[device] = replace(self, genes=genes, **parts, _on={})
         return self._on[device]
 
     def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
@@ -165,15 +198,16 @@ class Blend:
         self, eta: Float[Tensor, "b g k"], counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"],
         labels: Condition,
     ) -> Float[Tensor, "b g k"]:  # fmt: skip
-        """``eta`` with blended log rates of the targets (docs/MATHS.md 5.10).
+        """``eta`` with blended log rates of the targets, right on average (docs/MATHS.md 5.10, 5.11).
 
-        That of cells with a label stays: the weight was fitted without.
+        That of cells with a label stays: nothing was fitted with labels told.
         """
-        mine = self.on(eta.device)
-        rate = mine.rate(counts, observed)
-        target = ~observed & (rate > 0)
+        mine, target, first = self.on(eta.device), ~observed, eta[..., 0]
         for codes in labels.labels.values():
             target = target & (codes < 0).unsqueeze(1)
-        log_rate = rate.log().clamp(*LOG_RATE)
-        first = torch.where(target, torch.lerp(eta[..., 0], log_rate, self.weight), eta[..., 0])
-        return torch.cat((first.unsqueeze(-1), eta[..., 1:]), -1)
+        if self.weight:
+            rate = mine.rate(counts, observed)
+            first = torch.where(rate > 0, torch.lerp(first, rate.log().clamp(*LOG_RATE), self.weight), first)
+        if self.knots.numel():
+            first = right_on_average(first, mine.knots)
+        return torch.cat((torch.where(target, first, eta[..., 0]).unsqueeze(-1), eta[..., 1:]), -1)
