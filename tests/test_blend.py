@@ -122,7 +122,7 @@ def test_rates_that_are_off_by_their_size_become_right_and_others_stay():
 
 
 def test_a_model_that_promises_too_little_is_put_right_and_saved_so(tmp_path, monkeypatch):
-    """Where nothing is blended the factor alone is kept, and used."""
+    """Where nothing is blended the factors alone are kept, and used; between groups they pass over, hence the fifth."""
     monkeypatch.setattr(blending, "WEIGHTS", torch.zeros(1))
     rng = np.random.default_rng(1)
     store = Store(rng.poisson(rng.gamma(1.0, 2.0, GENES), (CELLS, GENES)).astype(np.float32))
@@ -137,7 +137,7 @@ def test_a_model_that_promises_too_little_is_put_right_and_saved_so(tmp_path, mo
         mean, asked = model.imputer().impute(cells, observed).mean, ~observed & rare
         return float(cells.counts[asked].sum() / mean[asked].sum())
 
-    assert off(model) == off(Model.load(model.save(tmp_path / "model"))) == pytest.approx(1, abs=0.1)
+    assert off(model) == off(Model.load(model.save(tmp_path / "model"))) == pytest.approx(1, abs=0.2)
     assert off(replace(model, blend=None)) > 1.5
 
 
