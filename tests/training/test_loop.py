@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -238,7 +239,7 @@ def test_validation_shards_by_blocks_and_adds_up(atlas, monkeypatch):
     monkeypatch.setattr(validation, "BLOCK", 10)
 
     class Rank:
-        device = torch.device("cpu")
+        device, autocast = torch.device("cpu"), contextlib.nullcontext
 
         def __init__(self, index, world):
             self.process_index, self.num_processes, self.sums = index, world, None
