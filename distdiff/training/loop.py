@@ -184,10 +184,12 @@ def prepare(recipe: Recipe, accelerator: Accelerator, hooks: Hooks, identity: Ma
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved.state["scaler"])
     saved = None  # all in place: its tensors are not needed twice
+    if shares := recipe.loading.shares(recipe.store, index, recipe.labels):
+        shares = shares[0], shares[1].to(accelerator.device)
     of_states = partial(losses.of_states, recipe.process, prepared.network, law=law)
     return Run(
         recipe, accelerator, hooks, identity, held_out, progress, ema, prepared,
-        noise=Noise(recipe.process, recipe.survival, times, settings), law=law,
+        noise=Noise(recipe.process, recipe.survival, times, settings, shares), law=law,
         graph=graphed.Step(prepared, of_states, recipe.labels, must=settings.graph is True) if graph else None,
         waited=Waited(_batches(recipe, accelerator, index, progress.step), named=settings.trace),
         writer=checkpoint.Writer(

@@ -47,12 +47,15 @@ class Noise:
         The law of thinning, the mixture of survival probabilities, the law of diffusion times.
     settings
         Its ``seed``, ``batch``, ``grain``, ``noise`` and ``label_dropout``.
+    shares
+        Of `distdiff.data.feed.loader.Loading.shares`, on the device: weights of cells that have evidence.
     """
 
     process: Process
     survival: Survival
     times: Times
     settings: Training
+    shares: tuple[str, Tensor] | None = None
 
     def draw(self, cells: Cells, step: int, first: int) -> Noised:
         """Draw times, survival, thinned counts and withheld labels of cells from the run's place ``first`` on."""
@@ -63,7 +66,11 @@ class Noise:
         x_0 = self.process.enter(cells.counts, rng=rng)
         x = self.process.forward(x_0, 1.0, p, rng=rng)
         labels = cells.labels.drop(rng.uniform(n) < self.settings.label_dropout)
-        return Noised(x_0, x, p, labels, t, torch.where(timed, weight, 1.0).squeeze(1), timed.squeeze(1))
+        weight = torch.where(timed, weight, 1.0).squeeze(1)
+        if self.shares is not None:
+            label, shares = self.shares
+            weight = torch.where((p == 1).any(1), weight * shares[cells.labels.labels[label]], weight)
+        return Noised(x_0, x, p, labels, t, weight, timed.squeeze(1))
 
 
 def source(settings: Training, first: int, cells: int, device: torch.device) -> Rng:

@@ -10,16 +10,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import distdiff
 from distdiff import config, experiment
+from distdiff.data.feed.loader import Loading
 from distdiff.data.store.store import CountStore
+from distdiff.model import Model
 from distdiff.process.survival import Survival
 from distdiff.training import checkpoint, loop, losses, validation
 from distdiff.training.noise import Noise
-from distdiff.training.settings import Recipe, Training
+from distdiff.training.settings import Optim, Recipe, Training
+from distdiff.training.times import Times
 
 SETTINGS = {
     "denoiser": {"kind": "mlp", "width": 16, "depth": 1},
@@ -370,3 +376,36 @@ def test_trainings_of_one_process_may_differ_in_precision(atlas, tmp_path):
             make(atlas, tmp_path / precision, precision=precision, resume="never")
         ).progress.history
         assert np.isfinite(history[-1]["val/deviance"])
+
+
+@pytest.mark.parametrize(("natural", "even"), [("auto", True), (False, False)])
+def test_imputation_is_learned_in_the_proportions_of_the_data(natural, even, tmp_path):
+    """Rare labels are read more often; the weights of cells with evidence add up to the data's, others stay."""
+    counts = np.random.default_rng(0).poisson(1.0, (800, 12)).astype(np.float32)
+    kind = np.array(["common", "rare"])[(np.arange(800) % 10 == 0).astype(int)]
+    adata = ad.AnnData(counts, obs=pd.DataFrame({"kind": kind}, index=np.arange(800).astype(str)))
+    distdiff.shard(adata, tmp_path / "x.zarr", labels=["kind"], workers=0, progress=False)
+    store = CountStore.open(tmp_path / "x.zarr")
+    model = Model.new(store.spec(("kind",)), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+    loading = Loading(natural=natural)
+    recipe = Recipe(store, model.process, model.denoiser, Survival(), Optim(), Training(batch=400), loading, ("kind",))
+    index = store.rows("train")
+    shares = recipe.loading.shares(store, index, recipe.labels)
+    assert (shares is not None) == even
+    noise = Noise(
+        recipe.process, recipe.survival, Times("uniform", 400, 0, torch.device("cpu")), recipe.settings, shares
+    )
+    plan = recipe.loading.plan(store, index, 400, 0)
+    found = []
+    for step in range(20):
+        cells = store.cells(index[plan.rows(step)], ("kind",))
+        noised = noise.draw(cells, step, 400 * step)
+        found += zip(
+            cells.labels.labels["kind"].tolist(), (noised.p == 1).any(1).tolist(), noised.weight.tolist(), strict=True
+        )
+    label, evidence, weight = (np.array(x) for x in zip(*found, strict=True))
+    rare = list(store.manifest.labels["kind"]).index("rare")
+    assert np.mean(label == rare) == pytest.approx(0.25, abs=0.01)  # read: 1 of 1 + sqrt(9)
+    assert (weight[~evidence] == 1).all()
+    share = weight[evidence & (label == rare)].sum() / weight[evidence].sum()
+    assert share == pytest.approx(0.1 if even else 0.25, abs=0.02)

@@ -26,7 +26,7 @@ from distdiff.data.feed.plan import Mixed, Order, Plan
 from distdiff.data.feed.resident import Resident, Uploader
 from distdiff.data.store.pool import Lease
 from distdiff.data.store.store import CountStore
-from distdiff.types import Cells, Condition
+from distdiff.types import Cells, Condition, Tensor
 
 B = TypeVar("B")
 
@@ -74,7 +74,11 @@ class Loading:
         cells; empty: none.
     weights
         A power of the number of cells of a value (1: proportions of the data, 0: equal), or a weight for each value.
-        ``auto``: 0.5, at which rare labels are learned and common ones lose nothing; 1 without strata.
+        ``auto``: 0.5, at which rare labels are learned; 1 without strata.
+    natural
+        Whether imputation is learned in the proportions of the data all the same: the losses of cells with evidence are
+        weighed by share in the data / share of the cells read. ``auto``: where ``weights`` is ``auto``, and the model
+        has the label of the strata.
 
     Raises
     ------
@@ -98,6 +102,7 @@ class Loading:
     ahead: int = 2
     strata: str = "auto"
     weights: float | dict[str, float] | Literal["auto"] = "auto"
+    natural: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("cache_mb", "window", "ahead"):
@@ -157,7 +162,45 @@ class Loading:
         if strata == "auto":
             near = store.n_cells <= SCATTERED or (bool(labels) and store.manifest.order.strata == labels[0])
             strata = labels[0] if labels and near else ""
-        return replace(self, strata=strata, weights=(0.5 if strata else 1.0) if weights == "auto" else weights)
+        natural = (weights == "auto" and strata in labels) if self.natural == "auto" else self.natural
+        weights = (0.5 if strata else 1.0) if weights == "auto" else weights
+        return replace(self, strata=strata, weights=weights, natural=natural)
+
+    def shares(self, store: CountStore, index: np.ndarray, labels: Sequence[str]) -> tuple[str, Tensor] | None:
+        """The label of the strata, and share in the data / share of the cells read of each of its codes.
+
+        Returns
+        -------
+        tuple or None
+            ``float32 [values + 1]``, of cells without a value last; ``None`` where ``natural`` is off.
+
+        Raises
+        ------
+        ValueError
+            ``natural`` is asked for, and the model has no such label.
+
+        Examples
+        --------
+        >>> from distdiff.data.feed.loader import Loading
+        >>> from distdiff.data.store.store import CountStore
+        >>> store = CountStore.open("atlas.zarr")
+        >>> label, shares = Loading().shares(store, store.rows("train"), ["cell_type"])
+        >>> label, len(shares)  # two types, and cells without one
+        ('cell_type', 3)
+        """
+        settled = self.settled(store, labels)
+        if not settled.natural or not settled.strata:
+            return None
+        if settled.strata not in labels:
+            raise ValueError(
+                f"loader.natural=true needs loader.strata={settled.strata!r} among the model's labels ({list(labels)})"
+            )
+        codes = store.labels(index, [settled.strata])[settled.strata]
+        plan = settled.plan(store, index, 1, 0)
+        found = np.ones(len(store.manifest.labels[settled.strata]) + 1, np.float32)
+        for cells, share in zip(plan.strata, plan.share, strict=True):  # type: ignore[attr-defined]
+            found[codes[cells[0]]] = len(cells) / len(index) / share if share else 1.0
+        return settled.strata, torch.from_numpy(found)
 
     def keep(self, store: CountStore, device: torch.device, ranks: int = 1) -> tuple[CountStore, Resident | None, str]:
         """Keep the store in memory if ``resident`` says so and it fits.

@@ -204,7 +204,8 @@ class Mixed(Order):
         self.n_cells = sum(map(len, self.strata))
         each = max(1, window // len(strata))
         self.plans = [Plan(len(s), batch, block, each, _seed(seed, i)) for i, s in enumerate(self.strata)]
-        self._places = _cycle(share / share.sum())
+        self.share = share / share.sum()
+        self._places = _cycle(self.share)
 
     def rows(self, step: int) -> np.ndarray:
         first = _start(step, self.batch)
