@@ -31,8 +31,9 @@ class Survival:
     target_share
         Range of the share of genes that are targets in the first two patterns, uniform per cell.
     levels
-        Law of the p of ``uniform``. ``schedule``: p(t). ``logit``: even in logit p from .0009 to .9991 (docs/MATHS.md
-        1.3), so that cells with hardly a molecule left, whose labels decide, are met often for rare labels too.
+        Law of the p of ``uniform``. ``schedule``: p(t). ``logit``: of half of them, even in logit p from .0009 to .5
+        (docs/MATHS.md 1.3), so that cells with hardly a molecule left, whose labels decide, are met often for rare
+        labels too.
         ``auto``: ``logit`` for cells of counts with labels, if the loss weighs every p alike; else ``schedule``.
     time
         How t is drawn: ``uniform`` for each cell; ``stratified``: evenly over the global batch, with one random shift
@@ -80,7 +81,8 @@ class Survival:
         uniform = pattern >= self.hidden + self.two_level
         level = torch.where(timed, schedule.p(t), 0.0)
         if self.levels == "logit":
-            level = torch.where(uniform, LOGIT.p(t), level)
+            near_zero = pattern >= self.hidden + self.two_level + self.uniform / 2
+            level = torch.where(near_zero, LOGIT.p((1 + t) / 2), level)
         low, high = self.target_share
         share = low + (high - low) * rng.uniform(cells, 1)
         target = rng.uniform(cells, genes) < share

@@ -37,13 +37,17 @@ def test_two_levels_share_one_target_level_a_cell():
 
 
 def test_logit_levels_meet_cells_that_are_nearly_empty():
-    p = draw(Survival(hidden=0, two_level=0, uniform=1, levels="logit"))[:, 0]
-    assert float((p < 0.01).float().mean()) == pytest.approx((7 - 4.6) / 14, abs=0.02)
-    assert float((draw(Survival(hidden=0, two_level=0, uniform=1))[:, 0] < 0.01).float().mean()) < 0.1
+    alone = Survival(hidden=0, two_level=0, uniform=1)
+    plain, logit = draw(alone)[:, 0], draw(replace(alone, levels="logit"))[:, 0]
+    moved = plain != logit
+    assert float(moved.float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float((logit[moved] < 0.01).float().mean()) == pytest.approx((7 - 4.6) / 7, abs=0.03)
+    assert 0.0009 < float(logit[moved].min()) < float(logit[moved].max()) < 0.5001
+    assert float((plain < 0.01).float().mean()) < 0.1
     both = Survival(hidden=0, two_level=0.5, uniform=0.5)
     a, b = draw(both), draw(replace(both, levels="logit"))
     kept = (a == b).all(1)  # of two levels nothing changes
-    assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.03)
 
 
 @pytest.mark.parametrize(
