@@ -33,6 +33,7 @@ from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
+from distdiff.tasks.expected import expected_columns
 from distdiff.tasks.frame import copied, framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
 from distdiff.tasks.impute import (
@@ -359,21 +360,23 @@ class Model:
 
     def complete(
         self, adata: AnnData, genes: Sequence[str] | None = None, *, layer: str | None = None, draws: int = 1,
-        mean_only: bool = False, layers: Sequence[str] | None = None, ood: int = 4, steps: int | None = None,
-        guidance: float = 1.0, spacing: str | Sequence[float] = "time", solver: str = "plain",
-        readout: str | None = None, seed: int = 0, use_labels: bool = False,
+        mean_only: bool = False, layers: Sequence[str] | None = None, report: Any = None, ood: int = 4,
+        steps: int | None = None, guidance: float = 1.0, spacing: str | Sequence[float] = "time",
+        solver: str = "plain", readout: str | None = None, seed: int = 0, use_labels: bool = False,
         unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None, device: str = "auto",
         progress: bool = False,
     ) -> AnnData:  # fmt: skip
         """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (docs/MATHS.md 5.6).
 
-        The other options are those of :meth:`impute`.
+        ``report``: what :func:`distdiff.panel` returned, or the folder that it was written to; then ``var`` tells of
+        each gene its ``reliability`` and what is expected of it (``expected_correlation`` ...). The other options are
+        those of :meth:`impute`.
         """
         options = _given(
             draws=draws, steps=steps, guidance=guidance, spacing=spacing, solver=solver, readout=readout, seed=seed,
             use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device,
         )  # fmt: skip
-        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress}
+        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress, "report": report}
         return self._impute(adata, layer, None, wanted, append=genes, **options)
 
     def _impute(
@@ -395,7 +398,14 @@ class Model:
         shown = wanted["progress"]
         plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), genes=append, progress=shown, **options)
         at = None if keep is None else columns_of(keep, plan.genes)
+        about_genes = None
+        if wanted.get("report") is not None:
+            about_genes = expected_columns(
+                wanted["report"], plan.reader, self.info.get("weights_sha256", ""), keep or plan.genes
+            )
         out, left_out = framed(adata, layer, plan.added, keep=keep)
+        if about_genes is not None:
+            out.var[about_genes.columns] = about_genes
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
         out.obs = out.obs.drop(columns="distdiff_nats", errors="ignore")
@@ -668,6 +678,10 @@ class Model:
         """Test on raw counts whether this model's answers can be believed; options of :func:`distdiff.certify`."""
         package = sys.modules[__package__]  # as its users see it: certify lies floors above and knows the baselines
         return package.certify(self, adata, **options)
+
+    def panel(self, adata: AnnData, atlas: Any, **options: Any) -> Any:
+        """Tell how well each gene that a panel lacks will be predicted; options of :func:`distdiff.panel`."""
+        return sys.modules[__package__].panel(self, adata, atlas, **options)  # floors above, as certify
 
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)

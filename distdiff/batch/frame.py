@@ -155,6 +155,8 @@ def _var(root: Any, task: Task, source: Any) -> Any:
     var = var_of(var, task.genes)
     if task.added:
         var["distdiff_added"] = np.isin(task.genes, task.added)
+    if task.about_genes is not None:
+        var[task.about_genes.columns] = task.about_genes
     if "var" in root:
         del root["var"]
     with zarr_v3():
