@@ -117,17 +117,15 @@ def gene_scores(
     Examples
     --------
     >>> import numpy as np
-    >>> from scipy import sparse
-    >>> from distdiff.baselines.ridge import Ridge
     >>> from distdiff.data.store.store import CountStore
-    >>> from distdiff.reliability import completed_means
+    >>> from distdiff.model import Model
+    >>> from distdiff.reliability import gene_scores
     >>> store = CountStore.open("atlas.zarr")
-    >>> ridge = Ridge(hide=0.3)
-    >>> ridge.fit(store, store.rows("train"))
-    >>> panel = np.arange(30) < 20
+    >>> model = Model.new(store.spec(()), {"kind": "counts"}, {"kind": "mlp", "width": 8})
     >>> counts = store.read(store.rows("test"))
-    >>> completed_means(ridge, counts, panel, np.arange(20, 30))[0].shape
-    (20, 10)
+    >>> found = gene_scores(model.imputer(), counts, np.arange(30) < 20, np.arange(20, 30))
+    >>> found["correlation"].shape, bool((found["correlation_low"] <= found["correlation_high"]).all())
+    ((10,), True)
     """
     if panel[targets].any():
         raise ValueError(f"{int(panel[targets].sum())} of the genes to score are on the panel; hide them")
@@ -259,7 +257,7 @@ def deviance_explained(x: FloatArray, m: FloatArray, depth: FloatArray, weights:
     >>> x, depth = np.array([[0.0], [4.0]]), np.array([1.0, 1.0])
     >>> answers = (x, np.full((2, 1), 2.0), 4 - x)  # right, the mean, upside down
     >>> [float(deviance_explained(x, m, depth, np.ones((1, 2)))[0, 0].round(1)) for m in answers]
-    [1.0, 0.0, -10.0]
+    [1.0, 0.0, -20.9]
     """
     from scipy.special import xlogy
 
@@ -393,7 +391,7 @@ def agreement(
     query
         CSR ``[m g]``: other cells, whose counts are known too.
     fold
-        ``[g]`` fold of each gene, from 0.
+        ``int [g]`` fold of each gene, from 0; -1: on every panel.
 
     Returns
     -------
@@ -440,7 +438,7 @@ def agreed(table: DataFrame) -> dict[str, Any]:
     >>> scores = ("correlation", "spearman", "deviance_explained")
     >>> table = pd.DataFrame({f"{of}{name}": [0.1, 0.2, 0.9] for of in ("", "expected_") for name in scores})
     >>> table = table.assign(cells=90, coverage=0.95, fold=0, reliability="weak")
-    >>> round(agreed(table)["rank_correlation"]["correlation"], 6), agreed(table)["coverage"]
+    >>> round(agreed(table)["rank_correlation"]["correlation"], 6), round(agreed(table)["coverage"], 6)
     (1.0, 0.95)
     """
     known = table[(table["reliability"] != "unknown") & (table["cells"] >= LEAST)]

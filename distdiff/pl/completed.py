@@ -49,8 +49,8 @@ def panel(
     made = canvas((1, 2), (11, 4.6), show=show, save=save, ax=ax)
     ranked, expressed = made.axes
     known = table[table["correlation"].notna()].sort_values("correlation", ascending=False)
-    place = np.arange(1, len(known) + 1)
-    ranked.fill_between(place, known["correlation_low"], known["correlation_high"], color=PALE, label="95 % interval")
+    rank = np.arange(1, len(known) + 1)
+    ranked.fill_between(rank, known["correlation_low"], known["correlation_high"], color=PALE, label="95 % interval")
     order = np.argsort(known["mean"].to_numpy())
     expressed.plot(known["mean"].to_numpy()[order], known["ceiling"].to_numpy()[order], ".", color=PALE, ms=3,
                    label="the most that Poisson counts allow")  # fmt: skip
@@ -58,7 +58,7 @@ def panel(
         these = (known["reliability"] == verdict).to_numpy()
         if these.any():
             label = f"{verdict} ({these.sum():,})"
-            ranked.plot(place[these], known["correlation"][these], ".", color=colour, ms=4, label=label)
+            ranked.plot(rank[these], known["correlation"][these], ".", color=colour, ms=4, label=label)
             expressed.plot(known["mean"][these], known["correlation"][these], ".", color=colour, ms=4)
     for axes in made.axes:
         axes.axhline(0, color=INK, lw=0.7)
