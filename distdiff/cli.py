@@ -550,7 +550,7 @@ def panel(
     genes: Annotated[str | None, typer.Option(help="Genes to tell of (default: all that the query lacks).")] = None,
     groupby: Annotated[str | None, typer.Option(help="Label of the atlas: also correlation within its groups.")] = None,
     cells: Annotated[int, typer.Option(help="Most cells of the atlas, chosen at random.")] = 2000,
-    draws: Annotated[int, typer.Option(help="Draws of each hidden count, at least 2.")] = 10,
+    draws: Annotated[int, typer.Option(help="Draws of each hidden count, at least 2.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of cells, thinning, draws and resamples.")] = 0,
     trust: Trust = None,
     overwrite: Overwrite = False,

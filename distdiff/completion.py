@@ -43,7 +43,7 @@ FEWEST = 100
 def panel(
     model: Model | str | Path, data: AnnData | str | Path | Sequence[str], atlas: Data | CountStore, *,
     layer: str | None = None, genes: Sequence[str] | None = None, groupby: str | None = None, cells: int = 2000,
-    draws: int = 10, seed: int = 0, trust: Sequence[str] = (), progress: bool = False,
+    draws: int = 20, seed: int = 0, trust: Sequence[str] = (), progress: bool = False,
 ) -> PanelReport:  # fmt: skip
     """Tell before a panel is completed how well each gene that it lacks will be predicted (docs/MATHS.md 17.1, 17.2).
 
@@ -131,7 +131,7 @@ def panel(
         group = None if groupby is None else _values(store, at, groupby)
     depth = np.asarray(counts[:, np.flatnonzero(shared)].sum(1), dtype=np.float64).ravel()
     query = depth if planned else _depths(reader, set(names[shared]))
-    share = depth_shares(depth, query)
+    share = np.ones(len(at)) if planned else depth_shares(depth, query)
     if np.median(query) > 1.1 * np.median(depth):
         notes.append(
             f"the query is deeper than the atlas ({np.median(query):,.0f} and {np.median(depth):,.0f} molecules a cell "

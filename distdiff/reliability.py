@@ -79,7 +79,7 @@ def depth_shares(depth: FloatArray, query: FloatArray) -> NDArray[np.float64]:
 
 def gene_scores(
     imputer: Imputer, counts: sparse.csr_matrix, panel: NDArray[np.bool_], targets: NDArray[np.int64], *,
-    draws: int = 10, seed: int = 0, group: np.ndarray | None = None, resamples: int = 200, batch: int = 256,
+    draws: int = 20, seed: int = 0, group: np.ndarray | None = None, resamples: int = 200, batch: int = 256,
 ) -> GeneScores:  # fmt: skip
     """Hide all genes that are not on the panel, complete ``targets``, and score each of them over the cells.
 
@@ -378,7 +378,7 @@ def tabled(genes: Sequence[str], scores: Mapping[str, NDArray[np.float64]]) -> D
 
 def agreement(
     imputer: Imputer, genes: Sequence[str], atlas: sparse.csr_matrix, query: sparse.csr_matrix, fold: NDArray[np.int64],
-    *, draws: int = 10, seed: int = 0,
+    *, draws: int = 20, seed: int = 0,
 ) -> DataFrame:  # fmt: skip
     """Expected and real reliability of every gene, when one fold of genes after the other is what a panel lacks.
 
