@@ -47,6 +47,7 @@ from distdiff.tasks.impute import (
 )
 from distdiff.tasks.latent import KEY, NOTE, latent
 from distdiff.tasks.likelihood import nats
+from distdiff.tasks.made import record
 from distdiff.types import DataSpec
 
 if TYPE_CHECKING:
@@ -428,9 +429,8 @@ class Model:
             out.layers["imputed_mask"] = sp.vstack(filled, format="csr")
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
-        out.uns["distdiff"] = {
-            **plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")
-        }  # fmt: skip
+        about = {**plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")}
+        record(out.uns, about, [*found, *(["imputed_mask"] if filled else [])], layer_names(out))
         return out
 
     def _nats(self, block: Block, levels: int, seed: int = 0) -> np.ndarray:
@@ -464,7 +464,8 @@ class Model:
         Returns
         -------
         AnnData
-            ``X``: CSR float32, whole molecules; ``obs``: the asked labels.
+            ``X``: CSR float32, whole molecules; ``obs``: the asked labels; ``uns["distdiff_made"]`` marks them as
+            generated, whatever is done to them later.
         """
         import anndata as ad
         import pandas as pd
@@ -486,7 +487,9 @@ class Model:
         index = pd.Index([f"generated{i}" for i in range(n)])
         columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
         frame = pd.DataFrame({k: pd.Categorical(v) for k, v in columns.items()}, index=index)
-        return ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
+        out = ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
+        record(out.uns, self.provenance(task="generate", steps=steps, guidance=guidance, seed=seed), [], [])
+        return out
 
     def denoise(
         self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
@@ -555,10 +558,11 @@ class Model:
             out.var["distdiff_known"] = reader.known
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
-        out.uns["distdiff"] = self.provenance(
+        about = self.provenance(
             task="denoise", layer=name, readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
+        record(out.uns, about, [name], layer_names(out))
         return out if copy else None
 
     def deepen(
@@ -592,14 +596,11 @@ class Model:
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.layers["deepened"] = sp.vstack(parts, format="csr")
-        out.uns["distdiff"] = self.provenance(
-            task="deepen",
-            times=times,
-            steps=steps,
-            seed=seed,
-            **reader.provenance(),
+        about = self.provenance(
+            task="deepen", times=times, steps=steps, seed=seed, **reader.provenance(),
             **warn_left_out(left_out, "deepen"),
-        )
+        )  # fmt: skip
+        record(out.uns, about, ["deepened"], layer_names(out))
         return out
 
     def latent(
