@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from distdiff import certified, checkup, metrics, nulls
+from distdiff import certified, metrics, nulls
 from distdiff.api import load
 from distdiff.certified import Certificate, Item
 from distdiff.data.masks import split_molecules
@@ -220,7 +220,7 @@ def _against(name: str, ours: Answers, theirs: Answers, seed: int) -> Item:
     better = worse = 0
     for metric, title in SCORES.items():
         per_cell = (theirs.sums[metric] - ours.sums[metric]) / (ours.count.mean())
-        gain, low, high = checkup._gain(per_cell, weights)
+        gain, low, high = metrics.paired_gain(per_cell, weights)
         better, worse = better + (low > 0), worse + (high < 0)
         value = [float(x.sums[metric].sum() / x.count.sum()) for x in (ours, theirs)]
         rows.append({"of": title, OURS: value[0], name: value[1], "gain": gain, "low": low, "high": high})

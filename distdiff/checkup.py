@@ -28,7 +28,8 @@ from distdiff.data.counts import check_counts
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import split_molecules
 from distdiff.data.store.moments import Moments
-from distdiff.imputers.targets import leiden
+from distdiff.inmemory import FEWEST, InMemory, groups_of
+from distdiff.metrics import bootstrap_weights, paired_gain
 from distdiff.rng import numpy_generator
 from distdiff.seen import cell_hashes
 
@@ -52,9 +53,6 @@ ZEROS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 
 BANDS = {"low (below 0.05)": (0.0, 0.05), "middle": (0.05, 0.5), "high (above 0.5)": (0.5, np.inf)}
 """Bands of genes by molecules a cell."""
-
-FEWEST = 50
-"""Cells below which nothing is said."""
 
 SMALL = 20
 """Cells that a group needs for a row of its own."""
@@ -218,7 +216,7 @@ def check(
     if len(keep) < 10:
         raise ValueError(f"check: {source.where} has {len(keep)} genes with molecules, at least 10 are wanted")
     tell: Callable[[str], None] = log.warning if progress else log.debug
-    group, label = _groups(source, counts, some, groupby, seed)
+    group, label = groups_of(source, counts, some, groupby, seed)
     depth = np.asarray(counts.sum(1)).ravel()
     about = {
         "where": source.where, "cells": len(some), "genes": len(keep), "depth": float(np.median(depth)),
@@ -233,19 +231,6 @@ def check(
         rows += _rows(answers, held, p, group, np.asarray(counts[:, keep].mean(0)).ravel(), seed)
     use, verdict = _verdict([row for row in rows if row.depth == DEPTHS[0] and row.group == row.band == "all"])
     return Check(use, verdict, about, notes, rows)
-
-
-class _Memory:
-    """What a baseline needs of a store, in memory."""
-
-    def __init__(self, counts: sparse.csr_matrix) -> None:
-        self.counts, self.genes = counts, tuple(str(i) for i in range(counts.shape[1]))
-
-    def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        return self.counts[rows]
-
-    def labels(self, rows: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        return {}
 
 
 def methods(cells: int) -> dict[str, Baseline]:
@@ -270,7 +255,7 @@ def _answers(
     seen: sparse.csr_matrix, p: float, names: np.ndarray, model: bool, seed: int, tell: Callable[[str], None]
 ) -> dict[str, FloatArray]:  # fmt: skip
     """Expected molecules of the part that is held out, ``float32 [n g]`` a method."""
-    memory, odds = _Memory(sparse.csr_matrix(seen, dtype=np.float32)), (1 - p) / p
+    memory, odds = InMemory(sparse.csr_matrix(seen, dtype=np.float32)), (1 - p) / p
     found: dict[str, FloatArray] = {}
     for name, method in methods(seen.shape[0]).items():
         tell(f"check: {name} at {p:.0%}")
@@ -339,14 +324,11 @@ def _rows(
     for label, at in parts.items():
         if len(at) < SMALL:
             continue
-        draws = numpy_generator(seed, "check-resample", len(at)).multinomial(
-            len(at), np.full(len(at), 1 / len(at)), 500
-        )
-        weights = draws / len(at)
+        weights = bootstrap_weights(len(at), 500, numpy_generator(seed, "check-resample", len(at))) / len(at)
         for name in answers:
             for band in masks if label == "all" else ("all",):
                 gains = [
-                    {other: _gain(sums[other, band][i][at] - sums[name, band][i][at], weights)
+                    {other: paired_gain(sums[other, band][i][at] - sums[name, band][i][at], weights)
                      for other in (RAW, MEAN) if other != name} for i in (0, 1)
                 ]  # fmt: skip
                 score = [float(sums[name, band][i][at].mean()) for i in (0, 1)]
@@ -358,11 +340,6 @@ def _floored(rate: FloatArray, mean: FloatArray, truth: FloatArray) -> FloatArra
     """Counts that are left alone, with the least rate at which their zeros do best: a count of 0 is no promise of 0."""
     tried = [np.maximum(rate, np.maximum(share * mean, FLOOR)) for share in ZEROS]
     return min(tried, key=lambda r: float((r - truth * np.log(r)).sum(dtype=np.float64)))
-
-
-def _gain(difference: FloatArray, weights: FloatArray) -> tuple[float, float, float]:
-    low, high = np.quantile(weights @ difference, (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
 
 
 def _verdict(rows: Sequence[Row]) -> tuple[str | None, str]:
@@ -380,31 +357,6 @@ def _verdict(rows: Sequence[Row]) -> tuple[str | None, str]:
     missing = [name for name in (MEAN, RAW) if best.nll_gain[name][1] <= 0]
     what = " and ".join("the gene mean" if name == MEAN else "the counts as they are" for name in missing)
     return None, f"do not denoise: no method is surely better than {what} (the best is {best.method})"
-
-
-def _groups(
-    source: Source, counts: sparse.csr_matrix, some: np.ndarray, groupby: str | None, seed: int
-) -> tuple[np.ndarray, str]:  # fmt: skip
-    """Name of each cell's group, and what to say of them."""
-    if groupby is not None:
-        values = source.obs(groupby)[some]
-        if len(set(values) - {None}) < 1:
-            raise ValueError(f"check: obs[{groupby!r}] is empty")
-        return np.array(["missing" if v is None else v for v in values], dtype=object), f"obs[{groupby!r}]"
-
-    class Rows:
-        n_cells, genes = counts.shape[0], source.genes
-
-        def read(self, start: int, stop: int) -> sparse.csr_matrix:
-            return sparse.csr_matrix(counts[start:stop])
-
-        def obs(self, key: str) -> np.ndarray:
-            return source.obs(key)[some]
-
-    code = leiden(Rows(), seed=seed)
-    return np.array(
-        [f"cluster {c}" for c in code], dtype=object
-    ), "Leiden clusters of the same counts (no groupby given)"
 
 
 def _notes(

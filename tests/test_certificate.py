@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from typer.testing import CliRunner
 
 import distdiff
-from distdiff import trial
+from distdiff import inmemory, trial
 from distdiff.cli import app
 
 
@@ -154,7 +154,7 @@ def test_one_group_and_no_labels_are_said(good, fresh, monkeypatch):
     assert any("all cells are of one group" in note for note in found.notes)
     assert "marker leakage" not in statuses(found)
     code = np.unique(fresh.obs["kind"], return_inverse=True)[1]
-    monkeypatch.setattr(trial.checkup, "leiden", lambda rows, seed: code[: rows.n_cells])
+    monkeypatch.setattr(inmemory, "leiden", lambda rows, seed: code[: rows.n_cells])
     bare = ad.AnnData(fresh.X[:100], var=fresh.var)
     assert distdiff.certify(good, bare).about["groups"].startswith("Leiden clusters of the same counts")
 

@@ -13,8 +13,9 @@ import scipy.sparse as sp
 from typer.testing import CliRunner
 
 import distdiff
-from distdiff import checkup
+from distdiff import checkup, inmemory
 from distdiff.cli import app
+from distdiff.inmemory import groups_of
 
 
 def flat(n=150, genes=60, seed=0):
@@ -142,9 +143,9 @@ def test_groups_are_clusters_where_none_are_given_and_it_says_so(monkeypatch):
         assert rows.read(0, rows.n_cells).shape == adata.shape
         return np.unique(kind, return_inverse=True)[1]
 
-    monkeypatch.setattr(checkup, "leiden", clusters)
+    monkeypatch.setattr(inmemory, "leiden", clusters)
     source = checkup.Source.from_anndata(adata)
-    group, label = checkup._groups(source, sp.csr_matrix(adata.X), np.arange(120), None, 0)
+    group, label = groups_of(source, sp.csr_matrix(adata.X), np.arange(120), None, 0)
     assert label.startswith("Leiden clusters of the same counts")
     assert set(group) == {"cluster 0", "cluster 1", "cluster 2"}
 
