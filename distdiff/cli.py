@@ -523,6 +523,9 @@ def certify(
     keep_trained: Annotated[
         bool, typer.Option("--keep-trained", help="Score also cells that the model was trained on.")
     ] = False,
+    track: Annotated[
+        bool, typer.Option("--track", help="Log it to MLflow, and link it from the model's card.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of masks, draws and splits.")] = 0,
     trust: Trust = None,
     overwrite: Overwrite = False,
@@ -532,9 +535,11 @@ def certify(
 
     found = distdiff.certify(
         model, data, layer=layer, groupby=groupby, sample=sample, cells=cells, genes=genes, draws=draws,
-        keep_trained=keep_trained, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+        keep_trained=keep_trained, track=track, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(found.to_text())
+    if track:
+        typer.echo(found.about["tracked"])
     if out is not None:
         typer.echo(f"written to {found.write(out, overwrite=overwrite)}")
 

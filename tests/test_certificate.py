@@ -167,3 +167,19 @@ def test_the_command(good, fresh, tmp_path):
     assert done.exit_code == 0, done.output
     assert "verdict: " in done.output
     assert (tmp_path / "c" / "certificate.html").exists()
+
+
+def test_it_is_logged_to_mlflow_on_request(good, fresh, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    found = good.certify(fresh[:200].copy(), draws=2, track=True)
+    assert found.about["tracked"].startswith("logged to a new run ")
+    (run,) = mlflow.search_runs(experiment_names=["distdiff"], output_format="list")
+    assert run.data.tags["certificate"] == found.status
+    assert run.data.metrics["certificate/zeros"] == next(i.value for i in found.items if i.name == "zeros")
+    assert run.data.metrics["certificate/deviance of the model"] == found.scores["the model"]["deviance"]
+    folder = f"certificates/{found.about['data']}"
+    paths = [f.path for f in mlflow.MlflowClient().list_artifacts(run.info.run_id, folder)]
+    assert f"{folder}/certificate.html" in paths
+    assert "tracked" not in good.certify(fresh[:200].copy(), draws=2).about
