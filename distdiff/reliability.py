@@ -352,7 +352,7 @@ class PanelReport:
             (temporary / "reliable.txt").write_text("".join(f"{gene}\n" for gene in self.reliable))
             (temporary / "panel.txt").write_text(self.to_text())
             (temporary / "panel.json").write_text(json.dumps({"about": self.about, "notes": self.notes}, indent=1))
-            pl.panel(self.table, name=str(self.about.get("query", "")), save=temporary / "panel.png")
+            pl.panel(self.table, name=Path(str(self.about["query"])).name, save=temporary / "panel.png")
         return Path(folder)
 
 

@@ -67,5 +67,5 @@ def panel(
     expressed.set(xlabel="molecules a cell at this depth", xscale="log" if len(known) else "linear")
     ranked.legend(frameon=False, fontsize=8)
     expressed.legend(frameon=False, fontsize=8)
-    made.title(f"Expected reliability of {len(table):,} genes{f': {Path(name).name}' if name else ''}")
+    made.title(f"{name or 'panel'}: n = {len(table):,} genes that it lacks, and what is expected of them")
     return made.done()
