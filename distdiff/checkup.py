@@ -19,7 +19,8 @@ from scipy import sparse
 from scipy.stats import poisson
 
 from distdiff import files
-from distdiff.baselines import Baseline
+from distdiff.baselines import CHUNK, Baseline
+from distdiff.baselines._tuning import sizes
 from distdiff.baselines.gene_mean import GeneMean
 from distdiff.baselines.knn import Knn
 from distdiff.baselines.magic import Magic
@@ -44,6 +45,9 @@ DEPTHS = (0.9, 0.5, 0.2)
 """Shares of the molecules that estimators see; the first decides."""
 
 RAW, MEAN = "no denoising", "gene mean x depth"
+
+OWN = "own count + kNN"
+"""Shown and not recommended: it wins where a gene's own count is all there is to know, and nothing is to be shared."""
 
 FLOOR = 1e-6
 """Least expected molecules."""
@@ -261,11 +265,50 @@ def _answers(
         tell(f"check: {name} at {p:.0%}")
         method.fit(memory, np.arange(seen.shape[0]))  # type: ignore[arg-type]
         found[name] = method.denoise(memory.counts, 1.0) * np.float32(odds)
+        if isinstance(method, Knn):
+            found[OWN] = with_own_count(method, memory.counts) * np.float32(odds)
     found = {RAW: memory.counts.toarray() * np.float32(odds), **found}
     if model:
         tell(f"check: a model at {p:.0%}")
         found["distdiff"] = _model_rate(memory.counts, names, seed) * np.float32(odds)
     return found
+
+
+def with_own_count(knn: Knn, counts: sparse.csr_matrix) -> FloatArray:
+    """Mean of a rate whose prior the nearest *other* cells give, once the cell's own count is seen: ``float32 [n g]``.
+
+    ``m (size + x) / (size + m)``, a gamma prior of mean ``m`` and a size a gene, by moments.
+
+    Parameters
+    ----------
+    knn
+        Fitted on these cells.
+    counts
+        CSR ``[n g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.baselines.knn import Knn
+    >>> from distdiff.checkup import with_own_count
+    >>> from distdiff.inmemory import InMemory
+    >>> alike = sparse.csr_matrix(np.random.default_rng(0).poisson(4.0, (200, 9)).astype("float32"))
+    >>> knn = Knn(k=30, prior=1.0, scale=1.0)
+    >>> knn.fit(InMemory(alike), np.arange(200))
+    >>> bool(with_own_count(knn, alike).var() < 0.3 * alike.toarray().var())  # the own count says little here
+    True
+    """
+    x = counts.toarray()
+    every, mean, k = np.ones(x.shape, dtype=bool), np.empty_like(x), int(knn.chosen["k"])
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, start + CHUNK)
+        near = knn.neighbours(x[part], every[part], k + 1, knn.chosen["scale"])
+        own = near == np.arange(start, start + len(near))[:, None]
+        near = np.take_along_axis(near, np.argsort(own, axis=1, kind="stable"), axis=1)[:, :k]
+        mean[part] = knn.pool(x[part], every[part], near, knn.chosen["prior"])
+    size = sizes(x, every, mean)
+    return (mean * (size + x) / (size + mean)).astype(np.float32)
 
 
 def _model_rate(counts: sparse.csr_matrix, names: np.ndarray, seed: int) -> FloatArray:
@@ -344,8 +387,8 @@ def _floored(rate: FloatArray, mean: FloatArray, truth: FloatArray) -> FloatArra
 
 def _verdict(rows: Sequence[Row]) -> tuple[str | None, str]:
     """The best method by likelihood that is surely better than both ways of doing nothing, or a reason not to."""
-    able = sorted((row for row in rows if row.method not in (RAW, MEAN)), key=lambda row: row.nll)
-    best = able[0]
+    able = sorted((row for row in rows if row.method not in (RAW, MEAN, OWN)), key=lambda row: row.nll)
+    best, own = able[0], next((row for row in rows if row.method == OWN), None)
     if best.better:
         low, high = best.nll_gain[MEAN][1:]
         logs = best.mse_gain[RAW][1] > 0
@@ -353,6 +396,7 @@ def _verdict(rows: Sequence[Row]) -> tuple[str | None, str]:
             f"denoise with {best.method}: it predicts held-out molecules better than the gene mean (NLL lower by "
             f"{low:.2g} to {high:.2g} an entry) and than the counts themselves"
             + ("" if logs else ", but not their logarithms: where counts are large, keep them")
+            + (f"; {OWN} predicts them better still" if own is not None and own.nll < best.nll else "")
         )
     missing = [name for name in (MEAN, RAW) if best.nll_gain[name][1] <= 0]
     what = " and ".join("the gene mean" if name == MEAN else "the counts as they are" for name in missing)
