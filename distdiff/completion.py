@@ -59,8 +59,8 @@ def panel(
         The query: an AnnData, a file or a store, whose genes and depths are looked at; or a panel that is planned, as
         a list of names or a text file with one a line (``.txt``), at the depth of the atlas.
     atlas
-        Cells that have the genes that the panel lacks: the store that the model was trained on, of which the validation
-        cells are taken, or other counts as `distdiff.train` takes them, less cells that it was trained on.
+        Cells that have the genes that the panel lacks: the store that the model was trained on, of which validation and
+        test cells are taken, or other counts as `distdiff.train` takes them, less cells that it was trained on.
     layer
         Where the raw counts of the query are (default ``X``).
     genes
@@ -202,7 +202,8 @@ def _cells(model: Model, store: CountStore, most: int, seed: int) -> tuple[NDArr
     """Rows of cells that the model was not trained on, where they come from, and what to know of them."""
     where, note = "cells that the model was not trained on", ""
     if own := store.manifest.fingerprint == model.info.get("data"):
-        rows, where = store.rows("val"), "validation cells of the model's own store"
+        rows = np.concatenate([store.rows("val"), store.rows("test")])
+        where = "validation and test cells of the model's own store"
     else:
         rows = store.rows("all")
         columns = {gene: i for i, gene in enumerate(model.spec.genes)}

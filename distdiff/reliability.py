@@ -331,11 +331,10 @@ class PanelReport:
         lines += [f"{number.get(name, 0):>7,} {name:<13} {words}" for name, words in WORDS.items()]
         names = ["gene", "correlation (95 %)", "Spearman", "deviance explained (95 %)", "coverage", "reliability"]
         shown = table if len(table) <= 20 else table.iloc[[*range(15), *range(-5, 0)]]
-        body = [[
-            str(gene), f"{row.correlation:.2f} ({row.correlation_low:.2f} to {row.correlation_high:.2f})",
-            f"{row.spearman:.2f}", f"{row.deviance_explained:.2f} ({row.deviance_explained_low:.2f} to "
-            f"{row.deviance_explained_high:.2f})", f"{row.coverage:.1%}", row.reliability,
-        ] for gene, row in zip(shown.index, shown.itertuples(), strict=True)]  # fmt: skip
+        body = [
+            [str(gene), _range(row, "correlation"), _two(row["spearman"]), _range(row, "deviance_explained"),
+             f"{row['coverage']:.1%}", row["reliability"]] for gene, row in shown.iterrows()
+        ]  # fmt: skip
         middle = "" if len(table) <= 20 else f"\n(the first 15 and the last 5 of {len(table):,} genes)"
         return "\n".join([*lines, "", text_block(names, body) + middle]) + "\n"
 
@@ -354,6 +353,15 @@ class PanelReport:
             (temporary / "panel.json").write_text(json.dumps({"about": self.about, "notes": self.notes}, indent=1))
             pl.panel(self.table, name=Path(str(self.about["query"])).name, save=temporary / "panel.png")
         return Path(folder)
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "-"
+
+
+def _range(row: Any, name: str) -> str:
+    low, high = (row[f"{name}_{end}"] for end in ("low", "high"))
+    return f"{_two(row[name])} ({low:.2f} to {high:.2f})" if np.isfinite(row[name]) else "-"
 
 
 def tabled(genes: Sequence[str], scores: Mapping[str, NDArray[np.float64]]) -> DataFrame:
