@@ -155,7 +155,7 @@ def test_what_is_expected_comes_true(model, atlas, query, report):
     deep = model.panel([*given.var_names[:40]], atlas)
     assert deep.about["molecules_kept"] == 1
     assert (deep.table["correlation"] - report.table["correlation"].reindex(deep.table.index)).mean() > 0.05
-    assert (report.table["correlation_within"] < report.table["correlation"]).mean() > 0.7
+    assert (report.table["correlation_within"] - report.table["correlation"]).mean() < -0.01
 
 
 def test_a_gene_that_no_gene_predicts_is_not_reliable(model, atlas, query):
