@@ -16,6 +16,7 @@ __all__ = [
     "evaluate",
     "impute_file",
     "load",
+    "panel",
     "pl",
     "sample",
     "shard",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from distdiff.batch import impute_file
     from distdiff.certificate import certify
     from distdiff.checkup import check
+    from distdiff.completion import panel
     from distdiff.data.store.store import CountStore
     from distdiff.differential import de
     from distdiff.model import Model
@@ -42,6 +44,7 @@ _HOME = {
     "evaluate": "distdiff.api",
     "impute_file": "distdiff.batch",
     "load": "distdiff.api",
+    "panel": "distdiff.completion",
     "sample": "distdiff.sampling",
     "shard": "distdiff.api",
     "train": "distdiff.api",

@@ -244,7 +244,7 @@ def evaluate(
     found = model if isinstance(model, Model) else load(model, trust=trust)
     if task == "generate":
         label = cell_type or next(iter(found.spec.labels), None)
-        with _opened(data, layer, found.spec.labels, label, progress) as opened:
+        with store_of(data, layer, found.spec.labels, label, progress) as opened:
             return experiment.evaluate_generated(
                 found, opened, label=label, cells=cells or 200, seed=seed, progress=progress, **generating
             )
@@ -252,14 +252,14 @@ def evaluate(
         rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type,  # type: ignore[arg-type]
         repaint_steps=repaint_steps,
     )  # fmt: skip
-    with _opened(data, layer, found.spec.labels, cell_type, progress) as opened:
+    with store_of(data, layer, found.spec.labels, cell_type, progress) as opened:
         return experiment.evaluate_model(
             found, opened, settings, seed=seed, keep_trained=keep_trained, progress=progress
         )
 
 
 @contextlib.contextmanager
-def _opened(
+def store_of(
     data: Data | CountStore, layer: str | None, known: Iterable[str], label: str | None, progress: bool
 ) -> Iterator[CountStore]:
     """A store, opened; other counts get a temporary one, with ``label`` and what they have of ``known``."""

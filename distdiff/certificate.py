@@ -8,6 +8,7 @@ means.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from distdiff import certified, checkup, metrics, nulls
+from distdiff import certified, metrics, nulls, tracking
 from distdiff.api import load
 from distdiff.certified import Certificate, Item
 from distdiff.data.masks import split_molecules
@@ -43,7 +44,7 @@ OURS = "the model"
 def certify(
     model: Model | str | Path, data: AnnData | str | Path, *, layer: str | None = None, groupby: str | None = None,
     sample: str | None = None, cells: int = 3000, genes: int = 2000, draws: int = 10, keep_trained: bool = False,
-    seed: int = 0, trust: Sequence[str] = (), progress: bool = False,
+    track: bool = False, seed: int = 0, trust: Sequence[str] = (), progress: bool = False,
 ) -> Certificate:  # fmt: skip
     """Test on the user's own counts whether a model's answers can be believed.
 
@@ -67,6 +68,10 @@ def certify(
     keep_trained
         Score also cells that the model was trained on; else they are left out where the model holds its filter of them
         (`distdiff.seen`), and serve as the cells that the cheap methods learn from.
+    track
+        Log the certificate to MLflow: files and numbers go to the run that the model came from, or to a new one, and
+        a line to the model's card (:func:`distdiff.tracking.certificates.log_certificate`). ``about["tracked"]`` says
+        where.
     seed
         Of masks, draws and splits.
     trust
@@ -131,7 +136,14 @@ def certify(
     }  # fmt: skip
     scores = {name: {m: float(s.sums[m].sum() / s.count.sum()) for m in SCORES} for name, s in
               {OURS: ours, **rivals}.items()}  # fmt: skip
-    return Certificate(certified.verdict(items), items, scores, about, trial.notes, ours.sample)
+    made = Certificate(certified.verdict(items), items, scores, about, trial.notes, ours.sample)
+    if track:
+        with tempfile.TemporaryDirectory(prefix="distdiff-") as temporary:
+            about["tracked"] = tracking.log_certificate(
+                made.write(Path(temporary) / "certificate"), model=found.where,
+                weights=str(found.info.get("weights_sha256", "")), **tracking.described(made),
+            )  # fmt: skip
+    return made
 
 
 LEVELS = np.array([0.5, 0.8, 0.95])
@@ -220,7 +232,7 @@ def _against(name: str, ours: Answers, theirs: Answers, seed: int) -> Item:
     better = worse = 0
     for metric, title in SCORES.items():
         per_cell = (theirs.sums[metric] - ours.sums[metric]) / (ours.count.mean())
-        gain, low, high = checkup._gain(per_cell, weights)
+        gain, low, high = metrics.paired_gain(per_cell, weights)
         better, worse = better + (low > 0), worse + (high < 0)
         value = [float(x.sums[metric].sum() / x.count.sum()) for x in (ours, theirs)]
         rows.append({"of": title, OURS: value[0], name: value[1], "gain": gain, "low": low, "high": high})

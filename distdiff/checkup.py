@@ -19,7 +19,8 @@ from scipy import sparse
 from scipy.stats import poisson
 
 from distdiff import files
-from distdiff.baselines import Baseline
+from distdiff.baselines import CHUNK, Baseline
+from distdiff.baselines._tuning import sizes
 from distdiff.baselines.gene_mean import GeneMean
 from distdiff.baselines.knn import Knn
 from distdiff.baselines.magic import Magic
@@ -28,7 +29,8 @@ from distdiff.data.counts import check_counts
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import split_molecules
 from distdiff.data.store.moments import Moments
-from distdiff.imputers.targets import leiden
+from distdiff.inmemory import FEWEST, InMemory, groups_of
+from distdiff.metrics import bootstrap_weights, paired_gain
 from distdiff.rng import numpy_generator
 from distdiff.seen import cell_hashes
 
@@ -44,6 +46,9 @@ DEPTHS = (0.9, 0.5, 0.2)
 
 RAW, MEAN = "no denoising", "gene mean x depth"
 
+OWN = "own count + kNN"
+"""Shown and not recommended: it wins where a gene's own count is all there is to know, and nothing is to be shared."""
+
 FLOOR = 1e-6
 """Least expected molecules."""
 
@@ -52,9 +57,6 @@ ZEROS = (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 
 BANDS = {"low (below 0.05)": (0.0, 0.05), "middle": (0.05, 0.5), "high (above 0.5)": (0.5, np.inf)}
 """Bands of genes by molecules a cell."""
-
-FEWEST = 50
-"""Cells below which nothing is said."""
 
 SMALL = 20
 """Cells that a group needs for a row of its own."""
@@ -218,7 +220,7 @@ def check(
     if len(keep) < 10:
         raise ValueError(f"check: {source.where} has {len(keep)} genes with molecules, at least 10 are wanted")
     tell: Callable[[str], None] = log.warning if progress else log.debug
-    group, label = _groups(source, counts, some, groupby, seed)
+    group, label = groups_of(source, counts, some, groupby, seed)
     depth = np.asarray(counts.sum(1)).ravel()
     about = {
         "where": source.where, "cells": len(some), "genes": len(keep), "depth": float(np.median(depth)),
@@ -233,19 +235,6 @@ def check(
         rows += _rows(answers, held, p, group, np.asarray(counts[:, keep].mean(0)).ravel(), seed)
     use, verdict = _verdict([row for row in rows if row.depth == DEPTHS[0] and row.group == row.band == "all"])
     return Check(use, verdict, about, notes, rows)
-
-
-class _Memory:
-    """What a baseline needs of a store, in memory."""
-
-    def __init__(self, counts: sparse.csr_matrix) -> None:
-        self.counts, self.genes = counts, tuple(str(i) for i in range(counts.shape[1]))
-
-    def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        return self.counts[rows]
-
-    def labels(self, rows: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        return {}
 
 
 def methods(cells: int) -> dict[str, Baseline]:
@@ -270,17 +259,56 @@ def _answers(
     seen: sparse.csr_matrix, p: float, names: np.ndarray, model: bool, seed: int, tell: Callable[[str], None]
 ) -> dict[str, FloatArray]:  # fmt: skip
     """Expected molecules of the part that is held out, ``float32 [n g]`` a method."""
-    memory, odds = _Memory(sparse.csr_matrix(seen, dtype=np.float32)), (1 - p) / p
+    memory, odds = InMemory(sparse.csr_matrix(seen, dtype=np.float32)), (1 - p) / p
     found: dict[str, FloatArray] = {}
     for name, method in methods(seen.shape[0]).items():
         tell(f"check: {name} at {p:.0%}")
         method.fit(memory, np.arange(seen.shape[0]))  # type: ignore[arg-type]
         found[name] = method.denoise(memory.counts, 1.0) * np.float32(odds)
+        if isinstance(method, Knn):
+            found[OWN] = with_own_count(method, memory.counts) * np.float32(odds)
     found = {RAW: memory.counts.toarray() * np.float32(odds), **found}
     if model:
         tell(f"check: a model at {p:.0%}")
         found["distdiff"] = _model_rate(memory.counts, names, seed) * np.float32(odds)
     return found
+
+
+def with_own_count(knn: Knn, counts: sparse.csr_matrix) -> FloatArray:
+    """Mean of a rate whose prior the nearest *other* cells give, once the cell's own count is seen: ``float32 [n g]``.
+
+    ``m (size + x) / (size + m)``, a gamma prior of mean ``m`` and a size a gene, by moments.
+
+    Parameters
+    ----------
+    knn
+        Fitted on these cells.
+    counts
+        CSR ``[n g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.baselines.knn import Knn
+    >>> from distdiff.checkup import with_own_count
+    >>> from distdiff.inmemory import InMemory
+    >>> alike = sparse.csr_matrix(np.random.default_rng(0).poisson(4.0, (200, 9)).astype("float32"))
+    >>> knn = Knn(k=30, prior=1.0, scale=1.0)
+    >>> knn.fit(InMemory(alike), np.arange(200))
+    >>> bool(with_own_count(knn, alike).var() < 0.3 * alike.toarray().var())  # the own count says little here
+    True
+    """
+    x = counts.toarray()
+    every, mean, k = np.ones(x.shape, dtype=bool), np.empty_like(x), int(knn.chosen["k"])
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, start + CHUNK)
+        near = knn.neighbours(x[part], every[part], k + 1, knn.chosen["scale"])
+        own = near == np.arange(start, start + len(near))[:, None]
+        near = np.take_along_axis(near, np.argsort(own, axis=1, kind="stable"), axis=1)[:, :k]
+        mean[part] = knn.pool(x[part], every[part], near, knn.chosen["prior"])
+    size = sizes(x, every, mean)
+    return (mean * (size + x) / (size + mean)).astype(np.float32)
 
 
 def _model_rate(counts: sparse.csr_matrix, names: np.ndarray, seed: int) -> FloatArray:
@@ -339,14 +367,11 @@ def _rows(
     for label, at in parts.items():
         if len(at) < SMALL:
             continue
-        draws = numpy_generator(seed, "check-resample", len(at)).multinomial(
-            len(at), np.full(len(at), 1 / len(at)), 500
-        )
-        weights = draws / len(at)
+        weights = bootstrap_weights(len(at), 500, numpy_generator(seed, "check-resample", len(at))) / len(at)
         for name in answers:
             for band in masks if label == "all" else ("all",):
                 gains = [
-                    {other: _gain(sums[other, band][i][at] - sums[name, band][i][at], weights)
+                    {other: paired_gain(sums[other, band][i][at] - sums[name, band][i][at], weights)
                      for other in (RAW, MEAN) if other != name} for i in (0, 1)
                 ]  # fmt: skip
                 score = [float(sums[name, band][i][at].mean()) for i in (0, 1)]
@@ -360,15 +385,10 @@ def _floored(rate: FloatArray, mean: FloatArray, truth: FloatArray) -> FloatArra
     return min(tried, key=lambda r: float((r - truth * np.log(r)).sum(dtype=np.float64)))
 
 
-def _gain(difference: FloatArray, weights: FloatArray) -> tuple[float, float, float]:
-    low, high = np.quantile(weights @ difference, (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
-
-
 def _verdict(rows: Sequence[Row]) -> tuple[str | None, str]:
     """The best method by likelihood that is surely better than both ways of doing nothing, or a reason not to."""
-    able = sorted((row for row in rows if row.method not in (RAW, MEAN)), key=lambda row: row.nll)
-    best = able[0]
+    able = sorted((row for row in rows if row.method not in (RAW, MEAN, OWN)), key=lambda row: row.nll)
+    best, own = able[0], next((row for row in rows if row.method == OWN), None)
     if best.better:
         low, high = best.nll_gain[MEAN][1:]
         logs = best.mse_gain[RAW][1] > 0
@@ -376,35 +396,11 @@ def _verdict(rows: Sequence[Row]) -> tuple[str | None, str]:
             f"denoise with {best.method}: it predicts held-out molecules better than the gene mean (NLL lower by "
             f"{low:.2g} to {high:.2g} an entry) and than the counts themselves"
             + ("" if logs else ", but not their logarithms: where counts are large, keep them")
+            + (f"; {OWN} predicts them better still" if own is not None and own.nll < best.nll else "")
         )
     missing = [name for name in (MEAN, RAW) if best.nll_gain[name][1] <= 0]
     what = " and ".join("the gene mean" if name == MEAN else "the counts as they are" for name in missing)
     return None, f"do not denoise: no method is surely better than {what} (the best is {best.method})"
-
-
-def _groups(
-    source: Source, counts: sparse.csr_matrix, some: np.ndarray, groupby: str | None, seed: int
-) -> tuple[np.ndarray, str]:  # fmt: skip
-    """Name of each cell's group, and what to say of them."""
-    if groupby is not None:
-        values = source.obs(groupby)[some]
-        if len(set(values) - {None}) < 1:
-            raise ValueError(f"check: obs[{groupby!r}] is empty")
-        return np.array(["missing" if v is None else v for v in values], dtype=object), f"obs[{groupby!r}]"
-
-    class Rows:
-        n_cells, genes = counts.shape[0], source.genes
-
-        def read(self, start: int, stop: int) -> sparse.csr_matrix:
-            return sparse.csr_matrix(counts[start:stop])
-
-        def obs(self, key: str) -> np.ndarray:
-            return source.obs(key)[some]
-
-    code = leiden(Rows(), seed=seed)
-    return np.array(
-        [f"cluster {c}" for c in code], dtype=object
-    ), "Leiden clusters of the same counts (no groupby given)"
 
 
 def _notes(

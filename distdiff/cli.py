@@ -265,15 +265,16 @@ def complete(
     context: typer.Context, model: ModelName, data: Data, out: Out,
     genes: Annotated[str | None, typer.Option(help="Genes to append (default: all that the input lacks).")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the predictive law to write.")] = 1,
-    mean_only: MeanOnly = False, layers: Layers = None, ood: Ood = 4, steps: Steps = None, guidance: Guidance = 1.0,
-    spacing: Spacing = "time", solver: Solver = "plain", readout: Readout = None, seed: Seed = 0,
-    dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
+    mean_only: MeanOnly = False, layers: Layers = None,
+    report: Annotated[str | None, typer.Option(help="Folder of distdiff panel: var gets what it expects.")] = None,
+    ood: Ood = 4, steps: Steps = None, guidance: Guidance = 1.0, spacing: Spacing = "time", solver: Solver = "plain",
+    readout: Readout = None, seed: Seed = 0, dtype: Dtype = "float32", sparse: Sparse = None, **shared: Any,
 ) -> None:  # fmt: skip
     """Append genes that the input lacks and impute them."""
     _batch(
         context, "complete", model, data, out, genes=_genes(genes), draws=draws, mean_only=mean_only,
-        layers=_names(layers), ood=ood, steps=steps, guidance=guidance, spacing=_levels(spacing), solver=solver,
-        readout=readout, seed=seed, dtype=dtype, sparse=sparse, **shared,
+        layers=_names(layers), report=report, ood=ood, steps=steps, guidance=guidance, spacing=_levels(spacing),
+        solver=solver, readout=readout, seed=seed, dtype=dtype, sparse=sparse, **shared,
     )  # fmt: skip
 
 
@@ -522,6 +523,9 @@ def certify(
     keep_trained: Annotated[
         bool, typer.Option("--keep-trained", help="Score also cells that the model was trained on.")
     ] = False,
+    track: Annotated[
+        bool, typer.Option("--track", help="Log it to MLflow, and link it from the model's card.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of masks, draws and splits.")] = 0,
     trust: Trust = None,
     overwrite: Overwrite = False,
@@ -531,7 +535,37 @@ def certify(
 
     found = distdiff.certify(
         model, data, layer=layer, groupby=groupby, sample=sample, cells=cells, genes=genes, draws=draws,
-        keep_trained=keep_trained, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+        keep_trained=keep_trained, track=track, seed=seed, trust=tuple(trust or ()), progress=_shown(context),
+    )  # fmt: skip
+    typer.echo(found.to_text())
+    if track:
+        typer.echo(found.about["tracked"])
+    if out is not None:
+        typer.echo(f"written to {found.write(out, overwrite=overwrite)}")
+
+
+@app.command()
+def panel(
+    context: typer.Context,
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="The query (h5ad, AnnData zarr, 10x, store), or a .txt file of genes.")],
+    atlas: Annotated[str, typer.Option(help="The store that the model was trained on, or other counts of all genes.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, names of reliable genes, a figure.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of the query with raw counts (default: X).")] = None,
+    genes: Annotated[str | None, typer.Option(help="Genes to tell of (default: all that the query lacks).")] = None,
+    groupby: Annotated[str | None, typer.Option(help="Label of the atlas: also correlation within its groups.")] = None,
+    cells: Annotated[int, typer.Option(help="Most cells of the atlas, chosen at random.")] = 2000,
+    draws: Annotated[int, typer.Option(help="Draws of each hidden count, at least 2.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of cells, thinning, draws and resamples.")] = 0,
+    trust: Trust = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Which genes can a panel be completed by? Expected reliability of each, before it is used."""
+    import distdiff
+
+    found = distdiff.panel(
+        model, data, atlas, layer=layer, genes=_genes(genes), groupby=groupby, cells=cells, draws=draws, seed=seed,
+        trust=tuple(trust or ()), progress=_shown(context),
     )  # fmt: skip
     typer.echo(found.to_text())
     if out is not None:

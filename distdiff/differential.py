@@ -20,6 +20,7 @@ from distdiff.component import nearest
 from distdiff.data.counts import check_counts
 from distdiff.data.ingest.source import Source, layer_names
 from distdiff.scoretest import Tested, fit_null, rubin, score_tests, shrink
+from distdiff.tasks.made import made_by
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -230,17 +231,14 @@ def invalid(adata: AnnData, layer: str | None) -> str:
     >>> invalid(cells, None), invalid(cells, "imputed_draw2")[:39]
     ('', "layer 'imputed_draw2' holds draws from ")
     """
-    about = adata.uns.get("distdiff")
-    about = about if isinstance(about, Mapping) else {}
-    if layer is None:
-        made = about.get("task") == "generate"
-        return "X holds cells that a model generated, not cells that were measured" if made else ""
-    if OURS.fullmatch(layer):
+    x, layers = made_by(adata.uns)
+    if layer is not None and OURS.fullmatch(layer):
         draw = layer in ("imputed", "deepened") or layer.startswith("imputed_draw")
         return f"layer {layer!r} {WHY['draw' if draw else 'mean']}"
-    if about.get("layer") == layer and not about.get("valid_for_tests", True):
+    if layer in layers:
         return f"layer {layer!r} {WHY['mean']}"
-    return ""
+    what = "X" if layer is None else f"layer {layer!r}"
+    return f"{what} holds cells that a model generated, not cells that were measured" if x else ""
 
 
 def _groups(

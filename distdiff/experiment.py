@@ -415,7 +415,28 @@ def evaluate_model(
         labels=tuple(recode), groups=settings.cell_type, progress=progress,
     )  # fmt: skip
     report.setting |= about
+    if settings.protocol == "genes":
+        _expected(report, ours(model.imputer()), store, rows, settings, seed)
     return report
+
+
+def _expected(
+    report: Report, imputer: Imputer, store: CountStore, rows: np.ndarray, settings: Evaluation, seed: int
+) -> None:  # fmt: skip
+    """Put into a report of hidden genes whether the reliability that validation cells lead one to expect comes true."""
+    from distdiff.data.masks import gene_folds
+    from distdiff.reliability import agreed, agreement
+    from distdiff.rng import numpy_generator
+
+    before = store.rows("val")
+    before = before[:: max(1, -(-len(before) // settings.cells))]
+    if not len(before):
+        return
+    fold = gene_folds(len(store.genes), round(1 / settings.rate), numpy_generator(seed, "evaluate"))
+    report.genes = agreement(
+        imputer, store.genes, store.read(before), store.read(rows), fold, draws=max(2, settings.draws), seed=seed
+    )
+    report.setting["reliability"] = agreed(report.genes)
 
 
 def answering(model: Model, store: CountStore, imputer: Imputer, use_labels: bool | None = None) -> Imputer:

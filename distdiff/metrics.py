@@ -86,6 +86,28 @@ def cell_mean(values: FloatArray, weights: NDArray[np.integer]) -> FloatArray:
     return pooled(np.where(known, values, 0.0), known.astype(np.int64), weights)
 
 
+def paired_gain(difference: FloatArray, weights: FloatArray) -> tuple[float, float, float]:
+    """Mean of a paired difference over cells, and the interval that holds it in 95 % of resamples.
+
+    Parameters
+    ----------
+    difference
+        ``[b]`` of each cell.
+    weights
+        ``[R b]``, rows that sum to 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.metrics import bootstrap_weights, paired_gain
+    >>> weights = bootstrap_weights(4, 200, np.random.default_rng(0)) / 4
+    >>> paired_gain(np.array([1.0, 1.0, 1.0, 1.0]), weights)
+    (1.0, 1.0, 1.0)
+    """
+    low, high = np.quantile(weights @ difference, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
 def _sum(entries: FloatArray, targets: BoolArray) -> FloatArray:
     return np.sum(entries, axis=1, where=targets, dtype=np.float64)
 

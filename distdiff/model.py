@@ -33,6 +33,7 @@ from distdiff.tasks import Block, Reader, check_labels, columns_of, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
+from distdiff.tasks.expected import expected_columns
 from distdiff.tasks.frame import copied, framed, warn_left_out
 from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
 from distdiff.tasks.impute import (
@@ -46,6 +47,7 @@ from distdiff.tasks.impute import (
 )
 from distdiff.tasks.latent import KEY, NOTE, latent
 from distdiff.tasks.likelihood import nats
+from distdiff.tasks.made import record
 from distdiff.types import DataSpec
 
 if TYPE_CHECKING:
@@ -359,21 +361,23 @@ class Model:
 
     def complete(
         self, adata: AnnData, genes: Sequence[str] | None = None, *, layer: str | None = None, draws: int = 1,
-        mean_only: bool = False, layers: Sequence[str] | None = None, ood: int = 4, steps: int | None = None,
-        guidance: float = 1.0, spacing: str | Sequence[float] = "time", solver: str = "plain",
-        readout: str | None = None, seed: int = 0, use_labels: bool = False,
+        mean_only: bool = False, layers: Sequence[str] | None = None, report: Any = None, ood: int = 4,
+        steps: int | None = None, guidance: float = 1.0, spacing: str | Sequence[float] = "time",
+        solver: str = "plain", readout: str | None = None, seed: int = 0, use_labels: bool = False,
         unseen: Literal["unknown", "refuse"] = "unknown", batch_size: int | None = None, device: str = "auto",
         progress: bool = False,
     ) -> AnnData:  # fmt: skip
         """Append genes that the input lacks (all of the model's, or ``genes``) and impute them (docs/MATHS.md 5.6).
 
-        The other options are those of :meth:`impute`.
+        ``report``: what :func:`distdiff.panel` returned, or the folder that it was written to; then ``var`` tells of
+        each gene its ``reliability`` and what is expected of it (``expected_correlation`` ...). The other options are
+        those of :meth:`impute`.
         """
         options = _given(
             draws=draws, steps=steps, guidance=guidance, spacing=spacing, solver=solver, readout=readout, seed=seed,
             use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device,
         )  # fmt: skip
-        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress}
+        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress, "report": report}
         return self._impute(adata, layer, None, wanted, append=genes, **options)
 
     def _impute(
@@ -395,7 +399,14 @@ class Model:
         shown = wanted["progress"]
         plan = self.plan_imputation(rows, mask=mask_of(adata, mask, rows), genes=append, progress=shown, **options)
         at = None if keep is None else columns_of(keep, plan.genes)
+        about_genes = None
+        if wanted.get("report") is not None:
+            about_genes = expected_columns(
+                wanted["report"], plan.reader, self.info.get("weights_sha256", ""), keep or plan.genes
+            )
         out, left_out = framed(adata, layer, plan.added, keep=keep)
+        if about_genes is not None:
+            out.var[about_genes.columns] = about_genes
         for name in filter(is_imputation_layer, layer_names(out)):  # of an earlier imputation
             del out.layers[name]
         out.obs = out.obs.drop(columns="distdiff_nats", errors="ignore")
@@ -418,9 +429,8 @@ class Model:
             out.layers["imputed_mask"] = sp.vstack(filled, format="csr")
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
-        out.uns["distdiff"] = {
-            **plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")
-        }  # fmt: skip
+        about = {**plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")}
+        record(out.uns, about, [*found, *(["imputed_mask"] if filled else [])], layer_names(out))
         return out
 
     def _nats(self, block: Block, levels: int, seed: int = 0) -> np.ndarray:
@@ -454,7 +464,8 @@ class Model:
         Returns
         -------
         AnnData
-            ``X``: CSR float32, whole molecules; ``obs``: the asked labels.
+            ``X``: CSR float32, whole molecules; ``obs``: the asked labels; ``uns["distdiff_made"]`` marks them as
+            generated, whatever is done to them later.
         """
         import anndata as ad
         import pandas as pd
@@ -476,7 +487,9 @@ class Model:
         index = pd.Index([f"generated{i}" for i in range(n)])
         columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
         frame = pd.DataFrame({k: pd.Categorical(v) for k, v in columns.items()}, index=index)
-        return ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
+        out = ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
+        record(out.uns, self.provenance(task="generate", steps=steps, guidance=guidance, seed=seed), [], [])
+        return out
 
     def denoise(
         self, adata: AnnData, *, layer: str | None = None, genes: Sequence[str] | Literal["model", "all"] = "model",
@@ -545,10 +558,11 @@ class Model:
             out.var["distdiff_known"] = reader.known
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
-        out.uns["distdiff"] = self.provenance(
+        about = self.provenance(
             task="denoise", layer=name, readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
             **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
+        record(out.uns, about, [name], layer_names(out))
         return out if copy else None
 
     def deepen(
@@ -582,14 +596,11 @@ class Model:
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
         out.layers["deepened"] = sp.vstack(parts, format="csr")
-        out.uns["distdiff"] = self.provenance(
-            task="deepen",
-            times=times,
-            steps=steps,
-            seed=seed,
-            **reader.provenance(),
+        about = self.provenance(
+            task="deepen", times=times, steps=steps, seed=seed, **reader.provenance(),
             **warn_left_out(left_out, "deepen"),
-        )
+        )  # fmt: skip
+        record(out.uns, about, ["deepened"], layer_names(out))
         return out
 
     def latent(
@@ -668,6 +679,10 @@ class Model:
         """Test on raw counts whether this model's answers can be believed; options of :func:`distdiff.certify`."""
         package = sys.modules[__package__]  # as its users see it: certify lies floors above and knows the baselines
         return package.certify(self, adata, **options)
+
+    def panel(self, adata: AnnData, atlas: Any, **options: Any) -> Any:
+        """Tell how well each gene that a panel lacks will be predicted; options of :func:`distdiff.panel`."""
+        return sys.modules[__package__].panel(self, adata, atlas, **options)  # floors above, as certify
 
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
         reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)

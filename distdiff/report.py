@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdiff import files, metrics
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Report:
     mean: NDArray[np.float32] | None = None
     draws: NDArray[np.float32] | None = None
     ours: str = "distdiff"
+    genes: DataFrame | None = None
+    """Of hidden genes: what was expected of each, and what came true (`distdiff.reliability.agreement`)."""
 
     @property
     def table(self) -> Any:
@@ -143,6 +148,14 @@ class Report:
                 f"resamples: difference {low:.3g} to {high:.3g}"
                 f"{'' if sure else '; not a safe order'})"
             )
+        if found := self.setting.get("reliability"):
+            ranked = found["rank_correlation"]
+            out.append(
+                f"reliability of {found['genes_known']:,} genes, expected from validation cells and real, "
+                f"{found['folds']} folds: rank correlation {ranked['correlation']:.2f} (of correlations), "
+                f"{ranked['deviance_explained']:.2f} (of deviance explained); 95 % intervals hold "
+                f"{found['coverage']:.1%} of hidden counts"
+            )
         return out
 
     def to_text(self) -> str:
@@ -166,13 +179,18 @@ class Report:
             temporary.write_text(text)
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``table.md``, ``table.json`` and the figures into ``folder``; it appears when complete."""
+        """Write ``table.md``, ``table.json``, of hidden genes ``genes.csv``, and the figures into ``folder``.
+
+        It appears when complete.
+        """
         from distdiff import pl
 
         with files.whole(folder, overwrite=True) as temporary:
             temporary.mkdir()
             (temporary / "table.md").write_text(self.to_markdown())
             self.to_json(temporary / "table.json")
+            if self.genes is not None:
+                self.genes.to_csv(temporary / "genes.csv")
             if self.draws is not None and self.mean is not None:
                 pl.calibration(self, save=temporary / "calibration.png")
             if any(row.calls for row in self.rows):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from distdiff import checkup, metrics
+from distdiff import metrics
 from distdiff.baselines.with_nb import WithNb
 from distdiff.data.counts import check_counts
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import mcar
 from distdiff.data.store.moments import Moments
+from distdiff.inmemory import FEWEST, GROUP, InMemory, groups_of
 from distdiff.model import Model
 from distdiff.report import Report
 from distdiff.rng import numpy_generator
@@ -42,12 +42,9 @@ RATE = 0.5
 BATCH = 256
 """Cells that are dense at once."""
 
-TYPE = "group"
-"""Label by which the cell-type mean knows the groups."""
-
 RIVALS: dict[str, dict[str, Any]] = {
     "gene mean x depth": {"kind": "gene_mean", "depth": True},
-    "cell-type mean": {"kind": "type_mean", "key": TYPE, "depth": True},
+    "cell-type mean": {"kind": "type_mean", "key": GROUP, "depth": True},
     "kNN + NB": {"kind": "knn", "hide": RATE},
     "PCA + NB": {"kind": "pca", "hide": RATE},
 }
@@ -95,18 +92,17 @@ def prepared(
     else:
         trained = model.seen.found(counts, columns)
     fresh = np.flatnonzero(some if keep_trained else some & ~trained)
-    if len(fresh) < checkup.FEWEST:
+    if len(fresh) < FEWEST:
         more = int((trained & some).sum())
         why = f" ({more} more were trained on; keep_trained=True scores them too)" if more and not keep_trained else ""
         raise ValueError(
-            f"certify: {source.where} has {len(fresh)} cells with molecules to score, at least {checkup.FEWEST} are "
-            f"wanted{why}"
+            f"certify: {source.where} has {len(fresh)} cells with molecules to score, at least {FEWEST} are wanted{why}"
         )
     other = np.flatnonzero(some & trained) if not keep_trained else fresh[:0]
     fresh = rng.permutation(fresh)
-    if len(other) < len(fresh) and len(fresh) < 2 * checkup.FEWEST:
+    if len(other) < len(fresh) and len(fresh) < 2 * FEWEST:
         raise ValueError(
-            f"certify: {source.where} has {len(fresh)} cells with molecules, at least {2 * checkup.FEWEST} are wanted: "
+            f"certify: {source.where} has {len(fresh)} cells with molecules, at least {2 * FEWEST} are wanted: "
             "half are scored, and the cheap methods learn from the others"
         )
     if len(other) < len(fresh):  # too few to learn from
@@ -138,15 +134,16 @@ def _grouped(
     model: Model, source: Source, counts: sparse.csr_matrix, rows: np.ndarray, groupby: str | None, seed: int
 ) -> tuple[np.ndarray, str]:  # fmt: skip
     """Name of each cell's group, and what to say of them."""
-    for key in (groupby,) if groupby else model.spec.labels:
-        try:
-            values = source.obs(key)
-        except ValueError:
-            if groupby:
-                raise
-            continue
-        return np.array(["missing" if v is None else v for v in values[rows]], dtype=object), f"obs[{key!r}]"
-    return checkup._groups(source, counts[rows], rows, None, seed)
+    key = groupby or next((label for label in model.spec.labels if _has(source, label, rows)), None)
+    return groups_of(source, counts[rows], rows, key, seed)
+
+
+def _has(source: Source, label: str, rows: np.ndarray) -> bool:
+    """Whether obs has a column of that name, with a value for some of the cells."""
+    try:
+        return any(value is not None for value in source.obs(label)[rows])
+    except ValueError:
+        return False
 
 
 def _fingerprint(counts: sparse.csr_matrix) -> str:
@@ -206,28 +203,16 @@ class Asked:
         return np.concatenate(found)
 
 
-class _Store(checkup._Memory):
-    """What a baseline needs of a store, in memory, labels too."""
-
-    def __init__(self, counts: sparse.csr_matrix, group: np.ndarray) -> None:
-        super().__init__(counts)
-        names, self.code = np.unique(group.astype(str), return_inverse=True)
-        self.manifest = SimpleNamespace(labels={TYPE: tuple(names)})
-
-    def labels(self, rows: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        return dict.fromkeys(keys, self.code[rows])
-
-
 def rival(options: dict[str, Any], read: Trial, draws: int, seed: int) -> Fill:
     """A cheap method, fitted on the other cells."""
-    store, imputer = _Store(read.reference[:, read.keep], read.group_of_reference), WithNb(options, hide=RATE)
+    store, imputer = InMemory(read.reference[:, read.keep], read.group_of_reference), WithNb(options, hide=RATE)
     imputer.fit(store, np.arange(read.reference.shape[0]))  # type: ignore[arg-type]
-    code_of = {name: i for i, name in enumerate(store.manifest.labels[TYPE])}
+    code_of = {name: i for i, name in enumerate(store.manifest.labels[GROUP])}
     code = torch.tensor([code_of.get(str(name), -1) for name in read.group])
 
     def fill(counts: FloatArray, observed: NDArray[np.bool_], start: int) -> Answer:
         rows = torch.arange(start, start + len(counts))
-        cells = Cells(torch.from_numpy(counts[:, read.keep]), Condition({TYPE: code[rows]}), rows)
+        cells = Cells(torch.from_numpy(counts[:, read.keep]), Condition({GROUP: code[rows]}), rows)
         answer = imputer.impute(cells, torch.from_numpy(observed[:, read.keep]), draws=draws, seed=seed)
         if answer.draws is None or imputer.sizes is None:
             raise ValueError(f"certify: {imputer.label} gave no draws")

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from typer.testing import CliRunner
 
 import distdiff
-from distdiff import trial
+from distdiff import inmemory, trial
 from distdiff.cli import app
 
 
@@ -154,7 +154,7 @@ def test_one_group_and_no_labels_are_said(good, fresh, monkeypatch):
     assert any("all cells are of one group" in note for note in found.notes)
     assert "marker leakage" not in statuses(found)
     code = np.unique(fresh.obs["kind"], return_inverse=True)[1]
-    monkeypatch.setattr(trial.checkup, "leiden", lambda rows, seed: code[: rows.n_cells])
+    monkeypatch.setattr(inmemory, "leiden", lambda rows, seed: code[: rows.n_cells])
     bare = ad.AnnData(fresh.X[:100], var=fresh.var)
     assert distdiff.certify(good, bare).about["groups"].startswith("Leiden clusters of the same counts")
 
@@ -167,3 +167,19 @@ def test_the_command(good, fresh, tmp_path):
     assert done.exit_code == 0, done.output
     assert "verdict: " in done.output
     assert (tmp_path / "c" / "certificate.html").exists()
+
+
+def test_it_is_logged_to_mlflow_on_request(good, fresh, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    found = good.certify(fresh[:200].copy(), draws=2, track=True)
+    assert found.about["tracked"].startswith("logged to a new run ")
+    (run,) = mlflow.search_runs(experiment_names=["distdiff"], output_format="list")
+    assert run.data.tags["certificate"] == found.status
+    assert run.data.metrics["certificate/zeros"] == next(i.value for i in found.items if i.name == "zeros")
+    assert run.data.metrics["certificate/deviance of the model"] == found.scores["the model"]["deviance"]
+    folder = f"certificates/{found.about['data']}"
+    paths = [f.path for f in mlflow.MlflowClient().list_artifacts(run.info.run_id, folder)]
+    assert f"{folder}/certificate.html" in paths
+    assert "tracked" not in good.certify(fresh[:200].copy(), draws=2).about

@@ -13,8 +13,10 @@ import scipy.sparse as sp
 from typer.testing import CliRunner
 
 import distdiff
-from distdiff import checkup
+from distdiff import checkup, inmemory
+from distdiff.baselines.knn import Knn
 from distdiff.cli import app
+from distdiff.inmemory import InMemory, groups_of
 
 
 def flat(n=150, genes=60, seed=0):
@@ -76,7 +78,7 @@ def test_rows_by_depth_group_and_band_and_the_json(shallow, tmp_path):
     rows = shallow.rows
     assert {r.depth for r in rows} == set(checkup.DEPTHS)
     assert {r.group for r in rows} == {"all", "type0", "type1", "type2"}
-    assert {r.method for r in rows} == {checkup.RAW, checkup.MEAN, "kNN", "PCA", "MAGIC"}
+    assert {r.method for r in rows} == {checkup.RAW, checkup.MEAN, "kNN", checkup.OWN, "PCA", "MAGIC"}
     assert {r.band for r in rows} > {"all", "middle"}
     whole = json.loads(shallow.write(tmp_path / "check.json").read_text())
     assert whole["use"] == shallow.use
@@ -85,6 +87,26 @@ def test_rows_by_depth_group_and_band_and_the_json(shallow, tmp_path):
     assert text.startswith("verdict: denoise with")
     assert "90% of the molecules seen" in text
     assert "type1: " in text
+
+
+def test_the_own_count_counts_where_cells_are_unlike_their_neighbours():
+    """Rates that no other cell tells of: neighbours alone are worse than with the cell's own count."""
+    rng = np.random.default_rng(0)
+    rate = rng.gamma(1.0, 5.0, (200, 40))
+    counts = sp.csr_matrix(rng.poisson(rate).astype(np.float32))
+    knn = Knn(k=20, prior=1.0, scale=1.0)
+    knn.fit(InMemory(counts), np.arange(200))
+    alone, both = knn.denoise(counts, 1.0), checkup.with_own_count(knn, counts)
+    x = counts.toarray()
+    assert np.square(both - rate).mean() < 0.6 * np.square(alone - rate).mean()
+    assert np.square(both - rate).mean() < np.square(x - rate).mean()
+    assert (knn.neighbours(x, np.ones(x.shape, bool), 1, 1.0)[:, 0] == np.arange(200)).all(), "its own neighbour"
+    pools = []
+    pool = knn.pool
+    knn.pool = lambda counts, observed, near, prior: pools.append(near) or pool(counts, observed, near, prior)
+    checkup.with_own_count(knn, counts)
+    assert pools[0].shape == (200, 20)
+    assert not (pools[0] == np.arange(200)[:, None]).any(), "which is left out"
 
 
 def test_scores_are_those_of_the_page():
@@ -142,9 +164,9 @@ def test_groups_are_clusters_where_none_are_given_and_it_says_so(monkeypatch):
         assert rows.read(0, rows.n_cells).shape == adata.shape
         return np.unique(kind, return_inverse=True)[1]
 
-    monkeypatch.setattr(checkup, "leiden", clusters)
+    monkeypatch.setattr(inmemory, "leiden", clusters)
     source = checkup.Source.from_anndata(adata)
-    group, label = checkup._groups(source, sp.csr_matrix(adata.X), np.arange(120), None, 0)
+    group, label = groups_of(source, sp.csr_matrix(adata.X), np.arange(120), None, 0)
     assert label.startswith("Leiden clusters of the same counts")
     assert set(group) == {"cluster 0", "cluster 1", "cluster 2"}
 

@@ -65,6 +65,17 @@ def _report(made, rows=()):
     return Report(list(rows), setting, truth, targets, mean, draws)
 
 
+def _table(n=40):
+    rng = np.random.default_rng(0)
+    found = rng.uniform(-0.1, 0.9, n)
+    verdict = np.array(["reliable", "weak", "not reliable", "unknown"])[np.arange(n) % 4]
+    return pd.DataFrame(
+        {"correlation": found, "correlation_low": found - 0.1, "correlation_high": found + 0.1, "reliability": verdict,
+         "mean": rng.gamma(1.0, 1.0, n), "ceiling": 0.95},
+        index=[f"g{i}" for i in range(n)],
+    )  # fmt: skip
+
+
 def _row(name, crps, calls, energy=0.5, note=""):
     return Row(name, {"crps": crps, "energy": energy}, {"crps": 0.01, "energy": 0.3}, {}, note, calls)
 
@@ -85,6 +96,7 @@ EVERY = {
     "depth": (lambda a, r, **k: pl.depth(a, a, **k), 2),
     "calibration": (lambda a, r, **k: pl.calibration(r, **k), 3),
     "score_by_calls": (lambda a, r, **k: pl.score_by_calls(r, **k), 2),
+    "panel": (lambda a, r, **k: pl.panel(_table(), **k), 2),
     "training_curve": (lambda a, r, **k: pl.training_curve([{"cells": 8, "loss": 1.0, "val/deviance": 1.0}], **k), 1),
 }
 
@@ -142,7 +154,9 @@ def test_titles_carry_n_and_the_name_of_the_data(name, drawn):
     title = _title(axes) if n > 1 else axes.get_title()
     assert "PBMC 68k" in title
     hidden = f"n = {int(drawn[1].targets.sum()):,} hidden"
-    count = {"calibration": hidden, "score_by_calls": hidden, "training_curve": "n = 1"}.get(name, "n = 60")
+    count = {"calibration": hidden, "score_by_calls": hidden, "training_curve": "n = 1", "panel": "n = 40"}.get(
+        name, "n = 60"
+    )
     assert count in title
 
 
@@ -528,3 +542,19 @@ def test_a_report_writes_both_pictures(made, tmp_path):
     assert sorted(p.name for p in (tmp_path / "evaluation").iterdir()) == [
         "calibration.png", "score_by_calls.png", "table.json", "table.md",
     ]  # fmt: skip
+
+
+# -- panel ------------------------------------------------------------------------------------------------------------
+
+
+def test_panel_draws_genes_by_rank_with_their_verdict():
+    table = _table()
+    table.loc["g3", "correlation"] = np.nan  # shown by no cell
+    ranked, expressed = pl.panel(table, show=False)
+    points = {line.get_label(): line.get_xydata() for line in ranked.lines if "(" in line.get_label()}
+    assert set(points) == {"reliable (10)", "weak (10)", "not reliable (10)", "unknown (9)"}
+    drawn = np.concatenate(list(points.values()))
+    drawn = drawn[np.argsort(drawn[:, 0])]
+    assert np.allclose(drawn[:, 0], np.arange(1, 40))
+    assert np.allclose(drawn[:, 1], np.sort(table["correlation"].dropna())[::-1])
+    assert "most that Poisson counts allow" in expressed.get_legend().get_texts()[0].get_text()

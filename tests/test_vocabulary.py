@@ -20,7 +20,7 @@ ROOT = Path(distdiff.__file__).parent
 
 TASKS = {name: getattr(Model, name) for name in (*ON_CELLS, "generate")}
 CALLS = {**TASKS, "evaluate": distdiff.evaluate, "check": distdiff.check, "certify": distdiff.certify,
-         "de": distdiff.de, "shard": shard}  # fmt: skip
+         "panel": distdiff.panel, "de": distdiff.de, "shard": shard}  # fmt: skip
 
 ON_FILES = {
     "context", "model", "data", "inputs", "out", "dtype", "sparse", "shard_cells", "precision", "scheduler", "workers",

@@ -20,6 +20,7 @@ from distdiff.batch.task import Task
 from distdiff.batch.workplace import shard_folder
 from distdiff.data.store.pool import cores
 from distdiff.received import Record
+from distdiff.tasks.made import ENTRY
 
 WRITERS = 4
 """Threads that write CSR arrays."""
@@ -72,9 +73,11 @@ def finish(task: Task, plan: Plan, work: Path, *, suffix: str, command: str = ""
         if suffix == ".h5ad":
             result = own / "result.h5ad"
             frame.to_h5ad(root, result, task, layout.fields)
-            frame.write_uns_h5ad(result, about, task.uns, KEY, json.dumps(note))
+            frame.write_uns_h5ad(result, task, about, KEY, json.dumps(note))
             return result
         frame.build(root, task, layout.fields)
+        if task.uns == ENTRY:
+            frame.write_made(root, task)
         frame.write_uns(root, about, task.uns)
         files["rest"] = output.unrecorded(store, files)
         root.attrs[KEY] = {**note, "plan": json.loads(plan.to_json()), "files": files, "nnz": nnz}

@@ -18,7 +18,8 @@ from distdiff.data.ingest import legacy
 from distdiff.data.ingest.container import rows_of
 from distdiff.data.ingest.scan import select
 from distdiff.data.store.export import CsrOnDisk, zarr_v3
-from distdiff.tasks.frame import reindex_genes, var_of
+from distdiff.tasks.frame import ADDED, reindex_genes, var_of, were_added
+from distdiff.tasks.made import ENTRY, MADE, noted
 
 PIECE = 8 << 20
 """Values copied at a time."""
@@ -154,7 +155,9 @@ def _var(root: Any, task: Task, source: Any) -> Any:
     var.index = given = var.index.astype(str)
     var = var_of(var, task.genes)
     if task.added:
-        var["distdiff_added"] = np.isin(task.genes, task.added)
+        var[ADDED] = np.isin(task.genes, task.added) | were_added(var)
+    if task.about_genes is not None:
+        var[task.about_genes.columns] = task.about_genes
     if "var" in root:
         del root["var"]
     with zarr_v3():
@@ -251,12 +254,25 @@ def write_uns(root: Any, about: dict[str, Any], name: str = "distdiff") -> None:
         ad.io.write_elem(uns, name, about)
 
 
-def write_uns_h5ad(path: Path, about: dict[str, Any], name: str, key: str, note: str) -> None:
-    """Provenance in ``uns[name]`` of an h5ad file, and ``note`` (JSON) as its attribute ``key``."""
+def write_made(root: Any, task: Task) -> None:
+    """What models made of the result, in ``uns``; before the entry on this task is written."""
+    import anndata as ad
+
+    uns = root.require_group("uns")
+    before = {name: ad.io.read_elem(uns[name]) for name in (ENTRY, MADE) if name in uns}
+    layers = [f.path.removeprefix("layers/") for f in task.fields if f.path.startswith("layers/")]
+    kept = list(root.get("layers", ()))
+    write_uns(root, noted(before, task.name, layers, kept), MADE)
+
+
+def write_uns_h5ad(path: Path, task: Task, about: dict[str, Any], key: str, note: str) -> None:
+    """What was done, in ``uns`` of an h5ad file, and ``note`` (JSON) as its attribute ``key``."""
     import h5py
 
     with h5py.File(path, "r+") as file:
-        write_uns(file, about, name)
+        if task.uns == ENTRY:
+            write_made(file, task)
+        write_uns(file, about, task.uns)
         file.attrs[key] = note
 
 

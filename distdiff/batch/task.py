@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,6 +17,9 @@ from distdiff.tasks import Block, Reader, check_labels, columns_of
 from distdiff.tasks.frame import warn_left_out
 from distdiff.tasks.impute import FillCounts
 from distdiff.tasks.likelihood import nats
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 NATS = "obs/distdiff_nats"
 
@@ -36,6 +39,8 @@ class Task(ABC):
         What is written.
     uns
         Entry of ``uns`` that says what was done.
+    about_genes
+        Columns that ``var`` gets, a row a gene of the result, or ``None``.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Task(ABC):
     rows: Any
     genes: tuple[str, ...]
     added: tuple[str, ...] = ()
+    about_genes: DataFrame | None = None
     fields: list[Field]
     device: str
 

@@ -24,6 +24,7 @@ from distdiff.tasks import Block, Reader, check_names, device_of
 from distdiff.tasks.deepen import deepen
 from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
+from distdiff.tasks.expected import expected_columns
 from distdiff.tasks.generate import check_guidance, label_codes, walk, walk_levels, warn_rare
 from distdiff.tasks.impute import FillCounts, MaskLayer, absent_of, chosen_layers, is_imputation_layer
 from distdiff.tasks.latent import KEY, NOTE, latent
@@ -46,6 +47,8 @@ class Impute(OnCells):
         Whether layers are CSR; ``None``: where that takes less room.
     append
         Genes that the input lacks and that are to be appended (``complete``).
+    report
+        Folder of a report of :func:`distdiff.panel`, whose columns ``var`` gets (``complete``).
     mask, draws, **options
         ``sites``, ``groups`` and others of :meth:`Model.plan_imputation <distdiff.model.Model.plan_imputation>`; a mask
         is named, not given.
@@ -57,7 +60,7 @@ class Impute(OnCells):
         self, model: Model, rows: Any, *, data: str | Path, layers: Sequence[str] | None = None,
         dtype: str = "float32", sparse: bool | None = None, mask: str | None = None, draws: int = 1,
         mean_only: bool = False, ood: int = 4, seed: int = 0, genes: Sequence[str] | None = None,
-        append: Sequence[str] | None = None, **options: Any,
+        append: Sequence[str] | None = None, report: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         for names in (genes, append):
             if names is not None:
@@ -84,6 +87,10 @@ class Impute(OnCells):
         super().__init__(
             model, rows, self.job.reader, self.job.genes, keep=genes, ood=ood if "ood" in layers else 0, seed=seed
         )
+        if report is not None:
+            weights = model.info.get("weights_sha256", "")
+            self.about_genes = expected_columns(report, self.job.reader, weights, self.genes)
+            self.options["report"] = hashlib.sha256(self.about_genes.to_csv().encode()).hexdigest()
         _check_dtype(dtype, sparse)
         width = len(self.genes)
         for name in self.job.layers:

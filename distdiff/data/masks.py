@@ -207,6 +207,44 @@ def split_molecules(
     return pair[0], pair[1]
 
 
+def thin(counts: sparse.csr_matrix, share: np.ndarray, rng: np.random.Generator) -> sparse.csr_matrix:
+    """Keep each molecule of cell ``c`` with probability ``share[c]``: what a shallower measurement would have shown.
+
+    Parameters
+    ----------
+    counts
+        CSR ``[n g]`` whole numbers.
+    share
+        ``float [n]`` in [0, 1].
+
+    Returns
+    -------
+    csr_matrix [n g]
+        ``float32``.
+
+    Raises
+    ------
+    ValueError
+        A share outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from distdiff.data.masks import thin
+    >>> thin(sparse.csr_matrix([[40, 0], [3, 20]]), np.array([0.0, 1.0]), np.random.default_rng(0)).toarray()
+    array([[ 0.,  0.],
+           [ 3., 20.]], dtype=float32)
+    """
+    if len(share) and not (share.min() >= 0 and share.max() <= 1):
+        raise ValueError(f"thin: shares must lie in [0, 1], got {share.min():g} to {share.max():g}")
+    counts = sparse.csr_matrix(counts)
+    kept = rng.binomial(counts.data.astype(np.int64), np.repeat(share, np.diff(counts.indptr)))
+    out = sparse.csr_matrix((kept.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape).copy()
+    out.eliminate_zeros()
+    return out
+
+
 def rare(train: np.ndarray, codes: np.ndarray, *, at_most: int = 30) -> np.ndarray:
     """Which cells are of a rare type: one with 1 to ``at_most`` training cells.
 

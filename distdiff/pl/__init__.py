@@ -6,8 +6,9 @@ default a figure is shown, unless it is saved or drawn into ``ax``.
 """
 
 from distdiff.pl.cells import depth, umap
+from distdiff.pl.completed import panel
 from distdiff.pl.genes import dotplot, scatter, violin
 from distdiff.pl.laws import calibration, score_by_calls
 from distdiff.pl.training import training_curve
 
-__all__ = ["calibration", "depth", "dotplot", "scatter", "score_by_calls", "training_curve", "umap", "violin"]
+__all__ = ["calibration", "depth", "dotplot", "panel", "scatter", "score_by_calls", "training_curve", "umap", "violin"]

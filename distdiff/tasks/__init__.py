@@ -172,8 +172,8 @@ class Reader:
                 "%d of the input's %d genes are unknown to the model (%s...) and are not used; %d of its own %d are "
                 "absent from the input", self.unknown, len(rows.genes), first, self.absent, spec.n_genes,
             )  # fmt: skip
-        self.same = tuple(rows.genes) == tuple(spec.genes)
-        """Whether the input's genes are the model's, in its order."""
+        self.same = bool(self.known.all()) and tuple(rows.genes) == tuple(spec.genes)
+        """Whether the input's genes are the model's, in its order, and all of them were measured."""
         self.labels, self.unseen = _labels(spec, rows, unseen) if use_labels else ({}, 0)
         """Codes of the labels that answers are conditioned on, and how many values the model never saw."""
         self.device = device_of(device)

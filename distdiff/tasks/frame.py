@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from distdiff.data.ingest.source import in_memory, layer_names, native
+from distdiff.data.ingest.source import ADDED, in_memory, layer_names, native
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -63,7 +63,7 @@ def framed(
         at = np.array([column_of[gene] for gene in genes])
     frame = var_of(table, genes)
     if added:
-        frame["distdiff_added"] = at < 0
+        frame[ADDED] = (at < 0) | were_added(frame)
     source = adata.raw if raw else adata
     layers = {k: adata.layers[k] for k in layer_names(adata)}
     if not raw:
@@ -136,6 +136,13 @@ def by_columns(values: Any) -> bool:
     if isinstance(values, np.ndarray):
         return values.ndim == 2 and values.dtype.kind in "biuf"
     return isinstance(values, pd.DataFrame) or sp.issparse(values)
+
+
+def were_added(table: DataFrame) -> np.ndarray:
+    """Genes that an earlier completion appended, ``bool [g]``."""
+    if ADDED not in table:
+        return np.zeros(len(table), dtype=bool)
+    return np.asarray(table[ADDED].astype(object).fillna(False).astype(bool))
 
 
 def warn_left_out(names: Sequence[str], where: str) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from distdiff.tracking.address import CHAMPION, DATABASE, fetch, public_uri, tra
 from distdiff.tracking.background import sync
 from distdiff.tracking.card import make as card
 from distdiff.tracking.card import write as write_card
+from distdiff.tracking.certificates import described, log_certificate
 from distdiff.tracking.run import Dataset, Run, attach, flatten, run
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Run",
     "attach",
     "card",
+    "described",
     "fetch",
     "flatten",
+    "log_certificate",
     "public_uri",
     "run",
     "sync",

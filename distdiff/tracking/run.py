@@ -94,7 +94,7 @@ class Run:
 
     def metrics(self, numbers: Mapping[str, float], step: int = 0) -> None:
         """Log finite numbers at ``step`` (cells seen); characters that MLflow refuses in names are left out."""
-        finite = {re.sub(r"[^\w\-. :/]", "", k): float(v) for k, v in numbers.items() if abs(v) < float("inf")}
+        finite = {metric_name(k): float(v) for k, v in numbers.items() if abs(v) < float("inf")}
         if self.spool and finite:
             self.logged = True
             self.spool.append("metrics", numbers=finite, step=step)
@@ -287,6 +287,17 @@ def attach(folder: str | Path, path: str | Path) -> None:
         background = BackgroundSender(sender, [])
         background.start()
         background.close(LIMIT["FINISHED"])
+
+
+def metric_name(name: str) -> str:
+    """A metric's name without the characters that MLflow refuses.
+
+    Examples
+    --------
+    >>> metric_name("test/x/distdiff, 8 calls")
+    'test/x/distdiff 8 calls'
+    """
+    return re.sub(r"[^\w\-. :/]", "", name)
 
 
 def _copy_file(path: Path, target: Path) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+ADDED = "distdiff_added"
+"""Column of var: genes that an imputation appended, whose counts in X are 0 for want of any."""
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """Cells of one file, in file order.
@@ -124,7 +128,7 @@ class Source:
         stored = matrix if isinstance(matrix, ByGene) else None
         other = _turned(stored, path, layer, turned)
         notes = ["" if stored is None or other else f"{where}: stored gene by gene (CSC), {_WHOLE}"]
-        keep, note = tenx.expression(_kinds(root[var], len(genes), where), where)
+        keep, note = tenx.expression(_kinds(root[var], len(genes), where, layer), where)
         rows: Any = other or matrix
         expressed = None
         if keep is not None and every:
@@ -148,7 +152,7 @@ class Source:
         x, var = in_memory(adata, layer)
         table = frame_of((adata if var == "var" else adata.raw).var)
         x, note = _rows_in_memory(x, where)
-        keep, _ = tenx.expression(_kinds(table, len(table), where), where)
+        keep, _ = tenx.expression(_kinds(table, len(table), where, layer), where)
         expressed = None if keep is None else np.isin(np.arange(len(table)), keep)
         genes, stored = np.asarray(table.index, dtype=str), x if isinstance(x, ByGene) else None
         return cls._checked(where, genes, x, note, frame_of(adata.obs), None, stored, var, expressed)
@@ -406,14 +410,24 @@ def _as_text(value: Any) -> str:
     return f"{value:.0f}" if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
 
 
-def _kinds(var: Any, n: int, where: str) -> np.ndarray | None:
-    """``feature_types`` of a var (a DataFrame, or its group on disk), if it has them."""
-    if legacy.compound(var) or "feature_types" not in var:
-        return None
-    if hasattr(var, "index"):
-        return np.asarray(var["feature_types"]).astype(str)
-    column = container.column_of(var, "feature_types", n, f"{where}: var")
-    return None if column is None else np.asarray(column).astype(str)
+def _kinds(var: Any, n: int, where: str, layer: str | None) -> np.ndarray | None:
+    """``feature_types`` of a var (a DataFrame, or its group on disk), if it has them.
+
+    Genes that distdiff appended (`ADDED`) are a kind of their own, for they were not measured; the layers that it wrote
+    (``imputed_mean`` ...) hold them.
+    """
+
+    def column(key: str) -> np.ndarray | None:
+        if legacy.compound(var) or key not in var:
+            return None
+        found = var[key] if hasattr(var, "index") else container.column_of(var, key, n, f"{where}: var")
+        return None if found is None else np.asarray(found)
+
+    kinds, added = column("feature_types"), column(ADDED)
+    kinds = None if kinds is None else kinds.astype(str)
+    if added is None or (layer or "").startswith("imputed"):
+        return kinds
+    return np.where(added.astype(str) == "True", "completed by distdiff", tenx.EXPRESSION if kinds is None else kinds)
 
 
 def _close(file: Any) -> None:
