@@ -17,7 +17,7 @@ from distdiff.configtext import shown
 from distdiff.data.splat import SETS
 
 Answer = Literal["mean", "1 draw", "draws"]
-Score = Literal["cells", "open_problems", "rare", "frechet", "clustering", "probe"]
+Score = Literal["cells", "open_problems", "rare", "frechet", "mmd", "clustering", "probe", "de"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Settings:
     scores
         Beyond those of `distdiff.report.COLUMNS`, of means alone: ``cells`` (R2, cosine, RMSE averaged over cells),
         ``open_problems``, ``rare`` (deviance in types of at most 30 training cells), ``frechet`` (log scFID by PCA of
-        training cells), ``clustering`` (Leiden against types), ``probe`` (types by XGBoost).
+        training cells), ``mmd`` (log squared MMD of counts over five bandwidths), ``clustering`` (Leiden against
+        types), ``probe`` (types by XGBoost), ``de`` (genes that tell a type, by Wilcoxon: recovered, false).
     resamples
         Bootstraps over cells, for scores of entries and of distributions.
     experiment
