@@ -23,7 +23,7 @@ from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
 from distdiff.grid.scores import Scored, extra
-from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting, trials
+from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting
 from distdiff.model import Model
 from distdiff.report import COLUMNS, Report
 from distdiff.version import __version__
@@ -162,14 +162,14 @@ def _scored(cell: Cell) -> Record:
     if cell.about.cell_type and cell.about.cell_type not in store.manifest.labels:
         have = ", ".join(store.manifest.labels) or "none"
         raise ValueError(f"{cell.data} has no label {cell.about.cell_type!r} (cell_type); it has: {have}")
-    options, capacity, tried = cell.row.options, None, math.nan
+    options, capacity = cell.row.options, None
     labels: tuple[str, ...] = ()
     if isinstance(options, Ours):
         imputer, labels, capacity = _ours(cell, options, store, rows)
-        tried = 1.0
+        tried = 1
     else:
         imputer = build(Baseline, options)
-        tried = trials(imputer)
+        tried = imputer.n_trials()
     dropout = cell.protocol.protocol == "dropout"
     report = evaluate(
         store, rows, [Contestant(cell.row.name, imputer, cell.row.answers)], rate=cell.protocol.rate,
@@ -184,7 +184,7 @@ def _scored(cell: Cell) -> Record:
     return {
         "answers": _answers(cell, report, store, rows),
         "setting": {k: report.setting[k] for k in ("cells", "genes", "targets", "zeros_among_targets", "data")},
-        "capacity": getattr(row, "capacity", None) if capacity is None else capacity, "n_trials": _plain(tried),
+        "capacity": getattr(row, "capacity", None) if capacity is None else capacity, "n_trials": tried,
     }  # fmt: skip
 
 
