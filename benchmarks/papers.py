@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import _papers_page
 import _record
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,7 +44,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 SPLAT_ROWS: tuple[dict[str, Any], ...] = (
     {"train": "default"},
-    {"kind": "scidpms", "steps": 100, "batch": 16, "walk": 20, "samples": 5, "max_cells": 400},
+    {"kind": "scidpms", "steps": 40, "batch": 8, "walk": 10, "samples": 2},
 )
 
 
@@ -82,7 +80,8 @@ def grid_of(name: str, store: Path | None) -> dict[str, Any]:
     late = ("forest", "attrition")  # those that take longest run last
     rows.sort(key=lambda row: any(word in (row.get("kind"), *row) for word in late))
     return {
-        **raw, "rows": rows, "cells": SETS[name]["cells"], "draws": 3, "protocols": raw["protocols"][: SETS[name]["protocols"]],
+        **raw, "rows": rows, "cells": SETS[name]["cells"], "draws": 3,
+        "protocols": raw["protocols"][: SETS[name]["protocols"]],
         "data": {name: {"store": str(store), "cell_type": SETS[name]["labels"][0]}},
     }  # fmt: skip
 
@@ -140,6 +139,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
     a = parser.parse_args()
+    if a.what == "page":
+        (RESULTS.parents[1] / "docs" / "papers.md").write_text(_papers_page.page())
+        return
     if a.what in SETS and (a.data is None or not a.data.exists()):
         parser.error(f"{a.what} needs --data, the h5ad file of its counts; {a.data} is none")
     if a.work is None:

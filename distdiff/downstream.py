@@ -232,14 +232,14 @@ def probe(
     return known[model.fit(train, codes).predict(cells)]
 
 
-def told(labels: NDArray[np.integer], answer: NDArray[np.integer]) -> dict[str, float]:
+def agreement(labels: NDArray[np.integer], answer: NDArray[np.integer]) -> dict[str, float]:
     """``accuracy`` and macro ``f1`` of the types that a :func:`probe` tells.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from distdiff.downstream import told
-    >>> told(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]))["accuracy"]
+    >>> from distdiff.downstream import agreement
+    >>> agreement(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]))["accuracy"]
     0.75
     """
     from sklearn.metrics import accuracy_score, f1_score

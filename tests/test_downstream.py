@@ -121,4 +121,4 @@ def test_the_probe_says_what_is_missing():
         with pytest.raises(ImportError, match="pip install xgboost"):
             downstream.probe(cells, types, cells)
     else:
-        assert downstream.told(types, downstream.probe(cells, types, cells))["accuracy"] > 0.9
+        assert downstream.agreement(types, downstream.probe(cells, types, cells))["accuracy"] > 0.9

@@ -101,6 +101,7 @@ def test_a_second_run_computes_what_is_missing_alone(atlas, tmp_path, monkeypatc
         (of_kind("Short"), "failed", r"answered with shape \(10, 29\)"),
         (of_kind("Absent"), "absent", "pip install nolibrary"),
         ({"kind": "type_mean", "key": "donor"}, "failed", "has no label 'donor'; known: cell_type"),
+        ({"kind": "countsdiff", "key": "donor", "steps": 2}, "failed", "has no label 'donor'; known: cell_type"),
     ],
 )
 def test_a_row_that_cannot_run_is_marked_and_tried_again(atlas, tmp_path, row, status, said):
@@ -142,6 +143,27 @@ def test_scores_by_type_without_types_are_left_out_and_said(atlas, counts, tmp_p
     run([{"kind": "zero"}], lonely, tmp_path / "out", scores=["clustering"], cell_type="cell_type")
     (file,) = (tmp_path / "out" / "cells").iterdir()
     assert "two types or more" in json.loads(file.read_text())["answers"][0]["reasons"][0]
+
+
+def test_a_data_set_without_the_named_types_is_one_sentence(atlas, tmp_path):
+    table = run([{"kind": "zero"}], atlas, tmp_path, cell_type="louvain", answers=["mean"]).table
+    assert table.reason.item() == "atlas has no label 'louvain' (cell_type); it has: cell_type"
+
+
+def test_groups_of_one_cell_are_left_out_and_said(counts, tmp_path):
+    some = counts[:60].copy()
+    some.obs["cell_type"] = [f"type{i}" for i in range(60)]
+    store = small(some, tmp_path / "alone", 60, (0.5, 0.1, 0.4))
+    rows = [{"kind": "gene_mean"}, {"kind": "type_mean"}]
+    protocols = [{"protocol": "paper", "rate": 0.5}]
+    result = run(
+        rows, store, tmp_path / "out", cell_type="cell_type", scores=["de", "rare", "cells"], protocols=protocols
+    )
+    assert set(result.table.status) == {"done"}
+    assert result.markdown.count("- no score 'de': differential expression needs a type with two cells or more") == 1
+    assert "- no score 'rare': rare: 0 test cells are of a type with at most 30 training cells" in result.markdown
+    means = result.table[(result.table.metric == "rmse") & (result.table.answer == "mean")].set_index("row").value
+    assert means["cell-type mean"] == means["gene mean"]  # a type without training cells has the mean of all
 
 
 def test_every_score_has_its_column_and_its_spread(counts, tmp_path):

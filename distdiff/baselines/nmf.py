@@ -156,10 +156,10 @@ class Nmf(Baseline):
         """Loadings ``[n d]`` and programmes ``[g d]`` with columns that sum to 1, from singular vectors."""
         from sklearn.utils.extmath import randomized_svd
 
-        left, _, right = randomized_svd(x, d, random_state=self.seed % 2**32)
+        of_cells, _, of_genes = randomized_svd(x, d, random_state=self.seed % 2**32)
         w, h = np.empty((x.shape[0], d), np.float32), np.empty((x.shape[1], d), np.float32)
         for k in range(d):
-            sides = [(np.maximum(s * left[:, k], 0), np.maximum(s * right[k], 0)) for s in (1, -1)]
+            sides = [(np.maximum(s * of_cells[:, k], 0), np.maximum(s * of_genes[k], 0)) for s in (1, -1)]
             w[:, k], h[:, k] = max(sides, key=lambda side: np.linalg.norm(side[0]) * np.linalg.norm(side[1]))
         for factor in (w, h):
             np.maximum(factor, 0.01 * factor.mean(0) + TINY, out=factor)

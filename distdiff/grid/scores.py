@@ -217,7 +217,7 @@ class Scored:
         have = wanted >= 0
         answer = downstream.probe(train[known], codes[known], log_cp10k(self.completed)[have], seed=self.seed)
         wanted = wanted[have]
-        found = self.resampled(lambda some: downstream.told(wanted[some], answer[some]), len(wanted))
+        found = self.resampled(lambda some: downstream.agreement(wanted[some], answer[some]), len(wanted))
         return {f"probe_{name}": value for name, value in found.items()}
 
 
