@@ -275,8 +275,8 @@ def simulated(found: dict[str, Any] | None) -> list[str]:
     trained = "; ".join(f"{row['kind']}: {shown(row)}" for row in found["spec"]["rows"] if changes(row))
     out.append(
         f"`{found['command']}`: test cells of each set, {', '.join(sets)} (the number is the percentage of entries "
-        f"that dropout took); commit {found['commit'][:10]}, {found['hardware']}. Rows that differ from their defaults: "
-        f"{trained}. Mean over the sets with the standard deviation over them in brackets; seconds are of one set."
+        f"that dropout took); commit {found['commit'][:10]}, {found['hardware']}. Rows that differ from their "
+        f"defaults: {trained}. Mean over the sets, the standard deviation over them in brackets; seconds are of a set."
     )
     names = list(dict.fromkeys(row["row"] for row in rows))
     for metrics in (OF_SIMULATED, OF_CLUSTERS):

@@ -13,6 +13,7 @@ rows. The same command goes on with what was stopped: the results are written af
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -125,13 +126,12 @@ def run(name: str, data: Path | None, work: Path) -> None:
         opened = CountStore.open(store)
         content = {"cells": {split: len(opened.rows(split)) for split in ("train", "val", "test")},
                    "genes": len(opened.genes), "data": Path(data or "").name}  # fmt: skip
-    for row in spec["rows"]:
-        some = {**spec, "rows": [row]}
-        if row.get("kind") in PAPER_ONLY or "attrition" in row:
-            some["protocols"] = spec["protocols"][:1]
-        result = grid.run(some, work / f"grid-{name}", progress=False)
-        rows += compact(result)
-        print(f"{time.strftime('%H:%M:%S')} {row}", flush=True)
+    for protocol, row in itertools.product(spec["protocols"], spec["rows"]):
+        if protocol != spec["protocols"][0] and (row.get("kind") in PAPER_ONLY or "attrition" in row):
+            continue
+        some = {**spec, "protocols": [protocol], "rows": [row]}
+        rows += compact(grid.run(some, work / f"grid-{name}", progress=False))
+        print(f"{time.strftime('%H:%M:%S')} {protocol['protocol']} {row}", flush=True)
         _record.write(RESULTS / f"papers_{name}.json", began, {**content, "spec": without_paths(spec), "rows": rows})
 
 
