@@ -173,7 +173,8 @@ def evaluate(
         value expresses count as missing: they are neither evidence nor scored, so almost every target is a non-zero
         count.
     targets
-        ``all`` hidden entries are scored, or ``nonzero`` ones alone (as most published tables do: zeros are easier).
+        ``all`` hidden entries are scored, or ``nonzero`` ones alone (as most published tables do: zeros are easier);
+        ``mnar_low`` and ``mnar_high`` then hide among non-zeros alone, and zeros are evidence.
     fold
         Which fold of genes is hidden by ``genes``.
     draws
@@ -212,7 +213,7 @@ def evaluate(
     keys = tuple(dict.fromkeys([*labels, *([groups] if groups else []), *_label_keys(contestants)]))
     cells = store.cells(rows, keys)
     truth = cells.counts.numpy()
-    hidden = _hidden(truth, rate, protocol, fold, seed)
+    hidden = _hidden(truth, rate, protocol, fold, seed, targets)
     if before is not None:
         hidden = np.zeros_like(hidden)
     observed, scored = _protocol(store, rows, protocol, groups, hidden)
@@ -262,7 +263,7 @@ def _label_keys(contestants: Sequence[Contestant]) -> list[str]:
     return [key for c in contestants if (key := getattr(c.imputer, "key", ""))]
 
 
-def _hidden(truth: np.ndarray, rate: float, protocol: str, fold: int, seed: int) -> np.ndarray:
+def _hidden(truth: np.ndarray, rate: float, protocol: str, fold: int, seed: int, targets: str) -> np.ndarray:
     """Which entries are hidden, ``bool [b g]``."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
@@ -270,7 +271,8 @@ def _hidden(truth: np.ndarray, rate: float, protocol: str, fold: int, seed: int)
     if protocol == "mar":
         return mar_blocks(truth.shape, rate, rng)
     if protocol in ("mnar_low", "mnar_high"):
-        return mnar(truth, rate, rng, high=protocol == "mnar_high")
+        some = truth > 0 if targets == "nonzero" else None  # else the smallest counts would be zeros alone
+        return mnar(truth, rate, rng, high=protocol == "mnar_high", valid=some)
     if protocol == "genes":
         folds = round(1 / rate) if 0 < rate <= 0.5 else 0
         if not 0 <= fold < folds:
@@ -325,7 +327,7 @@ def _fill(
 
 def _device(imputer: Imputer) -> torch.device:
     network = getattr(imputer, "denoiser", None)
-    return next(network.parameters()).device if network is not None else torch.device("cpu")
+    return next(network.parameters()).device if isinstance(network, torch.nn.Module) else torch.device("cpu")
 
 
 def _rows(

@@ -360,7 +360,7 @@ def _squared_distances(x: FloatArray, y: FloatArray) -> FloatArray:
     return np.maximum(squares - 2.0 * (x @ y.T), 0.0)
 
 
-def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> FloatArray:
+def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer], *, biased: bool = False) -> FloatArray:
     """Unbiased squared maximum mean discrepancy of completed cells: ``float64 [R]`` (it can be slightly negative).
 
     With ``h_ij = k(x_i,x_j) + k(y_i,y_j) - k(x_i,y_j) - k(x_j,y_i)`` (Gretton et al. 2012, eq. 3),
@@ -376,6 +376,9 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
         ``float [b g]`` completed cells on the scale of comparison (`distdiff.evaluation` gives log1p of counts).
     weights
         ``int [R b]``.
+    biased
+        Keep the pairs of a cell with itself, ``sum_ij w_i w_j h_ij / (sum w)^2``: never negative, so that it has a
+        logarithm.
 
     Raises
     ------
@@ -407,9 +410,11 @@ def mmd(truth: FloatArray, answer: FloatArray, weights: NDArray[np.integer]) -> 
 
     cross = kernel(_squared_distances(x, y))
     h = kernel(xx) + kernel(_squared_distances(y, y)) - cross - cross.T
-    np.fill_diagonal(h, 0.0)
     w = weights.astype(np.float64)
-    pairs = w.sum(axis=1) ** 2 - (w**2).sum(axis=1)
+    pairs = w.sum(axis=1) ** 2
+    if not biased:
+        np.fill_diagonal(h, 0.0)
+        pairs -= (w**2).sum(axis=1)
     return np.divide(((w @ h) * w).sum(axis=1), pairs, out=np.full(len(w), np.nan), where=pairs > 0)
 
 

@@ -370,6 +370,20 @@ def test_a_protocol_hides_what_it_scores(protocol, store):
         assert gone < 0.5 * seen if protocol == "mnar_low" else gone > 1.5 * seen
 
 
+def test_nonzero_targets_are_drawn_among_nonzeros(store):
+    spy = Spy()
+    report = evaluate(
+        store, store.rows("all")[:80], [Contestant("spy", spy)], protocol="mnar_low", rate=0.25, targets="nonzero",
+        resamples=(5, 5), progress=False, batch=80,
+    )  # fmt: skip
+    (_, observed), scored = spy.shown[0], report.targets
+    assert np.array_equal(~observed.numpy(), scored)
+    assert (report.truth[scored] > 0).all()
+    some = report.truth > 0
+    assert scored.sum() == pytest.approx(0.25 * some.sum(), rel=0.1)
+    assert report.truth[scored].mean() < 0.7 * report.truth[some & ~scored].mean()
+
+
 def test_folds_of_genes_hide_every_gene_once(store):
     hidden = []
     for fold in range(5):

@@ -101,6 +101,7 @@ def test_a_second_run_computes_what_is_missing_alone(atlas, tmp_path, monkeypatc
         (of_kind("Short"), "failed", r"answered with shape \(10, 29\)"),
         (of_kind("Absent"), "absent", "pip install nolibrary"),
         ({"kind": "type_mean", "key": "donor"}, "failed", "has no label 'donor'; known: cell_type"),
+        ({"kind": "countsdiff", "key": "donor", "steps": 2}, "failed", "has no label 'donor'; known: cell_type"),
     ],
 )
 def test_a_row_that_cannot_run_is_marked_and_tried_again(atlas, tmp_path, row, status, said):
@@ -142,6 +143,88 @@ def test_scores_by_type_without_types_are_left_out_and_said(atlas, counts, tmp_p
     run([{"kind": "zero"}], lonely, tmp_path / "out", scores=["clustering"], cell_type="cell_type")
     (file,) = (tmp_path / "out" / "cells").iterdir()
     assert "two types or more" in json.loads(file.read_text())["answers"][0]["reasons"][0]
+
+
+def test_a_data_set_without_the_named_types_is_one_sentence(atlas, tmp_path):
+    table = run([{"kind": "zero"}], atlas, tmp_path, cell_type="louvain", answers=["mean"]).table
+    assert table.reason.item() == "atlas has no label 'louvain' (cell_type); it has: cell_type"
+
+
+def test_groups_of_one_cell_are_left_out_and_said(counts, tmp_path):
+    some = counts[:60].copy()
+    some.obs["cell_type"] = [f"type{i}" for i in range(60)]
+    store = small(some, tmp_path / "alone", 60, (0.5, 0.1, 0.4))
+    rows = [{"kind": "gene_mean"}, {"kind": "type_mean"}]
+    protocols = [{"protocol": "paper", "rate": 0.5}]
+    result = run(
+        rows, store, tmp_path / "out", cell_type="cell_type", scores=["de", "rare", "cells"], protocols=protocols
+    )
+    assert set(result.table.status) == {"done"}
+    assert result.markdown.count("- no score 'de': differential expression needs a type with two cells or more") == 1
+    assert "- no score 'rare': rare: 0 test cells are of a type with at most 30 training cells" in result.markdown
+    means = result.table[(result.table.metric == "rmse") & (result.table.answer == "mean")].set_index("row").value
+    assert means["cell-type mean"] == means["gene mean"]  # a type without training cells has the mean of all
+
+
+def test_every_score_has_its_column_and_its_spread(counts, tmp_path):
+    some = counts.copy()
+    kind = some.obs.cell_type.astype(str).to_numpy()
+    kind[:24] = "rare"  # at most 30 training cells, and test cells
+    some.obs["cell_type"] = kind
+    some.write_h5ad(tmp_path / "rare.h5ad")
+    store = tmp_path / "rare.zarr"
+    shard([tmp_path / "rare.h5ad"], store, labels=("cell_type",), split=(0.5, 0.1, 0.4), workers=0, progress=False)
+    result = run(
+        [{"kind": "gene_mean", "depth": True}], store, tmp_path / "out", cell_type="cell_type", cells=80,
+        scores=["cells", "open_problems", "rare", "frechet", "mmd", "clustering", "de"], answers=["mean"],
+    )  # fmt: skip
+    found = result.table.set_index("metric")
+    assert set(found.index) >= {"rare_deviance", "log_frechet", "log_mmd", "ari", "de_recall", "de_false", "op_mse"}
+    assert np.isfinite(found.value).all()
+    assert (found.error.drop("de_false") > 0).all()  # no gene is found that should not be
+    head = next(line for line in result.markdown.splitlines() if line.startswith("| row"))
+    for name in ("rare deviance", "log MMD^2 of counts", "log scFID (PCA)", "DE recovered", "peak MiB", "trials"):
+        assert f"| {name} " in head
+    body = next(line for line in result.markdown.splitlines() if line.startswith("| gene mean"))
+    assert len(body.split("|")) == len(head.split("|"))
+    assert found.n_trials.unique().tolist() == [1]
+    if Path("/proc/self/clear_refs").exists():
+        assert (found.peak_mib > 50).all()
+
+
+def test_a_row_says_how_many_combinations_it_compares(atlas, tmp_path):
+    rows = [
+        RIDGE, {"kind": "knn", "k": [5, 9], "prior": 1.0, "scale": [0.1, 1.0]},
+        {"kind": "knn_smoothing", "k": [4, 8, 12, 16], "trials": 3},
+        {"kind": "nmf", "components": [2, 3], "floor": 0.01},
+    ]  # fmt: skip
+    table = run(rows, atlas, tmp_path, answers=["mean"]).table.drop_duplicates("row").set_index("row").n_trials
+    assert table.to_dict() == {"ridge": 4, "kNN pool": 4, "kNN-smoothing": 3, "Poisson NMF": 2}
+
+
+def test_diffusion_rows_are_scored(atlas, tmp_path):
+    small = {"steps": 4, "batch": 8, "width": 8, "depth": 1, "heads": 2, "walk": 2, "samples": 2}
+    rows = [{"kind": kind, **small} for kind in ("countsdiff", "blackout", "mdlm", "scidpms")]
+    table = run(rows, atlas, tmp_path).table
+    assert set(table.status) == {"done"}, table.reason.unique()
+    assert (table.capacity > 100).all()
+
+
+def test_a_grid_is_one_run_of_mlflow_that_is_updated(atlas, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"kind": "gene_mean"}, {"kind": "zero"}]
+    run(rows[:1], atlas, tmp_path / "out", experiment="grids", answers=["mean"])
+    run(rows, atlas, tmp_path / "out", experiment="grids", answers=["mean"])
+    (logged,) = mlflow.search_runs(experiment_names=["grids"], output_format="list")
+    assert logged.info.status == "FINISHED"
+    assert {f"atlas/mcar 30/{row}/mean/rmse" for row in ("gene mean", "none zero")} <= set(logged.data.metrics)
+    client = mlflow.MlflowClient()
+    history = client.get_metric_history(logged.info.run_id, "atlas/mcar 30/gene mean/mean/rmse")
+    assert [point.step for point in history] == [1, 2]
+    table = Path(client.download_artifacts(logged.info.run_id, "table.md", str(tmp_path)))
+    assert "none (zero)" in table.read_text()
 
 
 def test_simulated_sets_are_scored_against_counts_before_dropout(tmp_path, monkeypatch):
@@ -223,7 +306,7 @@ def test_rows_get_seed_share_and_label_of_their_cell():
     assert second == {"kind": "type_mean", "key": "kind"}
 
 
-@pytest.mark.parametrize("name", ["light", "countsdiff_tables", "scidpms_splat"])
+@pytest.mark.parametrize("name", ["light", "countsdiff_tables", "donor", "scidpms_splat"])
 def test_shipped_grids_are_read(name):
     made = read(name, ["cell_type=group"], [] if name == "scidpms_splat" else ["atlas.zarr"])
     assert len(made.rows) > 5

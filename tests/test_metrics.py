@@ -163,6 +163,8 @@ def test_mmd_is_the_pair_loop(made):
                     h = k(truth[i], truth[j]) + k(mean[i], mean[j]) - k(truth[i], mean[j]) - k(truth[j], mean[i])
                     top, bottom = top + w[i] * w[j] * h, bottom + w[i] * w[j]
         assert got[r] == pytest.approx(top / bottom)
+        own = sum(w[i] ** 2 * (2 - 2 * k(truth[i], mean[i])) for i in range(12))
+        assert metrics.mmd(truth, mean, weights, biased=True)[r] == pytest.approx((top + own) / w.sum() ** 2)
 
 
 def test_mmd_is_unbiased_and_sees_a_shift():

@@ -97,6 +97,10 @@ class Baseline(Imputer, ABC):
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Fit what the baseline needs besides the gene means. Default: nothing."""
 
+    def n_trials(self) -> int:
+        """Combinations of options that `fit` compares at most; 1: there is nothing to choose."""
+        return 1
+
     @abstractmethod
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
         """Expected molecules of every entry.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,6 +72,10 @@ class Fitted(Baseline, ABC):
         own = {f.name for f in fields(self) if f.init} - {f.name for f in fields(Fitted)}
         given = {name: getattr(self, name) for name in sorted(own)}
         return {k: tuple(v) if isinstance(v, tuple | list) else (v,) for k, v in given.items()}
+
+    def n_trials(self) -> int:
+        """The budget, or all combinations where they are fewer."""
+        return min(self.trials, math.prod(len(values) for values in self.options().values()))
 
     @abstractmethod
     def solve(self, kept: Cells, held: Cells, option: dict[str, Any]) -> None:

@@ -60,6 +60,10 @@ class LogLinear(Baseline, ABC):
     def predict(self, y: FloatArray, observed: BoolArray) -> FloatArray:
         """Predict every ``y`` of masked cells (``float32 [b g]``, 0 where hidden)."""
 
+    def n_trials(self) -> int:
+        """Choices at the first scale, then the other scales."""
+        return len(self.choices()) + len(self.scales) - 1
+
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Choose the options, the smearing factors and the floor, then solve on all cells."""
         counts = _tuning.dense(store, _tuning.sample(rows, self.max_cells, self.seed))

@@ -70,6 +70,10 @@ class Knn(Baseline):
         self.hide, self.seed = hide, seed
         self.chosen: dict[str, float] = {}
 
+    def n_trials(self) -> int:
+        """All combinations."""
+        return len(self.k) * len(self.prior) * len(self.scale)
+
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Choose the options, then keep all training cells (sparse)."""
         self.chosen = {"k": self.k[0], "prior": self.prior[0], "scale": self.scale[0]}

@@ -106,6 +106,10 @@ class Magic(Baseline):
         self.decay, self.hide, self.max_cells, self.seed = float(decay), hide, max_cells, seed
         self.chosen: dict[str, Any] = {}
 
+    def n_trials(self) -> int:
+        """All combinations."""
+        return len(self.knn) * len(self.t) * len(self.n_pca) * len(self.smear) * len(self.floor)
+
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Choose the options, then diffuse all training cells."""
         counts = _tuning.dense(store, _tuning.sample(rows, self.max_cells, self.seed))

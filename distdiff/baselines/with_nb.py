@@ -50,6 +50,10 @@ class WithNb(Baseline):
         self.peeks, self.control, self.denoises = self.row.peeks, self.row.control, self.row.denoises
         self.key = getattr(self.row, "key", "")
 
+    def n_trials(self) -> int:
+        """Those of the row."""
+        return self.row.n_trials()
+
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Fit the row twice, with the sizes in between."""
         some = _tuning.sample(rows, len(rows), self.seed)

@@ -36,8 +36,8 @@ class Result:
     Attributes
     ----------
     table
-        Columns data, protocol, rate, fold, row, seed, ours, status, reason, capacity, n_trials, answer, note, metric,
-        value, error, fit_cpu_seconds, fill_cpu_seconds.
+        Columns data, protocol, rate, fold, row, seed, ours, status, reason, capacity, n_trials, peak_mib, answer, note,
+        metric, value, error, fit_cpu_seconds, fill_cpu_seconds.
     """
 
     folder: Path
@@ -158,10 +158,13 @@ def _written(grid: Grid, records: list[Record], folder: Path) -> Result:
     params = {"rows": [row.name for row in grid.rows], "data": list(grid.data), **dataclasses.asdict(settings)}
     with tracking.run(
         experiment=settings.experiment, name=f"benchmark {folder.name}", params=params, tags={}, folder=folder,
-        enabled=bool(settings.experiment),
+        resume=True, enabled=bool(settings.experiment),
     ) as logged:  # fmt: skip
         shown = lines[lines.metric.isin(list(table.HEADLINES))]
-        logged.metrics({f"{r.data}/{r.protocol}/{r.row}/{r.answer}/{r.metric}": r.value for r in shown.itertuples()})
+        logged.metrics(
+            {f"{r.data}/{r.protocol}/{r.row}/{r.answer}/{r.metric}": r.value for r in shown.itertuples()},
+            step=sum(record["status"] == "done" for record in records),
+        )
         for path in (folder / "table.md", *drawn):
             logged.artifact(path)
     return Result(folder, found, text, tuple(table.claims(lines)))

@@ -23,7 +23,7 @@ from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
 from distdiff.grid.scores import Scored, extra
-from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting, trials
+from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting
 from distdiff.model import Model
 from distdiff.report import COLUMNS, Report
 from distdiff.version import __version__
@@ -117,15 +117,36 @@ def compute(cell: Cell, folder: str | Path) -> Record:
         "data": cell.data, **dataclasses.asdict(cell.protocol), "name": cell.protocol.name, "row": cell.row.name,
         "seed": cell.seed, "ours": isinstance(cell.row.options, Ours), "wanted": list(cell.row.answers),
     }  # fmt: skip
+    record["start_mib"] = peak_memory(restart=True)
     try:
         record |= {"status": "done", "reason": ""} | _scored(cell)
     except ImportError as error:
         record |= {"status": "absent", "reason": str(error)}
     except Exception as error:  # whatever a row does: it is marked, and the grid goes on
         record |= {"status": "failed", "reason": _sentence(error)}
+    record["peak_mib"] = peak_memory()
     with files.whole(Path(folder) / cell.file, overwrite=True) as temporary:
         temporary.write_text(json.dumps(record, indent=1))
     return record
+
+
+def peak_memory(*, restart: bool = False) -> float | None:
+    """Largest resident memory of this process in MiB since the last restart; ``None`` where the system is not Linux.
+
+    Examples
+    --------
+    >>> from distdiff.grid.cell import peak_memory
+    >>> start = peak_memory(restart=True)
+    >>> start is None or peak_memory() >= 0.9 * start
+    True
+    """
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def _sentence(error: Exception) -> str:
@@ -141,14 +162,14 @@ def _scored(cell: Cell) -> Record:
     if cell.about.cell_type and cell.about.cell_type not in store.manifest.labels:
         have = ", ".join(store.manifest.labels) or "none"
         raise ValueError(f"{cell.data} has no label {cell.about.cell_type!r} (cell_type); it has: {have}")
-    options, capacity, tried = cell.row.options, None, math.nan
+    options, capacity = cell.row.options, None
     labels: tuple[str, ...] = ()
     if isinstance(options, Ours):
         imputer, labels, capacity = _ours(cell, options, store, rows)
-        tried = 1.0
+        tried = 1
     else:
         imputer = build(Baseline, options)
-        tried = trials(imputer)
+        tried = imputer.n_trials()
     dropout = cell.protocol.protocol == "dropout"
     report = evaluate(
         store, rows, [Contestant(cell.row.name, imputer, cell.row.answers)], rate=cell.protocol.rate,
@@ -163,7 +184,7 @@ def _scored(cell: Cell) -> Record:
     return {
         "answers": _answers(cell, report, store, rows),
         "setting": {k: report.setting[k] for k in ("cells", "genes", "targets", "zeros_among_targets", "data")},
-        "capacity": getattr(row, "capacity", None) if capacity is None else capacity, "n_trials": _plain(tried),
+        "capacity": getattr(row, "capacity", None) if capacity is None else capacity, "n_trials": tried,
     }  # fmt: skip
 
 
@@ -174,7 +195,7 @@ def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) ->
         numbers = {name: (row.values[name], row.errors.get(name, math.nan)) for name in COLUMNS if name in row.errors}
         reasons: list[str] = []
         if answer == "mean":
-            scored = Scored(report, store, rows, cell.about.cell_type, cell.seed, cell.settings.resamples[0])
+            scored = Scored(report, store, rows, cell.about.cell_type, cell.seed, *cell.settings.resamples)
             more, reasons = extra(cell.settings.scores, scored)
             numbers |= more
         found.append({

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from distdiff import downstream, metrics
 from distdiff.data.masks import rare
+from distdiff.evaluation import MMD_CELLS
 from distdiff.report import Column
 from distdiff.rng import numpy_generator
 
@@ -28,12 +30,15 @@ COLUMNS = {
     "op_poisson_right": Column("OP Poisson, right", "low", "open_problems"),
     "rare_deviance": Column("rare deviance", "low", "rare"),
     "log_frechet": Column("log scFID (PCA)", "low", "frechet"),
+    "log_mmd": Column("log MMD^2 of counts", "low", "mmd"),
     "ari": Column("ARI", "high", "clustering"),
     "nmi": Column("NMI", "high", "clustering"),
     "purity": Column("purity", "high", "clustering"),
     "f": Column("F", "high", "clustering"),
     "probe_accuracy": Column("probe accuracy", "high", "probe"),
     "probe_f1": Column("probe F1", "high", "probe"),
+    "de_recall": Column("DE recovered", "high", "de"),
+    "de_false": Column("DE false", "low", "de"),
 }
 """Columns by metric; the block is the score in the grid's ``scores:`` that adds it."""
 
@@ -69,6 +74,7 @@ class Scored:
     cell_type: str | None
     seed: int
     replicates: int = 200
+    few: int = 40
 
     @cached_property
     def completed(self) -> NDArray[np.float32]:
@@ -84,6 +90,14 @@ class Scored:
         n = len(self.rows)
         drawn = metrics.bootstrap_weights(n, self.replicates, numpy_generator(self.seed, "grid"))
         return np.concatenate((metrics.once(n), drawn))
+
+    def resampled(self, score: Callable[[NDArray[np.int64]], dict[str, float]], n: int) -> Found:
+        """A score of cells ``0 ... n - 1``, and its standard deviation over ``few`` bootstraps of them."""
+        found, again = score(np.arange(n)), []
+        for weights in metrics.bootstrap_weights(n, self.few, numpy_generator(self.seed, "grid-few", n)):
+            with contextlib.suppress(ValueError):  # a resample without what the score needs, such as a second type
+                again.append(score(np.repeat(np.arange(n), weights)))
+        return {k: _with_error(np.array([value, *(each[k] for each in again)])) for k, value in found.items()}
 
     @cached_property
     def training(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -125,9 +139,9 @@ class Scored:
 
     def open_problems(self) -> Found:
         """The denoising pair of Open Problems on the targets alone, and the second the right way round."""
-        m = self.report.targets
-        pair = downstream.open_problems(np.where(m, self.report.truth, 0), np.where(m, self.completed, 0))
-        return {f"op_{name}": (value, np.nan) for name, value in pair.items()}
+        truth, answer = (np.where(self.report.targets, a, 0) for a in (self.report.truth, self.completed))
+        pair = self.resampled(lambda some: downstream.open_problems(truth[some], answer[some]), len(truth))
+        return {f"op_{name}": found for name, found in pair.items()}
 
     def rare(self) -> Found:
         """Deviance over the cells of types with at most 30 training cells."""
@@ -149,7 +163,28 @@ class Scored:
         train, _ = self.training
         encoder = PCA(min(50, min(train.shape) - 1), random_state=self.seed).fit(train)
         truth, answer = (encoder.transform(log_cp10k(x)) for x in (self.report.truth, self.completed))
-        return {"log_frechet": (float(np.log(max(downstream.frechet(truth, answer), 1e-12))), np.nan)}
+
+        def log_frechet(some: NDArray[np.int64]) -> dict[str, float]:
+            return {"log_frechet": float(np.log(max(downstream.frechet(truth[some], answer[some]), 1e-12)))}
+
+        return self.resampled(log_frechet, len(truth))
+
+    def mmd(self) -> Found:
+        """Log of the squared MMD (five bandwidths) between true and completed counts, as CountsDiff's tables have it.
+
+        Of the estimate that is never negative; below 1e-12 it counts as that.
+        """
+        some = numpy_generator(self.seed, "grid-mmd").permutation(len(self.rows))[:MMD_CELLS]
+        weights = self.weights[: 1 + self.few, some]
+        found = metrics.mmd(self.report.truth[some], self.completed[some], weights, biased=True)
+        return {"log_mmd": _with_error(np.log(np.maximum(found, 1e-12)))}
+
+    def de(self) -> Found:
+        """Genes that tell a type from the others (Wilcoxon): share recovered, share false; errors over types."""
+        truth, answer = (log_cp10k(x) for x in (self.report.truth, self.completed))
+        found = downstream.recovered(truth, answer, self.typed())
+        spread = {k: float(v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else np.nan for k, v in found.items()}
+        return {f"de_{name}": (float(value.mean()), spread[name]) for name, value in found.items()}
 
     def clustering(self) -> Found:
         """Leiden clusters of the completed cells against their types."""
@@ -172,17 +207,18 @@ class Scored:
                 raise ValueError(key)
 
         clusters, known = leiden(Rows(), seed=self.seed, progress=False), codes >= 0
-        return {k: (v, np.nan) for k, v in downstream.clustering(codes[known], clusters[known]).items()}
+        codes, clusters = codes[known], clusters[known]
+        return self.resampled(lambda some: downstream.clustering(codes[some], clusters[some]), len(codes))
 
     def probe(self) -> Found:
         """Types of the completed cells as XGBoost tells them."""
         train, codes = self.training
         wanted, known = self.typed(), codes >= 0
         have = wanted >= 0
-        found = downstream.probe(
-            train[known], codes[known], log_cp10k(self.completed)[have], wanted[have], seed=self.seed
-        )
-        return {f"probe_{name}": (value, np.nan) for name, value in found.items()}
+        answer = downstream.probe(train[known], codes[known], log_cp10k(self.completed)[have], seed=self.seed)
+        wanted = wanted[have]
+        found = self.resampled(lambda some: downstream.agreement(wanted[some], answer[some]), len(wanted))
+        return {f"probe_{name}": value for name, value in found.items()}
 
 
 def log_cp10k(counts: NDArray[np.floating]) -> NDArray[np.float32]:

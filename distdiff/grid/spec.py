@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from distdiff.configtext import shown
 from distdiff.data.splat import SETS
 
 Answer = Literal["mean", "1 draw", "draws"]
-Score = Literal["cells", "open_problems", "rare", "frechet", "clustering", "probe"]
+Score = Literal["cells", "open_problems", "rare", "frechet", "mmd", "clustering", "probe", "de"]
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,13 @@ class Settings:
     scores
         Beyond those of `distdiff.report.COLUMNS`, of means alone: ``cells`` (R2, cosine, RMSE averaged over cells),
         ``open_problems``, ``rare`` (deviance in types of at most 30 training cells), ``frechet`` (log scFID by PCA of
-        training cells), ``clustering`` (Leiden against types), ``probe`` (types by XGBoost).
+        training cells), ``mmd`` (log squared MMD of counts over five bandwidths), ``clustering`` (Leiden against
+        types), ``probe`` (types by XGBoost), ``de`` (genes that tell a type, by Wilcoxon: recovered, false).
     resamples
         Bootstraps over cells, for scores of entries and of distributions.
     experiment
-        MLflow experiment that the table is logged to; none: it is not logged.
+        MLflow experiment that the table is logged to, in one run for each folder, which later calls update (the step of
+        its metrics is the number of cells of the grid that are done); none: it is not logged.
 
     Examples
     --------
@@ -339,19 +340,3 @@ def fitting(options: Mapping[str, Any], data: DataSet, protocol: Protocol, seed:
     if isinstance(found.get("of"), Mapping):
         found["of"] = fitting(found["of"], data, protocol, seed)
     return found
-
-
-def trials(row: Any) -> float:
-    """Combinations of options that a row fits at most; NaN where it chooses in its own way.
-
-    Examples
-    --------
-    >>> from distdiff.baselines.ridge import Ridge
-    >>> from distdiff.grid.spec import trials
-    >>> trials(Ridge())
-    nan
-    """
-    row = getattr(row, "row", row)
-    if not hasattr(row, "trials"):
-        return math.nan
-    return min(row.trials, math.prod(len(values) for values in row.options().values()))

@@ -22,6 +22,9 @@ COLUMNS = {k: c for k, c in OF_ENTRIES.items() if not k.endswith("_seconds")} | 
 HEADLINES = {"deviance": "mean", "crps": "draws", "log1p_mse": "mean", "rmse": "mean", "energy": "1 draw"}
 """Metrics that have a figure and a sentence, and the answer that they are of."""
 
+SPENT = ("fit CPU s", "fill CPU s", "peak MiB", "capacity", "trials")
+"""What a row took."""
+
 
 def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """One line for each data set, protocol, row, seed, answer and metric; one without metric where a row did not run.
@@ -41,6 +44,7 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
             "data": r["data"], "protocol": r["name"], "rate": r["rate"], "fold": r["fold"], "row": r["row"],
             "seed": r["seed"], "ours": r["ours"], "status": r["status"], "reason": r["reason"],
             "capacity": r.get("capacity"), "n_trials": r.get("n_trials"),
+            "peak_mib": r.get("peak_mib"),
         }  # fmt: skip
         if r["status"] != "done":
             empty = {"note": "", "metric": "", "value": math.nan, "error": math.nan}
@@ -54,7 +58,7 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
                 for m, (v, e) in a["numbers"].items()
             ]
     table = pd.DataFrame(lines)
-    floats = ["value", "error", "capacity", "n_trials"]
+    floats = ["value", "error", "capacity", "n_trials", "peak_mib"]
     table[floats] = table[floats].astype(float)
     return table
 
@@ -79,6 +83,7 @@ def merged(table: pd.DataFrame) -> pd.DataFrame:
         value=("value", "mean"), spread=("value", "std"), error=("error", lambda e: float(np.sqrt((e**2).mean()))),
         note=("note", "first"), ours=("ours", "first"), fit=("fit_cpu_seconds", "mean"),
         fill=("fill_cpu_seconds", "mean"), capacity=("capacity", "first"), trials=("n_trials", "first"),
+        fit_spread=("fit_cpu_seconds", "std"), fill_spread=("fill_cpu_seconds", "std"), peak=("peak_mib", "max"),
     ).reset_index()  # fmt: skip
     out["error"] = out[["error", "spread"]].max(axis=1)
     return out.drop(columns="spread")
@@ -165,7 +170,7 @@ def markdown(table: pd.DataFrame, setting: dict[str, str]) -> str:
         part = lines[(lines.data == data) & (lines.protocol == protocol)]
         missing = whole[whole.status != "done"].drop_duplicates(["row", "answer"])
         metrics = [m for m in COLUMNS if m in set(part.metric)]
-        head = ["row", *(COLUMNS[m].heading for m in metrics), "fit CPU s", "fill CPU s", "capacity", "trials"]
+        head = ["row", *(COLUMNS[m].heading for m in metrics), *SPENT]
         first = {m: best(part, m) for m in metrics}
         body = []
         order = part[part.metric == "deviance"].sort_values("value", kind="stable")
@@ -173,7 +178,8 @@ def markdown(table: pd.DataFrame, setting: dict[str, str]) -> str:
             for _, at in order[(order.note == "control") == control].iterrows():
                 own = part[(part.row == at.row) & (part.answer == at.answer)].set_index("metric")
                 cells = [_cell(own, m, first[m]) for m in metrics]
-                spent = [f"{at.fit:.1f}", f"{at.fill:.1f}", _whole(at.capacity), _whole(at.trials)]
+                seconds = [number(*pair) for pair in ((at.fit, at.fit_spread), (at.fill, at.fill_spread))]
+                spent = [*seconds, *(_whole(value) for value in (at.peak, at.capacity, at.trials))]
                 body.append([label(at.row, at.answer) + (" +" if at.note == "peeks" else ""), *cells, *spent])
         body += [
             [label(r.row, r.answer), r.status, *["-"] * (len(head) - 2)] for r in missing.itertuples()
@@ -185,7 +191,8 @@ def markdown(table: pd.DataFrame, setting: dict[str, str]) -> str:
     sentences = claims(lines)
     notes = (
         "`+` peeks: labels were made from the full counts. CPU seconds are of the process that computes; those of "
-        "a `+ NB` row hold its fits of the row. Capacity: weights of a network. Trials: most fits that choose options."
+        "a `+ NB` row hold its fits of the row. Peak MiB: most memory of that process. Capacity: weights of a network. "
+        "Trials: most combinations of options that are compared."
     )
     return "\n\n".join(["# Results of the grid", *parts, "\n".join(f"- {s}" for s in sentences), notes]) + "\n"
 

@@ -290,6 +290,42 @@ def test_nmf_loadings_climb_the_likelihood_of_observed_genes(store, batch):
     assert w[4] == pytest.approx(imputer.average, rel=1e-6)  # no evidence: the average training cell
 
 
+def divergence(x, rate):
+    return (rate - x * np.log(np.maximum(rate, 1e-12))).sum()
+
+
+def test_nmf_is_as_likely_as_scikit_learns(store):
+    from sklearn.decomposition import NMF
+
+    x = store.counts[TRAIN].toarray().astype(np.float32)
+    fit = NMF(3, init="nndsvda", solver="mu", beta_loss="kullback-leibler", max_iter=500, tol=1e-6)
+    peer = divergence(x, fit.fit_transform(x) @ fit.components_)
+    ours = Nmf(3, 0.0, iterations=500, tol=0.0, steps=500)
+    ours.fit(store, TRAIN)
+    found = divergence(x, ours.loadings(x, np.ones(x.shape, bool)) @ ours.programmes)
+    alone = divergence(x, x.sum(1, keepdims=True) * x.sum(0) / x.sum())
+    assert found - peer < 0.02 * (alone - peer)
+    assert ours.programmes.sum(1) == pytest.approx(1, abs=1e-4)
+
+
+def test_nmf_stops_early_and_ends_the_search_at_the_first_worse_size(store, monkeypatch):
+    from distdiff.baselines import nmf
+
+    steps, sizes, loss, step, solve = [], [], [], nmf._step, Nmf.solve
+    monkeypatch.setattr(nmf, "_step", lambda *a: steps.append(1) or loss.append((a[6], step(*a))) or loss[-1][1])
+    ours = Nmf(3, 0.01, iterations=1000)
+    ours.fit(store, TRAIN)
+    assert 30 < len(steps) < 500
+    seen = [value for look, value in loss if look]
+    assert seen == sorted(seen, reverse=True)
+    monkeypatch.setattr(Nmf, "solve", lambda self, x, size: sizes.append(size) or solve(self, x, size))
+    monkeypatch.setattr(nmf._tuning, "deviance", lambda *a: {5: 2.0, 10: 1.0, 20: 1.5}[sizes[-1]])
+    ours = Nmf((5, 10, 20, 40), 0.01)
+    ours.fit(store, TRAIN)
+    assert sizes == [5, 10, 20, 10]
+    assert ours.n_trials() == 4
+
+
 @pytest.mark.parametrize("kind", ["magic", "nmf"])
 def test_memory_is_bounded(kind, store, monkeypatch):
     read = []
@@ -315,6 +351,7 @@ def test_options_out_of_range_are_named():
         ({"components": 0}, "components=0"),
         ({"floor": ()}, r"floor=\(\)"),
         ({"steps": 0}, "steps=0"),
+        ({"tol": 1.0}, "tol=1"),
         ({"hide": 0.0}, "hide=0"),
     ):
         with pytest.raises(ValueError, match=said):
