@@ -20,6 +20,9 @@ from distdiff.report import Report, number, text_block
 
 STATUSES = ("pass", "look", "fail")
 
+FEW = 0.01
+"""Share of the molecules below which a band of predicted expression is looked at, and does not fail a model."""
+
 PLURAL = {"expression": "tenths of genes by expression", "depth": "fifths of cells by depth", "group": "groups of 50 "
           "cells or more", "batch": "batches of 50 cells or more"}  # fmt: skip
 
@@ -279,6 +282,28 @@ def mean_rows(mean: NDArray[np.floating], truth: NDArray[np.floating], n: int = 
             rows.append({"band": i + 1, "expected": expected, "seen": seen, "error": error,
                          "ratio": seen / max(expected, 1e-12)})  # fmt: skip
     return rows
+
+
+def furthest_off(rows: list[dict[str, float]]) -> tuple[float, float]:
+    """The largest factor between molecules seen and expected that is more than chance, of all bands and of full ones.
+
+    Full are bands with at least ``FEW`` of the molecules of all; ``rows`` are those of :func:`mean_rows`.
+
+    Examples
+    --------
+    >>> from distdiff.certified import furthest_off
+    >>> few = {"expected": 2.0, "seen": 12.0, "error": 2.0, "ratio": 6.0}
+    >>> furthest_off([few, {"expected": 5000.0, "seen": 4000.0, "error": 90.0, "ratio": 0.8}])
+    (6.0, 1.25)
+    """
+    off = [row for row in rows if abs(row["seen"] - row["expected"]) > 3 * row["error"]]
+    least = FEW * sum(row["seen"] for row in rows)
+    full = [row for row in off if max(row["seen"], row["expected"]) >= least]
+
+    def furthest(bands: list[dict[str, float]]) -> float:
+        return max((max(row["ratio"], 1 / max(row["ratio"], 1e-9)) for row in bands), default=1.0)
+
+    return furthest(off), furthest(full)
 
 
 def _plain(tree: Any) -> Any:
