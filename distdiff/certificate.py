@@ -200,7 +200,8 @@ def _means(ours: Answers, trial: Trial, most: FloatArray | None) -> list[Item]:
         part, "means by decile", certified.status(of_many - 1, 0.25, 1.0, ratio <= 1.25), ratio,
         "In ten bands of predicted expression, seen over predicted molecules is "
         f"{min(r['ratio'] for r in rows):.2f} to {max(r['ratio'] for r in rows):.2f} "
-        f"(within 1.25 times, or within chance; a band with less than {certified.FEW:.0%} of the molecules cannot fail).", rows,
+        "(within 1.25 times, or within chance; a band with less than "
+        f"{certified.FEW:.0%} of the molecules cannot fail).", rows,
     )]  # fmt: skip
     decile = certified.bands(np.asarray(trial.scored[:, trial.keep].mean(0)).ravel(), 10)[e["gene"]]
     n = np.maximum(np.bincount(decile, minlength=10), 1)
