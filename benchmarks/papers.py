@@ -114,7 +114,20 @@ def short(value: float) -> float | None:
     return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
 
 
-def run(name: str, data: Path | None, work: Path) -> None:
+def ready(spec: dict[str, Any], folder: Path) -> bool:
+    """Whether all cells of a grid of one row and one data set are finished."""
+    from distdiff import grid
+    from distdiff.grid.cell import finished
+    from distdiff.grid.spec import read
+
+    (name,) = spec["data"]
+    if "train" in spec["rows"][0] and not list(folder.glob(f"models/{name}-*/grid.json")):
+        return False
+    cells = grid._cells(read(spec), folder, progress=False)
+    return all(finished(folder / "cells" / cell.file) for cell in cells)
+
+
+def run(name: str, data: Path | None, work: Path, *, finished: bool = False) -> None:
     from distdiff import grid
     from distdiff.data.store.store import CountStore
 
@@ -130,7 +143,11 @@ def run(name: str, data: Path | None, work: Path) -> None:
         if protocol != spec["protocols"][0] and (row.get("kind") in PAPER_ONLY or "attrition" in row):
             continue
         some = {**spec, "protocols": [protocol], "rows": [row]}
-        rows += compact(grid.run(some, work / f"grid-{name}", progress=False))
+        folder = work / f"grid-{name}"
+        if finished:
+            some["data"] = {k: v for k, v in spec["data"].items() if ready({**some, "data": {k: v}}, folder)}
+        if some["data"]:
+            rows += compact(grid.run(some, folder, progress=False))
         print(f"{time.strftime('%H:%M:%S')} {protocol['protocol']} {row}", flush=True)
         _record.write(RESULTS / f"papers_{name}.json", began, {**content, "spec": without_paths(spec), "rows": rows})
 
@@ -145,6 +162,7 @@ def main() -> None:
     parser.add_argument("what", choices=[*SETS, "splat", "page"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--finished", action="store_true", help="write what is finished, compute nothing")
     a = parser.parse_args()
     if a.what == "page":
         (RESULTS.parents[1] / "docs" / "papers.md").write_text(_papers_page.page())
@@ -153,7 +171,7 @@ def main() -> None:
         parser.error(f"{a.what} needs --data, the h5ad file of its counts; {a.data} is none")
     if a.work is None:
         parser.error("--work must name a folder for stores, models and finished cells")
-    run(a.what, a.data, a.work)
+    run(a.what, a.data, a.work, finished=a.finished)
 
 
 if __name__ == "__main__":
