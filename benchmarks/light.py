@@ -1,6 +1,6 @@
 """What the light grid takes: CPU seconds and peak memory of every row, at two numbers of cells.
 
-    python benchmarks/light.py --data mca_6tissue_mouse.h5ad --cell-type cell_type --cells 1500 3000
+    python benchmarks/light.py --data mca_6tissue_mouse.h5ad --cell-type cell_type --cells 750 1500 --work FOLDER
 
 Each size is a random subset of the labelled cells and the 2,000 genes of the most cells, in a process of its own. Peak
 memory is that of the whole process; ``peak_mib_per_1000_cells`` is its slope between the two sizes.
@@ -63,17 +63,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cell-type", required=True)
-    parser.add_argument("--cells", type=int, nargs=2, default=[1500, 3000])
+    parser.add_argument("--cells", type=int, nargs=2, default=[750, 1500])
+    parser.add_argument("--work", type=Path, required=True, help="folder that keeps each size's measurement")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "light.json")
     a = parser.parse_args()
     began, context, found = time.perf_counter(), multiprocessing.get_context("spawn"), []
+    a.work.mkdir(parents=True, exist_ok=True)
     for cells in a.cells:
-        queue = context.Queue()
-        process = context.Process(target=one, args=(a.data, a.cell_type, cells, queue))
-        process.start()
-        found.append(queue.get())
-        process.join()
-        print(json.dumps(found[-1], indent=1), flush=True)
+        kept = a.work / f"light-{cells}.json"
+        if not kept.exists():
+            queue = context.Queue()
+            process = context.Process(target=one, args=(a.data, a.cell_type, cells, queue))
+            process.start()
+            measured = queue.get()
+            process.join()
+            kept.write_text(json.dumps(measured, indent=1))
+        found.append(json.loads(kept.read_text()))
     small, large = found
     slope = {
         row: round(1000 * (large["rows"][row]["peak_mib"] - spent["peak_mib"]) / (a.cells[1] - a.cells[0]), 1)
