@@ -115,15 +115,19 @@ def page() -> str:
         "Baron's human pancreas in place of their fetus and heart atlases, and simulated sets of our own. All rows of "
         "a rerun have the same cells, masks, validation cells and scores. Data differ and budgets are far below the "
         "papers' (each table says by how much), so compare rows within a table, not numbers between two. Brackets hold "
-        "standard errors of the last digits; `+` marks rows that are told cell types; a row without another word is its "
-        "mean. Rows and scores are explained in "
+        "standard errors of the last digits; `+` marks rows that are told cell types; a row without another word is "
+        "its mean. Rows and scores are explained in "
         "[compare methods](howto/benchmark.md). What is particular in the published rows was found by reading and "
         "running the papers' public code.",
     ]
     if "papers_baron" in found:
         parts += countsdiff(found["papers_baron"])
     if "papers_mca" in found:
-        parts += ["### Mouse cell atlas", budget(found["papers_mca"]), *tables(found["papers_mca"]["rows"])]
+        parts += [
+            "### Mouse cell atlas",
+            budget(found["papers_mca"]),
+            *tables(found["papers_mca"]["spec"], found["papers_mca"]["rows"]),
+        ]
     parts += ["### What was particular in the published rows", lines(PARTICULAR)]
     parts += ["## scIDPMs, six simulated sets", *simulated(found.get("papers_splat"))]
     parts += ["### What was particular in the published rows of scIDPMs", lines(PARTICULAR_SCIDPMS)]
@@ -152,7 +156,7 @@ def countsdiff(found: dict[str, Any]) -> list[str]:
         block(head, body),
         "### Baron, human pancreas",
         budget(found),
-        *tables(found["rows"]),
+        *tables(found["spec"], found["rows"]),
     ]
 
 
@@ -175,16 +179,28 @@ def shown(row: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in changes(row).items())
 
 
-def tables(rows: Rows) -> list[str]:
+def tables(spec: dict[str, Any], rows: Rows) -> list[str]:
     """For each protocol the published columns, the others, and who is first."""
     out = []
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         part = [row for row in rows if row["protocol"] == protocol]
         out += [f"Protocol {protocol}.", table(part, LIKE_PUBLISHED, "1 draw", costs=True), table(part, MORE, "draws")]
+        out += unfinished(spec, part)
         failed = [f"- {row['row']}: {row['status']}: {row['reason']}" for row in part if "status" in row]
         out += ["\n".join(["Rows that did not run:\n", *failed])] if failed else []
         out.append("\n".join(f"- {sentence}" for sentence in verdicts(part)))
     return out
+
+
+def unfinished(spec: dict[str, Any], rows: Rows) -> list[str]:
+    """A line on the rows that were not finished, if there are any."""
+    from distdiff.baselines import Baseline
+    from distdiff.component import build
+
+    done = {row["row"] for row in rows}
+    names = [row.get("name") or (build(Baseline, row).label if "kind" in row else "distdiff") for row in spec["rows"]]
+    missing = [name for name in names if name not in done]
+    return [f"Not finished in the time that there was: {', '.join(missing)}."] if missing else []
 
 
 def wanted(rows: Rows, drawn: str) -> Rows:
@@ -301,6 +317,7 @@ def simulated(found: dict[str, Any] | None) -> list[str]:
     out.append(block(["row", *sets], body))
     first = {s: min(rmse[s], key=lambda name, s=s: rmse[s][name]) for s in sets}  # type: ignore[misc]
     out.append("First in RMSE: " + ", ".join(f"{name} ({s})" for s, name in first.items()) + ".")
+    out += unfinished(found["spec"], found["rows"])
     failed = {f"- {r['row']}: {r['status']}: {r['reason']}" for r in found["rows"] if "status" in r}
     return out + (["\n".join(["Rows that did not run:\n", *sorted(failed)])] if failed else [])
 
