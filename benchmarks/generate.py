@@ -18,6 +18,7 @@ from typing import Any
 
 import _record
 import numpy as np
+import torch
 
 from distdiff import config, experiment
 from distdiff.data.ingest.shard import shard
@@ -86,7 +87,9 @@ def imputation(model: Model, store: CountStore) -> dict[str, float]:
     """Deviance of a call with labels and of one without, on half of the entries of test cells."""
     cells = store.cells(store.rows("test"), tuple(model.spec.labels))
     hidden = mcar(tuple(cells.counts.shape), 0.5, numpy_generator(0, "benchmark"))
-    rows = {name: WithLabels(model.imputer(), used) for name, used in (("labels told", True), ("no labels", False))}
+    codes = {label: torch.arange(len(values)) for label, values in model.spec.labels.items()}
+    told = (("labels told", True), ("no labels", False))
+    rows = {name: WithLabels(model.imputer(), used, codes) for name, used in told}
     return {name: round(v, 5) for name, v in deviances(rows, store, cells, hidden).items()}
 
 
