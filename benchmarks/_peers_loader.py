@@ -375,7 +375,7 @@ def memory(a: argparse.Namespace) -> Source:
         starts = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(indptr[rows + 1] - indptr[rows], out=starts[1:])
         values, columns = np.empty(starts[-1], kinds[0]), np.empty(starts[-1], kinds[1])
-        split(lambda *parts: gather(*parts, values, columns), rows, starts[:-1])
+        split(lambda *parts: gather(*parts, values, columns), rows, starts[:-1])  # type: ignore[call-arg]
         if a.contract == "native":  # scipy would copy uint16 indices
             return Native((len(rows), genes), values.dtype, values, columns, starts)
         return sparse.csr_matrix((values, columns, starts), (len(rows), genes))

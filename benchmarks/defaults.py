@@ -125,8 +125,8 @@ def score(law: Law, of: Hidden, store: CountStore, seed: int) -> tuple[dict[str,
     size = np.exp(log_size)
     rate = rng.gamma(np.broadcast_to(size, (DRAWS, *mean.shape))) * (mean / size)
     drawn = np.where(hidden, rng.poisson(rate), truth).astype(np.float32)
-    tensors = (torch.from_numpy(values) for values in (mean, log_size))
-    log1p = torch.expm1(nb_mean_log1p(torch.zeros(()), *tensors, torch.ones(()))).numpy()
+    m, k = torch.from_numpy(mean), torch.from_numpy(log_size)
+    log1p = torch.expm1(nb_mean_log1p(torch.zeros(()), m, k, torch.ones(()))).numpy()
     filled, nll = np.where(hidden, mean, truth), nb_nll(*(torch.from_numpy(v) for v in (truth, mean, log_size))).numpy()
     cells = {
         "deviance": metrics.poisson_deviance(truth, hidden, filled),

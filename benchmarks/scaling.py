@@ -122,7 +122,7 @@ class Bench:
 
     def trial(self, **denoiser: Any) -> fit._Trial:
         m, c = self.model(**denoiser)
-        return fit._Trial(c.train, self.store, m.process, m.denoiser, c.survival, c.optim, self.accelerator, ())
+        return fit._Trial(Recipe(self.store, m.process, m.denoiser, c.survival, c.optim, c.train), self.accelerator)
 
     def loading(self, batch: int = 1024, batches: int = 30) -> float:
         """Cells that one core's second loads and decodes, as dense rows."""
