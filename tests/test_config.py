@@ -201,3 +201,10 @@ def test_a_component_from_outside_the_tree(tmp_path, monkeypatch):
     (tmp_path / "elsewhere.py").write_text("from distdiff.process.counts import Counts\nclass Mine(Counts): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert type(build(Process, {"kind": "elsewhere:Mine", "head": "mean"})).__name__ == "Mine"
+
+
+def test_a_key_of_several_types_names_them_all():
+    with pytest.raises(ValueError, match=r"train\.graph='maybe': .*valid boolean.*; or Input should be 'auto'$"):
+        config.load("default", ["data.store=x.zarr", "train.graph=maybe"])
+    with pytest.raises(ValueError, match=r"train\.\w+='x': [^;]*$"):  # two keys are wrong: one is named
+        config.load("default", ["data.store=x.zarr", "train.keep=x", "train.patience=x"])
