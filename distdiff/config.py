@@ -337,12 +337,12 @@ def _typed(cls: type[T], raw: Any) -> T:
     try:
         return TypeAdapter(cls).validate_python(raw)
     except ValidationError as error:
-        first, *others = error.errors()
+        first, *further = error.errors()
         # a key of several types has an error for each, whose place is section, key, type
-        several = len(first["loc"]) == 3 and isinstance(first["loc"][-1], str)
-        same = [e for e in others if several and len(e["loc"]) == 3 and e["loc"][:-1] == first["loc"][:-1]]
-        location = ".".join(str(part) for part in (first["loc"][:-1] if same else first["loc"]))
-        value, message = first["input"], "; or ".join(e["msg"] for e in (first, *same))
+        of_types = len(first["loc"]) == 3 and isinstance(first["loc"][-1], str)
+        alike = [e for e in further if of_types and len(e["loc"]) == 3 and e["loc"][:-1] == first["loc"][:-1]]
+        location = ".".join(str(part) for part in (first["loc"][:-1] if alike else first["loc"]))
+        value, message = first["input"], "; or ".join(e["msg"] for e in (first, *alike))
         if first["type"] == "literal_error":
             allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ",").split(",")]
             message = message + nearest(str(value), allowed)
