@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 
-from distdiff.data.feed.plan import Mixed, Order, Plan
+from distdiff.data.feed.plan import Mixed, Order, Plan, weighed
 from distdiff.data.feed.resident import Resident, Uploader
 from distdiff.data.store.pool import Lease
 from distdiff.data.store.store import CountStore
@@ -195,11 +195,11 @@ class Loading:
             raise ValueError(
                 f"loader.natural=true needs loader.strata={settled.strata!r} among the model's labels ({list(labels)})"
             )
-        codes = store.labels(index, [settled.strata])[settled.strata]
-        plan = settled.plan(store, index, 1, 0)
-        found = np.ones(len(store.manifest.labels[settled.strata]) + 1, np.float32)
-        for cells, share in zip(plan.strata, plan.share, strict=True):  # type: ignore[attr-defined]
-            found[codes[cells[0]]] = len(cells) / len(index) / share if share else 1.0
+        codes, values = store.labels(index, [settled.strata])[settled.strata], store.manifest.labels[settled.strata]
+        present, n, weights = weighed(codes, values, settled.weights)  # type: ignore[arg-type]
+        read = np.asarray(weights) / sum(weights)
+        found = np.ones(len(values) + 1, np.float32)
+        found[present] = np.where(read > 0, n / len(index) / np.where(read > 0, read, 1), 1)
         return settled.strata, torch.from_numpy(found)
 
     def keep(self, store: CountStore, device: torch.device, ranks: int = 1) -> tuple[CountStore, Resident | None, str]:

@@ -204,8 +204,7 @@ class Mixed(Order):
         self.n_cells = sum(map(len, self.strata))
         each = max(1, window // len(strata))
         self.plans = [Plan(len(s), batch, block, each, _seed(seed, i)) for i, s in enumerate(self.strata)]
-        self.share = share / share.sum()
-        self._places = _cycle(self.share)
+        self._places = _cycle(share / share.sum())
 
     def rows(self, step: int) -> np.ndarray:
         first = _start(step, self.batch)
@@ -238,16 +237,30 @@ class Mixed(Order):
         ValueError
             A weight for a value that no cell has.
         """
-        found = np.unique(codes)
-        names = {int(c): values[c] if c >= 0 else "" for c in found}
+        found, _, share = weighed(codes, values, weights)
         strata = [np.flatnonzero(codes == c) for c in found]
-        if isinstance(weights, Mapping):
-            if unknown := [w for w in weights if w not in names.values()]:
-                raise ValueError(f"weights: no training cell has {unknown[0]!r}; known: {', '.join(names.values())}")
-            share = [float(weights.get(names[int(c)], 1.0)) for c in found]
-        else:
-            share = [float(len(s)) ** weights for s in strata]
         return cls(strata, share, batch=batch, block=block, window=window, seed=seed)
+
+
+def weighed(
+    codes: np.ndarray, values: Sequence[str], weights: Mapping[str, float] | float
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Codes that are there, how many cells have each, and the weight of each; arguments and errors as of `Mixed.of`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.data.feed.plan import weighed
+    >>> weighed(np.repeat([0, 1], [90, 10]), ("T", "B"), {"B": 3.0})
+    (array([0, 1]), array([90, 10]), [1.0, 3.0])
+    """
+    found, n = np.unique(codes, return_counts=True)
+    names = {int(c): values[c] if c >= 0 else "" for c in found}
+    if not isinstance(weights, Mapping):
+        return found, n, [float(cells) ** weights for cells in n]
+    if unknown := [w for w in weights if w not in names.values()]:
+        raise ValueError(f"weights: no training cell has {unknown[0]!r}; known: {', '.join(names.values())}")
+    return found, n, [float(weights.get(names[int(c)], 1.0)) for c in found]
 
 
 def _cycle(share: np.ndarray) -> list[np.ndarray]:
