@@ -286,6 +286,7 @@ def test_a_model_is_trained_once_and_cells_it_saw_are_refused(atlas, tmp_path):
         ({"protocols": [{"protocol": "dropout"}]}, "simulated sets"),
         ({"scores": ["cluster"]}, "clustering"),
         ({"seeds": []}, "must not be empty"),
+        ({"minutes": -2}, "minutes must be a number of minutes"),
         ({"cells": "many"}, "cells='many'"),
     ],
 )
@@ -304,9 +305,13 @@ def test_rows_get_seed_share_and_label_of_their_cell():
         "kind": "with_nb", "hide": 0.3, "seed": 7, "of": {"kind": "knn", "hide": 0.3, "seed": 7}
     }  # fmt: skip
     assert second == {"kind": "type_mean", "key": "kind"}
+    rows = [{"kind": "dca"}, {"kind": "dca", "minutes": 9, "name": "longer"}, {"kind": "knn"}]
+    made = read({**SMALL, "rows": rows, "minutes": 2}, data=["a.zarr"])
+    own = [cells.fitted(row, data_set, protocol, 7, made.settings.minutes).options for row in made.rows]
+    assert [options.get("minutes") for options in own] == [2, 9, None]
 
 
-@pytest.mark.parametrize("name", ["light", "countsdiff_tables", "donor", "scidpms_splat"])
+@pytest.mark.parametrize("name", ["all", "light", "countsdiff_tables", "donor", "scidpms_splat"])
 def test_shipped_grids_are_read(name):
     made = read(name, ["cell_type=group"], [] if name == "scidpms_splat" else ["atlas.zarr"])
     assert len(made.rows) > 5

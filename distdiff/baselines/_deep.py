@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +38,16 @@ class Deep(Fitted, ABC):
         Learning rate of Adam.
     patience
         Validations without a better score after which training stops; there are 20 in ``steps``.
+    minutes
+        CPU minutes of the process after which training stops, shared by the combinations of options that are tried; 0:
+        no limit. Where it decides, numbers depend on the machine.
     """
 
     steps: int = 2000
     batch: int = 64
     lr: float | Sequence[float] = 1e-3
     patience: int = 5
+    minutes: float = 0.0
 
     network: Any = field(init=False, repr=False)
     capacity: int = field(init=False, default=0, repr=False)
@@ -57,6 +62,8 @@ class Deep(Fitted, ABC):
             raise ValueError(
                 f"{self.label}: steps={self.steps}, batch={self.batch} and patience={self.patience} must be 1 or more"
             )
+        if not 0 <= self.minutes < np.inf:
+            raise ValueError(f"{self.label}: minutes={self.minutes} must be a number of minutes, or 0 for no limit")
 
     @abstractmethod
     def build(self, genes: int, option: dict[str, Any]) -> nn.Module:
@@ -94,6 +101,7 @@ class Deep(Fitted, ABC):
         self.option = option
         self.profile = torch.from_numpy(self.gene_mean.astype(np.float32))
         every, best, since = max(1, self.steps // 20), np.inf, 0
+        until = time.process_time() + 60 * self.minutes / self.fits() if self.minutes else np.inf
         rng = numpy_generator(self.seed, "baseline-batches")
         with borrowed(torch.device("cpu"), self.seed, type(self).__name__):
             network = self.build(len(self.gene_mean), option)
@@ -112,16 +120,23 @@ class Deep(Fitted, ABC):
                     loss.backward()
                     nn.utils.clip_grad_norm_(player.parameters(), 1.0)
                     optimizer.step()
-                if step % every and step < self.steps:
+                over = time.process_time() > until
+                if step % every and step < self.steps and not over:
                     continue
                 if not np.isfinite(last := loss.item()):
                     raise ValueError(f"{self.label}: the loss is {last} after {step} steps; take a smaller lr")
                 self.spent, score = step, self.validate(held)
                 if score < best:
                     best, since, state = score, 0, copy.deepcopy(network.state_dict())
-                elif (since := since + 1) >= self.patience:
+                else:
+                    since += 1
+                if over or since >= self.patience:
                     break
             network.load_state_dict(state)
+
+    def fits(self) -> int:
+        """Networks that are trained: one for each combination, and the best again unless it was the last."""
+        return self.n_trials() + (self.n_trials() > 1)
 
     def validate(self, held: Cells) -> float:
         """Poisson deviance of hidden entries of the validation cells, not below a hundredth of the gene mean."""

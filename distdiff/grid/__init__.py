@@ -114,9 +114,10 @@ def _cells(grid: Grid, folder: Path, progress: bool) -> Iterator[Cell]:
                     models[row.name] = "", f"no model: {' '.join(str(error).split())}", 0.0
         for protocol, row, seed in itertools.product(grid.protocols, grid.rows, grid.settings.seeds):
             model, trouble, seconds = models.get(row.name, ("", "", 0.0))
+            own = fitted(row, about, protocol, seed, grid.settings.minutes)
             yield Cell(
-                name, store.url, store.manifest.fingerprint, about, protocol, fitted(row, about, protocol, seed), seed,
-                grid.settings, model, trouble, seconds,
+                name, store.url, store.manifest.fingerprint, about, protocol, own, seed, grid.settings, model, trouble,
+                seconds,
             )  # fmt: skip
 
 

@@ -313,8 +313,8 @@ def trained(name: str, options: Ours, store: CountStore, folder: Path, *, progre
     return str(out / "model"), float(received.json_of(mark)["cpu_seconds"])
 
 
-def fitted(row: Line, data: DataSet, protocol: Protocol, seed: int) -> Line:
-    """A row with the options of one cell of the grid.
+def fitted(row: Line, data: DataSet, protocol: Protocol, seed: int, minutes: float = 0.0) -> Line:
+    """A row with the options of one cell of the grid (:func:`~distdiff.grid.spec.fitting`).
 
     Examples
     --------
@@ -325,4 +325,4 @@ def fitted(row: Line, data: DataSet, protocol: Protocol, seed: int) -> Line:
     """
     if isinstance(row.options, Ours):
         return row
-    return dataclasses.replace(row, options=fitting(row.options, data, protocol, seed))
+    return dataclasses.replace(row, options=fitting(row.options, data, protocol, seed, minutes))

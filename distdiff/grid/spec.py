@@ -149,6 +149,8 @@ class Settings:
         What is scored of a row: its ``mean``, ``1 draw``, an ensemble of ``draws``; a row may have its own.
     nb
         Give every baseline that is no control a second row: a negative binomial around the same mean.
+    minutes
+        CPU minutes that each row that is a network may train, unless it has its own ``minutes``; 0: no limit.
     scores
         Beyond those of `distdiff.report.COLUMNS`, of means alone: ``cells`` (R2, cosine, RMSE averaged over cells),
         ``open_problems``, ``rare`` (deviance in types of at most 30 training cells), ``frechet`` (log scFID by PCA of
@@ -172,6 +174,7 @@ class Settings:
     draws: int = 5
     answers: tuple[Answer, ...] = ("mean", "draws")
     nb: bool = False
+    minutes: float = 0.0
     scores: tuple[Score, ...] = ()
     resamples: tuple[int, int] = (200, 40)
     experiment: str = ""
@@ -182,6 +185,8 @@ class Settings:
                 f"seeds and answers must not be empty, cells, draws and resamples at least 2; got seeds={self.seeds}, "
                 f"answers={self.answers}, cells={self.cells}, draws={self.draws}, resamples={self.resamples}"
             )
+        if not 0 <= self.minutes < 1e6:
+            raise ValueError(f"minutes must be a number of minutes, or 0 for no limit, got {self.minutes}")
 
 
 @dataclass(frozen=True)
@@ -319,8 +324,12 @@ def _built(options: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-def fitting(options: Mapping[str, Any], data: DataSet, protocol: Protocol, seed: int) -> dict[str, Any]:
+def fitting(
+    options: Mapping[str, Any], data: DataSet, protocol: Protocol, seed: int, minutes: float = 0.0
+) -> dict[str, Any]:
     """Options of a row for one cell of the grid: its seed, the share hidden while it is tuned, the label of types.
+
+    ``minutes`` of training are those of :class:`Settings`.
 
     Examples
     --------
@@ -332,11 +341,12 @@ def fitting(options: Mapping[str, Any], data: DataSet, protocol: Protocol, seed:
     """
     takes = inspect.signature(resolve(Baseline, options["kind"])).parameters
     found = dict(options)
-    for name, value in (("hide", protocol.rate), ("seed", seed)):
+    ours = {"hide": protocol.rate, "seed": seed} | ({"minutes": minutes} if minutes else {})
+    for name, value in ours.items():
         if name in takes:
             found.setdefault(name, value)
     if data.cell_type and complete(Baseline, options).get("key") == "cell_type":
         found["key"] = data.cell_type
     if isinstance(found.get("of"), Mapping):
-        found["of"] = fitting(found["of"], data, protocol, seed)
+        found["of"] = fitting(found["of"], data, protocol, seed, minutes)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import time
 
 import numpy as np
 import pytest
@@ -239,6 +240,17 @@ def test_training_stops_early_and_keeps_the_best_weights(store, monkeypatch):
     assert row.spent == 18  # a validation every 3 steps
     assert torch.equal(row.network[1].weight, seen[1])
     assert row.capacity == sum(w.numel() for w in row.network.parameters())
+
+
+def test_training_ends_with_its_minutes(store):
+    row = Dca(width=8, steps=100_000, trials=2, lr=(1e-3, 1e-2), patience=100_000, minutes=0.02)
+    began = time.process_time()
+    row.fit(store, TRAIN)
+    assert 0 < row.spent < 100_000
+    assert row.fits() == 3  # two values of lr, and the better one again
+    assert time.process_time() - began < 0.02 * 60 + 10
+    with pytest.raises(ValueError, match="minutes=-1 must be"):
+        Dca(minutes=-1)
 
 
 def test_a_row_that_diverges_says_so(store, monkeypatch):

@@ -1,0 +1,172 @@
+"""What helps a network that sees few cells? The default recipe against one change at a time.
+
+    python benchmarks/small.py --data pbmc3k.h5ad baron.h5ad --out benchmarks/results/small.json [--only thinned]
+
+Changes that are no option of the package are made here, by replacing one method while a network trains. ``dense`` in
+place of a file is a simulated set: 1,600 cells x 1,000 genes, 12 molecules an entry, rates linear in 12 programmes.
+Scores are those of benchmarks/defaults.py, with and without the blend (docs/MATHS.md 5.10); ``two networks`` averages
+the log rates of two seeds, without a blend. ``sigmas``: standard errors of the paired difference over cells by which a
+change is worse than the default (negative: better).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import _record
+import anndata as ad
+import numpy as np
+import torch
+from defaults import SHOWN, Hidden, Law, score, store_of, trained
+from scipy import sparse
+from torch import nn
+
+from distdiff.denoise import mlp
+from distdiff.training.noise import Noise
+from distdiff.training.optim import Optim
+
+SCORES = tuple(name for name in SHOWN if name not in ("RMSE", "energy", "correlation"))
+"""Those that are means over cells."""
+
+
+def thinned() -> Any:
+    """Half of the cells as if sequenced less deeply: 30 to 100 % of their molecules, evidence and targets alike."""
+    draw = Noise.draw
+
+    def of_fewer(self: Noise, cells: Any, step: int, first: int) -> Any:
+        rng = torch.Generator().manual_seed(first)
+        share, some = 0.3 + 0.7 * torch.rand(len(cells), 1, generator=rng), torch.rand(len(cells), 1, generator=rng)
+        share = torch.where(some < 0.5, share, 1.0).expand_as(cells.counts).contiguous()
+        fewer = torch.binomial(cells.counts, share, generator=rng)
+        return draw(self, dataclasses.replace(cells, counts=fewer), step, first)
+
+    return mock.patch.object(Noise, "draw", of_fewer)
+
+
+def dropout(rate: float = 0.1) -> Any:
+    """Dropout of the residual branches."""
+
+    def forward(self: Any, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        y, gate = self.norm(h, c)
+        return h + nn.functional.dropout(gate * self.branch(y), rate, self.training)
+
+    return mock.patch.object(mlp._Block, "forward", forward)
+
+
+def input_dropout(rate: float = 0.2) -> Any:
+    """Dropout of the evidence, beyond what is hidden."""
+    embedded = mlp.Expectation.forward
+
+    def forward(self: Any, x: torch.Tensor, p: torch.Tensor) -> Any:
+        log_depth, surprise = embedded(self, x, p)
+        return log_depth, nn.functional.dropout(surprise, rate, self.training)
+
+    return mock.patch.object(mlp.Expectation, "forward", forward)
+
+
+def stable_then_decay(share: float = 0.25) -> Any:
+    """Learning rate: warm-up, constant, and linear to 0 in the last quarter."""
+
+    def rate(self: Optim, seen: int, total: int) -> float:
+        warm = min(1.0, (seen + 1) / max(1, self.warmup_cells))
+        return self.lr * warm * min(1.0, max(0.0, (1 - seen / max(1, total)) / share))
+
+    return mock.patch.object(Optim, "rate", rate)
+
+
+VARIANTS: dict[str, tuple[Any, list[str]]] = {
+    "thinned": (thinned, []),
+    "dropout": (dropout, []),
+    "input dropout": (input_dropout, []),
+    "stable, then decay": (stable_then_decay, []),
+    "weight decay .3": (contextlib.nullcontext, ["optim.weight_decay=0.3"]),
+    "width 128": (contextlib.nullcontext, ["denoiser.width=128"]),
+    "width 512": (contextlib.nullcontext, ["denoiser.width=512"]),
+    "learning rate .003": (contextlib.nullcontext, ["optim.lr=0.003"]),
+}
+
+
+def dense(path: Path, cells: int = 1600, genes: int = 1000, programmes: int = 12, mean: float = 12.0) -> None:
+    """Counts whose rates are linear in a few programmes, negative binomial with size 8."""
+    rng = np.random.default_rng(0)
+    of_cells = rng.gamma(0.6, size=(cells, programmes))
+    rate = of_cells @ (rng.gamma(0.5, size=(programmes, genes)) * rng.lognormal(0, 1.0, genes))
+    rate *= rng.lognormal(0, 0.35, (cells, 1)) / rate.mean() * mean
+    counts = ad.AnnData(sparse.csr_matrix(rng.poisson(rng.gamma(8, rate / 8)).astype(np.float32)))
+    counts.var_names, counts.obs_names = [f"gene{i}" for i in range(genes)], [f"cell{i}" for i in range(cells)]
+    counts.write_h5ad(path)
+
+
+def laws(store: Any, test: Hidden, seed: int, words: list[str], folder: Path) -> tuple[dict[str, Law], dict[str, Any]]:
+    """Of a model trained with these words: its law with the blend and without, and what it cost."""
+    model, seconds, seen = trained(store, folder, words, seed)
+    about = {"cpu_seconds": round(seconds), "cells_seen": seen, "blend": model.info.get("blend", {}).get("weight")}
+    return {"": test.law(model), ", network alone": test.law(model, blend=False)}, about
+
+
+def compared(data: Path, seed: int, only: list[str], genes: int) -> Iterator[dict[str, Any]]:
+    """A record for each change and answer, the default first."""
+    with tempfile.TemporaryDirectory() as name:
+        store = store_of(data, genes, 2400, seed, Path(name))
+        test, parts = Hidden(store, "test", seed), {}
+        alone: list[Law] = []
+        for label in ("default", *only, "two networks"):
+            change, words = VARIANTS.get(label, (contextlib.nullcontext, []))
+            if label == "two networks":
+                words = [f"train.seed={seed + 100}"]
+            with change():
+                found, about = laws(store, test, seed, words, Path(name) / label)
+            if label == "default":
+                alone.append(found[", network alone"])
+            if label == "two networks":
+                pair = [alone[0], found[", network alone"]]
+                means = [np.exp(np.mean([np.log(np.maximum(m, 1e-9)) for m, _ in pair], 0))]
+                found = {", network alone": (means[0], np.mean([size for _, size in pair], 0))}
+            for answer, law in found.items():
+                scores, cells = score(law, test, store, seed)
+                base = parts.setdefault(answer, cells)
+                sigmas = {}
+                for score_name in SCORES:
+                    worse = cells[score_name] - base[score_name]
+                    noise = worse.std(ddof=1) / len(worse) ** 0.5
+                    sigmas[score_name] = round(float(worse.mean() / noise), 2) if noise > 0 else 0.0
+                yield {"set": data.stem, "seed": seed, "row": label + answer, **about, **scores, "sigmas": sigmas}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, help="h5ad files with raw counts, or dense")
+    parser.add_argument("--genes", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    began, rows = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for data in a.data:
+            path = Path(data)
+            if data == "dense":
+                dense(path := Path(folder) / "dense.h5ad")
+            for seed in range(a.seeds):
+                for row in compared(path, seed, a.only, a.genes):
+                    rows.append(row)
+                    print(
+                        f"{row['set']:<22}{seed} {row['row']:<36}{row['cpu_seconds']:>4} s "
+                        + " ".join(f"{row[name]:8.4f}" for name in SHOWN)
+                        + f"  {row['sigmas']}",
+                        flush=True,
+                    )
+                    _record.write(a.out, began, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
