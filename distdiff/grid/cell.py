@@ -116,7 +116,7 @@ def compute(cell: Cell, folder: str | Path) -> Record:
     """
     record: Record = {
         "data": cell.data, **dataclasses.asdict(cell.protocol), "name": cell.protocol.name, "row": cell.row.name,
-        "seed": cell.seed, "ours": isinstance(cell.row.options, Ours), "swept": cell.row.swept,
+        "seed": cell.seed, "ours": cell.row.ours, "swept": cell.row.swept,
         "wanted": ["cells"] if cell.protocol.protocol == "generate" else list(cell.row.answers),
     }  # fmt: skip
     record["start_mib"] = peak_memory(restart=True)

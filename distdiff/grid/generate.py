@@ -32,8 +32,8 @@ from distdiff.tasks.generate import walk, walk_levels
 from distdiff.types import Cells, Condition
 
 COLUMNS = {
-    "generate_energy": Column("energy dist. of cells", "low", "generate"),
-    "generate_swd": Column("sliced W2 of cells", "low", "generate"),
+    "generate_energy": Column("energy dist.", "low", "generate"),
+    "generate_swd": Column("sliced W2", "low", "generate"),
     "generate_correlation": Column("corr. err.", "low", "generate"),
     "generate_recognised": Column("recognised", "high", "generate"),
     "generate_depth": Column("depth", "none", "generate"),

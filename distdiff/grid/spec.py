@@ -176,7 +176,8 @@ class Peer:
 class Line:
     """A row of the grid: its name, its answers, and a model, a generator or the options of a baseline.
 
-    ``swept``: of a row of a sweep, the row's name without it, the key and its value.
+    ``swept``: of a row of a sweep, the row's name without it, the key and its value. ``ours``: whether sentences and
+    figures tell it from the peers; a model of the grid that stands for another method is none.
 
     Examples
     --------
@@ -189,6 +190,7 @@ class Line:
     answers: tuple[Answer, ...]
     options: dict[str, Any] | Ours | Peer
     swept: tuple[str, str, str | float] | None = None
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,14 +369,19 @@ def _lines(item: Any, where: str, settings: Settings) -> list[Line]:
     """The row, and its negative binomial where the grid asks for one."""
     if not isinstance(item, Mapping):
         raise ValueError(f"{where} must be a mapping with kind, model, train or generator, got {shown(item)}")
-    about = {k: v for k, v in item.items() if k in ("name", "answers")}
+    about = {k: v for k, v in item.items() if k in ("name", "answers", "ours")}
     options = {k: v for k, v in item.items() if k not in about}
     answers = section(Settings, {"answers": about.get("answers", settings.answers)}, where=where).answers
     if "generator" in options:
         peer = section(Peer, options, where=where)
         return [Line(str(about.get("name", peer.name)), answers, peer)]
     if "kind" not in options:
-        return [Line(str(about.get("name", "distdiff")), answers, section(Ours, options, where=where))]
+        ours = about.get("ours", True)
+        if not isinstance(ours, bool):
+            raise ValueError(f"{where}: ours must be true or false, got {shown(ours)}")
+        return [Line(str(about.get("name", "distdiff")), answers, section(Ours, options, where=where), ours=ours)]
+    if "ours" in about:
+        raise ValueError(f"{where}: ours is of rows with model or train, and this one has {shown(options)}")
     row = _built(options, where)
     name = str(about.get("name") or getattr(row, "label", "") or options["kind"])
     lines = [Line(name, ("mean",) if getattr(row, "control", False) else answers, options)]
