@@ -324,8 +324,9 @@ def trained(name: str, options: Ours, store: CountStore, folder: Path, *, progre
     """
     if options.model:
         return str(tracking.fetch(options.model)), 0.0
+    named_so, shipped = Path(options.train).is_file(), configs.shipped()  # a folder of that name is results
     config = configs.load(
-        options.train,
+        options.train if named_so else shipped.get(options.train, options.train),
         [*options.settings, f"data.store={store.url}", "evaluate.enabled=false", "tracking.enabled=false"],
     )
     named = hashlib.sha256(

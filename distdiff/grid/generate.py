@@ -359,7 +359,12 @@ def compared(made: sp.csr_matrix, real: Real, few: int) -> dict[str, tuple[float
     found = {name: np.array([of[name] for of in each]) for name in each[0]}
     found["generate_energy"] = _energy(shown, real, weights)
     found["generate_swd"] = metrics.sliced_wasserstein(real.shown, shown, weights, directions)
-    return {name: (float(found[name][0]), float(np.nanstd(found[name][1:]))) for name in COLUMNS if name in found}
+    return {name: (float(found[name][0]), _spread(found[name][1:])) for name in COLUMNS if name in found}
+
+
+def _spread(replicates: NDArray[np.floating]) -> float:
+    known = replicates[np.isfinite(replicates)]
+    return float(known.std()) if len(known) else math.nan
 
 
 def _gap(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:

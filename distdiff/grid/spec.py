@@ -299,7 +299,7 @@ def read(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
 def _file(path: Path) -> dict[str, Any]:
     path = path.expanduser()
     ours = {p.stem: p for p in sorted((shipped()["default"].parent / "eval").glob("*.yaml"))}
-    if path.name == str(path) and not path.suffix and not path.exists():
+    if path.name == str(path) and not path.suffix and not path.is_file():  # a folder is results
         if path.name not in ours:
             raise ValueError(f"grid {path.name!r} is no file and none of {', '.join(ours)}{nearest(path.name, ours)}")
         path = ours[path.name]
