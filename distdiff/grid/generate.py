@@ -202,7 +202,8 @@ def scored(
     numbers = compared(made, real, few)
     note = "control" if isinstance(options, Peer) and options.generator == "resampled" else ""
     seen = real.recognised(real.test)
-    told = "" if seen is None else f" The classifier recognises {seen[real.wanted >= 0].mean():.1%} of the test cells."
+    share = math.nan if seen is None else seen[real.wanted >= 0].mean()
+    reading = "" if seen is None else f" The classifier recognises {share:.1%} of the test cells."
     types = f" and of its {cell_type}" if cell_type else ""
     return {
         "answers": [{
@@ -213,7 +214,7 @@ def scored(
             "cells": len(rows), "genes": made.shape[1], "data": store.manifest.fingerprint[:12],
             "said": f"Generated cells, one for each of {len(rows)} test cells{types}, x {made.shape[1]} genes "
             f"({store.manifest.fingerprint[:12]}), against the test cells; depth, its standard deviation and the "
-            f"distance to the nearest training cell as multiples of theirs.{told}",
+            f"distance to the nearest training cell as multiples of theirs.{reading}",
         },
         "capacity": capacity, "n_trials": tried,
     }  # fmt: skip
@@ -244,9 +245,9 @@ def _ours(
     given |= {name: value for name in ("spacing", "depth") if (value := getattr(options, name))}
     given["sigma"] = ("rescale", options.attrition) if options.attrition else ("none", 0.0)
     parts, order = [], []
-    for some, told in ((np.flatnonzero(known), codes), (np.flatnonzero(~known), {})):
+    for some, labels in ((np.flatnonzero(known), codes), (np.flatnonzero(~known), {})):
         if len(some):
-            names = {k: [store.manifest.labels[k][code] for code in c[some]] for k, c in told.items()}
+            names = {k: [store.manifest.labels[k][code] for code in c[some]] for k, c in labels.items()}
             parts.append(model.generate(len(some), names, guidance=options.guidance, seed=seed, **given).X)
             order.append(some)
     whole = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
