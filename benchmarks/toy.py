@@ -5,6 +5,7 @@
 Writes the JSON and, beside it, a figure. A contestant is ``(train float32 [n 10], n_samples, seed) -> (samples
 [n_samples 10], network calls)``; `contestants` names them. Means and variances are compared with the exact moments,
 everything else with 4000 held-out samples; "truth again" is a fresh sample of the truth, the best that anyone can do.
+``distdiff benchmark toy`` compares full networks and peers on fewer samples, without exact moments.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def test_cells_of_another_type_are_not_recognised():
     assert compared(truth.test[::-1], truth, few=3)["generate_recognised"][0] < 0.1
     untyped = Real(truth.train, codes * 0 - 1, truth.test, codes * 0 - 1, seed=0)
     assert "generate_recognised" not in compared(truth.test, untyped, few=3)
+    assert "generate_recognised" not in compared(truth.test, truth, few=3, asked=False)
 
 
 @pytest.mark.parametrize("generator", ["resampled", "marginals", "nb", "poisson"])
@@ -139,7 +140,8 @@ def test_rows_draw_cells_or_say_why_not(atlas, tmp_path):
     assert "its protocol is generate" in filled.reason["0"]
     scores = drawn[drawn.status == "done"]
     assert set(scores.answer) == {"cells"}
-    assert scores.groupby("row").metric.nunique().tolist() == [10] * 6
+    assert scores.groupby("row").metric.nunique().to_dict() == dict.fromkeys("0123", 10) | {"4": 9, "5": 9}
+    assert set(scores[scores.metric == "generate_recognised"].row) == set("0123")  # the others are told no type
     assert np.isfinite(scores.value).all()
     assert (scores[scores.row.isin(list("2345"))].capacity > 100).all()
     assert (scores[scores.row == "0"].note == "control").all()

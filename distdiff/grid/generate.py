@@ -177,12 +177,12 @@ def scored(
         It drew numbers that are not finite, or a label is missing.
     """
     real = _real(store.url, store.manifest.fingerprint, tuple(rows.tolist()), cell_type, seed)
-    began = time.process_time()
+    began, asked = time.process_time(), True
     if isinstance(options, Ours):
         if model is None:
             raise ValueError("a row of ours draws cells by its model, and none was given")
         made, capacity, tried = _ours(model, options, store, rows, seed), _weights(model.denoiser), 1
-        spent = fit_cpu, time.process_time() - began
+        spent, asked = (fit_cpu, time.process_time() - began), cell_type in model.spec.labels
     elif isinstance(options, Peer):
         draw, capacity, tried = _peer(options, real, seed), None, 1
         fitted = time.process_time()
@@ -193,13 +193,13 @@ def scored(
         row.fit(store, store.rows("train"))
         fitted = time.process_time()
         made, capacity, tried = _walked(row, store, rows, seed), row.capacity, row.n_trials()
-        spent = fitted - began, time.process_time() - fitted
+        spent, asked = (fitted - began, time.process_time() - fitted), cell_type in row.keys()  # noqa: SIM118
     if made.shape != real.test.shape or not np.isfinite(made.data).all():
         raise ValueError(
             f"it drew cells of shape {made.shape} with {(~np.isfinite(made.data)).sum()} values that are not finite; "
             f"{real.test.shape} finite counts are wanted"
         )
-    numbers = compared(made, real, few)
+    numbers = compared(made, real, few, asked=asked)
     note = "control" if isinstance(options, Peer) and options.generator == "resampled" else ""
     seen = real.recognised(real.test)
     share = math.nan if seen is None else seen[real.wanted >= 0].mean()
@@ -315,8 +315,15 @@ def _walked(row: Engine, store: CountStore, rows: NDArray[np.int64], seed: int) 
     return sp.vstack(made, format="csr")
 
 
-def compared(made: sp.csr_matrix, real: Real, few: int) -> dict[str, tuple[float, float]]:
+def compared(made: sp.csr_matrix, real: Real, few: int, *, asked: bool = True) -> dict[str, tuple[float, float]]:
     """Score -> value and standard error over ``few`` bootstraps of cells, generated and test alike.
+
+    Parameters
+    ----------
+    made
+        Generated cells ``[n g]``, cell ``i`` of the type of test cell ``i``.
+    asked
+        Whether they were drawn for these types; else no share recognised is computed.
 
     Examples
     --------
@@ -335,7 +342,8 @@ def compared(made: sp.csr_matrix, real: Real, few: int) -> dict[str, tuple[float
         (metrics.once(n), metrics.bootstrap_weights(n, few, numpy_generator(real.seed, "grid-generate-few", n)))
     )
     truth, counts = real.test.toarray(), made.toarray()
-    shown, like, near = np.log1p(counts), real.recognised(made), real.nearest(made)
+    shown, near = np.log1p(counts), real.nearest(made)
+    like = real.recognised(made) if asked else None
     depth = depths(made), depths(real.test)
     known = real.wanted >= 0
 
