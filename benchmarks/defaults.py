@@ -48,7 +48,6 @@ PEERS: dict[str, dict[str, Any]] = {
     "ridge": {"kind": "ridge"},
     "NMF": {"kind": "nmf"},
     "MAGIC": {"kind": "magic"},
-    "scVI": {"kind": "scvi"},
 }
 SHOWN = ("deviance", "log1p MSE", "RMSE", "CRPS", "log score", "energy", "correlation")
 DRAWS = 10
@@ -215,7 +214,6 @@ def main() -> None:
     parser.add_argument("--genes", type=int, default=1000)
     parser.add_argument("--cells", type=int, default=10_000, help="cells of a larger file that are taken, by chance")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], help="changes of the config: key=value")
     parser.add_argument(
         "--model", nargs="*", default=[], help="LABEL=FOLDER of a trained model; {data}: the file's name"
@@ -227,8 +225,7 @@ def main() -> None:
     began, found = time.perf_counter(), {}
     models = {word.partition("=")[0]: word.partition("=")[2] for word in a.model}
     for data in a.data:
-        seeds = range(a.first_seed, a.first_seed + a.seeds)
-        runs = [table(data, a.genes, a.cells, seed, a.set, models, a.peers) for seed in seeds]
+        runs = [table(data, a.genes, a.cells, seed, a.set, models, a.peers) for seed in range(a.seeds)]
         found[data.stem] = runs
         for run in runs:
             print(
