@@ -6,6 +6,7 @@ scikit-learn's 1,797 digits, 8 x 8 pixels of 0 to 16. All train the UNet of conf
 the same number of steps, p of every pixel beside its intensity, and draw digits with the labels of held-out ones. A
 classifier that saw the training images alone judges: Frechet distance of its 32 features to those of all held-out
 digits, and how often it reads the label that was asked for. Writes the table as JSON, and a grid of digits.
+``distdiff benchmark digits`` compares them by the scores of generated cells.
 """
 
 from __future__ import annotations

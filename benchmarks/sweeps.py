@@ -4,6 +4,7 @@
 
 The published recipe (cosine, mean alone, RePaint) and ours (conditional; attrition is RePaint's alone, as evidence is
 never thinned) on held-out cells with 40 % of all entries hidden, zeros included. Writes JSON and, beside it, a figure.
+``distdiff benchmark sweeps`` is the same as a grid, on any store, with standard errors.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 Writes the JSON and, beside it, a figure. A contestant is ``(train float32 [n 10], n_samples, seed) -> (samples
 [n_samples 10], network calls)``; `contestants` names them. Means and variances are compared with the exact moments,
 everything else with 4000 held-out samples; "truth again" is a fresh sample of the truth, the best that anyone can do.
+``distdiff benchmark toy`` compares full networks and peers on fewer samples, without exact moments.
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from distdiff import metrics
+from distdiff.data.toy import DIMENSIONS, exact_moments, parameters, toy
 from distdiff.rng import numpy_generator
 
 Contestant = Callable[[torch.Tensor, int, int], tuple[Any, int]]
 
-DIMENSIONS, TRAIN, TEST = 10, 20_000, 4_000
-DEPTH = 0.6
-"""Standard deviation of the log of a sample's size factor."""
-
+TRAIN, TEST = 20_000, 4_000
 MMD_POINTS, DIRECTIONS = 2_000, 500
 MARKERS = "os^DvPX<>*"
 SCORES = {
@@ -39,36 +38,6 @@ SCORES = {
     "mmd_log1p": "MMD², log1p",
     "mmd_raw": "MMD², raw counts",
 }
-
-
-def parameters() -> tuple[np.ndarray, np.ndarray]:
-    """Mean at size factor 1, log-uniform [.05, 5], and dispersion, log-uniform [.05, .5]: ``float64 [10]`` each.
-
-    The same for every sample, and in the paper's order: torch's seed 0, ten means, then ten dispersions. The exact
-    variances of dimensions 0, 1 and 7 are then .79, 4.66 and 15.9; a sample of the paper has .78, 4.71 and 16.1.
-    """
-    u = torch.rand(2, DIMENSIONS, generator=torch.Generator().manual_seed(0)).double().numpy()
-    return 0.05 * (5.0 / 0.05) ** u[0], 0.05 * (0.5 / 0.05) ** u[1]
-
-
-def toy(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the toy data: ``int64 [n 10]`` counts.
-
-    ``s ~ LogNormal(0, .6)`` a sample, ``x ~ Poisson(Gamma(theta, theta / (s mu)))`` a dimension, ``theta = 1/alpha``.
-    """
-    mu, alpha = parameters()
-    mean = rng.lognormal(0.0, DEPTH, (n, 1)) * mu
-    return rng.poisson(rng.gamma(1.0 / alpha, alpha * mean))
-
-
-def exact_moments() -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each dimension of `toy`: ``float64 [10]`` each.
-
-    With ``E[s^k] = exp(k^2 DEPTH^2 / 2)``: mean ``mu E[s]``, variance ``mu E[s] + mu^2 ((1 + alpha) E[s^2] - E[s]^2)``.
-    """
-    mu, alpha = parameters()
-    first, second = np.exp(DEPTH**2 / 2), np.exp(2 * DEPTH**2)
-    return mu * first, mu * first + mu**2 * ((1 + alpha) * second - first**2)
 
 
 def mmd_squared(x: np.ndarray, y: np.ndarray, gamma: float = 1.0) -> float:

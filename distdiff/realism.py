@@ -230,8 +230,8 @@ def evaluate_generated(
         OURS: _ours(model, store, label, cells, seed, steps=steps, guidance=guidance, depth=depth, spacing=spacing),
         REAL: lambda value: data.of_value("held_out", value),
         COPIES: lambda value: _again(data.of_value("train", value), cells, data.rng(value)),
-        "NB of the label's mean": lambda value: _independent(data.of_value("train", value), cells, data.rng(value)),
-        "Poisson of the label's mean": lambda value: _independent(
+        "NB of the label's mean": lambda value: independent(data.of_value("train", value), cells, data.rng(value)),
+        "Poisson of the label's mean": lambda value: independent(
             data.of_value("train", value), cells, data.rng(value), poisson=True
         ),
     }
@@ -323,10 +323,18 @@ def _again(counts: sp.csr_matrix, cells: int, rng: np.random.Generator) -> sp.cs
     return counts[rng.integers(0, counts.shape[0], cells)]
 
 
-def _independent(
-    counts: sp.csr_matrix, cells: int, rng: np.random.Generator, *, poisson: bool = False
-) -> sp.csr_matrix:
-    """Each gene by itself: Poisson, or the negative binomial of its mean and variance among the label's cells."""
+def independent(counts: sp.csr_matrix, cells: int, rng: np.random.Generator, *, poisson: bool = False) -> sp.csr_matrix:
+    """Each gene by itself: Poisson, or the negative binomial of its mean and variance in ``counts``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scipy.sparse as sp
+    >>> from distdiff.realism import independent
+    >>> seen = sp.csr_matrix(np.random.default_rng(0).poisson([[0.5, 4.0]] * 50))
+    >>> independent(seen, cells=3, rng=np.random.default_rng(1)).shape
+    (3, 2)
+    """
     mean = np.asarray(counts.mean(0)).ravel().astype(np.float64)
     over = np.zeros_like(mean)
     if not poisson and counts.shape[0] > 1:
@@ -347,7 +355,7 @@ def _scvi(data: _Data, cells: int, seed: int) -> Callable[[str], sp.csr_matrix]:
     draw = prior_sampler(counts, codes, seed=seed)
 
     def of_value(value: str) -> sp.csr_matrix:
-        library = _depths(data.of_value("train", value))
+        library = depths(data.of_value("train", value))
         return draw(data.names.index(value), data.rng(value).choice(library, cells))
 
     return of_value
@@ -362,19 +370,19 @@ class _Judge:
 
         self.data = data
         counts, codes = data.train
-        shown = _log_cp10k(counts)
+        shown = log_cp10k(counts)
         self.classifier = LogisticRegression(max_iter=500, class_weight="balanced").fit(shown, codes)
         self.neighbours = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(shown)
 
     def __call__(self, counts: sp.csr_matrix, value: str, *, held_out: bool = False) -> dict[str, float]:
         real, code = self.data.of_value("held_out", value), self.data.names.index(value)
         depth, all_depths = (
-            _depths(counts),
-            np.concatenate((_depths(real), _depths(self.data.of_value("train", value)))),
+            depths(counts),
+            np.concatenate((depths(real), depths(self.data.of_value("train", value)))),
         )
         spread = all_depths.std(ddof=1) if len(all_depths) > 1 else math.nan
         found = dict.fromkeys(COLUMNS, math.nan) | {
-            "recognised": float((self.classifier.predict(_log_cp10k(counts)) == code).mean()),
+            "recognised": float((self.classifier.predict(log_cp10k(counts)) == code).mean()),
             "depth_mean": float(depth.mean() / all_depths.mean()),
             "depth_sd": float(depth.std(ddof=1) / spread) if len(depth) > 1 and spread > 0 else math.nan,
         }
@@ -395,7 +403,7 @@ class _Judge:
 
     def _distance(self, counts: sp.csr_matrix) -> float:
         """Median distance of log(1 + CP10k) to the nearest training cell."""
-        return float(np.median(self.neighbours.kneighbors(_log_cp10k(counts))[0]))
+        return float(np.median(self.neighbours.kneighbors(log_cp10k(counts))[0]))
 
 
 def _mean(values: list[float]) -> float:
@@ -404,12 +412,31 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(known)) if known else math.nan
 
 
-def _depths(counts: sp.csr_matrix) -> NDArray[np.float64]:
+def depths(counts: sp.csr_matrix) -> NDArray[np.float64]:
+    """Molecules of each cell ``[n]``.
+
+    Examples
+    --------
+    >>> import scipy.sparse as sp
+    >>> from distdiff.realism import depths
+    >>> depths(sp.csr_matrix([[1.0, 2.0], [0.0, 0.0]]))
+    array([3., 0.])
+    """
     return np.asarray(counts.sum(1), dtype=np.float64).ravel()
 
 
-def _log_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
-    depth = _depths(counts)
+def log_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """``log(1 + 10,000 x / depth)``, sparse as the counts are; a cell without molecules stays zero.
+
+    Examples
+    --------
+    >>> import scipy.sparse as sp
+    >>> from distdiff.realism import log_cp10k
+    >>> log_cp10k(sp.csr_matrix([[1.0, 1.0], [0.0, 0.0]])).toarray().round(1)
+    array([[8.5, 8.5],
+           [0. , 0. ]])
+    """
+    depth = depths(counts)
     return (sp.diags_array(1e4 / np.maximum(depth, 1)) @ counts).tocsr().log1p()
 
 

@@ -13,7 +13,7 @@ import distdiff
 from distdiff import config, experiment
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
-from distdiff.realism import COPIES, OURS, REAL, _independent, correlation, energy, evaluate_generated
+from distdiff.realism import COPIES, OURS, REAL, correlation, energy, evaluate_generated, independent
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,6 @@ def test_controls_keep_mean_and_dispersion():
     rng = np.random.default_rng(0)
     real = sp.csr_matrix(rng.negative_binomial(2.0, 2.0 / (2.0 + 5.0), (4000, 5)).astype(np.float32))
     for poisson, variance in ((False, 5 + 25 / 2), (True, 5)):
-        made = _independent(real, 20_000, rng, poisson=poisson).toarray()
+        made = independent(real, 20_000, rng, poisson=poisson).toarray()
         assert made.mean() == pytest.approx(5, rel=0.05)
         assert made.var(0).mean() == pytest.approx(variance, rel=0.1)

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from distdiff import files, tracking
 from distdiff.batch.cluster import local_workers
 from distdiff.cluster import connect, explained
-from distdiff.grid import table
+from distdiff.data.store.store import CountStore
+from distdiff.grid import sweep, table
 from distdiff.grid.cell import Cell, Record, compute, finished, fitted, opened, trained
-from distdiff.grid.spec import Grid, Ours, read
+from distdiff.grid.spec import Grid, Ours, of_data, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +37,9 @@ class Result:
     Attributes
     ----------
     table
-        Columns data, protocol, rate, fold, row, seed, ours, status, reason, capacity, n_trials, peak_mib, answer, note,
-        metric, value, error, fit_cpu_seconds, fill_cpu_seconds.
+        Columns data, protocol, rate, fold, row, seed, ours, status, reason, capacity, n_trials, peak_mib, of, swept,
+        at (of a sweep: the row, the option, its value), answer, note, metric, value, error, fit_cpu_seconds,
+        fill_cpu_seconds.
     """
 
     folder: Path
@@ -59,7 +61,7 @@ def run(
         (:mod:`distdiff.grid.spec`).
     out
         Folder: ``cells/`` (one file for each), ``results.parquet`` (``.csv`` without pyarrow), ``table.md``, a figure
-        for each headline metric. Its finished cells are not computed again.
+        for each headline metric and each swept option. Its finished cells are not computed again.
     data
         Stores, in place of the file's data.
     overrides
@@ -105,13 +107,13 @@ def _cells(grid: Grid, folder: Path, progress: bool) -> Iterator[Cell]:
     for name, about in grid.data.items():
         store = opened(name, about, folder)
         models: dict[str, tuple[str, str, float]] = {}
+        once: dict[tuple[str, ...], tuple[str, str, float]] = {}
         for row in grid.rows:
             if isinstance(row.options, Ours):
-                try:
-                    path, seconds = trained(name, row.options, store, folder, progress=progress)
-                    models[row.name] = path, "", seconds
-                except Exception as error:  # as any row that fails
-                    models[row.name] = "", f"no model: {' '.join(str(error).split())}", 0.0
+                of = (row.options.model, row.options.train, *row.options.settings)
+                if of not in once:  # the rows of a sweep have one model
+                    once[of] = _model(name, of_data(row.options, about), store, folder, progress)
+                models[row.name] = once[of]
         for protocol, row, seed in itertools.product(grid.protocols, grid.rows, grid.settings.seeds):
             model, trouble, seconds = models.get(row.name, ("", "", 0.0))
             own = fitted(row, about, protocol, seed, grid.settings.minutes)
@@ -119,6 +121,15 @@ def _cells(grid: Grid, folder: Path, progress: bool) -> Iterator[Cell]:
                 name, store.url, store.manifest.fingerprint, about, protocol, own, seed, grid.settings, model, trouble,
                 seconds,
             )  # fmt: skip
+
+
+def _model(name: str, options: Ours, store: CountStore, folder: Path, progress: bool) -> tuple[str, str, float]:
+    """Folder of a model, or why there is none, and CPU seconds of its training."""
+    try:
+        path, seconds = trained(name, options, store, folder, progress=progress)
+    except Exception as error:  # as any row that fails
+        return "", f"no model: {' '.join(str(error).split())}", 0.0
+    return path, "", seconds
 
 
 def _computed(
@@ -155,6 +166,7 @@ def _written(grid: Grid, records: list[Record], folder: Path) -> Result:
         temporary.write_text(text)
     figures = [folder / f"{metric}.png" for metric in table.HEADLINES]
     drawn = [path for path in figures if table.figure(lines, path.stem, path)]
+    drawn += sweep.figures(lines, {metric: column.heading for metric, column in table.COLUMNS.items()}, folder)
     settings = grid.settings
     params = {"rows": [row.name for row in grid.rows], "data": list(grid.data), **dataclasses.asdict(settings)}
     with tracking.run(
@@ -185,10 +197,15 @@ def _about(done: list[Record], grid: Grid) -> str:
     if not done:
         return ""
     s = done[0]["setting"]
+    seeds = f"seeds {', '.join(map(str, grid.settings.seeds))}"
     text = (
-        f"{s['cells']} test cells x {s['genes']} genes ({s['data']}), {s['targets']:,} entries scored, "
-        f"{s['zeros_among_targets']:.0%} of them zero; seeds {', '.join(map(str, grid.settings.seeds))}, "
-        f"{grid.settings.draws} draws in an ensemble."
+        f"{s['said']} Of {seeds}."
+        if "said" in s
+        else (
+            f"{s['cells']} test cells x {s['genes']} genes ({s['data']}), {s['targets']:,} entries scored, "
+            f"{s['zeros_among_targets']:.0%} of them zero; {seeds}, "
+            f"{grid.settings.draws} draws in an ensemble."
+        )
     )
     reasons = dict.fromkeys(f"- {reason}" for r in done for answer in r["answers"] for reason in answer["reasons"])
     return "\n\n".join([text, *(["\n".join(reasons)] if reasons else [])])

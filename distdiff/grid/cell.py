@@ -18,12 +18,12 @@ from distdiff import config as configs
 from distdiff import experiment, files, received, tracking
 from distdiff.baselines import Baseline
 from distdiff.component import build
-from distdiff.data.ingest.shard import shard
 from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
+from distdiff.grid import generate, made
 from distdiff.grid.scores import Scored, extra
-from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting
+from distdiff.grid.spec import DataSet, Line, Ours, Peer, Protocol, Settings, fitting
 from distdiff.model import Model
 from distdiff.report import COLUMNS, Report
 from distdiff.version import __version__
@@ -80,7 +80,7 @@ class Cell:
         parts = [
             __version__, self.fingerprint, self.about.cell_type, dataclasses.asdict(self.protocol), self.seed, kept,
             self.settings.scores, self.row.answers,
-            dataclasses.asdict(self.row.options) if isinstance(self.row.options, Ours) else self.row.options,
+            dataclasses.asdict(self.row.options) if dataclasses.is_dataclass(self.row.options) else self.row.options,
             received.sha256(Path(self.model) / "weights.safetensors") if self.model else "",
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -111,17 +111,21 @@ def compute(cell: Cell, folder: str | Path) -> Record:
     Returns
     -------
     dict
-        ``status`` (done; absent: a library is not installed; failed), ``reason``, what was compared, ``answers``.
+        ``status`` (done; absent: a library is not installed; cannot: the row has no answer under this
+        protocol; failed), ``reason``, what was compared, ``answers``.
     """
     record: Record = {
         "data": cell.data, **dataclasses.asdict(cell.protocol), "name": cell.protocol.name, "row": cell.row.name,
-        "seed": cell.seed, "ours": isinstance(cell.row.options, Ours), "wanted": list(cell.row.answers),
+        "seed": cell.seed, "ours": cell.row.ours, "swept": cell.row.swept,
+        "wanted": ["cells"] if cell.protocol.protocol == "generate" else list(cell.row.answers),
     }  # fmt: skip
     record["start_mib"] = peak_memory(restart=True)
     try:
         record |= {"status": "done", "reason": ""} | _scored(cell)
     except ImportError as error:
         record |= {"status": "absent", "reason": str(error)}
+    except generate.CannotError as error:
+        record |= {"status": "cannot", "reason": str(error)}
     except Exception as error:  # whatever a row does: it is marked, and the grid goes on
         record |= {"status": "failed", "reason": _sentence(error)}
     record["peak_mib"] = peak_memory()
@@ -164,6 +168,13 @@ def _scored(cell: Cell) -> Record:
         raise ValueError(f"{cell.data} has no label {cell.about.cell_type!r} (cell_type); it has: {have}")
     options, capacity = cell.row.options, None
     labels: tuple[str, ...] = ()
+    if cell.protocol.protocol == "generate":
+        return generate.scored(
+            options, store, rows, model=_model(cell, options, store, rows) if isinstance(options, Ours) else None,
+            cell_type=cell.about.cell_type, seed=cell.seed, few=cell.settings.resamples[1], fit_cpu=cell.fit_cpu,
+        )  # fmt: skip
+    if isinstance(options, Peer):
+        raise generate.CannotError(f"{cell.row.name} draws cells, and fills none; its protocol is generate")
     if isinstance(options, Ours):
         imputer, labels, capacity = _ours(cell, options, store, rows)
         tried = 1
@@ -236,10 +247,8 @@ def scored_rows(store: CountStore, most: int, name: str) -> np.ndarray:
     return rows[:: max(1, -(-len(rows) // most))]
 
 
-def _ours(
-    cell: Cell, options: Ours, store: CountStore, rows: np.ndarray
-) -> tuple[Any, tuple[str, ...], int]:  # fmt: skip
-    """The imputer of a model, the labels that it is given, and its number of weights."""
+def _model(cell: Cell, options: Ours, store: CountStore, rows: np.ndarray) -> Model:
+    """The model of a row of ours, which has not seen the test cells, with the rounding that the row asks for."""
     model = Model.load(cell.model)
     if options.model:
         known, _ = experiment.not_trained_on(store, model, rows, keep=False)
@@ -248,7 +257,30 @@ def _ours(
                 f"{options.model} was trained on {len(rows) - len(known)} of {len(rows)} test cells of {cell.data}; "
                 "give cells that it has not seen, or train in the grid (train:)"
             )
-    walk: dict[str, Any] = {k: v for k, v in (("steps", options.steps), ("readout", options.readout)) if v}
+    if not options.rounding:
+        return model
+    law: Any = model.process
+    if not hasattr(law, "rounding") or law._leap != "plain":
+        raise ValueError(
+            f"rounding={options.rounding!r} is of plain steps of count diffusion; this model's law has none (train it "
+            "with process.leap=plain)"
+        )
+    return dataclasses.replace(model, process=dataclasses.replace(law, rounding=options.rounding))
+
+
+def _ours(
+    cell: Cell, options: Ours, store: CountStore, rows: np.ndarray
+) -> tuple[Any, tuple[str, ...], int]:  # fmt: skip
+    """The imputer of a model, the labels that it is given, and its number of weights."""
+    model = _model(cell, options, store, rows)
+    if options.guidance != 1 and not options.labels:
+        raise ValueError(f"guidance={options.guidance:g} weighs labels, and this row is told none; give labels: true")
+    if options.attrition and options.method != "repaint":
+        raise ValueError(f"attrition={options.attrition:g} is of method: repaint; evidence is never thinned otherwise")
+    walk: dict[str, Any] = {"guidance": options.guidance}
+    walk |= {k: v for k in ("steps", "readout", "spacing") if (v := getattr(options, k))}
+    if options.attrition:
+        walk["sigma"] = ("rescale", options.attrition)
     imputer = experiment.answering(model, store, model.imputer(options.method, **walk), options.labels or None)
     labels = tuple(label for label in model.spec.labels if label in store.manifest.labels)
     return imputer, labels, sum(p.numel() for p in model.denoiser.parameters())
@@ -273,18 +305,16 @@ def opened(name: str, about: DataSet, folder: Path) -> CountStore:
     """The store of a data set; that of a simulated set is made in ``folder`` first."""
     if about.store:
         return CountStore.open(about.store)
+    if about.made:
+        return made.opened(about.made, about.seed, folder / "data")
+
+    def splat() -> Any:
+        data = published(about.splat, about.seed)
+        del data.layers["true"], data.varm["de_factor"]
+        return data
+
     out = folder / "data" / f"{about.splat}-{about.seed}.zarr"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        source = out.with_suffix(".h5ad")
-        if not source.exists():
-            with files.whole(source) as temporary:
-                data = published(about.splat, about.seed)
-                del data.layers["true"], data.varm["de_factor"]
-                data.write_h5ad(temporary)
-        shard([source], out, labels=("group",), split=SPLAT_SPLIT, seed=about.seed, workers=0, progress=False)
-        source.unlink()
-    return CountStore.open(str(out))
+    return made.stored(splat, out, labels=("group",), split=SPLAT_SPLIT, seed=about.seed)
 
 
 def trained(name: str, options: Ours, store: CountStore, folder: Path, *, progress: bool) -> tuple[str, float]:
@@ -294,8 +324,9 @@ def trained(name: str, options: Ours, store: CountStore, folder: Path, *, progre
     """
     if options.model:
         return str(tracking.fetch(options.model)), 0.0
+    named_so, shipped = Path(options.train).is_file(), configs.shipped()  # a folder of that name is results
     config = configs.load(
-        options.train,
+        options.train if named_so else shipped.get(options.train, options.train),
         [*options.settings, f"data.store={store.url}", "evaluate.enabled=false", "tracking.enabled=false"],
     )
     named = hashlib.sha256(
@@ -323,6 +354,6 @@ def fitted(row: Line, data: DataSet, protocol: Protocol, seed: int, minutes: flo
     >>> fitted(Line("k", ("mean",), {"kind": "knn"}), DataSet("a.zarr"), Protocol("mcar"), seed=1).options["seed"]
     1
     """
-    if isinstance(row.options, Ours):
+    if not isinstance(row.options, dict):
         return row
     return dataclasses.replace(row, options=fitting(row.options, data, protocol, seed, minutes))

@@ -14,6 +14,7 @@ from distdiff.component import build, complete, nearest, resolve
 from distdiff.config import section, shipped
 from distdiff.configtext import shown
 from distdiff.data.splat import SETS
+from distdiff.grid import sweep
 
 Answer = Literal["mean", "1 draw", "draws"]
 Score = Literal["cells", "open_problems", "rare", "frechet", "mmd", "clustering", "probe", "de"]
@@ -21,7 +22,7 @@ Score = Literal["cells", "open_problems", "rare", "frechet", "mmd", "clustering"
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of the grid: a store, or a simulated set whose counts before dropout are known.
+    """A data set of the grid: a store, a simulated set whose counts before dropout are known, or another that is made.
 
     Parameters
     ----------
@@ -29,8 +30,11 @@ class DataSet:
         Folder or URL of a store; its test cells are scored, so its split (by cell, by donor) is the grid's.
     splat
         Or a set of `distdiff.data.splat.SETS`, made in the folder of the grid.
+    made
+        Or ``toy`` (`distdiff.data.toy`: ten negative binomials) or ``digits`` (scikit-learn's, label ``label``), made
+        in the folder of the grid.
     seed
-        Of the simulation.
+        Of the simulation, and of the split of a set that is made.
     cell_type
         Label of the cell types: of rows with ``key: cell_type``, of protocol ``paper`` and of scores by type.
 
@@ -43,12 +47,15 @@ class DataSet:
 
     store: str = ""
     splat: str = ""
+    made: Literal["", "toy", "digits"] = ""
     seed: int = 0
     cell_type: str | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.store) == bool(self.splat):
-            raise ValueError(f"give either store or splat, got store={self.store!r} and splat={self.splat!r}")
+        if [bool(self.store), bool(self.splat), bool(self.made)].count(True) != 1:
+            raise ValueError(
+                f"give either store, splat or made, got store={self.store!r}, splat={self.splat!r}, made={self.made!r}"
+            )
         if self.splat and self.splat not in SETS:
             raise ValueError(f"unknown splat {self.splat!r}{nearest(self.splat, SETS)}")
 
@@ -57,6 +64,8 @@ class DataSet:
 class Protocol:
     """What is hidden and scored, as in `distdiff.evaluation.evaluate`; of simulated sets what dropout took is filled.
 
+    ``generate`` hides nothing: rows draw cells, which are compared with the test cells (`distdiff.grid.generate`).
+
     Examples
     --------
     >>> from distdiff.grid.spec import Protocol
@@ -64,7 +73,7 @@ class Protocol:
     ('genes 10%', 'mcar 50%, nonzero')
     """
 
-    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper", "dropout"]
+    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper", "dropout", "generate"]
     rate: float = 0.5
     targets: Literal["all", "nonzero"] = "all"
     fold: int = 0
@@ -76,7 +85,7 @@ class Protocol:
     @property
     def name(self) -> str:
         """How tables call it; folds of genes share a name and are averaged."""
-        rate = "" if self.protocol == "dropout" else f" {self.rate:.0%}"
+        rate = "" if self.protocol in ("dropout", "generate") else f" {self.rate:.0%}"
         return f"{self.protocol}{rate}" + (", nonzero" if self.targets == "nonzero" else "")
 
 
@@ -91,11 +100,21 @@ class Ours:
     train
         Or the config to train it by (a name such as ``quick``, or a file), in the folder of the grid.
     settings
-        Of the training, as ``key=value``.
+        Of the training, as ``key=value``; ``data.labels=[cell_type]`` names the data set's label of types.
     labels
-        Tell the model the labels of the cells, too (the row peeks).
+        Tell the model the labels of the cells, too (the row peeks). Generated cells get them in any case.
     method, steps, readout
-        How it imputes; ``steps: 0`` and ``readout: ""`` are the defaults of the method.
+        How it imputes; ``steps: 0`` and ``readout: ""`` are the defaults of the method. Cells are generated in
+        ``steps`` steps, too.
+    guidance
+        Weight of the labels; other than 1 it needs ``labels: true`` to impute.
+    attrition
+        Eta of the rescaled rule (docs/MATHS.md 4.4), of RePaint and of generated cells.
+    rounding
+        How the expected births of a plain step become molecules (``random``, ``nearest``); ``""``: as trained.
+    spacing, depth
+        Where the steps lie, and ``free`` for generated cells with the molecules that the walk gives; ``""``: the
+        defaults of the method.
 
     Examples
     --------
@@ -111,15 +130,54 @@ class Ours:
     method: Literal["conditional", "repaint"] = "conditional"
     steps: int = 0
     readout: str = ""
+    guidance: float = 1.0
+    attrition: float = 0.0
+    rounding: str = ""
+    spacing: str = ""
+    depth: Literal["", "free"] = ""
 
     def __post_init__(self) -> None:
         if bool(self.model) == bool(self.train):
             raise ValueError(f"give either model or train, got model={self.model!r} and train={self.train!r}")
+        if not 0 <= self.attrition <= 1:
+            raise ValueError(f"attrition must lie between 0 and 1, got {self.attrition}")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of generated cells that no network of ours draws, one cell for each test cell and with its type.
+
+    Parameters
+    ----------
+    generator
+        ``resampled``: training cells again, the ceiling. ``marginals``: each gene from another training cell of the
+        type. ``nb``, ``poisson``: each gene by itself around the type's mean. ``scvi``: scVI's decoder at latents of
+        its prior.
+
+    Examples
+    --------
+    >>> from distdiff.grid.spec import Peer
+    >>> Peer("nb").name
+    "NB of the label's mean"
+    """
+
+    generator: Literal["resampled", "marginals", "nb", "poisson", "scvi"]
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return {
+            "resampled": "training cells again", "marginals": "genes of different cells",
+            "nb": "NB of the label's mean", "poisson": "Poisson of the label's mean", "scvi": "scVI, prior",
+        }[self.generator]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the grid: its name, its answers, and a model or the options of a baseline.
+    """A row of the grid: its name, its answers, and a model, a generator or the options of a baseline.
+
+    ``swept``: of a row of a sweep, the row's name without it, the key and its value. ``ours``: whether sentences and
+    figures tell it from the peers; a model of the grid that stands for another method is none.
 
     Examples
     --------
@@ -130,7 +188,9 @@ class Line:
 
     name: str
     answers: tuple[Answer, ...]
-    options: dict[str, Any] | Ours
+    options: dict[str, Any] | Ours | Peer
+    swept: tuple[str, str, str | float] | None = None
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +304,7 @@ def read(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
 def _file(path: Path) -> dict[str, Any]:
     path = path.expanduser()
     ours = {p.stem: p for p in sorted((shipped()["default"].parent / "eval").glob("*.yaml"))}
-    if path.name == str(path) and not path.suffix and not path.exists():
+    if path.name == str(path) and not path.suffix and not path.is_file():  # a folder is results
         if path.name not in ours:
             raise ValueError(f"grid {path.name!r} is no file and none of {', '.join(ours)}{nearest(path.name, ours)}")
         path = ours[path.name]
@@ -271,11 +331,14 @@ def _grid(raw: dict[str, Any], data: Sequence[str]) -> Grid:
     if label := raw.get("cell_type"):
         found = {name: replace(data_set, cell_type=str(label)) for name, data_set in found.items()}
     protocols = [p for i, item in enumerate(raw.get("protocols") or ()) for p in _protocols(item, f"protocols[{i}]")]
-    lines = [line for i, item in enumerate(raw.get("rows") or ()) for line in _lines(item, f"rows[{i}]", settings)]
-    found = {k: replace(d, cell_type=d.cell_type or "group") if d.splat else d for k, d in found.items()}
-    stores = [name for name, data_set in found.items() if data_set.store]
+    lines = [line for i, item in enumerate(raw.get("rows") or ()) for line in _swept(item, f"rows[{i}]", settings)]
+    types = {"splat": "group", "digits": "label"}
+    found = {
+        k: replace(d, cell_type=d.cell_type or types.get("splat" if d.splat else d.made)) for k, d in found.items()
+    }
+    stores = [name for name, data_set in found.items() if not data_set.splat]
     if stores and any(protocol.protocol == "dropout" for protocol in protocols):
-        raise ValueError(f"protocol dropout is of simulated sets (splat:), and {stores[0]} is a store")
+        raise ValueError(f"protocol dropout is of simulated sets (splat:), and {stores[0]} is none")
     for name, items in (("data", found), ("protocols", protocols), ("rows", lines)):
         if not items:
             raise ValueError(f"no {name}: a grid needs at least one" + (" (data=STORE)" if name == "data" else ""))
@@ -295,15 +358,35 @@ def _protocols(item: Any, where: str) -> list[Protocol]:
     return [section(Protocol, item, where=where)]
 
 
+def _swept(item: Any, where: str, settings: Settings) -> list[Line]:
+    """The lines of a row, or of ``sweep`` those of each value."""
+    if not isinstance(item, Mapping) or "sweep" not in item:
+        return _lines(item, where, settings)
+    names = [line.name for line in _lines({k: v for k, v in item.items() if k != "sweep"}, where, settings)]
+    return [
+        replace(line, name=sweep.named(name, key, value), swept=(name, key, value))
+        for key, value, one in sweep.unfolded(item, where)
+        for name, line in zip(names, _lines(one, where, settings), strict=True)
+    ]
+
+
 def _lines(item: Any, where: str, settings: Settings) -> list[Line]:
     """The row, and its negative binomial where the grid asks for one."""
     if not isinstance(item, Mapping):
-        raise ValueError(f"{where} must be a mapping with kind, model or train, got {shown(item)}")
-    about = {k: v for k, v in item.items() if k in ("name", "answers")}
+        raise ValueError(f"{where} must be a mapping with kind, model, train or generator, got {shown(item)}")
+    about = {k: v for k, v in item.items() if k in ("name", "answers", "ours")}
     options = {k: v for k, v in item.items() if k not in about}
     answers = section(Settings, {"answers": about.get("answers", settings.answers)}, where=where).answers
+    if "generator" in options:
+        peer = section(Peer, options, where=where)
+        return [Line(str(about.get("name", peer.name)), answers, peer)]
     if "kind" not in options:
-        return [Line(str(about.get("name", "distdiff")), answers, section(Ours, options, where=where))]
+        ours = about.get("ours", True)
+        if not isinstance(ours, bool):
+            raise ValueError(f"{where}: ours must be true or false, got {shown(ours)}")
+        return [Line(str(about.get("name", "distdiff")), answers, section(Ours, options, where=where), ours=ours)]
+    if "ours" in about:
+        raise ValueError(f"{where}: ours is of rows with model or train, and this one has {shown(options)}")
     row = _built(options, where)
     name = str(about.get("name") or getattr(row, "label", "") or options["kind"])
     lines = [Line(name, ("mean",) if getattr(row, "control", False) else answers, options)]
@@ -322,6 +405,20 @@ def _built(options: Mapping[str, Any], where: str) -> Any:
         return None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def of_data(options: Ours, data: DataSet) -> Ours:
+    """A row of ours with ``data.labels=[cell_type]`` as the data set's label of types.
+
+    Examples
+    --------
+    >>> from distdiff.grid.spec import DataSet, Ours, of_data
+    >>> row = Ours(train="quick", settings=("data.labels=[cell_type]", "train.cells=2560"))
+    >>> of_data(row, DataSet("a.zarr", cell_type="louvain")).settings
+    ('data.labels=[louvain]', 'train.cells=2560')
+    """
+    types = f"data.labels=[{data.cell_type or 'cell_type'}]"
+    return replace(options, settings=tuple(types if s == "data.labels=[cell_type]" else s for s in options.settings))
 
 
 def fitting(

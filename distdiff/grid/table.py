@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distdiff.grid import scores
+from distdiff.grid import generate, scores, sweep
 from distdiff.report import COLUMNS as OF_ENTRIES
 from distdiff.report import number
 
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = {k: c for k, c in OF_ENTRIES.items() if not k.endswith("_seconds")} | scores.COLUMNS
+COLUMNS |= generate.COLUMNS
 """Every metric of a grid."""
 
-HEADLINES = {"deviance": "mean", "crps": "draws", "log1p_mse": "mean", "rmse": "mean", "energy": "1 draw"}
+HEADLINES = {"deviance": "mean", "crps": "draws", "log1p_mse": "mean", "rmse": "mean", "energy": "1 draw"} | {
+    "generate_energy": "cells", "generate_swd": "cells"
+}  # fmt: skip
 """Metrics that have a figure and a sentence, and the answer that they are of."""
 
 SPENT = ("fit CPU s", "fill CPU s", "peak MiB", "capacity", "trials")
@@ -44,7 +47,7 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
             "data": r["data"], "protocol": r["name"], "rate": r["rate"], "fold": r["fold"], "row": r["row"],
             "seed": r["seed"], "ours": r["ours"], "status": r["status"], "reason": r["reason"],
             "capacity": r.get("capacity"), "n_trials": r.get("n_trials"),
-            "peak_mib": r.get("peak_mib"),
+            "peak_mib": r.get("peak_mib"), **_of_sweep(r),
         }  # fmt: skip
         if r["status"] != "done":
             empty = {"note": "", "metric": "", "value": math.nan, "error": math.nan}
@@ -61,6 +64,11 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     floats = ["value", "error", "capacity", "n_trials", "peak_mib"]
     table[floats] = table[floats].astype(float)
     return table
+
+
+def _of_sweep(record: dict[str, Any]) -> dict[str, str]:
+    row, key, value = record.get("swept") or (record["row"], "", "")
+    return {"of": row, "swept": key, "at": sweep.text(value)}
 
 
 def merged(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +90,8 @@ def merged(table: pd.DataFrame) -> pd.DataFrame:
     out = found.agg(
         value=("value", "mean"), spread=("value", "std"), error=("error", lambda e: float(np.sqrt((e**2).mean()))),
         note=("note", "first"), ours=("ours", "first"), fit=("fit_cpu_seconds", "mean"),
-        fill=("fill_cpu_seconds", "mean"), capacity=("capacity", "first"), trials=("n_trials", "first"),
+        fill=("fill_cpu_seconds", "mean"), capacity=("capacity", "first"), of=("of", "first"),
+        swept=("swept", "first"), at=("at", "first"), trials=("n_trials", "first"),
         fit_spread=("fit_cpu_seconds", "std"), fill_spread=("fill_cpu_seconds", "std"), peak=("peak_mib", "max"),
     ).reset_index()  # fmt: skip
     out["error"] = out[["error", "spread"]].max(axis=1)
@@ -98,7 +107,7 @@ def label(row: str, answer: str) -> str:
     >>> label("ridge", "mean"), label("ridge", "draws")
     ('ridge', 'ridge, draws')
     """
-    return row if answer == "mean" else f"{row}, {answer}"
+    return row if answer in ("mean", "cells") else f"{row}, {answer}"
 
 
 def best(part: pd.DataFrame, metric: str) -> pd.Series | None:
@@ -173,7 +182,8 @@ def markdown(table: pd.DataFrame, setting: dict[str, str]) -> str:
         head = ["row", *(COLUMNS[m].heading for m in metrics), *SPENT]
         first = {m: best(part, m) for m in metrics}
         body = []
-        order = part[part.metric == "deviance"].sort_values("value", kind="stable")
+        lead = "deviance" if "deviance" in metrics else "generate_energy"
+        order = part[part.metric == lead].sort_values("value", kind="stable")
         for control in (False, True):
             for _, at in order[(order.note == "control") == control].iterrows():
                 own = part[(part.row == at.row) & (part.answer == at.answer)].set_index("metric")
