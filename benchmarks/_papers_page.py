@@ -128,6 +128,13 @@ def page() -> str:
             budget(found["papers_mca"]),
             *tables(found["papers_mca"]["spec"], found["papers_mca"]["rows"]),
         ]
+    if "papers_all" in found:
+        parts += [
+            "### Every row",
+            budget(found["papers_all"])
+            + f" Each network trained for {found['papers_all']['spec']['minutes']:g} CPU minute at most.",
+            *tables(found["papers_all"]["spec"], found["papers_all"]["rows"]),
+        ]
     parts += ["### What was particular in the published rows", lines(PARTICULAR)]
     parts += ["## scIDPMs, six simulated sets", *simulated(found.get("papers_splat"))]
     parts += ["### What was particular in the published rows of scIDPMs", lines(PARTICULAR_SCIDPMS)]
@@ -205,7 +212,7 @@ def unfinished(spec: dict[str, Any], rows: Rows) -> list[str]:
 
 def wanted(rows: Rows, drawn: str) -> Rows:
     """The mean of every row, and draws (``1 draw`` or ``draws``) of rows that draw by themselves."""
-    drawing = ("CountsDiff", "Blackout", "ReMDM", "scIDPMs", "distdiff")
+    drawing = ("CountsDiff", "Blackout", "MDLM", "ReMDM", "JUMP", "scIDPMs", "distdiff")
     done = [row for row in rows if "status" not in row]
     return [r for r in done if r["answer"] in (("mean", drawn) if r["row"].startswith(drawing) else ("mean",))]
 
