@@ -20,6 +20,7 @@ from distdiff.baselines.dca import Dca
 from distdiff.baselines.gene_mean import GeneMean
 from distdiff.baselines.saver import Saver
 from distdiff.baselines.scimpute import ScImpute
+from distdiff.baselines.spage import Spage
 from distdiff.baselines.with_nb import WithNb
 from distdiff.baselines.zero import Zero
 from distdiff.types import Cells
@@ -39,7 +40,7 @@ OTHERS = [
     {"kind": "countsdiff", "rounding": "random", "attrition": 0.02, "key": "cell_type"},
     {"kind": "with_nb", "of": {"kind": "gene_mean", "depth": True}},
 ]  # fmt: skip
-NEEDS = {"forest": "ForestDiffusion"}
+NEEDS = {"forest": "ForestDiffusion", "harmony": "harmonypy"}
 TRAIN, TEST = np.arange(200), np.arange(200, 230)
 
 
@@ -51,15 +52,17 @@ def small(options):
     return {**(own if issubclass(cls, Fitted) else {}), **options}
 
 
+NEEDED = {
+    kind: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason="its package is not installed")
+    for kind, name in NEEDS.items()
+}
+
 ROWS = [
     pytest.param(
         small(options), id="-".join(str(v) for v in options.values()),
         marks=[
-            pytest.mark.skipif(
-                options["kind"] in NEEDS and importlib.util.find_spec(NEEDS[options["kind"]]) is None,
-                reason="its package is not installed",
-            ),
-            *([pytest.mark.long] if options.get("attention") == "lsh" or options["kind"] in NEEDS else []),
+            *([NEEDED[options["kind"]]] if options["kind"] in NEEDS else []),
+            *([pytest.mark.long] if options.get("attention") == "lsh" or options["kind"] == "forest" else []),
         ],
     )
     for options in [
@@ -87,6 +90,12 @@ def batch(store):
     return store.cells(TEST), observed
 
 
+def asked(row, batch):
+    """The batch, where a row completes whole genes with the same genes hidden in all cells."""
+    cells, observed = batch
+    return cells, observed[6].expand_as(observed).contiguous() if row.whole else observed
+
+
 @pytest.fixture(scope="module", params=ROWS)
 def fitted(request, store):
     row = component.build(Baseline, request.param)
@@ -96,7 +105,7 @@ def fitted(request, store):
 
 def test_every_file_is_a_row_with_a_label():
     kinds = component.kinds(Baseline)
-    assert len(kinds) >= 29
+    assert len(kinds) >= 31
     labels = [component.build(Baseline, {"kind": kind}).label for kind in kinds]
     assert all(labels)
     assert len(set(labels)) == len(labels)
@@ -104,7 +113,7 @@ def test_every_file_is_a_row_with_a_label():
 
 def test_a_row_beats_no_imputation_and_answers_in_counts(fitted, store, batch):
     row, _ = fitted
-    cells, observed = batch
+    cells, observed = asked(row, batch)
     zero = Zero()
     zero.fit(store, TRAIN)
     answer, nothing = row.impute(cells, observed, draws=2, seed=1), zero.impute(cells, observed)
@@ -124,7 +133,7 @@ def test_a_row_beats_no_imputation_and_answers_in_counts(fitted, store, batch):
 
 def test_hidden_counts_are_never_looked_at(fitted, batch):
     row, _ = fitted
-    cells, observed = batch
+    cells, observed = asked(row, batch)
     clean = row.impute(cells, observed, draws=2, seed=1)
     for poison in (torch.nan, 1e9, -7.0):
         poisoned = Cells(torch.where(observed, cells.counts, poison), cells.labels, cells.rows)
@@ -152,6 +161,7 @@ def test_the_same_seed_gives_the_same_answers(fitted, store, batch):
     state = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
     again = component.build(Baseline, options)
     again.fit(store, TRAIN)
+    batch = asked(row, batch)
     assert torch.equal(row.impute(*batch, draws=1, seed=2).draws, again.impute(*batch, draws=1, seed=2).draws)
     assert torch.equal(torch.random.get_rng_state(), state[0])
     assert (np.random.get_state()[1] == state[1]).all()  # noqa: NPY002
@@ -159,7 +169,7 @@ def test_the_same_seed_gives_the_same_answers(fitted, store, batch):
 
 def test_odd_batches_and_bad_input(fitted, batch):
     row, options = fitted
-    cells, observed = batch
+    cells, observed = asked(row, batch)
     assert row.impute(cells[:0], observed[:0], draws=2).draws.shape == (2, 0, 24)
     empty = Cells(torch.zeros_like(cells.counts), cells.labels, cells.rows)
     assert torch.isfinite(row.impute(empty, observed).mean).all()
@@ -176,7 +186,43 @@ def test_odd_batches_and_bad_input(fitted, batch):
 def test_a_handful_of_training_cells_is_enough(options, n, store, batch):
     row = component.build(Baseline, {**options, **({"steps": 2} if "steps" in options else {})})
     row.fit(store, TRAIN[:n])
-    assert torch.isfinite(row.impute(*batch).mean).all()
+    assert torch.isfinite(row.impute(*asked(row, batch)).mean).all()
+
+
+@pytest.mark.parametrize("kind", ["spage", pytest.param("harmony", marks=NEEDED["harmony"])])
+def test_rows_for_whole_genes(kind, store, batch):
+    row = component.build(Baseline, {"kind": kind, "k": 6, "components": 5, "hide": 0.1})
+    row.fit(store, TRAIN)
+    cells, observed = batch
+    with pytest.raises(ValueError, match="these 30 cells lack 30 different sets of genes; take knn"):
+        row.impute(cells, observed)
+    cells, observed = asked(row, batch)
+    for n in (1, 2, 30):  # a query of one cell has no components of its own
+        assert torch.isfinite(row.impute(cells[:n], observed[:n]).mean).all()
+    nothing = row.impute(cells, torch.zeros_like(observed)).mean.numpy()
+    assert (nothing > 0)[:, 1:].all()
+    mean = GeneMean(depth=True)
+    mean.fit(store, TRAIN)
+    truth, hidden = cells.counts.numpy(), ~observed.numpy()
+    scores = [
+        metrics.poisson_deviance(truth, hidden, r.impute(cells, observed).mean.numpy()).sum() for r in (row, mean)
+    ]
+    assert scores[0] < 0.7 * scores[1]
+
+
+def test_only_vectors_that_both_sets_share_are_kept():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(260, 1)) * 4
+    train, query = rng.normal(size=(200, 8)) * 0.3, rng.normal(size=(60, 8)) * 0.3
+    train[:, :3] += shared[:200]
+    query[:, :3] += shared[200:]
+    train[:, 3:5] += 9 * rng.normal(size=(200, 1))  # of the training cells alone
+    row = Spage(components=2, k=5, cosine=0.6)
+    row.option = {"components": 2, "k": 5, "cosine": 0.6}
+    at, weights = row.matches(train.astype(np.float32), query.astype(np.float32))
+    assert weights.sum(1) == pytest.approx(np.ones(60))
+    same = np.sign(shared[at[:, 0], 0]) == np.sign(shared[200:, 0])
+    assert same.mean() > 0.9
 
 
 def test_cells_without_any_count_are_no_obstacle(batch):
