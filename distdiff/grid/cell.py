@@ -22,6 +22,7 @@ from distdiff.data.ingest.shard import shard
 from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
+from distdiff.grid import molecules
 from distdiff.grid.scores import Scored, extra
 from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting
 from distdiff.model import Model
@@ -162,6 +163,8 @@ def _scored(cell: Cell) -> Record:
     if cell.about.cell_type and cell.about.cell_type not in store.manifest.labels:
         have = ", ".join(store.manifest.labels) or "none"
         raise ValueError(f"{cell.data} has no label {cell.about.cell_type!r} (cell_type); it has: {have}")
+    if cell.protocol.protocol == "molecules":
+        return _denoised(cell, store, rows)
     options, capacity = cell.row.options, None
     labels: tuple[str, ...] = ()
     if isinstance(options, Ours):
@@ -186,6 +189,26 @@ def _scored(cell: Cell) -> Record:
         "setting": {k: report.setting[k] for k in ("cells", "genes", "targets", "zeros_among_targets", "data")},
         "capacity": getattr(row, "capacity", None) if capacity is None else capacity, "n_trials": tried,
     }  # fmt: skip
+
+
+def _denoised(cell: Cell, store: CountStore, rows: np.ndarray) -> Record:
+    """The record of a row under the protocol ``molecules``."""
+    options, capacity = cell.row.options, None
+    row: Baseline | molecules.OfModel
+    if isinstance(options, Ours):
+        model = _model(cell, options, store, rows)
+        row, tried = molecules.OfModel(model, store, rows, labels=options.labels), 1
+        capacity = sum(p.numel() for p in model.denoiser.parameters())
+    else:
+        row = build(Baseline, options)
+        tried = row.n_trials()
+    found = molecules.scored(
+        cell.row.name, row, store, rows, share=cell.protocol.rate, seed=cell.seed, resamples=cell.settings.resamples,
+        cell_type=cell.about.cell_type, scores=cell.settings.scores,
+    )  # fmt: skip
+    for answer in found["answers"]:
+        answer["fit_cpu_seconds"] += cell.fit_cpu
+    return {**found, "capacity": capacity or getattr(getattr(row, "row", row), "capacity", None), "n_trials": tried}
 
 
 def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) -> list[Record]:
@@ -236,10 +259,8 @@ def scored_rows(store: CountStore, most: int, name: str) -> np.ndarray:
     return rows[:: max(1, -(-len(rows) // most))]
 
 
-def _ours(
-    cell: Cell, options: Ours, store: CountStore, rows: np.ndarray
-) -> tuple[Any, tuple[str, ...], int]:  # fmt: skip
-    """The imputer of a model, the labels that it is given, and its number of weights."""
+def _model(cell: Cell, options: Ours, store: CountStore, rows: np.ndarray) -> Model:
+    """The model of a row of ours; one that was trained elsewhere must not have seen the cells ``rows``."""
     model = Model.load(cell.model)
     if options.model:
         known, _ = experiment.not_trained_on(store, model, rows, keep=False)
@@ -248,6 +269,14 @@ def _ours(
                 f"{options.model} was trained on {len(rows) - len(known)} of {len(rows)} test cells of {cell.data}; "
                 "give cells that it has not seen, or train in the grid (train:)"
             )
+    return model
+
+
+def _ours(
+    cell: Cell, options: Ours, store: CountStore, rows: np.ndarray
+) -> tuple[Any, tuple[str, ...], int]:  # fmt: skip
+    """The imputer of a model, the labels that it is given, and its number of weights."""
+    model = _model(cell, options, store, rows)
     walk: dict[str, Any] = {k: v for k, v in (("steps", options.steps), ("readout", options.readout)) if v}
     imputer = experiment.answering(model, store, model.imputer(options.method, **walk), options.labels or None)
     labels = tuple(label for label in model.spec.labels if label in store.manifest.labels)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from distdiff.report import Report
 
 COLUMNS = {
+    "nll": Column("held-out NLL", "low", "molecules"),
+    "cp10k_mse": Column("log CP10k MSE", "low", "molecules"),
+    "cp10k_mse_poisson": Column("log CP10k MSE, Poisson", "low", "molecules"),
     "r2": Column("R2", "high", "cells"),
     "cosine": Column("cosine", "high", "cells"),
     "cell_rmse": Column("RMSE a cell", "low", "cells"),
@@ -40,7 +43,7 @@ COLUMNS = {
     "de_recall": Column("DE recovered", "high", "de"),
     "de_false": Column("DE false", "low", "de"),
 }
-"""Columns by metric; the block is the score in the grid's ``scores:`` that adds it."""
+"""Columns by metric; the block is the score in the grid's ``scores:``, or the protocol, that adds it."""
 
 TRAINING = 5000
 """Training cells of the PCA and of the probe, at most."""
@@ -97,7 +100,7 @@ class Scored:
         for weights in metrics.bootstrap_weights(n, self.few, numpy_generator(self.seed, "grid-few", n)):
             with contextlib.suppress(ValueError):  # a resample without what the score needs, such as a second type
                 again.append(score(np.repeat(np.arange(n), weights)))
-        return {k: _with_error(np.array([value, *(each[k] for each in again)])) for k, value in found.items()}
+        return {k: with_error(np.array([value, *(each[k] for each in again)])) for k, value in found.items()}
 
     @cached_property
     def training(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -135,7 +138,7 @@ class Scored:
         """R2, cosine and RMSE of each cell, averaged over cells."""
         t, m, mean = self.report.truth, self.report.targets, self.completed
         found = {f.__name__: f(t, m, mean) for f in (metrics.r2, metrics.cosine, metrics.cell_rmse)}
-        return {name: _with_error(metrics.cell_mean(each, self.weights)) for name, each in found.items()}
+        return {name: with_error(metrics.cell_mean(each, self.weights)) for name, each in found.items()}
 
     def open_problems(self) -> Found:
         """The denoising pair of Open Problems on the targets alone, and the second the right way round."""
@@ -154,7 +157,7 @@ class Scored:
         sums = metrics.poisson_deviance(t, m, self.completed[some])
         weights = metrics.bootstrap_weights(len(t), self.replicates, numpy_generator(self.seed, "grid-rare"))
         both = np.concatenate((metrics.once(len(t)), weights))
-        return {"rare_deviance": _with_error(metrics.pooled(sums, m.sum(1), both))}
+        return {"rare_deviance": with_error(metrics.pooled(sums, m.sum(1), both))}
 
     def frechet(self) -> Found:
         """Log Fréchet distance between true and completed cells in a PCA of training cells."""
@@ -177,7 +180,7 @@ class Scored:
         some = numpy_generator(self.seed, "grid-mmd").permutation(len(self.rows))[:MMD_CELLS]
         weights = self.weights[: 1 + self.few, some]
         found = metrics.mmd(self.report.truth[some], self.completed[some], weights, biased=True)
-        return {"log_mmd": _with_error(np.log(np.maximum(found, 1e-12)))}
+        return {"log_mmd": with_error(np.log(np.maximum(found, 1e-12)))}
 
     def de(self) -> Found:
         """Genes that tell a type from the others (Wilcoxon): share recovered, share false; errors over types."""
@@ -256,6 +259,15 @@ def extra(names: tuple[str, ...], scored: Scored) -> tuple[Found, list[str]]:
     return found, reasons
 
 
-def _with_error(replicates: NDArray[np.floating]) -> tuple[float, float]:
+def with_error(replicates: NDArray[np.floating]) -> tuple[float, float]:
+    """The first number, and the standard deviation of the others (NaN where there are none).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.grid.scores import with_error
+    >>> with_error(np.array([1.0, 0.5, 1.5]))
+    (1.0, 0.5)
+    """
     some = replicates[1:][np.isfinite(replicates[1:])]
     return float(replicates[0]), float(some.std()) if len(some) else np.nan

@@ -57,6 +57,8 @@ class DataSet:
 class Protocol:
     """What is hidden and scored, as in `distdiff.evaluation.evaluate`; of simulated sets what dropout took is filled.
 
+    Of ``molecules`` a share ``rate`` is held out from every cell (:mod:`distdiff.grid.molecules`).
+
     Examples
     --------
     >>> from distdiff.grid.spec import Protocol
@@ -64,7 +66,7 @@ class Protocol:
     ('genes 10%', 'mcar 50%, nonzero')
     """
 
-    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper", "dropout"]
+    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper", "dropout", "molecules"]
     rate: float = 0.5
     targets: Literal["all", "nonzero"] = "all"
     fold: int = 0
@@ -72,6 +74,8 @@ class Protocol:
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"rate must lie between 0 and 1, got {self.rate}")
+        if self.protocol == "molecules" and self.targets != "all":
+            raise ValueError("protocol molecules scores every entry; leave targets out")
 
     @property
     def name(self) -> str:
@@ -281,7 +285,9 @@ def _grid(raw: dict[str, Any], data: Sequence[str]) -> Grid:
 
 
 def _protocols(item: Any, where: str) -> list[Protocol]:
-    """One, or of ``folds: all`` one for each fold of genes."""
+    """One, or of ``folds: all`` one for each fold of genes; of molecules a tenth is held out unless a rate is given."""
+    if isinstance(item, Mapping) and item.get("protocol") == "molecules":
+        item = {"rate": 0.1, **item}
     if isinstance(item, Mapping) and "folds" in item:
         first = section(Protocol, {k: v for k, v in item.items() if k != "folds"}, where=where)
         if item["folds"] != "all" or first.protocol != "genes":
