@@ -193,22 +193,19 @@ def _scored(cell: Cell) -> Record:
 
 def _denoised(cell: Cell, store: CountStore, rows: np.ndarray) -> Record:
     """The record of a row under the protocol ``molecules``."""
-    options, capacity = cell.row.options, None
+    options = cell.row.options
     row: Baseline | molecules.OfModel
     if isinstance(options, Ours):
-        model = _model(cell, options, store, rows)
-        row, tried = molecules.OfModel(model, store, rows, labels=options.labels), 1
-        capacity = sum(p.numel() for p in model.denoiser.parameters())
+        row = molecules.OfModel(_model(cell, options, store, rows), store, rows, labels=options.labels)
     else:
         row = build(Baseline, options)
-        tried = row.n_trials()
     found = molecules.scored(
         cell.row.name, row, store, rows, share=cell.protocol.rate, seed=cell.seed, resamples=cell.settings.resamples,
         cell_type=cell.about.cell_type, scores=cell.settings.scores,
     )  # fmt: skip
     for answer in found["answers"]:
         answer["fit_cpu_seconds"] += cell.fit_cpu
-    return {**found, "capacity": capacity or getattr(getattr(row, "row", row), "capacity", None), "n_trials": tried}
+    return {**found, "capacity": getattr(row, "capacity", None), "n_trials": row.n_trials()}
 
 
 def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) -> list[Record]:

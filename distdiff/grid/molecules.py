@@ -81,9 +81,14 @@ class OfModel:
     def __init__(self, model: Model, store: CountStore, rows: NDArray[np.int64], *, labels: bool = False) -> None:
         self.model, self.store, self.rows = model, store, rows
         self.peeks = labels or bool(model.required_labels)
+        self.capacity = sum(p.numel() for p in model.denoiser.parameters())
 
     def fit(self, store: CountStore, rows: NDArray[np.int64]) -> None:
         """Nothing is left to fit."""
+
+    def n_trials(self) -> int:
+        """Nothing is chosen."""
+        return 1
 
     def denoised(self, evidence: sparse.csr_matrix, p: float) -> Denoised:
         """Three network calls: the rate, and two read-outs of another measurement ``(1 - p) / p`` times as deep.
@@ -106,10 +111,8 @@ class OfModel:
         cells = ad.AnnData(evidence, obs=pd.DataFrame(columns, index=index), var=pd.DataFrame(index=pd.Index(genes)))
 
         def read(name: str, depth: float = 1.0) -> Array:
-            made = self.model.denoise(
-                cells, genes="all", key_added="found", readout=name, depth=depth, use_labels=self.peeks
-            )
-            found = made.layers["found"]
+            self.model.denoise(cells, copy=False, key_added=name, readout=name, depth=depth, use_labels=self.peeks)
+            found = cells.layers[name]
             return np.asarray(found.toarray() if sparse.issparse(found) else found, np.float32)
 
         more = (1 - p) / p
