@@ -22,7 +22,7 @@ from distdiff.data.ingest.shard import shard
 from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
-from distdiff.grid import molecules
+from distdiff.grid import encoder, molecules
 from distdiff.grid.scores import Scored, extra
 from distdiff.grid.spec import DataSet, Line, Ours, Protocol, Settings, fitting
 from distdiff.model import Model
@@ -83,6 +83,7 @@ class Cell:
             self.settings.scores, self.row.answers,
             dataclasses.asdict(self.row.options) if isinstance(self.row.options, Ours) else self.row.options,
             received.sha256(Path(self.model) / "weights.safetensors") if self.model else "",
+            *([encoder.fingerprint(self.settings.encoder)] if self.settings.encoder else []),
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
         words = f"{self.data} {self.protocol.name} {self.protocol.fold} {self.row.name} {self.seed}"
@@ -215,7 +216,9 @@ def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) ->
         numbers = {name: (row.values[name], row.errors.get(name, math.nan)) for name in COLUMNS if name in row.errors}
         reasons: list[str] = []
         if answer == "mean":
-            scored = Scored(report, store, rows, cell.about.cell_type, cell.seed, *cell.settings.resamples)
+            scored = Scored(
+                report, store, rows, cell.about.cell_type, cell.seed, *cell.settings.resamples, cell.settings.encoder
+            )
             more, reasons = extra(cell.settings.scores, scored)
             numbers |= more
         found.append({

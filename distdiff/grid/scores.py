@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from distdiff import downstream, metrics
 from distdiff.data.masks import rare
 from distdiff.evaluation import MMD_CELLS
+from distdiff.grid.encoder import Scvi
 from distdiff.report import Column
 from distdiff.rng import numpy_generator
 
@@ -33,6 +34,7 @@ COLUMNS = {
     "op_poisson_right": Column("OP Poisson, right", "low", "open_problems"),
     "rare_deviance": Column("rare deviance", "low", "rare"),
     "log_frechet": Column("log scFID (PCA)", "low", "frechet"),
+    "log_frechet_scvi": Column("log scFID (scVI)", "low", "frechet"),
     "log_mmd": Column("log MMD^2 of counts", "low", "mmd"),
     "ari": Column("ARI", "high", "clustering"),
     "nmi": Column("NMI", "high", "clustering"),
@@ -78,6 +80,7 @@ class Scored:
     seed: int
     replicates: int = 200
     few: int = 40
+    encoder: str = ""
 
     @cached_property
     def completed(self) -> NDArray[np.float32]:
@@ -160,17 +163,24 @@ class Scored:
         return {"rare_deviance": with_error(metrics.pooled(sums, m.sum(1), both))}
 
     def frechet(self) -> Found:
-        """Log Fréchet distance between true and completed cells in a PCA of training cells."""
+        """Log Fréchet distance between true and completed cells, as a PCA of training cells or the grid's encoder sees.
+
+        An encoder of scvi-tools takes counts, the PCA log CP10k.
+        """
+        name, encode = ("log_frechet_scvi", Scvi(self.encoder, self.store.genes)) if self.encoder else self._pca()
+        truth, answer = (encode(x) for x in (self.report.truth, self.completed))
+
+        def log_frechet(some: NDArray[np.int64]) -> dict[str, float]:
+            return {name: float(np.log(max(downstream.frechet(truth[some], answer[some]), 1e-12)))}
+
+        return self.resampled(log_frechet, len(truth))
+
+    def _pca(self) -> tuple[str, Callable[[NDArray[np.floating]], NDArray[np.float32]]]:
         from sklearn.decomposition import PCA
 
         train, _ = self.training
-        encoder = PCA(min(50, min(train.shape) - 1), random_state=self.seed).fit(train)
-        truth, answer = (encoder.transform(log_cp10k(x)) for x in (self.report.truth, self.completed))
-
-        def log_frechet(some: NDArray[np.int64]) -> dict[str, float]:
-            return {"log_frechet": float(np.log(max(downstream.frechet(truth[some], answer[some]), 1e-12)))}
-
-        return self.resampled(log_frechet, len(truth))
+        fit = PCA(min(50, min(train.shape) - 1), random_state=self.seed).fit(train)
+        return "log_frechet", lambda counts: fit.transform(log_cp10k(counts))
 
     def mmd(self) -> Found:
         """Log of the squared MMD (five bandwidths) between true and completed counts, as CountsDiff's tables have it.

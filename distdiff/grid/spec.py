@@ -14,6 +14,7 @@ from distdiff.component import build, complete, nearest, resolve
 from distdiff.config import section, shipped
 from distdiff.configtext import shown
 from distdiff.data.splat import SETS
+from distdiff.grid import encoder
 
 Answer = Literal["mean", "1 draw", "draws"]
 Score = Literal["cells", "open_problems", "rare", "frechet", "mmd", "clustering", "probe", "de"]
@@ -158,6 +159,8 @@ class Settings:
         ``open_problems``, ``rare`` (deviance in types of at most 30 training cells), ``frechet`` (log scFID by PCA of
         training cells), ``mmd`` (log squared MMD of counts over five bandwidths), ``clustering`` (Leiden against
         types), ``probe`` (types by XGBoost), ``de`` (genes that tell a type, by Wilcoxon: recovered, false).
+    encoder
+        Folder of an SCVI model that scvi-tools saved, which ``frechet`` encodes cells with in place of the PCA.
     resamples
         Bootstraps over cells, for scores of entries and of distributions.
     experiment
@@ -177,6 +180,7 @@ class Settings:
     answers: tuple[Answer, ...] = ("mean", "draws")
     nb: bool = False
     scores: tuple[Score, ...] = ()
+    encoder: str = ""
     resamples: tuple[int, int] = (200, 40)
     experiment: str = ""
 
@@ -186,6 +190,8 @@ class Settings:
                 f"seeds and answers must not be empty, cells, draws and resamples at least 2; got seeds={self.seeds}, "
                 f"answers={self.answers}, cells={self.cells}, draws={self.draws}, resamples={self.resamples}"
             )
+        if self.encoder and "frechet" not in self.scores:
+            raise ValueError(f"encoder={self.encoder!r} is of the score frechet; add it to scores, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,8 @@ def _grid(raw: dict[str, Any], data: Sequence[str]) -> Grid:
         if key not in known:
             raise ValueError(f"unknown key {shown(key)}{nearest(str(key)[:99], known)}")
     settings = section(Settings, {k: v for k, v in raw.items() if k in own}, where="settings")
+    if settings.encoder:
+        encoder.checked(settings.encoder)
     sets = {Path(store).stem: {"store": store} for store in data} or raw.get("data") or {}
     if len(sets) < len(data):
         raise ValueError("two stores have one name; name them in the file under data:")
