@@ -147,9 +147,10 @@ def _read(path: Path) -> dict[str, Any]:
         for part, name in ((array, "_reconstruct"), (scalar, "scalar"))
     ]
     kinds = {type(np.dtype(code)) for code in "OSU?bBhHiIlLqQefdgM"}
-    plain = (lambda *kind: {}, "collections.defaultdict")  # torch fills no defaultdict: a dict in its place
+    known: list[Any] = [np.ndarray, np.dtype, dict, bytes, *parts, *kinds]
+    known.append((lambda *kind: {}, "collections.defaultdict"))  # torch fills no defaultdict: a dict in its place
     try:
-        with torch.serialization.safe_globals([np.ndarray, np.dtype, dict, bytes, *parts, *kinds, plain]):
+        with torch.serialization.safe_globals(known):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch fail in many ways
         words = " ".join(str(error).split())
