@@ -68,12 +68,15 @@ class Forest(Fitted):
         Raises
         ------
         ImportError
-            ForestDiffusion is not installed.
+            ForestDiffusion, or a library that it imports, is not installed.
         """
         try:
             from ForestDiffusion import ForestDiffusionModel
         except ImportError as error:
-            raise ImportError("the forest baseline needs ForestDiffusion: pip install ForestDiffusion") from error
+            raise ImportError(
+                f"the forest baseline needs ForestDiffusion and what it imports ({error.name} is not there): "
+                "pip install ForestDiffusion xgboost catboost lightgbm"
+            ) from error
         counts = kept.counts.numpy().astype(np.float64)
         self.varies = np.flatnonzero(counts.min(axis=0) < counts.max(axis=0))
         self.constant = counts[0]

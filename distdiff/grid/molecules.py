@@ -179,10 +179,10 @@ def scored(
     ]
     spent = {"fit_cpu_seconds": clock[1] - clock[0], "fill_cpu_seconds": clock[2] - clock[1]}
     note = "control" if row.control else "peeks" if row.peeks else ""
-    told = {k: [float(x) if np.isfinite(x) else None for x in pair] for k, pair in {**numbers, **more}.items()}
+    pairs = {k: [float(x) if np.isfinite(x) else None for x in pair] for k, pair in {**numbers, **more}.items()}
     about = f"{len(rows)} test cells x {truth.shape[1]} genes ({store.manifest.fingerprint[:12]})"
     return {
-        "answers": [{"answer": "mean", "note": note, "reasons": reasons, "numbers": told, **spent}],
+        "answers": [{"answer": "mean", "note": note, "reasons": reasons, "numbers": pairs, **spent}],
         "setting": {
             "cells": len(rows), "genes": truth.shape[1], "targets": truth.size, "data": store.manifest.fingerprint[:12],
             "zeros_among_targets": float((truth == 0).mean()),

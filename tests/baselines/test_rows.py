@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 
 import numpy as np
 import pytest
@@ -338,10 +339,15 @@ def test_options_out_of_range_are_named(options, message):
         component.build(Baseline, options)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ForestDiffusion") is not None, reason="ForestDiffusion is installed")
-def test_forest_says_what_to_install(store):
-    with pytest.raises(ImportError, match="pip install ForestDiffusion"):
-        component.build(Baseline, {"kind": "forest"}).fit(store, TRAIN)
+@pytest.mark.parametrize("kind", ["forest", "harmony"])
+def test_absent_libraries_are_named(kind, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, NEEDS[kind], None)
+    wanted = {
+        "forest": "pip install ForestDiffusion xgboost catboost lightgbm",
+        "harmony": "pip install 'harmonypy>=2'",
+    }
+    with pytest.raises(ImportError, match=wanted[kind]):
+        component.build(Baseline, {"kind": kind}).fit(store, TRAIN)
 
 
 def test_nb_is_a_law_around_the_mean_with_the_right_size():
