@@ -24,6 +24,7 @@ from distdiff.baselines.scimpute import ScImpute
 from distdiff.baselines.spage import Spage
 from distdiff.baselines.with_nb import WithNb
 from distdiff.baselines.zero import Zero
+from distdiff.evaluation import _fill
 from distdiff.types import Cells
 from tests.baselines.test_baselines import Store
 
@@ -40,6 +41,7 @@ OTHERS = [
     {"kind": "scidpms", "attention": "lsh"},
     {"kind": "countsdiff", "rounding": "random", "attrition": 0.02, "key": "cell_type"},
     {"kind": "with_nb", "of": {"kind": "gene_mean", "depth": True}},
+    {"kind": "with_nb", "of": {"kind": "spage", "k": 6, "components": 5}},
 ]  # fmt: skip
 NEEDS = {"forest": "ForestDiffusion", "harmony": "harmonypy"}
 TRAIN, TEST = np.arange(200), np.arange(200, 230)
@@ -209,6 +211,40 @@ def test_rows_for_whole_genes(kind, store, batch):
         metrics.poisson_deviance(truth, hidden, r.impute(cells, observed).mean.numpy()).sum() for r in (row, mean)
     ]
     assert scores[0] < 0.7 * scores[1]
+
+
+@pytest.mark.parametrize("kind", ["spage", pytest.param("harmony", marks=NEEDED["harmony"])])
+def test_a_query_of_another_protocol_is_matched(kind):
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 4, 700)
+    rate = rng.gamma(0.8, 3.0, (4, 60))[of] * rng.lognormal(0, 0.3, (700, 1))
+    rate[500:, :40] *= rng.lognormal(0, 1.0, 40)  # of the query, and of shared genes alone
+    made = Store(rng.poisson(rate), of)
+    cells, observed = made.cells(np.arange(500, 700)), (torch.arange(60) < 40).expand(200, 60).contiguous()
+    scores = []
+    for options in ({"kind": kind, "components": 10, "hide": 0.1}, {"kind": "knn", "hide": 0.1}):
+        row = component.build(Baseline, options)
+        row.fit(made, np.arange(500))
+        mean = row.impute(cells, observed).mean.numpy()
+        scores.append(metrics.poisson_deviance(cells.counts.numpy(), ~observed.numpy(), mean).sum())
+    assert scores[0] < 0.97 * scores[1]
+
+
+def test_a_query_comes_whole_to_a_row_that_wants_it(store, batch):
+    cells, observed = batch
+    sizes = []
+
+    class Counted(GeneMean):
+        def rate(self, counts, observed, cells):
+            sizes.append(len(cells))
+            return super().rate(counts, observed, cells)
+
+    for whole in (True, False):
+        row = Counted()
+        row.whole = whole
+        row.fit(store, TRAIN)
+        _fill(row, cells, observed.numpy(), 0, 0, 20)
+    assert sizes == [30, 20, 10]
 
 
 def test_only_vectors_that_both_sets_share_are_kept():
