@@ -367,6 +367,8 @@ def test_missing_labels_are_named(store, batch):
      ({"kind": "hivae", "law": "normal"}, "law='normal'"),
      ({"kind": "scidpms", "attention": "ful"}, "did you mean 'full'"),
      ({"kind": "countsdiff", "rounding": "up"}, "rounding='up'"), ({"kind": "mdlm", "samples": 0}, "samples=0"),
+     ({"kind": "forest", "trees": 0}, "trees=0"), ({"kind": "forest", "bins": 1}, "bins=1 must be 2"),
+     ({"kind": "harmony", "k": 0}, "k=0"), ({"kind": "spage", "cosine": 1.0}, "cosine=1.0"),
      ({"kind": "with_nb", "hide": 0.0}, "hide=0"),
      ({"kind": "with_nb", "of": {"kind": "ridg"}}, "did you mean 'ridge'")],
 )  # fmt: skip
