@@ -38,7 +38,7 @@ MORE = {"scidpms": {"steps": 200, "walk": 20, "samples": 4}}
 
 OTHERS = [
     {"kind": "hivae", "law": "gaussian"}, {"kind": "mdlm", "remask": 0.02},
-    {"kind": "scidpms", "attention": "lsh"},
+    {"kind": "scidpms", "attention": "lsh"}, {"kind": "forest", "bins": 256},
     {"kind": "countsdiff", "rounding": "random", "attrition": 0.02, "key": "cell_type"},
     {"kind": "with_nb", "of": {"kind": "gene_mean", "depth": True}},
     {"kind": "with_nb", "of": {"kind": "spage", "k": 6, "components": 5}},
