@@ -311,8 +311,12 @@ def _fill(
     batch: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Impute batch by batch. Hidden counts are erased first, except for the control ``perfect``, which returns them."""
+    """Impute batch by batch, or all at once for a baseline that wants the query ``whole``.
+
+    Hidden counts are erased first, except for the control ``perfect``, which returns them.
+    """
     means, drawn, device = [], [], _device(imputer)
+    batch = len(cells) if getattr(imputer, "whole", False) else batch
     for start in range(0, len(cells), batch):
         part, seen = cells[start : start + batch], torch.from_numpy(observed[start : start + batch])
         if not getattr(imputer, "sees_hidden", False):

@@ -311,7 +311,9 @@ def test_rows_get_seed_share_and_label_of_their_cell():
     assert [options.get("minutes") for options in own] == [2, 9, None]
 
 
-@pytest.mark.parametrize("name", ["all", "light", "countsdiff_tables", "donor", "scidpms_splat"])
+@pytest.mark.parametrize(
+    "name", ["all", "light", "countsdiff_tables", "donor", "scidpms_splat", "completion", "denoising"]
+)
 def test_shipped_grids_are_read(name):
     made = read(name, ["cell_type=group"], [] if name == "scidpms_splat" else ["atlas.zarr"])
     assert len(made.rows) > 5

@@ -47,6 +47,8 @@ class Baseline(Imputer, ABC):
         Whether `distdiff.evaluation` gives it the true counts: only ``perfect``.
     control
         Whether it is a control (zero, constant, perfect) and not a method to beat.
+    whole
+        Whether it compares a query as a whole with the training cells: `distdiff.evaluation` gives it all at once.
     denoises
         Whether its rate follows the depth of the evidence, so that `denoise` is defined.
     gene_mean
@@ -74,6 +76,7 @@ class Baseline(Imputer, ABC):
     peeks: bool = False
     sees_hidden: bool = False
     control: bool = False
+    whole: bool = False
     denoises: bool = False
     gene_mean: FloatArray
     sizes: FloatArray | None = None

@@ -89,6 +89,10 @@ class Fitted(Baseline, ABC):
         """Labels that the fit needs. Default: none."""
         return ()
 
+    def mask(self, shape: tuple[int, ...], hide: float, seed: int, *address: int | str) -> BoolArray:
+        """Which entries of validation cells are observed: ``bool [b g]``, by default each with probability 1 - hide."""
+        return _tuning.random_mask(shape, hide, seed, *address)
+
     def learn(self, store: CountStore, rows: np.ndarray) -> None:
         """Fit at most ``trials`` combinations of options, keep the best, and fit it to all cells if ``refit``."""
         some = _tuning.sample(rows, self.max_cells, self.seed)
@@ -112,7 +116,7 @@ class Fitted(Baseline, ABC):
         truth = held.counts.numpy()
         answers = []
         for name in ("smear", "judge"):
-            observed = _tuning.random_mask(truth.shape, self.hide, self.seed, name)
+            observed = self.mask(truth.shape, self.hide, self.seed, name)
             seen = np.where(observed, truth, 0.0).astype(np.float32)
             cells = Cells(torch.from_numpy(seen), held.labels, held.rows)
             answers.append((observed, seen, np.maximum(self.predict(seen, observed, cells), 0.0)))

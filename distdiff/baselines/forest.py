@@ -15,6 +15,9 @@ from distdiff.baselines import BoolArray, FloatArray
 from distdiff.baselines._fitted import Fitted
 from distdiff.types import Cells
 
+BINS = 256
+"""What the package's iterator over batches takes."""
+
 
 @dataclass(eq=False)
 class Forest(Fitted):
@@ -22,7 +25,7 @@ class Forest(Fitted):
 
     Genes are declared whole numbers by ``int_indexes``, the package's own spelling (another spelling is silently taken
     for an option of XGBoost, and nothing is rounded). The package trains a forest for every noise level and gene:
-    thousands of genes take hours.
+    thousands of genes take hours, and fewer ``bins`` a tenth of them.
 
     Parameters
     ----------
@@ -30,6 +33,10 @@ class Forest(Fitted):
         Noise levels.
     copies
         Noise samples of each training cell (the package's own default: 100).
+    trees, bins
+        Trees of a forest, and bins that XGBoost puts each gene's values into (the package's own: 100, 256). With other
+        ``bins`` the noised cells are all in memory, ``float64 [levels, copies cells, g]``: the package's iterator
+        takes 256 alone.
     samples
         Imputations whose mean is the answer.
     threads
@@ -41,11 +48,13 @@ class Forest(Fitted):
     >>> Forest(levels=0)
     Traceback (most recent call last):
         ...
-    ValueError: Forest-Diffusion: levels=0, copies=10 and samples=5 must each be 1 or more
+    ValueError: Forest-Diffusion: levels=0, copies=10, trees=100 and samples=5 must each be 1 or more
     """
 
     levels: int | Sequence[int] = 20
     copies: int | Sequence[int] = 10
+    trees: int | Sequence[int] = 100
+    bins: int | Sequence[int] = BINS
     samples: int = 5
     threads: int = 1
 
@@ -56,11 +65,13 @@ class Forest(Fitted):
     def __post_init__(self) -> None:
         super().__post_init__()
         options = self.options()
-        if min(min(options["levels"]), min(options["copies"]), self.samples) < 1:
+        if min(*(min(options[name]) for name in ("levels", "copies", "trees")), self.samples) < 1:
             raise ValueError(
-                f"{self.label}: levels={self.levels}, copies={self.copies} and samples={self.samples} must each be 1 "
-                "or more"
+                f"{self.label}: levels={self.levels}, copies={self.copies}, trees={self.trees} and "
+                f"samples={self.samples} must each be 1 or more"
             )
+        if min(options["bins"]) < 2:
+            raise ValueError(f"{self.label}: bins={self.bins} must be 2 or more")
 
     def solve(self, kept: Cells, held: Cells, option: dict[str, Any]) -> None:
         """Train the forests.
@@ -68,12 +79,15 @@ class Forest(Fitted):
         Raises
         ------
         ImportError
-            ForestDiffusion is not installed.
+            ForestDiffusion, or a library that it imports, is not installed.
         """
         try:
             from ForestDiffusion import ForestDiffusionModel
         except ImportError as error:
-            raise ImportError("the forest baseline needs ForestDiffusion: pip install ForestDiffusion") from error
+            raise ImportError(
+                f"the forest baseline needs ForestDiffusion and what it imports ({error.name} is not there): "
+                "pip install ForestDiffusion xgboost catboost lightgbm"
+            ) from error
         counts = kept.counts.numpy().astype(np.float64)
         self.varies = np.flatnonzero(counts.min(axis=0) < counts.max(axis=0))
         self.constant = counts[0]
@@ -83,6 +97,7 @@ class Forest(Fitted):
             self.model = ForestDiffusionModel(
                 counts[:, self.varies], diffusion_type="vp", n_t=option["levels"], duplicate_K=option["copies"],
                 int_indexes=list(range(len(self.varies))), n_jobs=self.threads, seed=self.seed,
+                n_estimators=option["trees"], max_bin=option["bins"], n_batch=int(option["bins"] == BINS),
             )  # fmt: skip
 
     def predict(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:

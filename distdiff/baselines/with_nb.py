@@ -48,7 +48,7 @@ class WithNb(Baseline):
             raise ValueError(f"with_nb: hide={hide} must lie strictly between 0 and 1")
         self.label = f"{self.row.label} + NB"
         self.peeks, self.control, self.denoises = self.row.peeks, self.row.control, self.row.denoises
-        self.key = getattr(self.row, "key", "")
+        self.whole, self.key = self.row.whole, getattr(self.row, "key", "")
 
     def n_trials(self) -> int:
         """Those of the row."""
@@ -60,7 +60,8 @@ class WithNb(Baseline):
         kept, held = (some[part] for part in _tuning.hold_out(len(some)))
         self.row.fit(store, np.sort(kept))
         truth = _tuning.dense(store, held[:5_000])
-        observed = _tuning.random_mask(truth.shape, self.hide, self.seed, "sizes")
+        mask = getattr(self.row, "mask", _tuning.random_mask)
+        observed = mask(truth.shape, self.hide, self.seed, "sizes")
         labels = {}
         if self.key:
             labels = {k: torch.from_numpy(v) for k, v in store.labels(held[:5_000], (self.key,)).items()}

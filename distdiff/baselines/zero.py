@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray
 
 
 class Zero(Baseline):
-    """Impute zero. Its Poisson deviance is set by the floor of the score: a mean of 0 would be infinitely wrong.
+    """Impute zero: a cell's own counts as they are, which is also its answer where counts are denoised.
+
+    Its Poisson deviance is set by the floor of the score: a mean of 0 would be infinitely wrong.
 
     Examples
     --------
     >>> import numpy as np
     >>> from distdiff.baselines.zero import Zero
-    >>> Zero().rate(np.ones((1, 3)), observed=None, cells=None)
-    array([[0., 0., 0.]])
+    >>> Zero().rate(np.array([[2.0, 0.0, 0.0]]), observed=None, cells=None)  # the last one may be hidden
+    array([[2., 0., 0.]])
     """
 
     label = "none (zero)"
     control = True
+    denoises = True
 
     def rate(self, counts: FloatArray, observed: BoolArray, cells: Cells) -> FloatArray:
-        """Zero everywhere."""
-        return np.zeros_like(counts)
+        """The counts of the evidence, which are zero where hidden."""
+        return counts.copy()

@@ -21,9 +21,9 @@ from distdiff.component import build
 from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
-from distdiff.grid import generate, made
+from distdiff.grid import encoder, generate, made, molecules
 from distdiff.grid.scores import Scored, extra
-from distdiff.grid.spec import DataSet, Line, Ours, Peer, Protocol, Settings, fitting
+from distdiff.grid.spec import CannotError, DataSet, Line, Ours, Peer, Protocol, Settings, fitting
 from distdiff.model import Model
 from distdiff.report import COLUMNS, Report
 from distdiff.version import __version__
@@ -54,7 +54,7 @@ class Cell:
     Examples
     --------
     >>> from distdiff.grid.cell import Cell
-    >>> from distdiff.grid.spec import DataSet, Line, Protocol, Settings
+    >>> from distdiff.grid.spec import CannotError, DataSet, Line, Protocol, Settings
     >>> row = Line("ridge", ("mean",), {"kind": "ridge"})
     >>> cell = Cell("atlas", "atlas.zarr", "4f2a", DataSet("atlas.zarr"), Protocol("mcar"), row, 0, Settings())
     >>> cell.file.startswith("atlas-mcar-50-0-ridge-0-")
@@ -82,6 +82,7 @@ class Cell:
             self.settings.scores, self.row.answers,
             dataclasses.asdict(self.row.options) if dataclasses.is_dataclass(self.row.options) else self.row.options,
             received.sha256(Path(self.model) / "weights.safetensors") if self.model else "",
+            *([encoder.fingerprint(self.settings.encoder)] if self.settings.encoder else []),
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
         words = f"{self.data} {self.protocol.name} {self.protocol.fold} {self.row.name} {self.seed}"
@@ -124,7 +125,7 @@ def compute(cell: Cell, folder: str | Path) -> Record:
         record |= {"status": "done", "reason": ""} | _scored(cell)
     except ImportError as error:
         record |= {"status": "absent", "reason": str(error)}
-    except generate.CannotError as error:
+    except CannotError as error:
         record |= {"status": "cannot", "reason": str(error)}
     except Exception as error:  # whatever a row does: it is marked, and the grid goes on
         record |= {"status": "failed", "reason": _sentence(error)}
@@ -174,7 +175,9 @@ def _scored(cell: Cell) -> Record:
             cell_type=cell.about.cell_type, seed=cell.seed, few=cell.settings.resamples[1], fit_cpu=cell.fit_cpu,
         )  # fmt: skip
     if isinstance(options, Peer):
-        raise generate.CannotError(f"{cell.row.name} draws cells, and fills none; its protocol is generate")
+        raise CannotError(f"{cell.row.name} draws cells, and fills none; its protocol is generate")
+    if cell.protocol.protocol == "molecules":
+        return _denoised(cell, options, store, rows)
     if isinstance(options, Ours):
         imputer, labels, capacity = _ours(cell, options, store, rows)
         tried = 1
@@ -199,6 +202,22 @@ def _scored(cell: Cell) -> Record:
     }  # fmt: skip
 
 
+def _denoised(cell: Cell, options: Ours | dict[str, Any], store: CountStore, rows: np.ndarray) -> Record:
+    """The record of a row under the protocol ``molecules``."""
+    row: Baseline | molecules.OfModel
+    if isinstance(options, Ours):
+        row = molecules.OfModel(_model(cell, options, store, rows), store, rows, labels=options.labels)
+    else:
+        row = build(Baseline, options)
+    found = molecules.scored(
+        cell.row.name, row, store, rows, share=cell.protocol.rate, seed=cell.seed, resamples=cell.settings.resamples,
+        cell_type=cell.about.cell_type, scores=cell.settings.scores,
+    )  # fmt: skip
+    for answer in found["answers"]:
+        answer["fit_cpu_seconds"] += cell.fit_cpu
+    return {**found, "capacity": getattr(row, "capacity", None), "n_trials": row.n_trials()}
+
+
 def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) -> list[Record]:
     """Metric -> value and standard error for each answer; extra scores are the mean's."""
     found = []
@@ -206,7 +225,9 @@ def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) ->
         numbers = {name: (row.values[name], row.errors.get(name, math.nan)) for name in COLUMNS if name in row.errors}
         reasons: list[str] = []
         if answer == "mean":
-            scored = Scored(report, store, rows, cell.about.cell_type, cell.seed, *cell.settings.resamples)
+            scored = Scored(
+                report, store, rows, cell.about.cell_type, cell.seed, *cell.settings.resamples, cell.settings.encoder
+            )
             more, reasons = extra(cell.settings.scores, scored)
             numbers |= more
         found.append({
@@ -248,7 +269,10 @@ def scored_rows(store: CountStore, most: int, name: str) -> np.ndarray:
 
 
 def _model(cell: Cell, options: Ours, store: CountStore, rows: np.ndarray) -> Model:
-    """The model of a row of ours, which has not seen the test cells, with the rounding that the row asks for."""
+    """The model of a row of ours, with the rounding that the row asks for.
+
+    One that was trained elsewhere must not have seen the cells ``rows``.
+    """
     model = Model.load(cell.model)
     if options.model:
         known, _ = experiment.not_trained_on(store, model, rows, keep=False)
@@ -350,7 +374,7 @@ def fitted(row: Line, data: DataSet, protocol: Protocol, seed: int, minutes: flo
     Examples
     --------
     >>> from distdiff.grid.cell import fitted
-    >>> from distdiff.grid.spec import DataSet, Line, Protocol
+    >>> from distdiff.grid.spec import CannotError, DataSet, Line, Protocol
     >>> fitted(Line("k", ("mean",), {"kind": "knn"}), DataSet("a.zarr"), Protocol("mcar"), seed=1).options["seed"]
     1
     """

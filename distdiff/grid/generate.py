@@ -23,7 +23,7 @@ from distdiff.baselines import Baseline
 from distdiff.baselines._engine import Engine
 from distdiff.component import build
 from distdiff.data.store.store import CountStore
-from distdiff.grid.spec import Ours, Peer
+from distdiff.grid.spec import CannotError, Ours, Peer
 from distdiff.model import Model
 from distdiff.realism import LEARNED, correlation, depths, independent, log_cp10k
 from distdiff.report import Column
@@ -52,17 +52,6 @@ the nearest training cell over that of test cells.
 """
 
 DIRECTIONS = 500
-
-
-class CannotError(ValueError):
-    """A row that has no answer under a protocol, whatever the data; it is marked with this reason.
-
-    Examples
-    --------
-    >>> from distdiff.grid.generate import CannotError
-    >>> str(CannotError("ridge fills entries and draws no cells"))
-    'ridge fills entries and draws no cells'
-    """
 
 
 @dataclass(eq=False)

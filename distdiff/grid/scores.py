@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from distdiff import downstream, metrics
 from distdiff.data.masks import rare
 from distdiff.evaluation import MMD_CELLS
+from distdiff.grid.encoder import Scvi
 from distdiff.report import Column
 from distdiff.rng import numpy_generator
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from distdiff.report import Report
 
 COLUMNS = {
+    "nll": Column("held-out NLL", "low", "molecules"),
+    "cp10k_mse": Column("log CP10k MSE", "low", "molecules"),
+    "cp10k_mse_poisson": Column("log CP10k MSE, Poisson", "low", "molecules"),
     "r2": Column("R2", "high", "cells"),
     "cosine": Column("cosine", "high", "cells"),
     "cell_rmse": Column("RMSE a cell", "low", "cells"),
@@ -30,6 +34,7 @@ COLUMNS = {
     "op_poisson_right": Column("OP Poisson, right", "low", "open_problems"),
     "rare_deviance": Column("rare deviance", "low", "rare"),
     "log_frechet": Column("log scFID (PCA)", "low", "frechet"),
+    "log_frechet_scvi": Column("log scFID (scVI)", "low", "frechet"),
     "log_mmd": Column("log MMD^2 of counts", "low", "mmd"),
     "ari": Column("ARI", "high", "clustering"),
     "nmi": Column("NMI", "high", "clustering"),
@@ -40,7 +45,7 @@ COLUMNS = {
     "de_recall": Column("DE recovered", "high", "de"),
     "de_false": Column("DE false", "low", "de"),
 }
-"""Columns by metric; the block is the score in the grid's ``scores:`` that adds it."""
+"""Columns by metric; the block is the score in the grid's ``scores:``, or the protocol, that adds it."""
 
 TRAINING = 5000
 """Training cells of the PCA and of the probe, at most."""
@@ -75,6 +80,7 @@ class Scored:
     seed: int
     replicates: int = 200
     few: int = 40
+    encoder: str = ""
 
     @cached_property
     def completed(self) -> NDArray[np.float32]:
@@ -97,7 +103,7 @@ class Scored:
         for weights in metrics.bootstrap_weights(n, self.few, numpy_generator(self.seed, "grid-few", n)):
             with contextlib.suppress(ValueError):  # a resample without what the score needs, such as a second type
                 again.append(score(np.repeat(np.arange(n), weights)))
-        return {k: _with_error(np.array([value, *(each[k] for each in again)])) for k, value in found.items()}
+        return {k: with_error(np.array([value, *(each[k] for each in again)])) for k, value in found.items()}
 
     @cached_property
     def training(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -135,7 +141,7 @@ class Scored:
         """R2, cosine and RMSE of each cell, averaged over cells."""
         t, m, mean = self.report.truth, self.report.targets, self.completed
         found = {f.__name__: f(t, m, mean) for f in (metrics.r2, metrics.cosine, metrics.cell_rmse)}
-        return {name: _with_error(metrics.cell_mean(each, self.weights)) for name, each in found.items()}
+        return {name: with_error(metrics.cell_mean(each, self.weights)) for name, each in found.items()}
 
     def open_problems(self) -> Found:
         """The denoising pair of Open Problems on the targets alone, and the second the right way round."""
@@ -154,20 +160,27 @@ class Scored:
         sums = metrics.poisson_deviance(t, m, self.completed[some])
         weights = metrics.bootstrap_weights(len(t), self.replicates, numpy_generator(self.seed, "grid-rare"))
         both = np.concatenate((metrics.once(len(t)), weights))
-        return {"rare_deviance": _with_error(metrics.pooled(sums, m.sum(1), both))}
+        return {"rare_deviance": with_error(metrics.pooled(sums, m.sum(1), both))}
 
     def frechet(self) -> Found:
-        """Log Fréchet distance between true and completed cells in a PCA of training cells."""
+        """Log Fréchet distance between true and completed cells, as a PCA of training cells or the grid's encoder sees.
+
+        An encoder of scvi-tools takes counts, the PCA log CP10k.
+        """
+        name, encode = ("log_frechet_scvi", Scvi(self.encoder, self.store.genes)) if self.encoder else self._pca()
+        truth, answer = (encode(x) for x in (self.report.truth, self.completed))
+
+        def log_frechet(some: NDArray[np.int64]) -> dict[str, float]:
+            return {name: float(np.log(max(downstream.frechet(truth[some], answer[some]), 1e-12)))}
+
+        return self.resampled(log_frechet, len(truth))
+
+    def _pca(self) -> tuple[str, Callable[[NDArray[np.floating]], NDArray[np.float32]]]:
         from sklearn.decomposition import PCA
 
         train, _ = self.training
-        encoder = PCA(min(50, min(train.shape) - 1), random_state=self.seed).fit(train)
-        truth, answer = (encoder.transform(log_cp10k(x)) for x in (self.report.truth, self.completed))
-
-        def log_frechet(some: NDArray[np.int64]) -> dict[str, float]:
-            return {"log_frechet": float(np.log(max(downstream.frechet(truth[some], answer[some]), 1e-12)))}
-
-        return self.resampled(log_frechet, len(truth))
+        fit = PCA(min(50, min(train.shape) - 1), random_state=self.seed).fit(train)
+        return "log_frechet", lambda counts: fit.transform(log_cp10k(counts))
 
     def mmd(self) -> Found:
         """Log of the squared MMD (five bandwidths) between true and completed counts, as CountsDiff's tables have it.
@@ -177,7 +190,7 @@ class Scored:
         some = numpy_generator(self.seed, "grid-mmd").permutation(len(self.rows))[:MMD_CELLS]
         weights = self.weights[: 1 + self.few, some]
         found = metrics.mmd(self.report.truth[some], self.completed[some], weights, biased=True)
-        return {"log_mmd": _with_error(np.log(np.maximum(found, 1e-12)))}
+        return {"log_mmd": with_error(np.log(np.maximum(found, 1e-12)))}
 
     def de(self) -> Found:
         """Genes that tell a type from the others (Wilcoxon): share recovered, share false; errors over types."""
@@ -256,6 +269,15 @@ def extra(names: tuple[str, ...], scored: Scored) -> tuple[Found, list[str]]:
     return found, reasons
 
 
-def _with_error(replicates: NDArray[np.floating]) -> tuple[float, float]:
+def with_error(replicates: NDArray[np.floating]) -> tuple[float, float]:
+    """The first number, and the standard deviation of the others (NaN where there are none).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distdiff.grid.scores import with_error
+    >>> with_error(np.array([1.0, 0.5, 1.5]))
+    (1.0, 0.5)
+    """
     some = replicates[1:][np.isfinite(replicates[1:])]
     return float(replicates[0]), float(some.std()) if len(some) else np.nan

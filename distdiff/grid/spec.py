@@ -14,10 +14,21 @@ from distdiff.component import build, complete, nearest, resolve
 from distdiff.config import section, shipped
 from distdiff.configtext import shown
 from distdiff.data.splat import SETS
-from distdiff.grid import sweep
+from distdiff.grid import encoder, sweep
 
 Answer = Literal["mean", "1 draw", "draws"]
 Score = Literal["cells", "open_problems", "rare", "frechet", "mmd", "clustering", "probe", "de"]
+
+
+class CannotError(ValueError):
+    """A row that has no answer under a protocol, whatever the data; it is marked with this reason.
+
+    Examples
+    --------
+    >>> from distdiff.grid.spec import CannotError
+    >>> str(CannotError("ridge fills entries and draws no cells"))
+    'ridge fills entries and draws no cells'
+    """
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,8 @@ class DataSet:
 class Protocol:
     """What is hidden and scored, as in `distdiff.evaluation.evaluate`; of simulated sets what dropout took is filled.
 
-    ``generate`` hides nothing: rows draw cells, which are compared with the test cells (`distdiff.grid.generate`).
+    ``generate`` hides nothing: rows draw cells, which are compared with the test cells (`distdiff.grid.generate`). Of
+    ``molecules`` a share ``rate`` is held out from every cell (:mod:`distdiff.grid.molecules`).
 
     Examples
     --------
@@ -73,7 +85,7 @@ class Protocol:
     ('genes 10%', 'mcar 50%, nonzero')
     """
 
-    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper", "dropout", "generate"]
+    protocol: Literal["mcar", "mar", "mnar_low", "mnar_high", "genes", "paper", "dropout", "generate", "molecules"]
     rate: float = 0.5
     targets: Literal["all", "nonzero"] = "all"
     fold: int = 0
@@ -81,6 +93,8 @@ class Protocol:
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"rate must lie between 0 and 1, got {self.rate}")
+        if self.protocol == "molecules" and self.targets != "all":
+            raise ValueError("protocol molecules scores every entry; leave targets out")
 
     @property
     def name(self) -> str:
@@ -216,6 +230,8 @@ class Settings:
         ``open_problems``, ``rare`` (deviance in types of at most 30 training cells), ``frechet`` (log scFID by PCA of
         training cells), ``mmd`` (log squared MMD of counts over five bandwidths), ``clustering`` (Leiden against
         types), ``probe`` (types by XGBoost), ``de`` (genes that tell a type, by Wilcoxon: recovered, false).
+    encoder
+        Folder of an SCVI model that scvi-tools saved, which ``frechet`` encodes cells with in place of the PCA.
     resamples
         Bootstraps over cells, for scores of entries and of distributions.
     experiment
@@ -236,6 +252,7 @@ class Settings:
     nb: bool = False
     minutes: float = 0.0
     scores: tuple[Score, ...] = ()
+    encoder: str = ""
     resamples: tuple[int, int] = (200, 40)
     experiment: str = ""
 
@@ -247,6 +264,8 @@ class Settings:
             )
         if not 0 <= self.minutes < 1e6:
             raise ValueError(f"minutes must be a number of minutes, or 0 for no limit, got {self.minutes}")
+        if self.encoder and "frechet" not in self.scores:
+            raise ValueError(f"encoder={self.encoder!r} is of the score frechet; add it to scores, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -324,6 +343,8 @@ def _grid(raw: dict[str, Any], data: Sequence[str]) -> Grid:
         if key not in known:
             raise ValueError(f"unknown key {shown(key)}{nearest(str(key)[:99], known)}")
     settings = section(Settings, {k: v for k, v in raw.items() if k in own}, where="settings")
+    if settings.encoder:
+        encoder.checked(settings.encoder)
     sets = {Path(store).stem: {"store": store} for store in data} or raw.get("data") or {}
     if len(sets) < len(data):
         raise ValueError("two stores have one name; name them in the file under data:")
@@ -349,7 +370,9 @@ def _grid(raw: dict[str, Any], data: Sequence[str]) -> Grid:
 
 
 def _protocols(item: Any, where: str) -> list[Protocol]:
-    """One, or of ``folds: all`` one for each fold of genes."""
+    """One, or of ``folds: all`` one for each fold of genes; of molecules a tenth is held out unless a rate is given."""
+    if isinstance(item, Mapping) and item.get("protocol") == "molecules":
+        item = {"rate": 0.1, **item}
     if isinstance(item, Mapping) and "folds" in item:
         first = section(Protocol, {k: v for k, v in item.items() if k != "folds"}, where=where)
         if item["folds"] != "all" or first.protocol != "genes":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import time
 
 import numpy as np
@@ -21,8 +22,10 @@ from distdiff.baselines.dca import Dca
 from distdiff.baselines.gene_mean import GeneMean
 from distdiff.baselines.saver import Saver
 from distdiff.baselines.scimpute import ScImpute
+from distdiff.baselines.spage import Spage
 from distdiff.baselines.with_nb import WithNb
 from distdiff.baselines.zero import Zero
+from distdiff.evaluation import _fill
 from distdiff.types import Cells
 from tests.baselines.test_baselines import Store
 
@@ -36,11 +39,12 @@ MORE = {"scidpms": {"steps": 200, "walk": 20, "samples": 4}}
 
 OTHERS = [
     {"kind": "hivae", "law": "gaussian"}, {"kind": "mdlm", "remask": 0.02},
-    {"kind": "scidpms", "attention": "lsh"},
+    {"kind": "scidpms", "attention": "lsh"}, {"kind": "forest", "bins": 256},
     {"kind": "countsdiff", "rounding": "random", "attrition": 0.02, "key": "cell_type"},
     {"kind": "with_nb", "of": {"kind": "gene_mean", "depth": True}},
+    {"kind": "with_nb", "of": {"kind": "spage", "k": 6, "components": 5}},
 ]  # fmt: skip
-NEEDS = {"forest": "ForestDiffusion"}
+NEEDS = {"forest": "ForestDiffusion", "harmony": "harmonypy"}
 TRAIN, TEST = np.arange(200), np.arange(200, 230)
 
 
@@ -52,15 +56,17 @@ def small(options):
     return {**(own if issubclass(cls, Fitted) else {}), **options}
 
 
+NEEDED = {
+    kind: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason="its package is not installed")
+    for kind, name in NEEDS.items()
+}
+
 ROWS = [
     pytest.param(
         small(options), id="-".join(str(v) for v in options.values()),
         marks=[
-            pytest.mark.skipif(
-                options["kind"] in NEEDS and importlib.util.find_spec(NEEDS[options["kind"]]) is None,
-                reason="its package is not installed",
-            ),
-            *([pytest.mark.long] if options.get("attention") == "lsh" or options["kind"] in NEEDS else []),
+            *([NEEDED[options["kind"]]] if options["kind"] in NEEDS else []),
+            *([pytest.mark.long] if options.get("attention") == "lsh" or options["kind"] == "forest" else []),
         ],
     )
     for options in [
@@ -88,6 +94,12 @@ def batch(store):
     return store.cells(TEST), observed
 
 
+def asked(row, batch):
+    """The batch, where a row completes whole genes with the same genes hidden in all cells."""
+    cells, observed = batch
+    return cells, observed[6].expand_as(observed).contiguous() if row.whole else observed
+
+
 @pytest.fixture(scope="module", params=ROWS)
 def fitted(request, store):
     row = component.build(Baseline, request.param)
@@ -97,7 +109,7 @@ def fitted(request, store):
 
 def test_every_file_is_a_row_with_a_label():
     kinds = component.kinds(Baseline)
-    assert len(kinds) >= 29
+    assert len(kinds) >= 31
     labels = [component.build(Baseline, {"kind": kind}).label for kind in kinds]
     assert all(labels)
     assert len(set(labels)) == len(labels)
@@ -105,7 +117,7 @@ def test_every_file_is_a_row_with_a_label():
 
 def test_a_row_beats_no_imputation_and_answers_in_counts(fitted, store, batch):
     row, _ = fitted
-    cells, observed = batch
+    cells, observed = asked(row, batch)
     zero = Zero()
     zero.fit(store, TRAIN)
     answer, nothing = row.impute(cells, observed, draws=2, seed=1), zero.impute(cells, observed)
@@ -125,7 +137,7 @@ def test_a_row_beats_no_imputation_and_answers_in_counts(fitted, store, batch):
 
 def test_hidden_counts_are_never_looked_at(fitted, batch):
     row, _ = fitted
-    cells, observed = batch
+    cells, observed = asked(row, batch)
     clean = row.impute(cells, observed, draws=2, seed=1)
     for poison in (torch.nan, 1e9, -7.0):
         poisoned = Cells(torch.where(observed, cells.counts, poison), cells.labels, cells.rows)
@@ -153,6 +165,7 @@ def test_the_same_seed_gives_the_same_answers(fitted, store, batch):
     state = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
     again = component.build(Baseline, options)
     again.fit(store, TRAIN)
+    batch = asked(row, batch)
     assert torch.equal(row.impute(*batch, draws=1, seed=2).draws, again.impute(*batch, draws=1, seed=2).draws)
     assert torch.equal(torch.random.get_rng_state(), state[0])
     assert (np.random.get_state()[1] == state[1]).all()  # noqa: NPY002
@@ -160,7 +173,7 @@ def test_the_same_seed_gives_the_same_answers(fitted, store, batch):
 
 def test_odd_batches_and_bad_input(fitted, batch):
     row, options = fitted
-    cells, observed = batch
+    cells, observed = asked(row, batch)
     assert row.impute(cells[:0], observed[:0], draws=2).draws.shape == (2, 0, 24)
     empty = Cells(torch.zeros_like(cells.counts), cells.labels, cells.rows)
     assert torch.isfinite(row.impute(empty, observed).mean).all()
@@ -177,7 +190,77 @@ def test_odd_batches_and_bad_input(fitted, batch):
 def test_a_handful_of_training_cells_is_enough(options, n, store, batch):
     row = component.build(Baseline, {**options, **({"steps": 2} if "steps" in options else {})})
     row.fit(store, TRAIN[:n])
-    assert torch.isfinite(row.impute(*batch).mean).all()
+    assert torch.isfinite(row.impute(*asked(row, batch)).mean).all()
+
+
+@pytest.mark.parametrize("kind", ["spage", pytest.param("harmony", marks=NEEDED["harmony"])])
+def test_rows_for_whole_genes(kind, store, batch):
+    row = component.build(Baseline, {"kind": kind, "k": 6, "components": 5, "hide": 0.1})
+    row.fit(store, TRAIN)
+    cells, observed = batch
+    with pytest.raises(ValueError, match="these 30 cells lack 30 different sets of genes; take knn"):
+        row.impute(cells, observed)
+    cells, observed = asked(row, batch)
+    for n in (1, 2, 30):  # a query of one cell has no components of its own
+        assert torch.isfinite(row.impute(cells[:n], observed[:n]).mean).all()
+    nothing = row.impute(cells, torch.zeros_like(observed)).mean.numpy()
+    assert (nothing > 0)[:, 1:].all()
+    mean = GeneMean(depth=True)
+    mean.fit(store, TRAIN)
+    truth, hidden = cells.counts.numpy(), ~observed.numpy()
+    scores = [
+        metrics.poisson_deviance(truth, hidden, r.impute(cells, observed).mean.numpy()).sum() for r in (row, mean)
+    ]
+    assert scores[0] < 0.7 * scores[1]
+
+
+@pytest.mark.parametrize("kind", ["spage", pytest.param("harmony", marks=NEEDED["harmony"])])
+def test_a_query_of_another_protocol_is_matched(kind):
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 4, 700)
+    rate = rng.gamma(0.8, 3.0, (4, 60))[of] * rng.lognormal(0, 0.3, (700, 1))
+    rate[500:, :40] *= rng.lognormal(0, 1.0, 40)  # of the query, and of shared genes alone
+    made = Store(rng.poisson(rate), of)
+    cells, observed = made.cells(np.arange(500, 700)), (torch.arange(60) < 40).expand(200, 60).contiguous()
+    scores = []
+    for options in ({"kind": kind, "components": 10, "hide": 0.1}, {"kind": "knn", "hide": 0.1}):
+        row = component.build(Baseline, options)
+        row.fit(made, np.arange(500))
+        mean = row.impute(cells, observed).mean.numpy()
+        scores.append(metrics.poisson_deviance(cells.counts.numpy(), ~observed.numpy(), mean).sum())
+    assert scores[0] < 0.97 * scores[1]
+
+
+def test_a_query_comes_whole_to_a_row_that_wants_it(store, batch):
+    cells, observed = batch
+    sizes = []
+
+    class Counted(GeneMean):
+        def rate(self, counts, observed, cells):
+            sizes.append(len(cells))
+            return super().rate(counts, observed, cells)
+
+    for whole in (True, False):
+        row = Counted()
+        row.whole = whole
+        row.fit(store, TRAIN)
+        _fill(row, cells, observed.numpy(), 0, 0, 20)
+    assert sizes == [30, 20, 10]
+
+
+def test_only_vectors_that_both_sets_share_are_kept():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(260, 1)) * 4
+    train, query = rng.normal(size=(200, 8)) * 0.3, rng.normal(size=(60, 8)) * 0.3
+    train[:, :3] += shared[:200]
+    query[:, :3] += shared[200:]
+    train[:, 3:5] += 9 * rng.normal(size=(200, 1))  # of the training cells alone
+    row = Spage(components=2, k=5, cosine=0.6)
+    row.option = {"components": 2, "k": 5, "cosine": 0.6}
+    at, weights = row.matches(train.astype(np.float32), query.astype(np.float32))
+    assert weights.sum(1) == pytest.approx(np.ones(60))
+    same = np.sign(shared[at[:, 0], 0]) == np.sign(shared[200:, 0])
+    assert same.mean() > 0.9
 
 
 def test_cells_without_any_count_are_no_obstacle(batch):
@@ -296,6 +379,8 @@ def test_missing_labels_are_named(store, batch):
      ({"kind": "hivae", "law": "normal"}, "law='normal'"),
      ({"kind": "scidpms", "attention": "ful"}, "did you mean 'full'"),
      ({"kind": "countsdiff", "rounding": "up"}, "rounding='up'"), ({"kind": "mdlm", "samples": 0}, "samples=0"),
+     ({"kind": "forest", "trees": 0}, "trees=0"), ({"kind": "forest", "bins": 1}, "bins=1 must be 2"),
+     ({"kind": "harmony", "k": 0}, "k=0"), ({"kind": "spage", "cosine": 1.0}, "cosine=1.0"),
      ({"kind": "with_nb", "hide": 0.0}, "hide=0"),
      ({"kind": "with_nb", "of": {"kind": "ridg"}}, "did you mean 'ridge'")],
 )  # fmt: skip
@@ -304,10 +389,15 @@ def test_options_out_of_range_are_named(options, message):
         component.build(Baseline, options)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ForestDiffusion") is not None, reason="ForestDiffusion is installed")
-def test_forest_says_what_to_install(store):
-    with pytest.raises(ImportError, match="pip install ForestDiffusion"):
-        component.build(Baseline, {"kind": "forest"}).fit(store, TRAIN)
+@pytest.mark.parametrize("kind", ["forest", "harmony"])
+def test_absent_libraries_are_named(kind, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, NEEDS[kind], None)
+    wanted = {
+        "forest": "pip install ForestDiffusion xgboost catboost lightgbm",
+        "harmony": "pip install 'harmonypy>=2'",
+    }
+    with pytest.raises(ImportError, match=wanted[kind]):
+        component.build(Baseline, {"kind": kind}).fit(store, TRAIN)
 
 
 def test_nb_is_a_law_around_the_mean_with_the_right_size():
