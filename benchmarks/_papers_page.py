@@ -179,7 +179,7 @@ def budget(found: dict[str, Any]) -> str:
 
 def changes(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k in ("steps", "batch", "max_cells", "samples", "walk", "trials", "levels",
-                                                  "copies")}  # fmt: skip
+                                                  "copies", "bins", "epochs")}  # fmt: skip
 
 
 def shown(row: dict[str, Any]) -> str:

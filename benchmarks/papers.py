@@ -35,7 +35,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     "scidpms": {**WALK, "steps": 150, "batch": 16, "walk": 20},
     "scgpt": {**STEPS, "trials": 2},
     "xtrimogene": {**STEPS, "trials": 2},
-    "forest": {"levels": 5, "copies": 1, "max_cells": 500, "samples": 2},
+    "forest": {"levels": 3, "copies": 1, "bins": 16, "max_cells": 500, "samples": 2},
 }
 """Options of rows that differ from their defaults, which take hours on a CPU; other rows run as they ship."""
 

@@ -242,7 +242,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     text: Any = {}
     if path is not None:
         path = Path(path).expanduser()
-        if path.name == str(path) and not path.suffix and not path.exists():
+        if path.name == str(path) and not path.suffix and not path.is_file():  # a folder is results
             if path.name not in (known := shipped()):
                 raise ValueError(
                     f"config {path.name!r} is no file and none of {', '.join(known)}{nearest(path.name, known)}"

@@ -6,6 +6,7 @@ import pytest
 
 from distdiff import config
 from distdiff.component import build
+from distdiff.grid import spec as grid_spec
 from distdiff.process import Process
 
 ROOT = Path(__file__).parents[1]
@@ -208,3 +209,11 @@ def test_a_key_of_several_types_names_them_all():
         config.load("default", ["data.store=x.zarr", "train.graph=maybe"])
     with pytest.raises(ValueError, match=r"train\.\w+='x': [^;]*$"):  # two keys are wrong: one is named
         config.load("default", ["data.store=x.zarr", "train.keep=x", "train.patience=x"])
+
+
+def test_a_folder_of_results_does_not_hide_what_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "light"):
+        (tmp_path / name).mkdir()
+    assert config.load("digits").denoiser["kind"] == "unet"
+    assert len(grid_spec.read("light", data=["a.zarr"]).rows) > 5
