@@ -17,6 +17,10 @@ HEADINGS = {**COLUMNS, **scores.COLUMNS}
 LIKE_PUBLISHED = ("spearman", "rmse", "mae", "bias", "energy", "log_frechet", "log_mmd")
 MORE = ("deviance", "crps", "r2", "pearson", "swd", "probe_accuracy", "probe_f1", "de_recall", "de_false",
         "rare_deviance")  # fmt: skip
+OF_MEANS = ("deviance", "log1p_mse", "rmse", "mae", "pearson", "spearman", "rare_deviance", "de_recall", "de_false")
+OF_LAWS = ("crps", "energy", "swd", "correlation")
+OF_GENES = ("deviance", "log1p_mse", "rmse", "pearson", "spearman", "energy")
+OF_MOLECULES = ("deviance", "nll", "cp10k_mse", "cp10k_mse_poisson", "op_mse", "op_poisson", "op_poisson_right")
 OF_SIMULATED = ("rmse", "mae", "pearson", "cosine")
 OF_CLUSTERS = ("ari", "nmi", "purity", "f", "de_recall", "de_false")
 
@@ -102,6 +106,27 @@ PARTICULAR_SCIDPMS = {
     "cost": "300 steps for each of 100 samples are 30,000 network calls a cell; ours takes 20",
 }
 
+OTHERS = {
+    "donor": (
+        "Cells of a donor that no row has seen",
+        "The rows of the headlines on a store that was split by donor (`configs/eval/donor.yaml`); half of all entries "
+        "hidden. Rows `+ NB` are the laws of the rows that have a mean alone.",
+        (OF_MEANS, OF_LAWS),
+    ),
+    "completion": (
+        "Whole genes",
+        "A tenth of the genes is absent from every test cell, in ten folds (`configs/eval/completion.yaml`); brackets "
+        "hold the spread over folds.",
+        (OF_GENES,),
+    ),
+    "denoising": (
+        "Held-out molecules",
+        "A tenth of the molecules of every test cell is taken away and predicted (`configs/eval/denoising.yaml`).",
+        (OF_MOLECULES,),
+    ),
+}
+"""Grids beyond the papers' tables: title, what it is, columns of each table."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -128,17 +153,32 @@ def page() -> str:
             budget(found["papers_mca"]),
             *tables(found["papers_mca"]["spec"], found["papers_mca"]["rows"]),
         ]
-    if "papers_all" in found:
-        parts += [
-            "### Every row",
-            budget(found["papers_all"])
-            + f" Each network trained for {found['papers_all']['spec']['minutes']:g} CPU minute at most.",
-            *tables(found["papers_all"]["spec"], found["papers_all"]["rows"]),
-        ]
+    if every := found.get("papers_all"):
+        trained = f" Each network trained for {every['spec']['minutes']:g} CPU minute at most."
+        parts += ["### Every row", budget(every) + trained, *tables(every["spec"], every["rows"])]
     parts += ["### What was particular in the published rows", lines(PARTICULAR)]
     parts += ["## scIDPMs, six simulated sets", *simulated(found.get("papers_splat"))]
     parts += ["### What was particular in the published rows of scIDPMs", lines(PARTICULAR_SCIDPMS)]
+    for name, (title, text, metrics) in OTHERS.items():
+        if f"papers_{name}" in found:
+            parts += [f"## {title}", *other(found[f"papers_{name}"], text, metrics)]
     return "\n\n".join(parts) + "\n"
+
+
+def other(found: dict[str, Any], text: str, metrics: Sequence[Sequence[str]]) -> list[str]:
+    """The tables of a grid beyond the papers': means first, then laws by their draws."""
+    cells, rows = found["cells"], [row for row in found["rows"] if "status" not in row]
+    out = [
+        f"{text} `{found['command']}`: {cells['train']} training and {cells['test']} test cells x {found['genes']} "
+        f"genes; commit {found['commit'][:10]}, {found['hardware']}."
+    ]
+    for i, columns in enumerate(metrics):
+        answers = ("1 draw", "draws") if columns is OF_LAWS else ("mean",)
+        part = [row for row in rows if row["answer"] in answers]
+        out.append(table(part, columns, None, costs=i == 0))
+    failed = [f"- {row['row']}: {row['status']}: {row['reason']}" for row in found["rows"] if "status" in row]
+    out += ["\n".join(["Rows that did not run:\n", *failed])] if failed else []
+    return [*out, "\n".join(f"- {sentence}" for sentence in verdicts(rows))]
 
 
 def lines(facts: dict[str, str]) -> str:
@@ -210,8 +250,10 @@ def unfinished(spec: dict[str, Any], rows: Rows) -> list[str]:
     return [f"Not finished in the time that there was: {', '.join(missing)}."] if missing else []
 
 
-def wanted(rows: Rows, drawn: str) -> Rows:
-    """The mean of every row, and draws (``1 draw`` or ``draws``) of rows that draw by themselves."""
+def wanted(rows: Rows, drawn: str | None) -> Rows:
+    """The mean of every row, and ``drawn`` (``1 draw`` or ``draws``) of rows that draw by themselves; or all rows."""
+    if drawn is None:
+        return rows
     drawing = ("CountsDiff", "Blackout", "MDLM", "ReMDM", "JUMP", "scIDPMs", "distdiff")
     done = [row for row in rows if "status" not in row]
     return [r for r in done if r["answer"] in (("mean", drawn) if r["row"].startswith(drawing) else ("mean",))]
@@ -222,7 +264,7 @@ def title(row: dict[str, Any]) -> str:
     return row["row"] + suffix + (" +" if row["note"] == "peeks" else "")
 
 
-def table(rows: Rows, metrics: Sequence[str], drawn: str, *, costs: bool = False) -> str:
+def table(rows: Rows, metrics: Sequence[str], drawn: str | None, *, costs: bool = False) -> str:
     some = wanted(rows, drawn)
     metrics = [m for m in metrics if any(m in row["scores"] for row in some)]
     first = {m: best(some, m) for m in metrics}

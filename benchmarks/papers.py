@@ -2,14 +2,14 @@
 
     python benchmarks/papers.py baron --data baron_pancreas_human.h5ad --work FOLDER
     python benchmarks/papers.py mca --data mca_6tissue_mouse.h5ad --work FOLDER
-    python benchmarks/papers.py all --data baron_pancreas_human.h5ad --work FOLDER
+    python benchmarks/papers.py all --data baron_pancreas_human.h5ad --work FOLDER   # or donor, completion, denoising
     python benchmarks/papers.py splat --work FOLDER
     python benchmarks/papers.py page                                     # docs/papers.md from benchmarks/results
 
 ``baron`` and ``mca`` are CountsDiff's tables 2 and 3 (``configs/eval/countsdiff_tables.yaml``) on other data, with what
 :data:`REDUCED` changes; ``splat`` is ``configs/eval/scidpms_splat.yaml`` with scIDPMs and our own model beside its
-rows; ``all`` is ``configs/eval/all.yaml``, every row that there is, with a minute of training for each network. The
-same command goes on with what was stopped: the results are written after every row.
+rows; ``all``, ``donor``, ``completion`` and ``denoising`` are the grids of these names, ``all`` with a minute of
+training for each network. The same command goes on with what was stopped: the results are written after every row.
 """
 
 from __future__ import annotations
@@ -42,12 +42,23 @@ REDUCED: dict[str, dict[str, Any]] = {
 PAPER_ONLY = ("scgpt", "xtrimogene", "mdlm", "blackout", "forest")
 """Rows that run under the first protocol alone, for the time that they take; so does CountsDiff with attrition."""
 
+TYPES = ("cell_type", "donor")
 SETS: dict[str, dict[str, Any]] = {
-    "baron": {"genes": "cv:200", "labels": ("cell_type", "donor"), "cells": 107, "protocols": 2},
-    "mca": {"genes": "cv:200", "labels": ("cell_type", "tissue"), "cells": 107, "protocols": 1, "most": 3000},
-    "all": {"genes": "cv:200", "labels": ("cell_type", "donor"), "cells": 107, "protocols": 1, "minutes": 1.0},
-}
-"""Genes (by coefficient of variation among those of 100 cells or more), test cells, protocols, cells taken at all."""
+    "baron": {"genes": "cv:200", "min_cells": 100, "labels": TYPES, "cells": 107, "protocols": 2},
+    "mca": {
+        "genes": "cv:200", "min_cells": 100, "labels": ("cell_type", "tissue"), "cells": 107, "protocols": 1,
+        "most": 3000,
+    },
+    "all": {"genes": "cv:200", "min_cells": 100, "labels": TYPES, "cells": 107, "minutes": 1.0},
+    "donor": {"genes": "hvg:1000", "labels": TYPES, "split_by": "donor", "split": (0.5, 0.25, 0.25)},
+    "completion": {"genes": "hvg:1000", "labels": TYPES, "store": "pancreas"},
+    "denoising": {"genes": "hvg:1000", "labels": TYPES, "store": "pancreas"},
+}  # fmt: skip
+"""How stores are built (200 genes: those of 100 cells with the highest coefficient of variation), and what of the grid
+is another; ``most``: cells taken at all."""
+
+SHIPPED = ("all", "donor", "completion", "denoising")
+"""Grids that run as they ship, but for what stands in `SETS`."""
 
 SPLAT_ROWS: tuple[dict[str, Any], ...] = (
     {"train": "default"},
@@ -59,7 +70,7 @@ def store_of(name: str, data: Path, work: Path) -> Path:
     """The store of a set, made once."""
     from distdiff.data.ingest.shard import shard
 
-    about, out = SETS[name], work / f"{name}.zarr"
+    about, out = SETS[name], work / f"{SETS[name].get('store', name)}.zarr"
     if out.exists():
         return out
     source = data
@@ -71,7 +82,8 @@ def store_of(name: str, data: Path, work: Path) -> Path:
         labelled = np.flatnonzero(cells.obs[about["labels"][0]].notna().to_numpy())
         source = work / f"{name}.h5ad"
         cells[np.sort(np.random.default_rng(0).permutation(labelled)[: about["most"]])].write_h5ad(source)
-    shard([source], out, genes=about["genes"], min_cells=100, labels=about["labels"], workers=0, progress=False)
+    options = {k: about[k] for k in ("genes", "min_cells", "labels", "split_by", "split") if k in about}
+    shard([source], out, **options, workers=0, progress=False)
     return out
 
 
@@ -79,14 +91,15 @@ def grid_of(name: str, store: Path | None) -> dict[str, Any]:
     """The grid that ships, with the reduced budget."""
     from distdiff import config, configtext
 
-    shipped = {"splat": "scidpms_splat", "all": "all"}.get(name, "countsdiff_tables")
+    shipped = "scidpms_splat" if name == "splat" else name if name in SHIPPED else "countsdiff_tables"
     raw, _ = configtext.read(config.shipped()["default"].parent / "eval" / f"{shipped}.yaml")
     if name == "splat":
         slow = [row for row in raw["rows"] if row["kind"] in ("saver", "scimpute")]
         return {**raw, "rows": [*(row for row in raw["rows"] if row not in slow), *SPLAT_ROWS, *slow]}
-    about = {"data": {name: {"store": str(store), "cell_type": SETS[name]["labels"][0]}}, "cells": SETS[name]["cells"]}
-    if name == "all":
-        return {**raw, **about, "minutes": SETS[name]["minutes"]}
+    about = {k: v for k, v in SETS[name].items() if k in ("cells", "minutes")}
+    about["data"] = {SETS[name].get("store", name): {"store": str(store), "cell_type": SETS[name]["labels"][0]}}
+    if name in SHIPPED:
+        return {**raw, **about}
     rows = [{**row, **REDUCED.get(row.get("kind", ""), {})} for row in raw["rows"]]
     late = {"attrition": 2, "forest": 3}  # what takes longest runs last
     rows.sort(key=lambda row: max(late.get(word, row.get("kind") in PAPER_ONLY) for word in (row.get("kind"), *row)))
@@ -146,7 +159,7 @@ def run(name: str, data: Path | None, work: Path, *, finished: bool = False) -> 
         if protocol != spec["protocols"][0] and (row.get("kind") in PAPER_ONLY or "attrition" in row):
             continue
         some = {**spec, "protocols": [protocol], "rows": [row]}
-        folder = work / f"grid-{name}"
+        folder = work / f"grid-{SETS.get(name, {}).get('store', name)}"
         if finished:
             some["data"] = {k: v for k, v in spec["data"].items() if ready({**some, "data": {k: v}}, folder)}
         if some["data"]:
