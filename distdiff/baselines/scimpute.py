@@ -29,7 +29,8 @@ class ScImpute(Fitted):
     Values are ``log10(10 x / s + 1.01)``. Each gene's values are a mixture of a gamma (dropouts, near ``log10 1.01``)
     and a normal distribution, by expectation maximisation over the training cells; an observed value is trusted where
     its dropout probability is below ``trust``. Similar cells are the ``k`` nearest training cells on the observed genes
-    (published: those of the same spectral cluster); weights come from multiplicative updates for all cells at once.
+    (published: those of the same spectral cluster); weights come from multiplicative updates for all cells at once. No
+    value is above the gene's largest in training: weights that sum to more than 1 would be an exponent.
 
     Parameters
     ----------
@@ -102,6 +103,7 @@ class ScImpute(Fitted):
         near = self.near.neighbours(counts, observed, self.option["k"], 1.0)
         parts = [slice(start, start + PIECE) for start in range(0, len(counts), PIECE)]
         combined = np.concatenate([self._combine(self.values[near[p]], values[p], trusted[p]) for p in parts])
+        combined = np.minimum(combined, self.values.max(axis=0))
         return depth(counts, observed, self.gene_mean) * (10.0**combined - SHIFT) / 10.0
 
     def _combine(self, similar: FloatArray, values: FloatArray, trusted: BoolArray) -> FloatArray:
@@ -113,4 +115,4 @@ class ScImpute(Fitted):
         for _ in range(self.updates):
             w = w * target / (gram @ w).clamp_min(1e-9)
         w = torch.where(m.any(1)[:, None, None], w, 1.0 / max(1, similar.shape[1]))
-        return (w.mT @ a)[:, 0].clamp(0, 7).numpy()
+        return (w.mT @ a)[:, 0].clamp_min(0).numpy()

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from distdiff import component, metrics
-from distdiff.baselines import Baseline, _tuning
+from distdiff.baselines import Baseline, _tuning, depth
 from distdiff.baselines._deep import Deep, nb_nll, zinb_nll
 from distdiff.baselines._fitted import Fitted, combinations
 from distdiff.baselines.alra import Alra, spacing_rank
@@ -26,7 +26,7 @@ from distdiff.baselines.spage import Spage
 from distdiff.baselines.with_nb import WithNb
 from distdiff.baselines.zero import Zero
 from distdiff.evaluation import _fill
-from distdiff.types import Cells
+from distdiff.types import Cells, Condition
 from tests.baselines.test_baselines import Store
 
 SMALL = {"steps": 30, "lr": 0.01, "width": 12, "depth": 1, "heads": 2, "walk": 4, "samples": 2, "k": 6, "latent": 4,
@@ -453,6 +453,19 @@ def test_scimpute_combines_similar_cells_as_nnls_does(store):
     for cell in range(3):
         w, _ = nnls(similar[cell][:, trusted[cell]].T, values[cell][trusted[cell]])
         assert got[cell] == pytest.approx(w @ similar[cell], abs=0.01)
+
+
+def test_scimpute_fills_nothing_above_the_largest_training_value(store):
+    row = ScImpute(k=4, trust=0.5, trials=1)
+    row.fit(store, TRAIN)
+    rare = 1 + row.gene_mean[1:20].argmin()
+    counts, observed = np.zeros((1, 24), np.float32), np.arange(24)[None] < 20
+    counts[0, rare] = 500  # a cell of one rare gene: weights that reach its value sum to more than 1
+    cells = Cells(torch.from_numpy(counts), Condition(), torch.zeros(1, dtype=torch.int64))
+    answer = row.predict(counts, observed, cells)
+    largest = depth(counts, observed, row.gene_mean) * (10.0 ** row.values.max(0) - 1.01) / 10
+    assert answer.max() > 0
+    assert (answer <= largest * (1 + 1e-4)).all()
 
 
 def test_alra_keeps_zeros_and_finds_the_rank():
