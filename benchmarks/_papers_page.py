@@ -19,7 +19,7 @@ MORE = ("deviance", "crps", "r2", "pearson", "swd", "probe_accuracy", "probe_f1"
         "rare_deviance")  # fmt: skip
 OF_MEANS = ("deviance", "log1p_mse", "rmse", "mae", "pearson", "spearman", "rare_deviance", "de_recall", "de_false")
 OF_LAWS = ("crps", "energy", "swd", "correlation")
-OF_GENES = ("deviance", "log1p_mse", "rmse", "pearson", "spearman", "energy")
+OF_GENES = ("deviance", "log1p_mse", "rmse", "pearson", "spearman")
 OF_MOLECULES = ("deviance", "nll", "cp10k_mse", "cp10k_mse_poisson", "op_mse", "op_poisson", "op_poisson_right")
 OF_SIMULATED = ("rmse", "mae", "pearson", "cosine")
 OF_CLUSTERS = ("ari", "nmi", "purity", "f", "de_recall", "de_false")
