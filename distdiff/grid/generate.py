@@ -323,8 +323,8 @@ def compared(made: sp.csr_matrix, real: Real, few: int, *, asked: bool = True) -
     >>> cells = [sp.csr_matrix(rng.poisson(3.0, (60, 5)).astype(np.float32)) for _ in range(3)]
     >>> none = np.full(60, -1)
     >>> found = compared(cells[2], Real(cells[0], none, cells[1], none, seed=0), few=5)
-    >>> abs(found["generate_energy"][0]) < 0.2, round(found["generate_depth"][0], 1)
-    (True, 1.0)
+    >>> abs(found["generate_energy"][0]) < 0.2, abs(found["generate_depth"][0] - 1) < 0.2
+    (True, True)
     """
     n, genes = made.shape
     weights = np.concatenate(

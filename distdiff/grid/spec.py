@@ -461,8 +461,8 @@ def fitting(
     """
     takes = inspect.signature(resolve(Baseline, options["kind"])).parameters
     found = dict(options)
-    ours = {"hide": protocol.rate, "seed": seed} | ({"minutes": minutes} if minutes else {})
-    for name, value in ours.items():
+    given = {"hide": protocol.rate, "seed": seed} | ({"minutes": minutes} if minutes else {})
+    for name, value in given.items():
         if name in takes:
             found.setdefault(name, value)
     if data.cell_type and complete(Baseline, options).get("key") == "cell_type":

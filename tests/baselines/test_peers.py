@@ -216,7 +216,7 @@ def test_denoise_says_what_is_wrong(store):
         wrong[1, 1] = bad
         with pytest.raises(ValueError, match="negative or not finite"):
             mean.denoise(wrong, 0.9)
-    for kind in ("zero", "constant", "gene_mean", "type_mean"):
+    for kind in ("constant", "gene_mean", "type_mean"):
         other = component.build(Baseline, {"kind": kind})
         other.fit(store, TRAIN)
         with pytest.raises(ValueError, match="does not follow the depth"):
