@@ -10,7 +10,6 @@ mixture's deviance is above that of network and PCA. ``dense`` is the simulated 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import _record
 import numpy as np
 import torch
-from defaults import PEERS, Hidden, store_of, trained
+from defaults import PEERS, Hidden, in_errors, store_of, trained
 from scipy.optimize import minimize
-from small import dense
+from small import arguments, splits
 
 from distdiff import component, metrics
 from distdiff.baselines import Baseline
@@ -91,40 +90,25 @@ def table(data: Path, genes: int, seed: int) -> dict[str, Any]:
     base = deviances(test, of_test[BASE])
     for mixture, w in found.items():
         cells = deviances(test, of_test[mixture])
-        change = cells - base
-        noise = change.std(ddof=1) / len(change) ** 0.5
         error = (np.exp(of_test[mixture]) - test.truth)[test.hidden]
         rows[" + ".join(mixture)] = {
             "weights": [round(float(share), 2) for share in w],
             "deviance": float(cells.sum() / test.hidden.sum()), "RMSE": float(np.sqrt(np.mean(error**2))),
-            "sigmas": round(float(change.mean() / noise), 2) if noise > 0 else 0.0,
+            "sigmas": in_errors(cells - base),
         }  # fmt: skip
     return {"set": data.stem, "seed": seed, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="h5ad files with raw counts, or dense")
-    parser.add_argument("--genes", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    a = parser.parse_args()
+    a = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     began, sets = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for data in a.data:
-            path = Path(data)
-            if data == "dense":
-                dense(path := Path(folder) / "dense.h5ad")
-            for seed in range(a.seeds):
-                sets.append(found := table(path, a.genes, seed))
-                print(f"\n{found['set']}, seed {seed}")
-                for row, r in found["rows"].items():
-                    print(
-                        f"  {row:<52}{r['deviance']:9.4f}{r['RMSE']:10.4f}{r['sigmas']:8.2f}  {r['weights']}",
-                        flush=True,
-                    )
-                _record.write(a.out, began, {"sets": sets})
+    for path, seed in splits(a.data, a.seeds):
+        sets.append(found := table(path, a.genes, seed))
+        print(f"\n{found['set']}, seed {seed}")
+        for row, r in found["rows"].items():
+            print(f"  {row:<52}{r['deviance']:9.4f}{r['RMSE']:10.4f}{r['sigmas']:8.2f}  {r['weights']}", flush=True)
+        _record.write(a.out, began, {"sets": sets})
 
 
 if __name__ == "__main__":

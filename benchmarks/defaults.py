@@ -163,10 +163,14 @@ def behind(cells: dict[str, dict[str, np.ndarray]], entries: int) -> dict[str, d
     for name in next(iter(cells.values())):
         first = min(cells, key=lambda row: cells[row][name].sum())
         for row, parts in cells.items():
-            change = parts[name] - cells[first][name]
-            noise = change.std(ddof=1) / len(change) ** 0.5
-            found[row][name] = round(float(change.mean() / noise), 2) if noise > 0 else 0.0
+            found[row][name] = in_errors(parts[name] - cells[first][name])
     return found
+
+
+def in_errors(change: np.ndarray) -> float:
+    """Mean of a paired difference over cells ``[b]`` in its standard errors."""
+    noise = change.std(ddof=1) / len(change) ** 0.5
+    return round(float(change.mean() / noise), 2) if noise > 0 else 0.0
 
 
 def shares(model: Model, store: CountStore, seed: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import _record
 import anndata as ad
 import numpy as np
 import torch
-from defaults import SHOWN, Hidden, Law, score, store_of, trained
+from defaults import SHOWN, Hidden, Law, in_errors, score, store_of, trained
 from scipy import sparse
 from torch import nn
 
@@ -114,51 +114,58 @@ def laws(store: Any, test: Hidden, seed: int, words: list[str], folder: Path) ->
 
 def compared(data: Path, seed: int, only: list[str], genes: int) -> Iterator[dict[str, Any]]:
     """A record for each change and answer, the default first."""
-    with tempfile.TemporaryDirectory() as name:
-        store = store_of(data, genes, 2400, seed, Path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_of(data, genes, 2400, seed, Path(folder))
         test, parts = Hidden(store, "test", seed), {}
         for label in ("default", *only, "another seed"):
             change, words = VARIANTS.get(label, (contextlib.nullcontext, []))
             if label == "another seed":
                 words = [f"train.seed={seed + 100}"]
             with change():
-                found, about = laws(store, test, seed, words, Path(name) / label)
+                found, about = laws(store, test, seed, words, Path(folder) / label)
             for answer, law in found.items():
                 scores, cells = score(law, test, store, seed)
                 base = parts.setdefault(answer, cells)
-                sigmas = {}
-                for score_name in SCORES:
-                    worse = cells[score_name] - base[score_name]
-                    noise = worse.std(ddof=1) / len(worse) ** 0.5
-                    sigmas[score_name] = round(float(worse.mean() / noise), 2) if noise > 0 else 0.0
+                sigmas = {name: in_errors(cells[name] - base[name]) for name in SCORES}
                 yield {"set": data.stem, "seed": seed, "row": label + answer, **about, **scores, "sigmas": sigmas}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(text: str | None) -> argparse.ArgumentParser:
+    """Data sets, genes, seeds and where the results go."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="h5ad files with raw counts, or dense")
     parser.add_argument("--genes", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def splits(data: list[str], seeds: int) -> Iterator[tuple[Path, int]]:
+    """Each file with each seed; ``dense`` is made while it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for word in data:
+            path = Path(word)
+            if word == "dense":
+                dense(path := Path(folder) / "dense.h5ad")
+            yield from ((path, seed) for seed in range(seeds))
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     a = parser.parse_args()
     torch.set_num_threads(1)
     began, rows = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for data in a.data:
-            path = Path(data)
-            if data == "dense":
-                dense(path := Path(folder) / "dense.h5ad")
-            for seed in range(a.seeds):
-                for row in compared(path, seed, a.only, a.genes):
-                    rows.append(row)
-                    print(
-                        f"{row['set']:<22}{seed} {row['row']:<36}{row['cpu_seconds']:>4} s "
-                        + " ".join(f"{row[name]:8.4f}" for name in SHOWN)
-                        + f"  {row['sigmas']}",
-                        flush=True,
-                    )
-                    _record.write(a.out, began, {"rows": rows})
+    for path, seed in splits(a.data, a.seeds):
+        for row in compared(path, seed, a.only, a.genes):
+            rows.append(row)
+            print(
+                f"{row['set']:<22}{seed} {row['row']:<36}{row['cpu_seconds']:>4} s "
+                + " ".join(f"{row[name]:8.4f}" for name in SHOWN)
+                + f"  {row['sigmas']}",
+                flush=True,
+            )
+            _record.write(a.out, began, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -365,13 +365,12 @@ class _Judge:
     """Scores of cells of one value; the classifier and the neighbours are of the training cells."""
 
     def __init__(self, data: _Data) -> None:
-        from sklearn.linear_model import LogisticRegression
         from sklearn.neighbors import NearestNeighbors
 
         self.data = data
         counts, codes = data.train
         shown = log_cp10k(counts)
-        self.classifier = LogisticRegression(max_iter=500, class_weight="balanced").fit(shown, codes)
+        self.classifier = classifier(shown, codes)
         self.neighbours = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(shown)
 
     def __call__(self, counts: sp.csr_matrix, value: str, *, held_out: bool = False) -> dict[str, float]:
@@ -410,6 +409,23 @@ def _mean(values: list[float]) -> float:
     """Mean of those that are numbers."""
     known = [v for v in values if math.isfinite(v)]
     return float(np.mean(known)) if known else math.nan
+
+
+def classifier(shown: sp.csr_matrix, codes: NDArray[np.int64]) -> Any:
+    """Logistic regression of label codes ``[n]`` on log CP10k ``[n g]``, every label weighing the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scipy.sparse as sp
+    >>> from distdiff.realism import classifier
+    >>> shown = sp.csr_matrix([[5.0, 0.0], [4.0, 1.0], [0.0, 5.0]])
+    >>> classifier(shown, np.array([0, 0, 1])).predict(shown).tolist()
+    [0, 0, 1]
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=500, class_weight="balanced").fit(shown, codes)
 
 
 def depths(counts: sp.csr_matrix) -> NDArray[np.float64]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,16 +10,14 @@ import pytest
 from scipy import sparse
 
 from distdiff.data.ingest.source import Source
+from tests.scripts import loaded
 
 RECIPE = Path(__file__).parents[1] / "data_prep" / "census.py"
 
 
 @pytest.fixture(scope="module")
 def census():
-    spec = importlib.util.spec_from_file_location("census", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(RECIPE)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import typer
 import yaml
 
 from distdiff import __version__, cli, component, config
+from tests.scripts import loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -25,10 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.fixture(scope="module")
 def generated():
-    spec = importlib.util.spec_from_file_location("generated", DOCS / "generated.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(DOCS / "generated.py")
 
 
 def test_the_page_of_the_command_line_holds_every_command_and_option(generated):

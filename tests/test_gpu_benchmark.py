@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import textwrap
 import time
@@ -11,16 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.scripts import loaded
+
 GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
 
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.syspath_prepend(str(GPU))
-    found = importlib.util.spec_from_file_location("gpu_run", GPU / "run.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    yield module
+    yield loaded(GPU / "run.py")
     sys.modules.pop("page", None)
 
 

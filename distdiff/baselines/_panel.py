@@ -10,6 +10,7 @@ from scipy.sparse import csr_array
 
 from distdiff.baselines import BoolArray, FloatArray, depth
 from distdiff.baselines._fitted import Fitted
+from distdiff.downstream import log_cp10k
 from distdiff.rng import numpy_generator
 from distdiff.types import Cells
 
@@ -60,14 +61,9 @@ class Panel(Fitted, ABC):
         shared = observed[0]
         if not shared.any():
             return np.tile(self.gene_mean, (len(counts), 1))
-        train, query = (_log_cp10k(x[:, shared]) for x in (self.train, counts))
+        train, query = (log_cp10k(x[:, shared]) for x in (self.train, counts))
         at, weights = self.matches(train, query)
         b, k = at.shape
         pick = csr_array((weights.ravel(), at.ravel(), np.arange(b + 1) * k), shape=(b, len(self.train)))
         pool = pick @ self.train
         return depth(counts, observed, pool) * pool
-
-
-def _log_cp10k(counts: FloatArray) -> FloatArray:
-    total = counts.sum(axis=1, keepdims=True, dtype=np.float64)
-    return np.log1p(1e4 * counts / np.maximum(total, 1.0)).astype(np.float32)

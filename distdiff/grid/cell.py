@@ -22,7 +22,7 @@ from distdiff.data.splat import published
 from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant, evaluate
 from distdiff.grid import encoder, generate, made, molecules
-from distdiff.grid.scores import Scored, extra
+from distdiff.grid.scores import Scored, extra, plain
 from distdiff.grid.spec import CannotError, DataSet, Line, Ours, Peer, Protocol, Settings, fitting
 from distdiff.model import Model
 from distdiff.report import COLUMNS, Report
@@ -54,7 +54,7 @@ class Cell:
     Examples
     --------
     >>> from distdiff.grid.cell import Cell
-    >>> from distdiff.grid.spec import CannotError, DataSet, Line, Protocol, Settings
+    >>> from distdiff.grid.spec import DataSet, Line, Protocol, Settings
     >>> row = Line("ridge", ("mean",), {"kind": "ridge"})
     >>> cell = Cell("atlas", "atlas.zarr", "4f2a", DataSet("atlas.zarr"), Protocol("mcar"), row, 0, Settings())
     >>> cell.file.startswith("atlas-mcar-50-0-ridge-0-")
@@ -232,16 +232,11 @@ def _answers(cell: Cell, report: Report, store: CountStore, rows: np.ndarray) ->
             numbers |= more
         found.append({
             "answer": answer, "note": row.note, "reasons": reasons,
-            "numbers": {name: [_plain(number) for number in pair] for name, pair in numbers.items()},
+            "numbers": {name: [plain(number) for number in pair] for name, pair in numbers.items()},
             "fit_cpu_seconds": row.values["fit_cpu_seconds"] + cell.fit_cpu,
             "fill_cpu_seconds": row.values["fill_cpu_seconds"],
         })  # fmt: skip
     return found
-
-
-def _plain(number: float) -> float | None:
-    """A number as JSON has it."""
-    return float(number) if math.isfinite(number) else None
 
 
 def scored_rows(store: CountStore, most: int, name: str) -> np.ndarray:
@@ -348,9 +343,8 @@ def trained(name: str, options: Ours, store: CountStore, folder: Path, *, progre
     """
     if options.model:
         return str(tracking.fetch(options.model)), 0.0
-    named_so, shipped = Path(options.train).is_file(), configs.shipped()  # a folder of that name is results
     config = configs.load(
-        options.train if named_so else shipped.get(options.train, options.train),
+        options.train,
         [*options.settings, f"data.store={store.url}", "evaluate.enabled=false", "tracking.enabled=false"],
     )
     named = hashlib.sha256(
@@ -374,7 +368,7 @@ def fitted(row: Line, data: DataSet, protocol: Protocol, seed: int, minutes: flo
     Examples
     --------
     >>> from distdiff.grid.cell import fitted
-    >>> from distdiff.grid.spec import CannotError, DataSet, Line, Protocol
+    >>> from distdiff.grid.spec import DataSet, Line, Protocol
     >>> fitted(Line("k", ("mean",), {"kind": "knn"}), DataSet("a.zarr"), Protocol("mcar"), seed=1).options["seed"]
     1
     """

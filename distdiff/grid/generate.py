@@ -23,9 +23,10 @@ from distdiff.baselines import Baseline
 from distdiff.baselines._engine import Engine
 from distdiff.component import build
 from distdiff.data.store.store import CountStore
+from distdiff.grid.scores import plain, with_error
 from distdiff.grid.spec import CannotError, Ours, Peer
 from distdiff.model import Model
-from distdiff.realism import LEARNED, correlation, depths, independent, log_cp10k
+from distdiff.realism import LEARNED, classifier, correlation, depths, independent, log_cp10k
 from distdiff.report import Column
 from distdiff.rng import numpy_generator
 from distdiff.tasks.generate import walk, walk_levels
@@ -95,13 +96,10 @@ class Real:
     @cached_property
     def classifier(self) -> Any:
         """Logistic regression of types on log CP10k; ``None`` where fewer than two types are known."""
-        from sklearn.linear_model import LogisticRegression
-
         known = self.codes >= 0
         if len(np.unique(self.codes[known])) < 2:
             return None
-        shown = log_cp10k(self.train[known])
-        return LogisticRegression(max_iter=500, class_weight="balanced").fit(shown, self.codes[known])
+        return classifier(log_cp10k(self.train[known]), self.codes[known])
 
     def recognised(self, counts: sp.csr_matrix) -> NDArray[np.bool_] | None:
         """Which cells the classifier takes for the type of their test cell."""
@@ -170,7 +168,8 @@ def scored(
     if isinstance(options, Ours):
         if model is None:
             raise ValueError("a row of ours draws cells by its model, and none was given")
-        made, capacity, tried = _ours(model, options, store, rows, seed), _weights(model.denoiser), 1
+        made, tried = _ours(model, options, store, rows, seed), 1
+        capacity = sum(p.numel() for p in model.denoiser.parameters())
         spent, asked = (fit_cpu, time.process_time() - began), cell_type in model.spec.labels
     elif isinstance(options, Peer):
         draw, capacity, tried = _peer(options, real, seed), None, 1
@@ -197,7 +196,7 @@ def scored(
     return {
         "answers": [{
             "answer": "cells", "note": note, "reasons": [], "fit_cpu_seconds": spent[0], "fill_cpu_seconds": spent[1],
-            "numbers": {name: [_plain(number) for number in pair] for name, pair in numbers.items()},
+            "numbers": {name: [plain(number) for number in pair] for name, pair in numbers.items()},
         }],
         "setting": {
             "cells": len(rows), "genes": made.shape[1], "data": store.manifest.fingerprint[:12],
@@ -209,18 +208,6 @@ def scored(
     }  # fmt: skip
 
 
-def _plain(number: float) -> float | None:
-    return float(number) if math.isfinite(number) else None
-
-
-def _weights(network: Any) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def _labels(store: CountStore, rows: NDArray[np.int64], labels: list[str]) -> dict[str, NDArray[np.int64]]:
-    return {label: store.labels(rows, [label])[label] for label in labels}
-
-
 def _ours(
     model: Model, options: Ours, store: CountStore, rows: NDArray[np.int64], seed: int
 ) -> sp.csr_matrix:  # fmt: skip
@@ -228,7 +215,7 @@ def _ours(
     at = {gene: i for i, gene in enumerate(model.spec.genes)}
     if unknown := [gene for gene in store.genes if gene not in at]:
         raise ValueError(f"the model does not know {len(unknown)} of the {len(store.genes)} genes ({unknown[0]}, ...)")
-    codes = _labels(store, rows, [label for label in model.spec.labels if label in store.manifest.labels])
+    codes = store.labels(rows, [label for label in model.spec.labels if label in store.manifest.labels])
     known = np.all([c >= 0 for c in codes.values()], axis=0) if codes else np.zeros(len(rows), dtype=bool)
     given: dict[str, Any] = {"steps": options.steps} if options.steps else {}
     given |= {name: value for name in ("spacing", "depth") if (value := getattr(options, name))}
@@ -284,7 +271,7 @@ def _engine(options: Mapping[str, Any]) -> Engine:
 def _walked(row: Engine, store: CountStore, rows: NDArray[np.int64], seed: int) -> sp.csr_matrix:
     """Cells of a diffusion row, along the levels and with the rule of its imputer, one pass."""
     imputer: Any = row.imputer(row.network)
-    codes = _labels(store, rows, list(row.keys()))
+    codes = store.labels(rows, row.keys())
     row.network.eval()
     levels = getattr(imputer, "levels", None)
     if levels is None:
@@ -357,12 +344,7 @@ def compared(made: sp.csr_matrix, real: Real, few: int, *, asked: bool = True) -
     found = {name: np.array([of[name] for of in each]) for name in each[0]}
     found["generate_energy"] = _energy(shown, real, weights)
     found["generate_swd"] = metrics.sliced_wasserstein(real.shown, shown, weights, directions)
-    return {name: (float(found[name][0]), _spread(found[name][1:])) for name in COLUMNS if name in found}
-
-
-def _spread(replicates: NDArray[np.floating]) -> float:
-    known = replicates[np.isfinite(replicates)]
-    return float(known.std()) if len(known) else math.nan
+    return {name: with_error(found[name]) for name in COLUMNS if name in found}
 
 
 def _gap(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:

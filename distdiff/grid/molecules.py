@@ -19,7 +19,8 @@ from scipy import sparse
 from distdiff import metrics
 from distdiff.baselines import Baseline
 from distdiff.data.masks import split_molecules
-from distdiff.grid.scores import Found, Scored, extra, log_cp10k, with_error
+from distdiff.downstream import log_cp10k
+from distdiff.grid.scores import Found, Scored, extra, plain, with_error
 from distdiff.grid.spec import CannotError
 from distdiff.model import Model
 from distdiff.readouts import readout
@@ -182,7 +183,7 @@ def scored(
     ]
     spent = {"fit_cpu_seconds": clock[1] - clock[0], "fill_cpu_seconds": clock[2] - clock[1]}
     note = "control" if row.control else "peeks" if row.peeks else ""
-    pairs = {k: [float(x) if np.isfinite(x) else None for x in pair] for k, pair in {**numbers, **more}.items()}
+    pairs = {k: [plain(x) for x in pair] for k, pair in {**numbers, **more}.items()}
     about = f"{len(rows)} test cells x {truth.shape[1]} genes ({store.manifest.fingerprint[:12]})"
     return {
         "answers": [{"answer": "mean", "note": note, "reasons": reasons, "numbers": pairs, **spent}],

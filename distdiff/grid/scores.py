@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from distdiff import downstream, metrics
 from distdiff.data.masks import rare
+from distdiff.downstream import log_cp10k
 from distdiff.evaluation import MMD_CELLS
 from distdiff.grid.encoder import Scvi
 from distdiff.report import Column
@@ -234,21 +235,6 @@ class Scored:
         return {f"probe_{name}": value for name, value in found.items()}
 
 
-def log_cp10k(counts: NDArray[np.floating]) -> NDArray[np.float32]:
-    """``log(1 + 10,000 x / depth)``, ``float32 [n g]``; a cell without molecules stays zero.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from distdiff.grid.scores import log_cp10k
-    >>> log_cp10k(np.array([[0.0, 0.0], [1.0, 1.0]])).round(1)
-    array([[0. , 0. ],
-           [8.5, 8.5]], dtype=float32)
-    """
-    depth = counts.sum(axis=1, keepdims=True, dtype=np.float64)
-    return np.log1p(1e4 * counts / np.where(depth > 0, depth, 1.0)).astype(np.float32)
-
-
 def extra(names: tuple[str, ...], scored: Scored) -> tuple[Found, list[str]]:
     """The scores that are asked for, and a sentence on each that this row or data set cannot have.
 
@@ -281,3 +267,15 @@ def with_error(replicates: NDArray[np.floating]) -> tuple[float, float]:
     """
     some = replicates[1:][np.isfinite(replicates[1:])]
     return float(replicates[0]), float(some.std()) if len(some) else np.nan
+
+
+def plain(number: float) -> float | None:
+    """A number as JSON has it: none for what is not finite.
+
+    Examples
+    --------
+    >>> from distdiff.grid.scores import plain
+    >>> plain(0.5), plain(float("nan"))
+    (0.5, None)
+    """
+    return float(number) if np.isfinite(number) else None
