@@ -249,8 +249,9 @@ def _owning(
                 run.metrics({f"val/blend_{name}": value for name, value in found.items()})
         if finished.blend is not None and finished.blend.weight:
             accelerator.print(
-                f"distdiff train: imputation by one call takes {finished.blend.weight:.0%} of a PCA regression "
-                f"(deviance on validation cells {found['best']:.4f}, of the network alone {found['network']:.4f})"
+                "distdiff train: imputation by one call takes "
+                + " and ".join(f"{of.weight:.0%} of a {of.NAME}" for of in finished.blend.estimators)
+                + f" (deviance on validation cells {found['best']:.4f}, of the network alone {found['network']:.4f})"
             )
         finished.info["training"] = training_cells(store, config.data.labels, seed=config.train.seed)
         if has_depths(finished.process, finished.denoiser):

@@ -77,7 +77,7 @@ class Model:
     seen
         Filter of the training cells, or ``None``.
     blend
-        A regression that imputation by one call blends with the network (docs/MATHS.md 5.10), or ``None``.
+        Estimators that imputation by one call blends with the network (docs/MATHS.md 5.10), or ``None``.
     where
         Folder or address that it was loaded from.
 

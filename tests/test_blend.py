@@ -1,4 +1,4 @@
-"""The blend of the network with a PCA regression (docs/MATHS.md 5.10)."""
+"""The blend of the network with a PCA regression and a Poisson factorisation (docs/MATHS.md 5.10)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import distdiff
 from distdiff import metrics, saved
 from distdiff.baselines import _blend as blending
 from distdiff.baselines import depth
-from distdiff.baselines._blend import fit_blend, fit_knots
+from distdiff.baselines._blend import WEIGHTS, choose, fit_blend, fit_knots
+from distdiff.baselines.nmf import Nmf
 from distdiff.imputers import blend as module
-from distdiff.imputers.blend import KNOTS, Blend, low_rank, right_on_average
+from distdiff.imputers.blend import KNOTS, Blend, Factorisation, low_rank, right_on_average
 from distdiff.model import Model
 from distdiff.types import Cells, Condition, DataSpec
 from tests.test_api import QUICK
@@ -83,7 +84,8 @@ def deviance(model, store):
 def test_a_dense_nearly_linear_set_is_imputed_better(fitted, linear):
     info = fitted.info["blend"]
     assert info["weight"] == fitted.blend.weight > 0.5
-    assert info["best"] <= min(info["network"], info["pca"])
+    assert info["pca"] > 0.1 < info["nmf"]  # the fit of one alone leaves noise that the other's has not
+    assert info["best"] <= min(info["network"], info["pca_alone"], info["nmf_alone"])
     alone = replace(fitted, blend=None)
     assert deviance(fitted, linear) < 0.7 * deviance(alone, linear)
 
@@ -97,7 +99,7 @@ def test_a_network_that_is_exact_stays_alone():
     assert info["weight"] == 0
     assert blend is None or blend.knots[1].abs().max() < 0.2
     assert info["network"] - info["best"] <= info["error"]
-    assert info["pca"] > info["network"]
+    assert min(info["pca_alone"], info["nmf_alone"]) > info["network"]
 
 
 def binned(rng, rate, truth):
@@ -123,7 +125,7 @@ def test_rates_that_are_off_by_their_size_become_right_and_others_stay():
 
 def test_a_model_that_promises_too_little_is_put_right_and_saved_so(tmp_path, monkeypatch):
     """Where nothing is blended the factors alone are kept, and used; between groups they pass over, hence the fifth."""
-    monkeypatch.setattr(blending, "WEIGHTS", torch.zeros(1))
+    monkeypatch.setattr(blending, "choose", lambda deviance, squared: 0)
     rng = np.random.default_rng(1)
     store = Store(rng.poisson(rng.gamma(1.0, 2.0, GENES), (CELLS, GENES)).astype(np.float32))
     model = store.model()
@@ -157,11 +159,13 @@ def answers(model, cells, observed):
 def test_a_cell_is_answered_alike_alone_and_in_a_batch(fitted, linear):
     cells, observed = hidden(linear)
     observed[:5] = torch.tensor([[False], [True], [False], [True], [False]])  # nothing seen, and all of it
-    whole = fitted.blend.rate(cells.counts, observed)
-    parts = [fitted.blend.rate(cells.counts[i : i + 1], observed[i : i + 1]) for i in range(len(cells))]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
-    assert torch.isfinite(whole).all()
-    assert (whole >= 0).all()
+    assert [of.NAME for of in fitted.blend.estimators] == ["PCA regression", "Poisson NMF"]
+    for of in fitted.blend.estimators:
+        whole = of.rate(cells.counts, observed)
+        parts = [of.rate(cells.counts[i : i + 1], observed[i : i + 1]) for i in range(len(cells))]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+        assert torch.isfinite(whole).all()
+        assert (whole >= 0).all()
 
 
 def test_the_regression_is_the_least_squares_of_the_observed_genes(monkeypatch):
@@ -220,6 +224,13 @@ def test_a_saved_blend_answers_the_same_and_is_part_of_the_identity(fitted, line
         ("centre", lambda t: t * float("nan"), "not finite"),
         ("numbers", lambda t: t + torch.tensor([1.0, 0.0, 0.0]), "no fit gives"),
         ("smear", lambda t: None, "blend.smear is missing"),
+        ("precision", lambda t: torch.ones(65), "at most 64 components"),
+        ("nmf.programmes", lambda t: t[:, :0], r"blend.nmf.programmes has shape"),
+        ("nmf.average", lambda t: None, "blend.nmf.average is missing"),
+        ("nmf.average", lambda t: t[:0], "at most 64 components"),
+        ("nmf.programmes", lambda t: -t, "no fit gives"),
+        ("nmf.numbers", lambda t: t * torch.tensor([1.0, 1.0, 1e6]), "no fit gives"),
+        ("nmf.numbers", lambda t: torch.tensor([1.0, *t[1:]]), "weights add to"),
         ("new", lambda t: torch.ones(1), "blend.new is unknown"),
     ],
 )
@@ -275,3 +286,43 @@ def test_an_evaluation_with_cell_types_scores_the_blend_of_a_model_without_label
     ]
     plain, grouped = (report.metrics()["test/deviance/distdiff mean"] for report in scored)
     assert plain == grouped
+
+
+def test_loadings_are_those_of_the_baseline(linear):
+    """The same few steps in torch, for whole batches, as in :class:`~distdiff.baselines.nmf.Nmf`."""
+    nmf = Nmf(4, floor=0.02)
+    nmf.fit(linear, linear.rows("train"))
+    cells, observed = hidden(linear)
+    observed[0], observed[1] = False, True
+    parts = {"mean": nmf.gene_mean, "programmes": nmf.programmes.T, "average": nmf.average}
+    numbers = {"weight": 1.0, "floor": 0.02, "steps": nmf.steps}
+    found = Factorisation(numbers, {name: torch.tensor(part) for name, part in parts.items()})
+    counts = torch.where(observed, cells.counts, 0.0).numpy()
+    wanted = nmf.rate(counts, observed.numpy(), None)
+    np.testing.assert_allclose(found.rate(cells.counts, observed).numpy(), wanted, rtol=1e-4)
+
+
+def test_squared_error_has_a_veto():
+    """Weights of less deviance are not taken where squared error would be worse by more than chance."""
+    rng, n = np.random.default_rng(0), 200
+    pca, nmf = np.array(WEIGHTS).T
+    better = ((pca - 0.4) ** 2 + (nmf - 0.3) ** 2)[None] + 0.1 * rng.normal(size=(n, 1))
+    assert WEIGHTS[choose(better, better)] == (0.4, 0.3)
+    assert WEIGHTS[choose(better, np.broadcast_to(nmf, better.shape))] == (0.4, 0.0)
+    assert WEIGHTS[choose(better, np.broadcast_to(np.maximum(nmf - 0.1, 0), better.shape))] == (0.4, 0.1)
+    assert WEIGHTS[choose(better, np.broadcast_to(pca + nmf, better.shape))] == (0.0, 0.0)
+    noise = rng.normal(size=better.shape)
+    assert WEIGHTS[choose(0.02 * better + noise[:, :1] * (pca + nmf), better)] == (0.0, 0.0)  # a gain within its error
+    assert choose(better[:1], better[:1]) == 0  # one cell shows nothing
+
+
+def test_a_blend_of_a_model_made_before_programmes_is_read(fitted, linear, tmp_path):
+    regression = replace(fitted.blend, estimators=fitted.blend.estimators[:1])
+    folder = replace(fitted, blend=regression).save(tmp_path / "model")
+    assert not any("nmf" in name for name in load_file(folder / "weights.safetensors"))
+    loaded = Model.load(folder).blend
+    assert loaded.weight == fitted.blend.estimators[0].weight
+    cells, observed = hidden(linear)
+    eta = torch.zeros(*cells.counts.shape, 2)
+    both = (blend.into(eta, cells.counts, observed, Condition()) for blend in (regression, loaded))
+    assert torch.equal(*both)

@@ -1,10 +1,10 @@
-"""A PCA regression blended with the network's answer, and rates right on average (docs/MATHS.md 5.10, 5.11)."""
+"""Two cheap estimators blended with the network's answer, and rates right on average (docs/MATHS.md 5.10, 5.11)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -17,8 +17,14 @@ MOST = 64
 GENES = 4096
 """Genes whose pairs of loadings are in memory at once."""
 
+STEPS = 1000
+"""Of expectation-maximisation for a cell's loadings, at most."""
+
 KNOTS = 10
 """Of the factor by the size of the rate; each stands for as many hidden entries."""
+
+TINY = 1e-12
+"""Smallest number in a denominator."""
 
 PREFIX = "blend."
 """Of a blend's tensors in the file of a model's weights."""
@@ -88,56 +94,223 @@ def right_on_average(log_rate: Tensor, knots: Float[Tensor, "2 k"]) -> Tensor:
     return log_rate + torch.lerp(factor[right - 1], factor[right], share)
 
 
+def programme_rates(
+    counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"], start: Tensor, programmes: Tensor, steps: int
+) -> Tensor:
+    """``w H`` (``[b g]``), the loadings ``w`` a few steps of expectation-maximisation away from ``start``.
+
+    Each step makes the observed counts likelier under Poisson rates (docs/MATHS.md 5.10); few steps keep a cell near
+    where it started, and one without evidence stays there.
+
+    Parameters
+    ----------
+    start, programmes
+        Loadings ``[b d]`` and ``H'``, ``[g d]``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.imputers.blend import programme_rates
+    >>> counts, observed = torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]])
+    >>> programme_rates(counts, observed, torch.ones(1, 1), torch.tensor([[1.0], [0.5]]), steps=1)
+    tensor([[6., 3.]])
+    """
+    seen = observed.to(start.dtype) @ programmes
+    evidence, w = torch.where(observed, counts, 0.0).to(start.dtype), start
+    for _ in range(steps):
+        ratio = evidence / (w @ programmes.T).clamp_min(TINY)
+        w = w * (ratio @ programmes) / seen.clamp_min(TINY)
+    return torch.where(seen > 0, w, start) @ programmes.T
+
+
+def beside(rate: Float[Tensor, "b g"], log_rate: Float[Tensor, "b g"]) -> Float[Tensor, "b g"]:
+    """Logarithm of ``rate`` minus ``log_rate``, 0 where the rate is 0."""
+    return torch.where(rate > 0, rate.log().clamp(*LOG_RATE) - log_rate, 0.0)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What a blend takes from one cheap estimator: numbers, and tensors ``float32 [g]``, ``[d]`` and ``[g d]``.
+
+    Parameters
+    ----------
+    numbers
+        The weight in the blend, in [0, 1], then those of ``NUMBERS``.
+    parts
+        Tensors by name.
+    """
+
+    numbers: Mapping[str, float]
+    parts: Mapping[str, Tensor]
+
+    NAME: ClassVar[str]
+    FOLDER: ClassVar[str] = ""
+    NUMBERS: ClassVar[tuple[str, ...]]
+    SHAPES: ClassVar[Mapping[str, str]]
+    SIGNED: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def weight(self) -> float:
+        """In the blend."""
+        return self.numbers["weight"]
+
+    def weighted(self, weight: float) -> Self:
+        """The same with another weight."""
+        return replace(self, numbers={**self.numbers, "weight": weight})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, as it stands in a model's file."""
+        numbers = torch.tensor([self.numbers[name] for name in self.NUMBERS], dtype=torch.float64)
+        parts = {**self.parts, "numbers": numbers}
+        return {PREFIX + self.FOLDER + name: part.cpu().contiguous() for name, part in parts.items()}
+
+    @classmethod
+    def take(cls, found: dict[str, Tensor], n_genes: int) -> Self | None:
+        """Take the tensors of such an estimator out of a model's; ``None`` where there are none.
+
+        Raises
+        ------
+        ValueError
+            A tensor is missing, of another shape, or holds what no fit gives.
+        """
+        names = (*cls.SHAPES, "numbers")
+        if not any(PREFIX + cls.FOLDER + name in found for name in names):
+            return None
+        if missing := [name for name in names if PREFIX + cls.FOLDER + name not in found]:
+            raise ValueError(f"tensor {PREFIX}{cls.FOLDER}{missing[0]} is missing")
+        parts = {name: found.pop(PREFIX + cls.FOLDER + name) for name in names}
+        d = parts[next(name for name, shape in cls.SHAPES.items() if shape == "d")].numel()
+        sizes = {"g": n_genes, "d": min(max(d, 1), MOST)}
+        for name, part in parts.items():
+            shape = [sizes[axis] for axis in cls.SHAPES[name]] if name in cls.SHAPES else [len(cls.NUMBERS)]
+            if list(part.shape) != shape or not part.is_floating_point():
+                raise ValueError(
+                    f"tensor {PREFIX}{cls.FOLDER}{name} has shape {list(part.shape)} of {part.dtype}, {shape} real "
+                    f"numbers are wanted (at most {MOST} components)"
+                )
+        numbers = dict(zip(cls.NUMBERS, parts.pop("numbers").tolist(), strict=True))
+        plain = all(bool((part >= 0).all()) for name, part in parts.items() if name not in cls.SIGNED)
+        if not (0 <= numbers["weight"] <= 1 and min(numbers.values()) >= 0 and plain and cls.sound(numbers, parts)):
+            raise ValueError(f"tensors {PREFIX}{cls.FOLDER}* hold numbers that no fit gives ({numbers})")
+        return cls(numbers, {name: part.float() for name, part in parts.items()})
+
+    @classmethod
+    def sound(cls, numbers: Mapping[str, float], parts: Mapping[str, Tensor]) -> bool:
+        """Whether a fit can give these."""
+        return True
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on another device."""
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+    def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
+        """Molecules expected of every gene, from the observed entries alone (docs/MATHS.md 5.10)."""
+        raise NotImplementedError
+
+
+class Regression(Estimator):
+    """A PCA regression (:class:`~distdiff.baselines.pca.Pca`): ``numbers`` are its weight, scale and floor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.imputers.blend import Regression
+    >>> parts = {name: torch.ones(2) for name in ("mean", "cap", "smear")} | {"centre": torch.full((2,), 0.5)}
+    >>> parts |= {"loadings": torch.zeros(2, 1), "precision": torch.ones(1)}
+    >>> found = Regression({"weight": 0.5, "scale": 1.0, "floor": 0.01}, parts)
+    >>> counts, observed = torch.tensor([[4.0, 0.0]]), torch.tensor([[True, False]])
+    >>> found.rate(counts, observed)[0, 1]  # four times as deep as the average cell, times expm1(0.5)
+    tensor(2.5949)
+    """
+
+    NAME = "PCA regression"
+    NUMBERS = ("weight", "scale", "floor")
+    SHAPES: ClassVar = {
+        "mean": "g", "centre": "g", "cap": "g", "smear": "g", "loadings": "gd", "precision": "d"
+    }  # fmt: skip
+    SIGNED = ("centre", "loadings")
+
+    @classmethod
+    def sound(cls, numbers: Mapping[str, float], parts: Mapping[str, Tensor]) -> bool:
+        return numbers["scale"] > 0 and numbers["floor"] > 0 and bool((parts["precision"] > 0).all())
+
+    def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
+        g = self.parts
+
+        def predict(y: Tensor) -> Tensor:
+            return low_rank(y, observed, g["centre"], g["loadings"], g["precision"])
+
+        s, rate = log_linear(counts, observed, g["mean"], g["cap"], self.numbers["scale"], predict)
+        return s.float() * torch.maximum(g["smear"] * rate, self.numbers["floor"] * g["mean"])
+
+
+class Factorisation(Estimator):
+    """A Poisson factorisation (:class:`~distdiff.baselines.nmf.Nmf`): ``numbers`` are its weight, floor and steps.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdiff.imputers.blend import Factorisation
+    >>> parts = {"mean": torch.ones(2), "programmes": torch.tensor([[0.6], [0.4]]), "average": torch.tensor([2.0])}
+    >>> found = Factorisation({"weight": 0.5, "floor": 0.01, "steps": 20}, parts)
+    >>> found.rate(torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]]))
+    tensor([[6., 4.]])
+    """
+
+    NAME = "Poisson NMF"
+    FOLDER = "nmf."
+    NUMBERS = ("weight", "floor", "steps")
+    SHAPES: ClassVar = {"mean": "g", "programmes": "gd", "average": "d"}
+
+    @classmethod
+    def sound(cls, numbers: Mapping[str, float], parts: Mapping[str, Tensor]) -> bool:
+        return numbers["steps"] in range(1, STEPS + 1)
+
+    def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
+        g, steps = self.parts, int(self.numbers["steps"])
+        s = depth(counts, observed, g["mean"]).float()
+        found = programme_rates(counts, observed, s * g["average"], g["programmes"], steps)
+        return torch.maximum(found, self.numbers["floor"] * s * g["mean"])
+
+
 @dataclass(frozen=True)
 class Blend:
     """What validation cells teach about the log rates of one call (docs/MATHS.md 5.10, 5.11).
 
-    A PCA regression in one proportion for all genes, then a factor by the size of the rate.
+    Cheap estimators, each in one proportion for all genes, then a factor by the size of the rate.
 
     Parameters
     ----------
-    weight
-        Of the regression, in [0, 1].
-    scale, floor
-        Of the logarithm; share of ``s mean`` below which the regression's rate may not fall.
-    genes
-        ``mean``, ``centre``, ``cap``, ``smear``: ``float32 [g]`` (:class:`~distdiff.baselines.pca.Pca`).
-    loadings, precision
-        ``float32 [g d]``, ``[d]``.
+    estimators
+        With their weights, whose sum is at most 1; the network has the rest.
     knots
         Of :func:`right_on_average`, ``float32 [2 k]``; without a column: none.
 
     Examples
     --------
     >>> import torch
-    >>> from distdiff.imputers.blend import Blend
+    >>> from distdiff.imputers.blend import Blend, Factorisation
     >>> from distdiff.types import Condition
-    >>> one = {name: torch.ones(2) for name in ("mean", "cap", "smear")} | {"centre": torch.full((2,), 0.5)}
-    >>> blend = Blend(0.5, 1.0, 0.01, one, torch.zeros(2, 1), torch.ones(1))
-    >>> counts, observed = torch.tensor([[4.0, 0.0]]), torch.tensor([[True, False]])
-    >>> blend.rate(counts, observed)[0, 1]  # four times as deep as the average cell, times expm1(0.5)
-    tensor(2.5949)
-    >>> blend.into(torch.zeros(1, 2, 1), counts, observed, Condition())[0, 1].exp()  # half way from 1, in logarithms
-    tensor([1.6109])
+    >>> parts = {"mean": torch.ones(2), "programmes": torch.tensor([[0.6], [0.4]]), "average": torch.tensor([2.0])}
+    >>> blend = Blend((Factorisation({"weight": 0.5, "floor": 0.01, "steps": 20}, parts),))
+    >>> counts, observed = torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]])
+    >>> blend.into(torch.zeros(1, 2, 1), counts, observed, Condition())[0, 1].exp()  # half way from 1 to 4
+    tensor([2.])
     """
 
-    weight: float
-    scale: float
-    floor: float
-    genes: Mapping[str, Tensor]
-    loadings: Tensor
-    precision: Tensor
+    estimators: tuple[Estimator, ...] = ()
     knots: Tensor = field(default_factory=lambda: torch.empty(2, 0))
     _on: dict[torch.device, Blend] = field(default_factory=dict, repr=False, compare=False)
 
-    GENES: ClassVar[tuple[str, ...]] = ("mean", "centre", "cap", "smear")
+    @property
+    def weight(self) -> float:
+        """Of all estimators beside the network."""
+        return round(sum(of.weight for of in self.estimators), 4)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, as it stands in a model's file."""
-        numbers = torch.tensor([self.weight, self.scale, self.floor], dtype=torch.float64)
-        parts = {**self.genes, "loadings": self.loadings, "precision": self.precision, "numbers": numbers}
-        parts |= {"knots": self.knots} if self.knots.numel() else {}
-        return {PREFIX + name: part.cpu().contiguous() for name, part in parts.items()}
+        knots = {PREFIX + "knots": self.knots.cpu().contiguous()} if self.knots.numel() else {}
+        return {name: part for of in self.estimators for name, part in of.tensors().items()} | knots
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], n_genes: int) -> Blend | None:
@@ -148,51 +321,28 @@ class Blend:
         ValueError
             A tensor is missing, unknown, of another shape, or holds what no fit gives.
         """
-        found = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+        found = {name: part for name, part in tensors.items() if name.startswith(PREFIX)}
         if not found:
             return None
-        knots = found.pop("knots", torch.empty(2, 0)).float()
+        knots = found.pop(PREFIX + "knots", torch.empty(2, 0)).float()
         if list(knots.shape) not in ([2, 0], [2, KNOTS]) or not bool((knots[:1].diff() > 0).all()):
             raise ValueError(f"tensor {PREFIX}knots has shape {list(knots.shape)}, [2, {KNOTS}] ascending is wanted")
-        names = (*cls.GENES, "loadings", "precision", "numbers")
-        if wrong := sorted(set(names) ^ set(found)):
-            raise ValueError(f"tensor {PREFIX}{wrong[0]} is {'missing' if wrong[0] in names else 'unknown'}")
-        d = found["precision"].numel()
-        shapes = {**{name: [n_genes] for name in cls.GENES}, "loadings": [n_genes, d], "precision": [d], "numbers": [3]}
-        for name, shape in shapes.items():
-            part = found[name]
-            if list(part.shape) != shape or not part.is_floating_point() or not 1 <= d <= MOST:
-                raise ValueError(
-                    f"tensor {PREFIX}{name} has shape {list(part.shape)} of {part.dtype}, {shape} real numbers are "
-                    f"wanted (at most {MOST} components)"
-                )
-        weight, scale, floor = found["numbers"].tolist()
-        plain = all(bool((found[name] >= 0).all()) for name in ("mean", "cap", "smear"))
-        if not (0 <= weight <= 1 and scale > 0 and floor > 0 and plain and bool((found["precision"] > 0).all())):
-            raise ValueError(f"tensors {PREFIX}* hold numbers that no fit gives (weight {weight:g}, scale {scale:g})")
-        floats = {name: part.float() for name, part in found.items()}
-        genes = {name: floats[name] for name in cls.GENES}
-        return cls(weight, scale, floor, genes, floats["loadings"], floats["precision"], knots)
+        estimators = tuple(of for kind in (Regression, Factorisation) if (of := kind.take(found, n_genes)))
+        if found:
+            raise ValueError(f"tensor {min(found)} is unknown")
+        blend = cls(estimators, knots)
+        if blend.weight > 1:
+            raise ValueError(f"tensors {PREFIX}* hold numbers that no fit gives (weights add to {blend.weight:g})")
+        return blend
 
     def on(self, device: torch.device) -> Blend:
         """The same on another device, which keeps its copy."""
-        if self.loadings.device == device:
+        if self.knots.device == device:
             return self
         if device not in self._on:
-            parts = {name: getattr(self, name).to(device) for name in ("loadings", "precision", "knots")}
-            genes = {name: part.to(device) for name, part in self.genes.items()}
-            self._on[device] = replace(self, genes=genes, **parts, _on={})
+            there = tuple(of.to(device) for of in self.estimators)
+            self._on[device] = replace(self, estimators=there, knots=self.knots.to(device), _on={})
         return self._on[device]
-
-    def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
-        """Molecules that the regression expects of every gene, from the observed entries alone (docs/MATHS.md 5.10)."""
-        g = self.genes
-
-        def predict(y: Tensor) -> Tensor:
-            return low_rank(y, observed, g["centre"], self.loadings, self.precision)
-
-        s, rate = log_linear(counts, observed, g["mean"], g["cap"], self.scale, predict)
-        return s.float() * torch.maximum(g["smear"] * rate, self.floor * g["mean"])
 
     def into(
         self, eta: Float[Tensor, "b g k"], counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"],
@@ -202,12 +352,13 @@ class Blend:
 
         That of cells with a label stays: nothing was fitted with labels told.
         """
-        mine, target, first = self.on(eta.device), ~observed, eta[..., 0]
+        mine, target, network = self.on(eta.device), ~observed, eta[..., 0]
         for codes in labels.labels.values():
             target = target & (codes < 0).unsqueeze(1)
-        if self.weight:
-            rate = mine.rate(counts, observed)
-            first = torch.where(rate > 0, torch.lerp(first, rate.log().clamp(*LOG_RATE), self.weight), first)
+        first = network
+        for of in mine.estimators:
+            if of.weight:
+                first = first + of.weight * beside(of.rate(counts, observed), network)
         if self.knots.numel():
             first = right_on_average(first, mine.knots)
-        return torch.cat((torch.where(target, first, eta[..., 0]).unsqueeze(-1), eta[..., 1:]), -1)
+        return torch.cat((torch.where(target, first, network).unsqueeze(-1), eta[..., 1:]), -1)

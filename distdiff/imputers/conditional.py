@@ -38,7 +38,7 @@ class Conditional(Imputer):
     statistics
         Others of the predictive law, of the same network call: ``sd`` (standard deviation, molecules) and read-outs.
     blend
-        A regression to blend with the network's rates (docs/MATHS.md 5.10), where one call gives the whole answer:
+        Estimators to blend with the network's rates (docs/MATHS.md 5.10), where one call gives the whole answer:
         ``steps=1``, no guidance, no labels. The sizes stay the network's.
     """
 

@@ -96,8 +96,8 @@ class Training:
         Filter of the training cells in the model's folder, by which it tells whether it saw a cell: ``cells``;
         ``salted``: only for those who have DISTDIFF_SALT; ``none`` (see :mod:`~distdiff.seen`).
     blend
-        Impute by one call with a blend of the network and a PCA regression, where that is better on validation cells
-        (:mod:`~distdiff.imputers.blend`).
+        Impute by one call with a blend of the network, a PCA regression and a Poisson factorisation, where that is
+        better on validation cells (:mod:`~distdiff.imputers.blend`).
     """
 
     out: str = "runs/distdiff"
