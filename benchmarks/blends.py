@@ -4,7 +4,7 @@
 
 The shipped config is trained twice, with two seeds, on one split. A mixture is a convex combination of log rates, whose
 weights have the least Poisson deviance on validation cells with half of their entries hidden (docs/MATHS.md 5.10 has
-the network and a PCA regression). ``sigmas``: standard errors of the paired difference over test cells by which a
+the network, a PCA regression and Poisson NMF). ``sigmas``: standard errors of the paired difference over test cells by which a
 mixture's deviance is above that of network and PCA. ``dense`` is the simulated set of benchmarks/small.py.
 """
 
@@ -68,10 +68,10 @@ def mixed(parts: Sequence[np.ndarray], w: np.ndarray) -> np.ndarray:
     return np.sum([share * part for share, part in zip(w, parts, strict=True)], 0)
 
 
-def table(data: Path, genes: int, seed: int) -> dict[str, Any]:
+def table(data: Path, genes: int, n_cells: int, seed: int) -> dict[str, Any]:
     """All mixtures of one data set and split."""
     with tempfile.TemporaryDirectory() as name:
-        store = store_of(data, genes, 2400, seed, Path(name))
+        store = store_of(data, genes, n_cells, seed, Path(name))
         held_out, test = Hidden(store, "val", seed), Hidden(store, "test", seed)
         log: dict[str, list[np.ndarray]] = {}
         for i, label in enumerate(("network", "another")):
@@ -104,7 +104,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began, sets = time.perf_counter(), []
     for path, seed in splits(a.data, a.seeds):
-        sets.append(found := table(path, a.genes, seed))
+        sets.append(found := table(path, a.genes, a.cells, seed))
         print(f"\n{found['set']}, seed {seed}")
         for row, r in found["rows"].items():
             print(f"  {row:<52}{r['deviance']:9.4f}{r['RMSE']:10.4f}{r['sigmas']:8.2f}  {r['weights']}", flush=True)

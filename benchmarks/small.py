@@ -112,10 +112,10 @@ def laws(store: Any, test: Hidden, seed: int, words: list[str], folder: Path) ->
     return {"": test.law(model), ", network alone": test.law(model, blend=False)}, about
 
 
-def compared(data: Path, seed: int, only: list[str], genes: int) -> Iterator[dict[str, Any]]:
+def compared(data: Path, seed: int, only: list[str], genes: int, n_cells: int) -> Iterator[dict[str, Any]]:
     """A record for each change and answer, the default first."""
     with tempfile.TemporaryDirectory() as folder:
-        store = store_of(data, genes, 2400, seed, Path(folder))
+        store = store_of(data, genes, n_cells, seed, Path(folder))
         test, parts = Hidden(store, "test", seed), {}
         for label in ("default", *only, "another seed"):
             change, words = VARIANTS.get(label, (contextlib.nullcontext, []))
@@ -131,10 +131,11 @@ def compared(data: Path, seed: int, only: list[str], genes: int) -> Iterator[dic
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:
-    """Data sets, genes, seeds and where the results go."""
+    """Data sets, genes, cells, seeds and where the results go."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="h5ad files with raw counts, or dense")
     parser.add_argument("--genes", type=int, default=1000)
+    parser.add_argument("--cells", type=int, default=2400, help="cells of a larger file that are taken, by chance")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     return parser
@@ -157,7 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began, rows = time.perf_counter(), []
     for path, seed in splits(a.data, a.seeds):
-        for row in compared(path, seed, a.only, a.genes):
+        for row in compared(path, seed, a.only, a.genes, a.cells):
             rows.append(row)
             print(
                 f"{row['set']:<22}{seed} {row['row']:<36}{row['cpu_seconds']:>4} s "

@@ -173,25 +173,25 @@ class Estimator:
         ValueError
             A tensor is missing, of another shape, or holds what no fit gives.
         """
-        names = (*cls.SHAPES, "numbers")
-        if not any(PREFIX + cls.FOLDER + name in found for name in names):
+        names, prefix = (*cls.SHAPES, "numbers"), PREFIX + cls.FOLDER
+        parts = {name: found.pop(prefix + name) for name in names if prefix + name in found}
+        if not parts:
             return None
-        if missing := [name for name in names if PREFIX + cls.FOLDER + name not in found]:
-            raise ValueError(f"tensor {PREFIX}{cls.FOLDER}{missing[0]} is missing")
-        parts = {name: found.pop(PREFIX + cls.FOLDER + name) for name in names}
+        if missing := [name for name in names if name not in parts]:
+            raise ValueError(f"tensor {prefix}{missing[0]} is missing")
         d = parts[next(name for name, shape in cls.SHAPES.items() if shape == "d")].numel()
         sizes = {"g": n_genes, "d": min(max(d, 1), MOST)}
         for name, part in parts.items():
             shape = [sizes[axis] for axis in cls.SHAPES[name]] if name in cls.SHAPES else [len(cls.NUMBERS)]
             if list(part.shape) != shape or not part.is_floating_point():
                 raise ValueError(
-                    f"tensor {PREFIX}{cls.FOLDER}{name} has shape {list(part.shape)} of {part.dtype}, {shape} real "
-                    f"numbers are wanted (at most {MOST} components)"
+                    f"tensor {prefix}{name} has shape {list(part.shape)} of {part.dtype}, {shape} real numbers are "
+                    f"wanted (at most {MOST} components)"
                 )
         numbers = dict(zip(cls.NUMBERS, parts.pop("numbers").tolist(), strict=True))
         plain = all(bool((part >= 0).all()) for name, part in parts.items() if name not in cls.SIGNED)
         if not (0 <= numbers["weight"] <= 1 and min(numbers.values()) >= 0 and plain and cls.sound(numbers, parts)):
-            raise ValueError(f"tensors {PREFIX}{cls.FOLDER}* hold numbers that no fit gives ({numbers})")
+            raise ValueError(f"tensors {prefix}* hold numbers that no fit gives ({numbers})")
         return cls(numbers, {name: part.float() for name, part in parts.items()})
 
     @classmethod
