@@ -4,8 +4,8 @@
 
 The shipped config is trained twice, with two seeds, on one split. A mixture is a convex combination of log rates, whose
 weights have the least Poisson deviance on validation cells with half of their entries hidden (docs/MATHS.md 5.10 has
-the network, a PCA regression and Poisson NMF). ``sigmas``: standard errors of the paired difference over test cells by which a
-mixture's deviance is above that of network and PCA. ``dense`` is the simulated set of benchmarks/small.py.
+the network, a PCA regression and Poisson NMF). ``sigmas``: standard errors of the paired difference over test cells by
+which a mixture's deviance is above that of network and PCA. ``dense`` is the simulated set of benchmarks/small.py.
 """
 
 from __future__ import annotations
