@@ -94,7 +94,7 @@ def fit_blend(
 
 
 def choose(deviance: np.ndarray, squared: np.ndarray) -> int:
-    """Which of ``WEIGHTS`` a blend takes, by its scores on validation cells.
+    """Which of ``WEIGHTS`` a blend takes, by its scores on validation cells (docs/MATHS.md 5.10).
 
     From the network alone to the regression beside it, then to both estimators: each time the weights of least
     deviance among those whose squared error is not larger by more than its standard error over cells, and only where

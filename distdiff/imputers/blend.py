@@ -340,8 +340,8 @@ class Blend:
         if self.knots.device == device:
             return self
         if device not in self._on:
-            there = tuple(of.to(device) for of in self.estimators)
-            self._on[device] = replace(self, estimators=there, knots=self.knots.to(device), _on={})
+            estimators = tuple(of.to(device) for of in self.estimators)
+            self._on[device] = replace(self, estimators=estimators, knots=self.knots.to(device), _on={})
         return self._on[device]
 
     def into(
