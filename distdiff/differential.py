@@ -20,7 +20,7 @@ from distdiff.component import nearest
 from distdiff.data.counts import check_counts
 from distdiff.data.ingest.source import Source, layer_names
 from distdiff.scoretest import Tested, fit_null, rubin, score_tests, shrink
-from distdiff.tasks.made import made_by
+from distdiff.tasks.made import count_generated, made_by
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -238,7 +238,11 @@ def invalid(adata: AnnData, layer: str | None) -> str:
     if layer in layers:
         return f"layer {layer!r} {WHY['mean']}"
     what = "X" if layer is None else f"layer {layer!r}"
-    return f"{what} holds cells that a model generated, not cells that were measured" if x else ""
+    if x:
+        return f"{what} holds cells that a model generated, not cells that were measured"
+    if n := count_generated(adata.obs_names):  # joined with others, they lose their mark
+        return f"{what} holds {n:,} cells that a model generated, by their names (generated0, ...)"
+    return ""
 
 
 def _groups(

@@ -47,7 +47,7 @@ from distdiff.tasks.impute import (
 )
 from distdiff.tasks.latent import KEY, NOTE, latent
 from distdiff.tasks.likelihood import nats
-from distdiff.tasks.made import record
+from distdiff.tasks.made import generated_names, record
 from distdiff.types import DataSpec
 
 if TYPE_CHECKING:
@@ -484,7 +484,7 @@ class Model:
             for part in generate(self.process, self.denoiser, self.spec, n, labels, **options):
                 made.append(sp.csr_matrix(received.check_answer(part.cpu().numpy(), "X", int(bar.n))))
                 bar.update(part.shape[0])
-        index = pd.Index([f"generated{i}" for i in range(n)])
+        index = pd.Index(generated_names(0, n))
         columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
         frame = pd.DataFrame({k: pd.Categorical(v) for k, v in columns.items()}, index=index)
         out = ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))

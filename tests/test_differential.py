@@ -15,6 +15,7 @@ import distdiff
 from distdiff.cli import app
 from distdiff.differential import donor_sums, table
 from distdiff.scoretest import Sums, fit_null, p_value, rubin, score_tests, shrink
+from distdiff.tasks.made import generated_names
 
 
 def made(n=(150, 150), genes=600, ratio=1.0, deep=2.0, dispersion=0.7, seed=0):
@@ -179,6 +180,19 @@ def test_a_layer_by_another_name_carries_its_mark(counts):
     with pytest.raises(ValueError, match="layer 'mine' holds estimates"):
         distdiff.de(adata, "cell_type", layer="mine")
     distdiff.de(adata, "cell_type")  # the raw counts beside it
+
+
+@pytest.mark.parametrize("options", [{}, {"index_unique": "-", "keys": ["real", "made"]}])
+def test_generated_cells_are_known_among_others(counts, options):
+    """Joining drops ``uns`` and the mark in it."""
+    made = counts[:50].copy()
+    made.obs_names = generated_names(0, 50)
+    both = ad.concat([counts, made], **options)
+    assert not both.uns
+    with pytest.raises(ValueError, match="X holds 50 cells that a model generated, by their names"):
+        distdiff.de(both, "cell_type")
+    distdiff.de(both, "cell_type", allow_invalid=True)
+    distdiff.de(both[: len(counts)].copy(), "cell_type")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from distdiff.data.ingest import container, legacy
 from distdiff.data.ingest.damage import reading
 from distdiff.data.ingest.source import Source
 from distdiff.data.store.store import CountStore
+from distdiff.tasks.made import generated_names
 
 CACHE = 8 << 20
 """Bytes of coded blocks kept in memory; rows are read in order, each once."""
@@ -129,7 +130,7 @@ class NewRows:
 
     def names(self, start: int, stop: int) -> np.ndarray:
         """Names of a row range, ``str [n]``."""
-        return np.array([f"generated{i}" for i in range(start, stop)])
+        return generated_names(start, stop)
 
     def codes(self, key: str, start: int, stop: int) -> np.ndarray:
         """Codes of a label in a row range."""

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 ENTRY = "distdiff"
 """Entry of ``uns`` on the last task that wrote values."""
 
 MADE = "distdiff_made"
 """Entry of ``uns``: ``{"X": "generate", "layers": {"denoised": "denoise"}}``, element -> task that made it."""
+
+NAME = re.compile(r"generated[0-9]+(\W.*)?")
+"""Names of generated cells, which are left when cells are joined and ``uns`` is dropped; joining may add an ending."""
+
+
+def generated_names(start: int, stop: int) -> np.ndarray:
+    """Names of generated cells in a row range, ``str [n]``.
+
+    Examples
+    --------
+    >>> from distdiff.tasks.made import generated_names
+    >>> generated_names(8, 10)
+    array(['generated8', 'generated9'], dtype='<U10')
+    """
+    return np.array([f"generated{i}" for i in range(start, stop)])
+
+
+def count_generated(names: pd.Index) -> int:
+    """How many cells were generated, by their names alone.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from distdiff.tasks.made import count_generated
+    >>> count_generated(pd.Index(["AAAC-1", "generated0", "generated12-made", "generatedX"]))
+    2
+    """
+    return int(names.astype(str).str.fullmatch(NAME).sum())
 
 
 def made_by(uns: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
