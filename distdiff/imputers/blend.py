@@ -117,10 +117,12 @@ def programme_rates(
     """
     seen = observed.to(start.dtype) @ programmes
     evidence, w = torch.where(observed, counts, 0.0).to(start.dtype), start
-    for _ in range(steps):
-        ratio = evidence / (w @ programmes.T).clamp_min(TINY)
-        w = w * (ratio @ programmes) / seen.clamp_min(TINY)
-    return torch.where(seen > 0, w, start) @ programmes.T
+    share, rate = seen.clamp_min(TINY), torch.empty_like(evidence)
+    for _ in range(steps):  # in place: the memory of new tensors takes longer than the products
+        torch.mm(w, programmes.T, out=rate)
+        torch.div(evidence, rate.clamp_min_(TINY), out=rate)
+        w = w * (rate @ programmes) / share
+    return torch.mm(torch.where(seen > 0, w, start), programmes.T, out=rate)
 
 
 def beside(rate: Float[Tensor, "b g"], log_rate: Float[Tensor, "b g"]) -> Float[Tensor, "b g"]:
