@@ -13,12 +13,18 @@ the gene's training maximum, in 100,000 (expected under the law); ``real giants`
 
 Genes are chosen by analytic Pearson residuals of all cells, so the rarest are those with luck in the held-out cells:
 the row gene mean x depth shows by how much. ``--model LABEL=FOLDER`` scores a trained model of the same store too.
+
+    python benchmarks/defaults.py page benchmarks/results/defaults_baron.json
+
+prints the tables of results as Markdown: mean (standard deviation) over the seeds, and ``sigmas`` of each seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +57,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "scVI": {"kind": "scvi"},
 }
 SHOWN = ("deviance", "log1p MSE", "RMSE", "CRPS", "log score", "energy", "correlation")
+BEHIND = ("deviance", "CRPS")
+"""Scores whose ``sigmas`` a page shows."""
+
 DRAWS = 10
 SIZES = np.linspace(-5, 7, 49)
 """Logarithms of the sizes that a peer chooses from, for each gene."""
@@ -213,7 +222,38 @@ def table(
     return {**about, "rows": {row: {**found, "sigmas": sigmas[row]} for row, (found, _) in scored.items()}}
 
 
+def page(results: dict[str, Any]) -> str:
+    """Tables of results, a row a method, as Markdown."""
+    lines = []
+    for name, runs in results["sets"].items():
+        heads = [head for score in SHOWN for head in (score, "behind")[: 1 + (score in BEHIND)]]
+        lines += [f"| {name}, {runs[0]['cells']:,} cells | " + " | ".join(heads) + " |"]
+        lines += ["| --- |" + " ---: |" * len(heads)]
+        for row in runs[0]["rows"]:
+            found = [run["rows"][row] for run in runs]
+            cells = []
+            for score in SHOWN:
+                values = [r[score] for r in found]
+                digits = 3 if np.mean(values) > 1 else 4
+                spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.{digits}f}{spread}")
+                if score in BEHIND:
+                    cells.append(" ".join(f"{r['sigmas'][score]:.1f}" for r in found))
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        seconds = ", ".join(str(run["cpu_seconds"]) for run in runs)
+        weights = "; ".join(" + ".join(f"{run['blend'].get(of, 0):.2f} {of}" for of in ("pca", "nmf")) for run in runs)
+        lines += ["", f"CPU seconds of training: {seconds}. In the blend: {weights}.", ""]
+        lines += [
+            f"{of}: {[run['rows']['default'][of] for run in runs]}" for of in ("deciles", "giants", "real giants")
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["page"]:
+        print("\n".join(page(json.loads(Path(file).read_text())) for file in sys.argv[2:]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="h5ad files with raw counts")
     parser.add_argument("--genes", type=int, default=1000)
