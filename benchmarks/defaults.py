@@ -60,6 +60,8 @@ SHOWN = ("deviance", "log1p MSE", "RMSE", "CRPS", "log score", "energy", "correl
 BEHIND = ("deviance", "CRPS")
 """Scores whose ``sigmas`` a page shows."""
 
+TAILS = ("deciles", "giants", "real giants")
+
 DRAWS = 10
 SIZES = np.linspace(-5, 7, 49)
 """Logarithms of the sizes that a peer chooses from, for each gene."""
