@@ -263,6 +263,9 @@ def test_training_decides_and_a_run_can_go_without(counts, tmp_path):
     model = distdiff.train(counts, out=tmp_path / "run", **QUICK)
     info = model.info["blend"]
     assert info["cells"] > 0
+    assert info["weight"] == pytest.approx(info["pca"] + info["nmf"])
+    told = (tmp_path / "run" / "card" / "card.md").read_text()
+    assert ("Imputation by one call is, in logarithms, " in told) == (info["weight"] > 0)
     assert (model.blend is None) == (info["weight"] == 0)
     model = distdiff.train(counts, out=tmp_path / "run", blend=False, **QUICK)  # nothing is left to train
     assert model.blend is None

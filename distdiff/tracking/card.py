@@ -69,6 +69,12 @@ def _limits(spec: Mapping[str, Any]) -> list[str]:
             f"98 % of the training cells had {depth['q01']:,.0f} to {depth['q99']:,.0f} molecules (median "
             f"{depth['q50']:,.0f}); results for deeper or shallower cells are extrapolated."
         )
+    if (blend := info.get("blend", {})).get("weight") and "nmf" in blend:
+        out.append(
+            f"Imputation by one call is, in logarithms, {1 - blend['weight']:.0%} the network, {blend['pca']:.0%} a "
+            f"PCA regression and {blend['nmf']:.0%} a Poisson NMF, as validation cells decided. Walks, guidance, cells "
+            "with a label and other tasks are the network alone."
+        )
     for name, values in spec["labels"].items():
         out.append(f"Label {name} has {len(values)} values; imputation uses it only with use_labels.")
     if nats := info.get("nats"):
