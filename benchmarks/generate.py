@@ -1,11 +1,13 @@
 """Generated cells before and after: depth drawn, levels dense near 0, rare labels met more often.
 
     python benchmarks/generate.py --data FILE.h5ad --label cell_type --out benchmarks/results/generate_NAME.json
+    python benchmarks/generate.py --data FILE.h5ad --walks after --seeds 3 --out ...
 
 Models of one network and one budget. ``before``: cells in the proportions of the data, cosine levels in training and in
 the walk, the depth that the walk gives. ``after``: the defaults. Steps in between have rows of their own. All are
 scored as ``distdiff evaluate --task generate`` does, guidance by what it does to the mean depth, and imputation by
-Poisson deviance (half of the entries of test cells hidden), which must not suffer. Writes JSON.
+Poisson deviance (half of the entries of test cells hidden), which must not suffer. A seed is another split, training
+and draw. Writes JSON.
 """
 
 from __future__ import annotations
@@ -45,41 +47,35 @@ WALKS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS: dict[str, dict[str, str]] = {"before": BEFORE, "after": {}}
 
 
-def trained(store: Path, label: str, folder: Path, cells: int, changes: dict[str, str]) -> Model:
+def trained(store: Path, label: str, folder: Path, cells: int, seed: int, changes: dict[str, str]) -> Model:
     """The model in ``folder``; trained there unless it is there."""
     if not (folder / "model" / "model.json").exists():
         given = {
             "data.store": str(store), "data.labels": f"[{label}]", "train.out": str(folder), "train.cells": str(cells),
             "train.eval_cells": str(cells // 10), "train.patience": "100", "evaluate.enabled": "false",
-            "tracking.enabled": "false", **changes,
+            "tracking.enabled": "false", "train.seed": str(seed), **changes,
         }  # fmt: skip
         experiment.train(config.load("default", [f"{key}={value}" for key, value in given.items()]))
     return Model.load(folder / "model")
 
 
 def summary(
-    model: Model, store: CountStore, label: str, cells: int, options: dict[str, Any], seeds: int
+    model: Model, store: CountStore, label: str, cells: int, options: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    """Scores by label of every contestant, and the mean depth of all generated cells; means over seeds."""
-    found = [
-        evaluate_generated(model, store, label=label, cells=cells, seed=seed, progress=False, scvi=False, **options)
-        for seed in range(seeds)
-    ]
-    first = found[0]
+    """Scores by label of every contestant, and the mean depth of all generated cells."""
+    found = evaluate_generated(model, store, label=label, cells=cells, seed=seed, progress=False, scvi=False, **options)
     rows = {
-        name: {
-            value: {m: round(float(np.mean([f.rows[name][value][m] for f in found])), 4) for m in scores}
-            for value, scores in scored.items()
-        }
-        for name, scored in first.rows.items()
+        name: {value: {m: round(score, 4) for m, score in scores.items()} for value, scores in scored.items()}
+        for name, scored in found.rows.items()
     }
-    learned = [v for v in first.values if first.training[v] >= FEW and first.held_out[v]]
+    learned = [v for v in found.values if found.training[v] >= FEW and found.held_out[v]]
     ours, real = rows[OURS], rows[REAL]
     return {
+        "labels_of_15": len(learned),
         "short_of_90_percent": [v for v in learned if ours[v]["recognised"] < 0.9 * real[v]["recognised"]],
         "worst_sd_of_depth": max((abs(ours[v]["depth_sd"] - 1), v) for v in learned),
-        "molecules": round(float(np.mean([np.asarray(f.generated.X.sum(1)).mean() for f in found])), 1),
-        "training_cells": first.training, "held_out_cells": first.held_out, "rows": rows,
+        "molecules": round(float(np.asarray(found.generated.X.sum(1)).mean()), 1),
+        "training_cells": found.training, "held_out_cells": found.held_out, "rows": rows,
     }  # fmt: skip
 
 
@@ -93,6 +89,34 @@ def imputation(model: Model, store: CountStore) -> dict[str, float]:
     return {name: round(v, 5) for name, v in deviances(rows, store, cells, hidden).items()}
 
 
+def run(given: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
+    """All walks of one seed."""
+    address = given.data
+    if given.data.suffix == ".h5ad":
+        address = folder / f"atlas{seed}.zarr"
+        if not address.exists():
+            shard([given.data], address, genes=given.genes, labels=(given.label,), split=(0.8, 0.05, 0.15), seed=seed,
+                  workers=0, progress=False)  # fmt: skip
+    store = CountStore.open(address)
+    wanted = {WALKS[walk][0] for walk in given.walks}
+    models = {
+        name: trained(address, given.label, folder / f"{name}{seed}", given.train_cells, seed, changes)
+        for name, changes in MODELS.items()
+        if name in wanted
+    }
+    walks = {}
+    for name in given.walks:
+        which, options = WALKS[name]
+        walks[name] = found = summary(models[which], store, given.label, given.cells, options, seed)
+        scores = " ".join(f"{k} {v:.3f}" for k, v in found["rows"][OURS][""].items())
+        short = f"{len(found['short_of_90_percent'])} of {found['labels_of_15']} labels short"
+        print(f"seed {seed}, {name}: {found['molecules']} molecules; {scores}; {short}", flush=True)
+    return {
+        "seed": seed, "walks": walks,
+        "imputation": {name: imputation(model, store) for name, model in models.items()},
+    }  # fmt: skip
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--data", type=Path, required=True, help="raw counts, h5ad, or a store")
@@ -100,37 +124,17 @@ def main() -> None:
     words.add_argument("--genes", default="seurat_v3:1000")
     words.add_argument("--train-cells", type=int, default=150_000, help="cells of a training")
     words.add_argument("--cells", type=int, default=200, help="cells to generate of a label value")
+    words.add_argument("--walks", nargs="*", default=list(WALKS), choices=list(WALKS))
     words.add_argument("--seeds", type=int, default=1)
     words.add_argument("--models", type=Path, help="folder in which trained models stay")
     words.add_argument("--out", type=Path, required=True)
     given = words.parse_args()
-    began = time.perf_counter()
+    began, runs = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.models or Path(temporary)
-        address = given.data
-        if given.data.suffix == ".h5ad":
-            address = folder / "atlas.zarr"
-            if not address.exists():
-                shard([given.data], address, genes=given.genes, labels=(given.label,), split=(0.8, 0.05, 0.15),
-                      workers=0, progress=False)  # fmt: skip
-        store = CountStore.open(address)
-        models = {
-            name: trained(address, given.label, folder / name, given.train_cells, changes)
-            for name, changes in MODELS.items()
-        }
-        walks = {
-            name: summary(models[which], store, given.label, given.cells, options, given.seeds)
-            for name, (which, options) in WALKS.items()
-        }
-        content = {
-            "genes": given.genes, "train_cells": given.train_cells, "walks": walks,
-            "imputation": {name: imputation(model, store) for name, model in models.items()},
-        }  # fmt: skip
-    _record.write(given.out, began, content)
-    for name, found in walks.items():
-        scores = " ".join(f"{k} {v:.3f}" for k, v in found["rows"][OURS][""].items())
-        print(f"{name}: {found['molecules']} molecules; {scores}; short: {found['short_of_90_percent']}")
-    print(content["imputation"])
+        for seed in range(given.seeds):
+            runs.append(run(given, given.models or Path(temporary), seed))
+            content = {"genes": given.genes, "train_cells": given.train_cells, "runs": runs}
+            _record.write(given.out, began, content)
 
 
 if __name__ == "__main__":
