@@ -218,7 +218,12 @@ def table(
             mean = test.mean(peer)
             laws[f"{label} + NB"] = mean, np.broadcast_to(sizes(held_out.mean(peer), held_out), mean.shape).copy()
         scored = {row: score(law, test, store, seed) for row, law in laws.items()}
-        about = {"cells": store.n_cells, "genes": len(store.genes), "cpu_seconds": round(seconds), "cells_seen": seen}
+        about: dict[str, Any] = {
+            "cells": store.n_cells,
+            "genes": len(store.genes),
+            "cpu_seconds": round(seconds),
+            "cells_seen": seen,
+        }
         about |= {"blend": model.info.get("blend", {}), "shares": shares(model, store, seed)}
     sigmas = behind({row: parts for row, (_, parts) in scored.items()}, int(test.hidden.sum()))
     return {**about, "rows": {row: {**found, "sigmas": sigmas[row]} for row, (found, _) in scored.items()}}
