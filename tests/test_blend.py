@@ -297,7 +297,7 @@ def test_loadings_are_those_of_the_baseline(linear):
     nmf.fit(linear, linear.rows("train"))
     cells, observed = hidden(linear)
     observed[0], observed[1] = False, True
-    parts = {"mean": nmf.gene_mean, "programmes": nmf.programmes.T, "average": nmf.average}
+    parts = {"mean": nmf.gene_mean, "programmes": nmf.programmes.T, "average": nmf.average, "shape": nmf.shape}
     numbers = {"weight": 1.0, "floor": 0.02, "steps": nmf.steps}
     found = Factorisation(numbers, {name: torch.tensor(part) for name, part in parts.items()})
     counts = torch.where(observed, cells.counts, 0.0).numpy()

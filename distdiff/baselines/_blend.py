@@ -137,7 +137,7 @@ def _fitted(store: CountStore, rows: np.ndarray, seed: int) -> tuple[Regression,
         of.fit(store, rows)
     regression = {"mean": pca.gene_mean, "centre": pca.centre, "cap": pca.cap, "smear": pca.smear}
     regression |= {"loadings": pca.loadings, "precision": pca.precision}
-    programmes = {"mean": nmf.gene_mean, "programmes": nmf.programmes.T, "average": nmf.average}
+    programmes = {"mean": nmf.gene_mean, "programmes": nmf.programmes.T, "average": nmf.average, "shape": nmf.shape}
     numbers = {"weight": 1.0, "scale": pca.chosen["scale"], "floor": pca.chosen["floor"]}
     return (
         Regression(numbers, _tensors(regression)),

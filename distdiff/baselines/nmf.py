@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TINY = np.float32(1e-12)
 """Smallest number in a denominator."""
 
+SHAPES = (1e-3, 1e3)
+"""Limits of the shape of loadings."""
+
 EVERY = 10
 """Updates between two looks at the loss."""
 
@@ -32,10 +35,11 @@ class Nmf(Baseline):
     singular vectors (Boutsidis & Gallopoulos 2008, zeros at a hundredth of the mean) and stops early when ten steps
     win less than ``tol`` of the likelihood gained since the first ten.
 
-    A cell's loadings ``w`` (``[d]``) start at ``s`` times those of the average training cell and climb the Poisson
-    likelihood of its observed genes alone, ``w_k <- w_k sum_obs(H_kg x_g / (w H)_g) / sum_obs H_kg``, a fixed number of
-    steps: no result depends on the other cells of the batch, and loadings of few molecules stay near where they
-    started, which is better than the most likely ones. A cell without evidence keeps its start values.
+    A cell's loadings ``w`` (``[d]``) start at ``w0``, ``s`` times those of the average training cell, and climb the
+    Poisson likelihood of its observed genes times a Gamma prior with its mode at ``w0``: ``w_k <- (w_k sum_obs(H_kg x_g
+    / (w H)_g) + a_k) / (sum_obs H_kg + a_k / w0_k)``, a fixed number of steps, so that no result depends on the other
+    cells of the batch. ``a_k`` is the shape of the training cells' loadings, their squared mean over their variance at
+    equal depth. So loadings of few molecules stay near those of the average cell; a cell without evidence has these.
     ``components`` and ``floor`` are those of least Poisson deviance on a held-out fifth of the training cells with
     entries hidden at ``hide``; sizes are tried as they are given, and the first that is worse than the one before ends
     the search.
@@ -53,6 +57,8 @@ class Nmf(Baseline):
         Most updates of the factorisation.
     tol
         Share of the likelihood gained below which the updates stop.
+    prior
+        Factor of the shapes ``a_k``; 0: the most likely loadings.
     hide
         Share of entries hidden while choosing.
     max_cells
@@ -86,6 +92,7 @@ class Nmf(Baseline):
         steps: int = 20,
         iterations: int = 200,
         tol: float = 1e-2,
+        prior: float = 1.0,
         hide: float = 0.5,
         max_cells: int = 10_000,
         seed: int = 0,
@@ -98,9 +105,11 @@ class Nmf(Baseline):
             raise ValueError(f"nmf: steps={steps}, iterations={iterations} and max_cells={max_cells} must be 1 or more")
         if not 0 <= tol < 1:
             raise ValueError(f"nmf: tol={tol} must be 0 or more and below 1")
+        if not 0 <= prior < np.inf:
+            raise ValueError(f"nmf: prior={prior} must be 0 or more and finite")
         if not 0 < hide < 1:
             raise ValueError(f"nmf: hide={hide} must lie strictly between 0 and 1")
-        self.steps, self.iterations, self.tol = steps, iterations, tol
+        self.steps, self.iterations, self.tol, self.prior = steps, iterations, tol, prior
         self.hide, self.max_cells, self.seed = hide, max_cells, seed
         self.chosen: dict[str, float] = {}
 
@@ -137,6 +146,7 @@ class Nmf(Baseline):
         d = max(1, min(components, *counts.shape))
         if not counts.any():
             self.programmes, self.average = np.zeros((d, counts.shape[1]), np.float32), np.ones(d, np.float32)
+            self.shape = np.ones(d, np.float32)
             return
         x = csr_array(counts)
         w, h = self._start(x, d)
@@ -152,6 +162,9 @@ class Nmf(Baseline):
                     break
         self.programmes = np.ascontiguousarray(h.T)
         self.average = w.mean(axis=0, dtype=np.float64).astype(np.float32)
+        at_depth = w / depth(counts, np.ones(counts.shape, bool), self.gene_mean)
+        shape = at_depth.mean(0) ** 2 / np.maximum(at_depth.var(0), TINY)
+        self.shape = (self.prior * np.clip(shape, *SHAPES)).astype(np.float32)
 
     def _start(self, x: csr_array, d: int) -> tuple[FloatArray, FloatArray]:
         """Loadings ``[n d]`` and programmes ``[g d]`` with columns that sum to 1, from singular vectors."""
@@ -171,11 +184,12 @@ class Nmf(Baseline):
     def loadings(self, counts: FloatArray, observed: BoolArray) -> FloatArray:
         """Loadings of masked cells, ``float32 [b d]``; ``counts`` are 0 where hidden."""
         h = np.ascontiguousarray(self.programmes.T)
-        share = observed.astype(np.float32) @ h
+        seen = observed.astype(np.float32) @ h
         start = (depth(counts, observed, self.gene_mean) * self.average).astype(np.float32)
+        share = np.maximum(seen + self.shape / np.maximum(start, TINY), TINY)
         x, w = csr_array(counts), start.copy()
-        _climb(x.indptr, x.indices, x.data, w, h, np.maximum(share, TINY), self.steps)
-        return np.where(share > 0, w, start)
+        _climb(x.indptr, x.indices, x.data, w, h, share, self.shape, self.steps)
+        return np.where(seen > 0, w, start)
 
     def _floored(self, rate: FloatArray, counts: FloatArray, observed: BoolArray, floor: float) -> FloatArray:
         return np.maximum(rate, floor * depth(counts, observed, self.gene_mean) * self.gene_mean)
@@ -208,7 +222,7 @@ def _step(indptr: Any, indices: Any, data: Any, w: Any, h: Any, up: Any, look: b
     return loss
 
 
-def _climb(indptr: Any, indices: Any, data: Any, w: Any, h: Any, share: Any, steps: int) -> None:
+def _climb(indptr: Any, indices: Any, data: Any, w: Any, h: Any, share: Any, shape: Any, steps: int) -> None:
     """Update loadings ``w [b d]`` in place, ``steps`` times, with the programmes ``h [g d]`` as they are."""
     d = w.shape[1]
     tiny, more = np.float32(1e-12), np.empty(w.shape[1], np.float32)
@@ -223,7 +237,7 @@ def _climb(indptr: Any, indices: Any, data: Any, w: Any, h: Any, share: Any, ste
                 for k in range(d):
                     more[k] += ratio * h[j, k]
             for k in range(d):
-                w[i, k] = max(w[i, k] * more[k] / share[i, k], tiny)
+                w[i, k] = max((w[i, k] * more[k] + shape[k]) / share[i, k], tiny)
 
 
 _step, _climb = (njit(f, fastmath=set(REORDERED)) for f in (_step, _climb))

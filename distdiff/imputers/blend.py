@@ -95,33 +95,34 @@ def right_on_average(log_rate: Tensor, knots: Float[Tensor, "2 k"]) -> Tensor:
 
 
 def programme_rates(
-    counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"], start: Tensor, programmes: Tensor, steps: int
-) -> Tensor:
+    counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"], start: Tensor, shape: Tensor, programmes: Tensor,
+    steps: int,
+) -> Tensor:  # fmt: skip
     """``w H`` (``[b g]``), the loadings ``w`` a few steps of expectation-maximisation away from ``start``.
 
-    Each step makes the observed counts likelier under Poisson rates (docs/MATHS.md 5.10); few steps keep a cell near
-    where it started, and one without evidence stays there.
+    Each step makes the observed counts likelier under Poisson rates and a Gamma prior with its mode at ``start``
+    (docs/MATHS.md 5.10); a cell without evidence stays there.
 
     Parameters
     ----------
-    start, programmes
-        Loadings ``[b d]`` and ``H'``, ``[g d]``.
+    start, shape, programmes
+        Loadings ``[b d]``, shapes of the prior ``[d]`` (0: none) and ``H'``, ``[g d]``.
 
     Examples
     --------
     >>> import torch
     >>> from distdiff.imputers.blend import programme_rates
-    >>> counts, observed = torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]])
-    >>> programme_rates(counts, observed, torch.ones(1, 1), torch.tensor([[1.0], [0.5]]), steps=1)
+    >>> counts, observed, one = torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]]), torch.ones(1, 1)
+    >>> programme_rates(counts, observed, one, torch.zeros(1), torch.tensor([[1.0], [0.5]]), steps=1)
     tensor([[6., 3.]])
     """
     seen = observed.to(start.dtype) @ programmes
     evidence, w = torch.where(observed, counts, 0.0).to(start.dtype), start
-    share, rate = seen.clamp_min(TINY), torch.empty_like(evidence)
+    share, rate = (seen + shape / start.clamp_min(TINY)).clamp_min(TINY), torch.empty_like(evidence)
     for _ in range(steps):  # in place: the memory of new tensors takes longer than the products
         torch.mm(w, programmes.T, out=rate)
         torch.div(evidence, rate.clamp_min_(TINY), out=rate)
-        w = w * (rate @ programmes) / share
+        w = (w * (rate @ programmes) + shape) / share
     return torch.mm(torch.where(seen > 0, w, start), programmes.T, out=rate)
 
 
@@ -254,6 +255,7 @@ class Factorisation(Estimator):
     >>> import torch
     >>> from distdiff.imputers.blend import Factorisation
     >>> parts = {"mean": torch.ones(2), "programmes": torch.tensor([[0.6], [0.4]]), "average": torch.tensor([2.0])}
+    >>> parts["shape"] = torch.zeros(1)
     >>> found = Factorisation({"weight": 0.5, "floor": 0.01, "steps": 20}, parts)
     >>> found.rate(torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]]))
     tensor([[6., 4.]])
@@ -262,7 +264,7 @@ class Factorisation(Estimator):
     NAME = "Poisson NMF"
     FOLDER = "nmf."
     NUMBERS = ("weight", "floor", "steps")
-    SHAPES: ClassVar = {"mean": "g", "programmes": "gd", "average": "d"}
+    SHAPES: ClassVar = {"mean": "g", "programmes": "gd", "average": "d", "shape": "d"}
 
     @classmethod
     def sound(cls, numbers: Mapping[str, float], parts: Mapping[str, Tensor]) -> bool:
@@ -271,7 +273,7 @@ class Factorisation(Estimator):
     def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
         g, steps = self.parts, int(self.numbers["steps"])
         s = depth(counts, observed, g["mean"]).float()
-        found = programme_rates(counts, observed, s * g["average"], g["programmes"], steps)
+        found = programme_rates(counts, observed, s * g["average"], g["shape"], g["programmes"], steps)
         return torch.maximum(found, self.numbers["floor"] * s * g["mean"])
 
 
@@ -294,6 +296,7 @@ class Blend:
     >>> from distdiff.imputers.blend import Blend, Factorisation
     >>> from distdiff.types import Condition
     >>> parts = {"mean": torch.ones(2), "programmes": torch.tensor([[0.6], [0.4]]), "average": torch.tensor([2.0])}
+    >>> parts["shape"] = torch.zeros(1)
     >>> blend = Blend((Factorisation({"weight": 0.5, "floor": 0.01, "steps": 20}, parts),))
     >>> counts, observed = torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]])
     >>> blend.into(torch.zeros(1, 2, 1), counts, observed, Condition())[0, 1].exp()  # half way from 1 to 4

@@ -269,21 +269,23 @@ def test_magic_smear_keeps_the_molecules_of_a_gene(store):
     assert told == pytest.approx(true, rel=0.02, abs=2)
 
 
-def test_nmf_loadings_climb_the_likelihood_of_observed_genes(store, batch):
+@pytest.mark.parametrize("prior", [0.0, 1.0, 20.0])
+def test_nmf_loadings_climb_the_likelihood_of_observed_genes(store, batch, prior):
     from scipy.optimize import minimize
 
     cells, observed = batch
-    imputer = Nmf(components=3, floor=0.0, steps=2000)
+    imputer = Nmf(components=3, floor=0.0, steps=2000, prior=prior)
     imputer.fit(store, TRAIN)
     x, seen = np.where(observed, cells.counts, 0).astype(np.float32), observed.numpy()
     w = imputer.loadings(x, seen)
-    h = imputer.programmes.astype(float)
+    h, mode = imputer.programmes.astype(float), depth(x, seen, imputer.gene_mean) * imputer.average
     for cell in (0, 7):
         m = seen[cell]
 
         def loss(v, cell=cell, m=m):
             rate = v @ h[:, m] + 1e-12
-            return (rate - x[cell, m] * np.log(rate)).sum()
+            gamma = imputer.shape * (v / mode[cell] - np.log(v))  # its negative logarithm, with the mode at ``mode``
+            return (rate - x[cell, m] * np.log(rate)).sum() + gamma.sum()
 
         best = minimize(loss, np.ones(3), bounds=[(1e-9, None)] * 3)
         assert loss(w[cell].astype(float)) == pytest.approx(best.fun, abs=1e-2)
@@ -300,7 +302,7 @@ def test_nmf_is_as_likely_as_scikit_learns(store):
     x = store.counts[TRAIN].toarray().astype(np.float32)
     fit = NMF(3, init="nndsvda", solver="mu", beta_loss="kullback-leibler", max_iter=500, tol=1e-6)
     peer = divergence(x, fit.fit_transform(x) @ fit.components_)
-    ours = Nmf(3, 0.0, iterations=500, tol=0.0, steps=500)
+    ours = Nmf(3, 0.0, iterations=500, tol=0.0, steps=500, prior=0.0)
     ours.fit(store, TRAIN)
     found = divergence(x, ours.loadings(x, np.ones(x.shape, bool)) @ ours.programmes)
     alone = divergence(x, x.sum(1, keepdims=True) * x.sum(0) / x.sum())
