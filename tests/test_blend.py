@@ -329,3 +329,29 @@ def test_a_blend_of_a_model_made_before_programmes_is_read(fitted, linear, tmp_p
     eta = torch.zeros(*cells.counts.shape, 2)
     both = (blend.into(eta, cells.counts, observed, Condition()) for blend in (regression, loaded))
     assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.5])
+def test_little_evidence_does_not_let_loadings_run_off(fitted, linear, share):
+    """Without the prior, a molecule or two decided the loadings: worse than no structure at all."""
+    cells = linear.cells(linear.rows("test"))
+    observed = torch.from_numpy(np.random.default_rng(3).random(cells.counts.shape) < share)
+    counts = torch.where(observed, cells.counts, 0.0)
+
+    def lost(mean):
+        return metrics.poisson_deviance(cells.counts.numpy(), ~observed.numpy(), mean).sum()
+
+    with_prior, without = Nmf(8, floor=0.001), Nmf(8, floor=0.001, prior=0.0)
+    for nmf in (with_prior, without):
+        nmf.fit(linear, linear.rows("train"))
+    mean = linear.counts[:600].mean(0).A1
+    of_mean = lost(depth(counts.numpy(), observed.numpy(), mean) * mean)
+    of_prior, of_none = (lost(nmf.rate(counts.numpy(), observed.numpy(), None)) for nmf in (with_prior, without))
+    assert of_prior < of_mean
+    if share < 0.2:
+        assert of_prior < of_none
+    if share > 0.05:  # of four genes seen and more
+        both, alone = (
+            model.imputer().impute(cells, observed).mean.numpy() for model in (fitted, replace(fitted, blend=None))
+        )
+        assert lost(both) < lost(alone)
