@@ -61,6 +61,7 @@ BEHIND = ("deviance", "CRPS")
 """Scores whose ``sigmas`` a page shows."""
 
 TAILS = ("deciles", "giants", "real giants")
+"""What a page tells of the default alone."""
 
 DRAWS = 10
 SIZES = np.linspace(-5, 7, 49)
@@ -250,10 +251,7 @@ def page(results: dict[str, Any]) -> str:
         seconds = ", ".join(str(run["cpu_seconds"]) for run in runs)
         weights = "; ".join(" + ".join(f"{run['blend'].get(of, 0):.2f} {of}" for of in ("pca", "nmf")) for run in runs)
         lines += ["", f"CPU seconds of training: {seconds}. In the blend: {weights}.", ""]
-        lines += [
-            f"{of}: {[run['rows']['default'][of] for run in runs]}" for of in ("deciles", "giants", "real giants")
-        ]
-        lines.append("")
+        lines += [*(f"{of}: {[run['rows']['default'][of] for run in runs]}" for of in TAILS), ""]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -132,7 +133,7 @@ def beside(rate: Float[Tensor, "b g"], log_rate: Float[Tensor, "b g"]) -> Float[
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(ABC):
     """What a blend takes from one cheap estimator: numbers, and tensors ``float32 [g]``, ``[d]`` and ``[g d]``.
 
     Parameters
@@ -206,9 +207,9 @@ class Estimator:
         """A copy on another device."""
         return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
 
+    @abstractmethod
     def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
         """Molecules expected of every gene, from the observed entries alone (docs/MATHS.md 5.10)."""
-        raise NotImplementedError
 
 
 class Regression(Estimator):
