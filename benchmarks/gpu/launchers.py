@@ -88,7 +88,7 @@ def main() -> None:
         "one process",
         {"s": round(time.monotonic() - began, 1), "first and last loss": [want[0]["loss"], want[-1]["loss"]]},
     )
-    at_once = 1 if part.dry else 4
+    at_once = 1 if part.dry else 8
     port = 29_600
 
     def all_of(jobs: list[tuple[str, str, Path]]) -> None:

@@ -157,6 +157,8 @@ def made(results: Found) -> str:
         )
         of = parts[name].get("commit", results["commit"])
         lines += [f"## {title}{how}{'' if of == results['commit'] else f', commit {of[:12]}'}", "", *page(parts[name])]
+        before = {case: f["commit"] for case, f in parts[name].items() if isinstance(f, dict) and "commit" in f}
+        lines += [f"- {case}: of an earlier run, commit {of[:12]}" for case, of in before.items()] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
 

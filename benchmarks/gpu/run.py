@@ -1,7 +1,7 @@
 """Run the parts one after the other, each in a process of its own with its own time limit; see run.sh.
 
-``results.json`` and ``RESULTS.md`` are written after each part, so a run that is cut keeps what it had; of a part that
-was not run, what an earlier run of the repository found stays, with its commit.
+``results.json`` and ``RESULTS.md`` are written after each part, so a run that is cut keeps what it had; what an
+earlier run of the repository found, and this one did not reach, stays, with its commit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import page
 
 HERE = Path(__file__).parent
-PARTS = {"correct": 120, "million": 140, "launchers": 100, "denoisers": 60, "train": 100, "attention": 20}
-"""In order of what is least known, and the seconds that each may take: 540 in all, and 25 for installing."""
+PARTS = {"correct": 100, "million": 140, "launchers": 110, "denoisers": 60, "train": 130, "attention": 20}
+"""In order of what is least known, and the seconds that each may take: 560 in all, and 25 for installing."""
 DRY = dict.fromkeys(PARTS, 150)
 """A rehearsal ends by itself, all parts in under three minutes; a busy machine may take longer."""
 
@@ -93,6 +93,16 @@ def with_children(leader: int) -> None:
             continue
 
 
+def with_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Findings of a part, and those of an earlier run of it that this one did not reach."""
+    kept = {
+        name: {"commit": earlier.get("commit")} | case for name, case in earlier.items()
+        if name != "ended" and isinstance(case, dict) and not {"error", "skipped"} & case.keys()
+        and (name not in found or "skipped" in found[name])
+    }  # fmt: skip
+    return found | kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="every part small, on a CPU")
@@ -114,7 +124,8 @@ def main() -> None:
         for name in (part for part in PARTS if part in a.only):
             print(f"{time.monotonic() - began:4.0f} s  {name} ...", flush=True)
             found = run_part(name, (DRY if a.dry else PARTS)[name], work, log, dry=a.dry)
-            results["parts"][name] = {"commit": results["commit"]} | found
+            of_before = results["parts"].get(name, {})
+            results["parts"][name] = {"commit": results["commit"]} | with_earlier(found, of_before)
             (a.out / "results.json").write_text(json.dumps(results, indent=1))
             (a.out / "RESULTS.md").write_text(page.made(results))
             for trace in work.glob("trace*.json.gz"):
