@@ -6,7 +6,9 @@ Changes that are no option of the package are made here, by replacing one method
 place of a file is a simulated set: 1,600 cells x 1,000 genes, 12 molecules an entry, rates linear in 12 programmes.
 Scores are those of benchmarks/defaults.py, with and without the blend (docs/MATHS.md 5.10). ``sigmas``: standard errors
 of the paired difference over cells by which a change is worse than the default (negative: better). ``another seed`` is
-the default again, its weights and batches drawn anew: the noise that a change has to be larger than.
+the default again, its weights and batches drawn anew: the noise that a change has to be larger than. ``snapshots`` and
+``two networks`` train nothing: means of the answers of the default's averaged weights at four checks of the second half
+of its training, and of the default and the other seed.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from scipy import sparse
 from torch import nn
 
 from distdiff.denoise import mlp
+from distdiff.model import Model
+from distdiff.training import loop
 from distdiff.training.noise import Noise
 from distdiff.training.optim import Optim
 
@@ -105,29 +109,73 @@ def dense(path: Path, cells: int = 1600, genes: int = 1000, programmes: int = 12
     counts.write_h5ad(path)
 
 
-def laws(store: Any, test: Hidden, seed: int, words: list[str], folder: Path) -> tuple[dict[str, Law], dict[str, Any]]:
-    """Of a model trained with these words: its law with the blend and without, and what it cost."""
-    model, seconds, seen = trained(store, folder, words, seed)
-    about = {"cpu_seconds": round(seconds), "cells_seen": seen, "blend": model.info.get("blend", {}).get("weight")}
-    return {"": test.law(model), ", network alone": test.law(model, blend=False)}, about
+@contextlib.contextmanager
+def remembered(kept: list[dict[str, torch.Tensor]]) -> Iterator[None]:
+    """While it lasts, the averaged weights of every check of a training are added to ``kept``, up to the best ones."""
+    check, best = loop.validate, 0
+
+    def checked(run: loop.Run) -> None:
+        nonlocal best
+        check(run)
+        kept.append({name: weight.detach().clone() for name, weight in run.ema.model.state_dict().items()})
+        best = len(kept) if run.progress.improved else best
+
+    with mock.patch.object(loop, "validate", checked):
+        yield
+    del kept[best:]
+
+
+Laws = dict[str, Law]
+"""The answer with the blend (the name is empty) and the network's alone."""
+
+
+def laws(model: Model, test: Hidden) -> Laws:
+    return {"": test.law(model), ", network alone": test.law(model, blend=False)}
+
+
+def mean_of(several: list[Laws]) -> Laws:
+    """Means of means, and geometric means of sizes."""
+    return {
+        answer: tuple(np.mean([of[answer][part] for of in several], 0) for part in range(2)) for answer in several[0]
+    }
+
+
+def of_snapshots(model: Model, kept: list[dict[str, torch.Tensor]], test: Hidden, number: int = 4) -> Laws:
+    """Of a model whose weights are those of several checks of the second half, in turn."""
+    found = []
+    for i in np.unique(np.linspace(len(kept) // 2, len(kept) - 1, number).round().astype(int)):
+        model.denoiser.load_state_dict(kept[i])
+        found.append(laws(model, test))
+    return mean_of(found)
 
 
 def compared(data: Path, seed: int, only: list[str], genes: int, n_cells: int) -> Iterator[dict[str, Any]]:
     """A record for each change and answer, the default first."""
     with tempfile.TemporaryDirectory() as folder:
         store = store_of(data, genes, n_cells, seed, Path(folder))
-        test, parts = Hidden(store, "test", seed), {}
+        test, base, kept = Hidden(store, "test", seed), {}, []
+
+        def rows(label: str, found: Laws, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            for answer, law in found.items():
+                scores, cells = score(law, test, store, seed)
+                first = base.setdefault(answer, cells)
+                sigmas = {name: in_errors(cells[name] - first[name]) for name in SCORES}
+                yield {"set": data.stem, "seed": seed, "row": label + answer, **about, **scores, "sigmas": sigmas}
+
+        networks = {}
         for label in ("default", *only, "another seed"):
             change, words = VARIANTS.get(label, (contextlib.nullcontext, []))
             if label == "another seed":
                 words = [f"train.seed={seed + 100}"]
-            with change():
-                found, about = laws(store, test, seed, words, Path(folder) / label)
-            for answer, law in found.items():
-                scores, cells = score(law, test, store, seed)
-                base = parts.setdefault(answer, cells)
-                sigmas = {name: in_errors(cells[name] - base[name]) for name in SCORES}
-                yield {"set": data.stem, "seed": seed, "row": label + answer, **about, **scores, "sigmas": sigmas}
+            with remembered(kept) if label == "default" else contextlib.nullcontext(), change():
+                model, seconds, seen = trained(store, Path(folder) / label, words, seed)
+            networks[label] = laws(model, test)
+            about = {"cpu_seconds": round(seconds), "cells_seen": seen, "blend": model.info["blend"]["weight"]}
+            yield from rows(label, networks[label], about)
+            if label == "default":
+                yield from rows("snapshots", of_snapshots(model, kept, test), about | {"checks": len(kept)})
+        both = [networks["default"], networks["another seed"]]
+        yield from rows("two networks", mean_of(both), {"cpu_seconds": 2 * round(seconds)})
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:

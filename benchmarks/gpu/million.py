@@ -19,7 +19,7 @@ from distdiff.batch import local
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
-ORDER = ("mean", "1 draw", "5 draws")
+ORDER = ("1 draw", "mean", "5 draws")
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ class Training:
         ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses; ``tf32`` is
         float32 whose matrix products a GPU may round to 10 bits.
     compile
-        ``torch.compile`` the network and the loss, where it can be (see :mod:`~distdiff.training.compiled`).
+        ``torch.compile`` the network and the loss, where it can be (see :mod:`~distdiff.training.compiled`). Takes half
+        a minute; then a transformer of width 512 (2,000 genes) trained 1.5 times faster so on an H100.
     graph
         Replay the step as one CUDA graph (see :mod:`~distdiff.training.graphed`): one GPU, networks of one shape.
         ``auto``: for ``mlp`` alone, which trained 2.9 times faster so on an H100; attention keeps a GPU busy anyway.
