@@ -156,7 +156,8 @@ def made(results: Found) -> str:
             else f" (exit status {ended['rc']})"
         )
         of = parts[name].get("commit", results["commit"])
-        lines += [f"## {title}{how}{'' if of == results['commit'] else f', commit {of[:12]}'}", "", *page(parts[name])[:-1]]
+        age = "" if of == results["commit"] else f", commit {of[:12]}"
+        lines += [f"## {title}{how}{age}", "", *page(parts[name])[:-1]]
         before = {case: f["commit"] for case, f in parts[name].items() if isinstance(f, dict) and "commit" in f}
         lines += [f"- {case}: of an earlier run, commit {of[:12]}" for case, of in before.items()] + [""]
     return "\n".join(lines).rstrip() + "\n"
