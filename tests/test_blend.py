@@ -291,8 +291,8 @@ def test_an_evaluation_with_cell_types_scores_the_blend_of_a_model_without_label
     assert plain == grouped
 
 
-def test_loadings_are_those_of_the_baseline(linear):
-    """The same few steps in torch, for whole batches, as in :class:`~distdiff.baselines.nmf.Nmf`."""
+def test_a_factorisation_answers_as_the_baseline(linear):
+    """What is written to a model gives the rates of the :class:`~distdiff.baselines.nmf.Nmf` it was taken from."""
     nmf = Nmf(4, floor=0.02)
     nmf.fit(linear, linear.rows("train"))
     cells, observed = hidden(linear)

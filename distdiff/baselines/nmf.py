@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
 
 from distdiff.baselines import Baseline, BoolArray, Cells, FloatArray, _tuning, depth
 from distdiff.baselines._loglinear import FLOORS
+from distdiff.imputers.blend import programme_loadings
 from distdiff.jit import REORDERED, njit
 
 if TYPE_CHECKING:
@@ -182,14 +184,11 @@ class Nmf(Baseline):
         return w, h
 
     def loadings(self, counts: FloatArray, observed: BoolArray) -> FloatArray:
-        """Loadings of masked cells, ``float32 [b d]``; ``counts`` are 0 where hidden."""
-        h = np.ascontiguousarray(self.programmes.T)
-        seen = observed.astype(np.float32) @ h
+        """Loadings of masked cells, ``float32 [b d]``."""
         start = (depth(counts, observed, self.gene_mean) * self.average).astype(np.float32)
-        share = np.maximum(seen + self.shape / np.maximum(start, TINY), TINY)
-        x, w = csr_array(counts), start.copy()
-        _climb(x.indptr, x.indices, x.data, w, h, share, self.shape, self.steps)
-        return np.where(seen > 0, w, start)
+        arrays = (counts, observed, start, self.shape, self.programmes.T)
+        x, o, w, shape, h = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        return programme_loadings(x, o, w, shape, h, self.steps).numpy()
 
     def _floored(self, rate: FloatArray, counts: FloatArray, observed: BoolArray, floor: float) -> FloatArray:
         return np.maximum(rate, floor * depth(counts, observed, self.gene_mean) * self.gene_mean)
@@ -222,22 +221,4 @@ def _step(indptr: Any, indices: Any, data: Any, w: Any, h: Any, up: Any, look: b
     return loss
 
 
-def _climb(indptr: Any, indices: Any, data: Any, w: Any, h: Any, share: Any, shape: Any, steps: int) -> None:
-    """Update loadings ``w [b d]`` in place, ``steps`` times, with the programmes ``h [g d]`` as they are."""
-    d = w.shape[1]
-    tiny, more = np.float32(1e-12), np.empty(w.shape[1], np.float32)
-    for i in range(w.shape[0]):
-        for _ in range(steps):
-            more[:] = 0
-            for at in range(indptr[i], indptr[i + 1]):
-                j, expected = indices[at], tiny
-                for k in range(d):
-                    expected += w[i, k] * h[j, k]
-                ratio = data[at] / expected
-                for k in range(d):
-                    more[k] += ratio * h[j, k]
-            for k in range(d):
-                w[i, k] = max((w[i, k] * more[k] + shape[k]) / share[i, k], tiny)
-
-
-_step, _climb = (njit(f, fastmath=set(REORDERED)) for f in (_step, _climb))
+_step = njit(_step, fastmath=set(REORDERED))

@@ -95,36 +95,40 @@ def right_on_average(log_rate: Tensor, knots: Float[Tensor, "2 k"]) -> Tensor:
     return log_rate + torch.lerp(factor[right - 1], factor[right], share)
 
 
-def programme_rates(
+def programme_loadings(
     counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"], start: Tensor, shape: Tensor, programmes: Tensor,
     steps: int,
 ) -> Tensor:  # fmt: skip
-    """``w H`` (``[b g]``), the loadings ``w`` a few steps of expectation-maximisation away from ``start``.
+    """Loadings ``w`` of cells, ``[b d]``, a few steps of expectation-maximisation away from ``start``.
 
-    Each step makes the observed counts likelier under Poisson rates and a Gamma prior with its mode at ``start``
+    Each step makes the observed counts likelier under Poisson rates ``w H`` and a Gamma prior, its mode at ``start``
     (docs/MATHS.md 5.10); a cell without evidence stays there.
 
     Parameters
     ----------
+    counts, observed
+        Molecules and where they are known, ``[b g]``.
     start, shape, programmes
         Loadings ``[b d]``, shapes of the prior ``[d]`` (0: none) and ``H'``, ``[g d]``.
+    steps
+        Updates.
 
     Examples
     --------
     >>> import torch
-    >>> from distdiff.imputers.blend import programme_rates
+    >>> from distdiff.imputers.blend import programme_loadings
     >>> counts, observed, one = torch.tensor([[6.0, 0.0]]), torch.tensor([[True, False]]), torch.ones(1, 1)
-    >>> programme_rates(counts, observed, one, torch.zeros(1), torch.tensor([[1.0], [0.5]]), steps=1)
-    tensor([[6., 3.]])
+    >>> programme_loadings(counts, observed, one, torch.zeros(1), torch.tensor([[1.0], [0.5]]), steps=1)
+    tensor([[6.]])
     """
     seen = observed.to(start.dtype) @ programmes
     evidence, w = torch.where(observed, counts, 0.0).to(start.dtype), start
-    share, rate = (seen + shape / start.clamp_min(TINY)).clamp_min(TINY), torch.empty_like(evidence)
+    share, ratio = (seen + shape / start.clamp_min(TINY)).clamp_min(TINY), torch.empty_like(evidence)
     for _ in range(steps):  # in place: the memory of new tensors takes longer than the products
-        torch.mm(w, programmes.T, out=rate)
-        torch.div(evidence, rate.clamp_min_(TINY), out=rate)
-        w = (w * (rate @ programmes) + shape) / share
-    return torch.mm(torch.where(seen > 0, w, start), programmes.T, out=rate)
+        torch.mm(w, programmes.T, out=ratio)
+        torch.div(evidence, ratio.clamp_min_(TINY), out=ratio)
+        w = (w * (ratio @ programmes) + shape) / share
+    return torch.where(seen > 0, w, start)
 
 
 def beside(rate: Float[Tensor, "b g"], log_rate: Float[Tensor, "b g"]) -> Float[Tensor, "b g"]:
@@ -274,8 +278,8 @@ class Factorisation(Estimator):
     def rate(self, counts: Float[Tensor, "b g"], observed: Bool[Tensor, "b g"]) -> Float[Tensor, "b g"]:
         g, steps = self.parts, int(self.numbers["steps"])
         s = depth(counts, observed, g["mean"]).float()
-        found = programme_rates(counts, observed, s * g["average"], g["shape"], g["programmes"], steps)
-        return torch.maximum(found, self.numbers["floor"] * s * g["mean"])
+        w = programme_loadings(counts, observed, s * g["average"], g["shape"], g["programmes"], steps)
+        return torch.maximum(w @ g["programmes"].T, self.numbers["floor"] * s * g["mean"])
 
 
 @dataclass(frozen=True)
