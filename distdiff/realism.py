@@ -315,7 +315,13 @@ class _Data:
 def _ours(model: Model, store: CountStore, label: str, cells: int, seed: int, **options: Any) -> Any:
     column = {gene: i for i, gene in enumerate(model.spec.genes)}
     at = [column[gene] for gene in store.genes]
-    return lambda value: model.generate(cells, {label: value}, seed=seed, **options).X[:, at]
+
+    def generated(value: str) -> sp.csr_matrix:
+        # one seed for all values would give their cells the same chances, and the means over values all of its luck
+        own = int(numpy_generator(seed, "realism", "generate", value).integers(2**31))
+        return model.generate(cells, {label: value}, seed=own, **options).X[:, at]
+
+    return generated
 
 
 def _again(counts: sp.csr_matrix, cells: int, rng: np.random.Generator) -> sp.csr_matrix:

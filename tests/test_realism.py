@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy.stats import spearmanr
 
 import distdiff
 from distdiff import config, experiment
@@ -48,6 +49,12 @@ def test_each_row_scores_what_it_is(report):
         assert math.isnan(rows[REAL][value]["energy"])
     want = np.mean([rows[OURS][v]["energy"] for v in ("B", "T")])
     assert rows[OURS][""]["energy"] == pytest.approx(want)
+
+
+def test_each_value_has_chances_of_its_own(report):
+    """One seed for all would draw the same depths of both, so a mean over values would hold the luck of one."""
+    depth = np.asarray(report.generated.X.sum(1)).ravel()
+    assert abs(spearmanr(depth[:60], depth[60:120]).statistic) < 0.5
 
 
 def test_a_report_is_text_table_json_and_figure(report, tmp_path):
