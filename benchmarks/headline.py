@@ -16,7 +16,7 @@ from pathlib import Path
 import _record
 import numpy as np
 
-from distdiff import component, config, experiment, quickstart
+from distdiff import component, config, experiment, heldout, quickstart
 from distdiff.baselines import Baseline
 from distdiff.data.ingest.shard import shard
 from distdiff.data.store.store import CountStore
@@ -40,7 +40,7 @@ def one(
     model = Model.load(experiment.train(settings).model)
     made = [component.build(Baseline, {"kind": kind}) for kind in peers]
     extra = [Contestant(peer.label, peer) for peer in made]
-    report = experiment.evaluate_model(model, CountStore.open(store), settings.evaluate, seed=seed, extra=extra)
+    report = heldout.evaluate_model(model, CountStore.open(store), settings.evaluate, seed=seed, extra=extra)
     return {r.name: {m: r.values[m] for m in HEADLINES} for r in report.rows if r.note != "control"}
 
 

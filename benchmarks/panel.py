@@ -35,7 +35,7 @@ from scipy.stats import spearmanr
 import distdiff
 from distdiff.data.masks import gene_folds, thin
 from distdiff.data.store.store import CountStore
-from distdiff.experiment import answering
+from distdiff.heldout import answering
 from distdiff.reliability import SCORES, agreed, agreement, gene_scores
 from distdiff.rng import numpy_generator
 

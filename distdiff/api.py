@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdiff import config as configs
-from distdiff import experiment, tracking
+from distdiff import experiment, heldout, tracking
 from distdiff.component import complete, modules, nearest
 from distdiff.data.ingest.memory import written
 from distdiff.data.ingest.shard import shard as shard_files
@@ -245,7 +245,7 @@ def evaluate(
     if task == "generate":
         label = cell_type or next(iter(found.spec.labels), None)
         with store_of(data, layer, found.spec.labels, label, progress) as opened:
-            return experiment.evaluate_generated(
+            return heldout.evaluate_generated(
                 found, opened, label=label, cells=cells or 200, seed=seed, progress=progress, **generating
             )
     settings = configs.Evaluation(
@@ -253,9 +253,7 @@ def evaluate(
         repaint_steps=repaint_steps,
     )  # fmt: skip
     with store_of(data, layer, found.spec.labels, cell_type, progress) as opened:
-        return experiment.evaluate_model(
-            found, opened, settings, seed=seed, keep_trained=keep_trained, progress=progress
-        )
+        return heldout.evaluate_model(found, opened, settings, seed=seed, keep_trained=keep_trained, progress=progress)
 
 
 @contextlib.contextmanager

@@ -135,9 +135,9 @@ def sync(
     trust: Trust = None,
 ) -> None:
     """Send what runs kept while their MLflow server could not be reached: metrics, files, the model."""
-    from distdiff import experiment, tracking
+    from distdiff import heldout, tracking
 
-    compare = functools.partial(experiment.compare, trust=tuple(trust or ()), remote=False)
+    compare = functools.partial(heldout.compare, trust=tuple(trust or ()), remote=False)
     lines = tracking.sync(folder, compare=compare, uri=uri, anew=anew)
     typer.echo("\n".join(lines) or f"{folder}: all was sent before")
 

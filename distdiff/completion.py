@@ -20,7 +20,7 @@ from distdiff.data.ingest.choose import file_of, listed
 from distdiff.data.ingest.source import Source
 from distdiff.data.masks import thin
 from distdiff.data.store.store import CountStore
-from distdiff.experiment import answering
+from distdiff.heldout import answering
 from distdiff.model import Model
 from distdiff.process.counts import of_molecules
 from distdiff.reliability import GeneScores, PanelReport, depth_shares, gene_scores, tabled

@@ -275,7 +275,7 @@ def test_mmd_of_many_cells_is_that_of_some(store, monkeypatch):
 def test_the_model_is_held_against_the_cheap_estimators(atlas):
     from distdiff.baselines import Baseline
     from distdiff.component import build
-    from distdiff.experiment import against_cheap
+    from distdiff.heldout import against_cheap
     from distdiff.model import Model
 
     store = CountStore.open(atlas)
@@ -290,7 +290,7 @@ def test_the_model_is_held_against_the_cheap_estimators(atlas):
 def test_a_model_with_labels_is_scored_without_them_and_a_row_that_has_them_peeks(atlas):
     """They were made from the full counts: what a model makes of them must not stand beside imputers without."""
     from distdiff.config import Evaluation
-    from distdiff.experiment import against_cheap, evaluate_model
+    from distdiff.heldout import against_cheap, evaluate_model
     from distdiff.model import Model
 
     store = CountStore.open(atlas)
@@ -322,7 +322,7 @@ def test_a_store_with_other_genes_is_scored_on_those_that_both_know(atlas, count
     """Another order: the same table. A subset and unknown genes: told, and every imputer sees the same genes."""
     from distdiff.config import Evaluation
     from distdiff.data.ingest.shard import shard
-    from distdiff.experiment import evaluate_model
+    from distdiff.heldout import evaluate_model
     from distdiff.model import Model
 
     def table(store):

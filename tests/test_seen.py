@@ -127,16 +127,16 @@ def test_evaluation_leaves_out_what_was_trained_on(counts, trained, tmp_path):
         def rows(self, split):
             return np.sort(np.r_[test, train[:3]]) if split == "test" else mixed.rows(split)
 
-    from distdiff import experiment
+    from distdiff import heldout
 
-    rows, about = experiment.not_trained_on(Planted(), model, Planted().rows("test"), keep=False)
+    rows, about = heldout.not_trained_on(Planted(), model, Planted().rows("test"), keep=False)
     assert about == {"trained_on": 3, "trained_on_kept": False}
     assert rows.tolist() == test.tolist()
-    kept, about = experiment.not_trained_on(Planted(), model, Planted().rows("test"), keep=True)
+    kept, about = heldout.not_trained_on(Planted(), model, Planted().rows("test"), keep=True)
     assert len(kept) == len(test) + 3
     assert about["trained_on_kept"]
     with pytest.raises(ValueError, match=r"trained on all 3 test cells .* \(keep_trained=True\)"):
-        experiment.not_trained_on(Planted(), model, train[:3], keep=False)
+        heldout.not_trained_on(Planted(), model, train[:3], keep=False)
 
 
 def test_opting_out_and_models_without_a_filter(counts, trained, tmp_path):

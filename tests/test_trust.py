@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import distdiff
-from distdiff import cli, component, config, experiment
+from distdiff import cli, component, config, experiment, heldout
 from distdiff.data.store.store import CountStore
 from distdiff.model import Model
 
@@ -105,7 +105,7 @@ def _compare(saved, atlas, tmp_path, *, new, **trust):
     plain = Model(other.process, other.denoiser, other.spec, other.options, other.info)
     plain.options = {"process": {"kind": "counts"}, "denoiser": {"kind": "mlp", "width": 8, "depth": 1}}
     plain.save(tmp_path / "plain")
-    experiment.compare(*((saved, tmp_path / "plain") if new else (tmp_path / "plain", saved)), **trust)
+    heldout.compare(*((saved, tmp_path / "plain") if new else (tmp_path / "plain", saved)), **trust)
 
 
 def _command(saved, atlas, tmp_path, *, words, **trust):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from distdiff import config as configs
-from distdiff import experiment, files, received, tracking
+from distdiff import experiment, files, heldout, received, tracking
 from distdiff.baselines import Baseline
 from distdiff.component import build
 from distdiff.data.splat import published
@@ -270,7 +270,7 @@ def _model(cell: Cell, options: Ours, store: CountStore, rows: np.ndarray) -> Mo
     """
     model = Model.load(cell.model)
     if options.model:
-        known, _ = experiment.not_trained_on(store, model, rows, keep=False)
+        known, _ = heldout.not_trained_on(store, model, rows, keep=False)
         if len(known) < len(rows):
             raise ValueError(
                 f"{options.model} was trained on {len(rows) - len(known)} of {len(rows)} test cells of {cell.data}; "
@@ -300,7 +300,7 @@ def _ours(
     walk |= {k: v for k in ("steps", "readout", "spacing") if (v := getattr(options, k))}
     if options.attrition:
         walk["sigma"] = ("rescale", options.attrition)
-    imputer = experiment.answering(model, store, model.imputer(options.method, **walk), options.labels or None)
+    imputer = heldout.answering(model, store, model.imputer(options.method, **walk), options.labels or None)
     labels = tuple(label for label in model.spec.labels if label in store.manifest.labels)
     return imputer, labels, sum(p.numel() for p in model.denoiser.parameters())
 

@@ -35,7 +35,7 @@ def test_a_champion_of_other_data_is_scored_again_on_the_new_data(here, model):
 def test_models_of_different_data_are_scored_on_the_same_cells(atlas, tmp_path):
     from distdiff.data.store.store import CountStore
     from distdiff.denoise import adopt
-    from distdiff.experiment import compare
+    from distdiff.heldout import compare
 
     store = CountStore.open(atlas)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from distdiff import batch, config, experiment
+from distdiff import batch, config, experiment, heldout
 from distdiff.config import Evaluation
 from distdiff.data.counts import as_counts
 from distdiff.data.ingest import scan
@@ -49,7 +49,7 @@ def test_a_law_of_molecules_refuses_measurements(tmp_path, values):
     assert not (tmp_path / "run" / "model").exists()
     model = Model.new(store.spec(), {"kind": "counts"}, MLP)
     with pytest.raises(ValueError, match=said):
-        experiment.evaluate_model(model, store, Evaluation())
+        heldout.evaluate_model(model, store, Evaluation())
     for task, options in (("impute", {}), ("complete", {}), ("denoise", {}), ("deepen", {"times": 2.0})):
         with pytest.raises(ValueError, match=said):
             batch.run(task, model, tmp_path / "s", tmp_path / "out.zarr", progress=False, **options)
