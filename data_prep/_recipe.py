@@ -77,6 +77,36 @@ def layer_of(path: Path) -> str | None:
     return "raw" if "raw" in root and "X" in root["raw"] else None
 
 
+def one_file(
+    doc: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    config: str,
+    names: Mapping[str, Sequence[str]],
+    **defaults: Any,
+) -> None:
+    """The recipe of an atlas in one h5ad file of raw counts: the store, and the config beside it.
+
+    Parameters
+    ----------
+    doc, arguments
+        The recipe's own words, and its command line.
+    config
+        What the config starts from; the store's name in the help.
+    names
+        Labels, cell type first, as :func:`labels_of` finds them.
+    **defaults
+        Its own choices for `OPTIONS`.
+    """
+    parser = command_line(doc, config=config, **defaults)
+    parser.add_argument("source", type=Path, help="h5ad of raw counts")
+    parser.add_argument("out", type=Path, help=f"store to write, for example {config}.zarr")
+    parser.add_argument("--labels", help="obs columns, with commas between, cell type first; found by name")
+    a = parser.parse_args(arguments)
+    labels = a.labels.split(",") if a.labels else list(labels_of(a.source, names).values())
+    finish(a, [a.source], a.out, labels, layer=layer_of(a.source), overrides=[f"evaluate.cell_type={labels[0]}"])
+
+
 def finish(
     a: argparse.Namespace, inputs: Sequence[Path], out: Path, labels: Sequence[str], *,
     overrides: Sequence[str] = (), **options: Any,

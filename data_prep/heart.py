@@ -13,9 +13,8 @@ variation (over training cells here, over all cells there); no cell is dropped; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from _recipe import command_line, finish, labels_of, layer_of, run
+from _recipe import one_file, run
 
 LABELS = {
     "cell type": ("cell_type",),
@@ -27,13 +26,7 @@ LABELS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run it from the command line."""
-    parser = command_line(__doc__, config="heart", genes="cv:500", min_cells=100_000)
-    parser.add_argument("source", type=Path, help="h5ad of raw counts")
-    parser.add_argument("out", type=Path, help="store to write, for example heart.zarr")
-    parser.add_argument("--labels", help="obs columns, with commas between, cell type first; found by name")
-    a = parser.parse_args(arguments)
-    labels = a.labels.split(",") if a.labels else list(labels_of(a.source, LABELS).values())
-    finish(a, [a.source], a.out, labels, layer=layer_of(a.source), overrides=[f"evaluate.cell_type={labels[0]}"])
+    one_file(__doc__, arguments, config="heart", names=LABELS, genes="cv:500", min_cells=100_000)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from distdiff import certified, metrics, nulls, tracking
 from distdiff.api import load
 from distdiff.certified import Certificate, Item
 from distdiff.data.masks import split_molecules
+from distdiff.downstream import log_cp10k
 from distdiff.model import Model
 from distdiff.process.counts import of_molecules
 from distdiff.rng import numpy_generator
@@ -254,10 +256,11 @@ def _nulls(model: Asked, trial: Trial, seed: int) -> list[Item]:
     some = np.sort(rng.permutation(trial.scored.shape[0])[:NULL_CELLS])
     counts, group, keep = trial.scored[some].toarray(), trial.group[some].astype(str), trial.keep
     top = np.argsort(-counts[:, keep].mean(0), kind="stable")[: nulls.TOP]
-    real = nulls.log_cp10k(model.denoise(counts)[0])
+    logs = partial(log_cp10k, dtype=np.float64)
+    real = logs(model.denoise(counts)[0])
     dealt = nulls.permuted(counts, group, rng)
-    answer = nulls.log_cp10k(model.denoise(dealt)[0])[:, top]
-    raw = nulls.mean_correlation(nulls.log_cp10k(dealt[:, keep])[:, top], group)
+    answer = logs(model.denoise(dealt)[0])[:, top]
+    raw = nulls.mean_correlation(logs(dealt[:, keep])[:, top], group)
     corr, floor = (
         nulls.mean_correlation(answer, group),
         nulls.mean_correlation(nulls.permuted(answer, group, rng), group),
@@ -281,9 +284,9 @@ def _nulls(model: Asked, trial: Trial, seed: int) -> list[Item]:
         ),
     ]  # fmt: skip
     same = nulls.flat(counts, rng)
-    alike, given = nulls.log_cp10k(model.denoise(same)[0]), nulls.log_cp10k(same[:, keep])
+    alike, given = logs(model.denoise(same)[0]), logs(same[:, keep])
     remaining = float(alike.var(0).sum() / max(real.var(0).sum(), 1e-12))
-    before = float(given.var(0).sum() / max(nulls.log_cp10k(counts[:, keep]).var(0).sum(), 1e-12))
+    before = float(given.var(0).sum() / max(logs(counts[:, keep]).var(0).sum(), 1e-12))
     items.append(Item(
         part, "cells that are all alike", certified.status(remaining, 0.1, max(0.3, before)), remaining,
         f"Cells that differ by chance and depth alone keep {remaining:.1%} of the variation that denoising shows among "

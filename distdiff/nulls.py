@@ -15,20 +15,6 @@ TOP = 200
 """Genes of highest mean that correlations are of."""
 
 
-def log_cp10k(rate: FloatArray) -> NDArray[np.float64]:
-    """``log(1 + 10,000 x / depth)`` of each cell, its depth being the sum of its own values: ``float64 [n g]``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from distdiff.nulls import log_cp10k
-    >>> log_cp10k(np.array([[1.0, 3.0]])).round(2)
-    array([[7.82, 8.92]])
-    """
-    rate = np.asarray(rate, dtype=np.float64)
-    return np.log1p(1e4 * rate / np.maximum(rate.sum(1, keepdims=True), 1e-12))
-
-
 def permuted(counts: FloatArray, group: np.ndarray, rng: np.random.Generator) -> FloatArray:
     """Each gene's counts dealt anew to the cells of a group: genes are independent there, their laws as they were.
 
