@@ -1,6 +1,7 @@
 """Are the quickstart's headlines luck? The same experiment over several seeds (split, weights, masks, draws).
 
     python benchmarks/headline.py --seeds 5 --out benchmarks/results/headline.json [--data FILE.h5ad --cell-type KEY]
+    python benchmarks/headline.py page benchmarks/results/headline.json
 
 For each seed: shard with that split, train, evaluate on the held-out cells. Prints and stores, for the three headline
 metrics, every row's mean over seeds, and how often each row was first.
@@ -9,9 +10,13 @@ metrics, every row's mean over seeds, and how often each row was first.
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import _record
 import numpy as np
@@ -23,7 +28,10 @@ from distdiff.data.store.store import CountStore
 from distdiff.evaluation import Contestant
 from distdiff.model import Model
 
-HEADLINES = ("deviance", "log1p_mse", "rmse", "crps", "energy")
+HEADLINES = {
+    "deviance": "Poisson deviance", "log1p_mse": "log1p MSE", "rmse": "RMSE", "crps": "CRPS",
+    "energy": "energy distance",
+}  # fmt: skip
 
 
 def one(
@@ -56,7 +64,19 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict
     return out
 
 
+def page(results: dict[str, Any], best: int = 5) -> str:
+    """The best rows of each score, as Markdown."""
+    seeds, lines = len(results["runs"]), ["| | best rows |", "| --- | --- |"]
+    for metric, rows in results["summary"].items():
+        said = (f"{row} {n['mean']:.4f} ({n['sd']:.4f}), first {n['first']} of {seeds}" for row, n in rows.items())
+        lines.append(f"| {HEADLINES[metric]} | {'; '.join(islice(said, best))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["page"]:
+        print("\n\n".join(page(json.loads(Path(file).read_text())) for file in sys.argv[2:]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data", type=Path)
