@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distdiff import config as configs
 from distdiff import experiment, heldout, tracking
-from distdiff.component import complete, modules, nearest
+from distdiff.component import complete, modules, name_list, nearest
 from distdiff.data.ingest.memory import written
 from distdiff.data.ingest.shard import shard as shard_files
 from distdiff.data.ingest.source import Source
@@ -100,6 +100,7 @@ def train(
     >>> model.denoise(anndata.AnnData(counts)).layers["denoised"].shape
     (60, 12)
     """
+    labels = name_list("labels", labels)
     raw = _raw(config)
     _merge(raw, settings)
     with contextlib.ExitStack() as stack:
@@ -157,13 +158,22 @@ def shard(data: Data, out: str | Path, **options: Any) -> Manifest:
         return shard_files([Path(item).expanduser() for item in several], out, layer=layer, **options)
     if len(in_memory) < len(several):
         raise ValueError("shard: give either AnnData objects or paths, not both; write the AnnData with write_h5ad")
-    columns = {*options.get("labels", ()), *(options[k] for k in ("split_by", "strata") if options.get(k))}
+    columns = {
+        *name_list("labels", options.get("labels", ())),
+        *(options[k] for k in ("split_by", "strata") if options.get(k)),
+    }
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.counts-", dir=out.parent) as folder:
         paths = [
             written(adata, Path(folder) / f"{i}.h5ad", layer=layer, columns=sorted(columns))
             for i, adata in enumerate(in_memory)
         ]
-        return shard_files(paths, out, **options)
+        try:
+            return shard_files(paths, out, **options)
+        except ValueError as error:  # of a file that nobody else knows
+            said = str(error)
+            for i, path in enumerate(paths):
+                said = said.replace(str(path), f"AnnData {i}" if len(paths) > 1 else "AnnData")
+            raise type(error)(said) from error
 
 
 def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
@@ -246,10 +256,16 @@ def evaluate(
         label = cell_type or next(iter(found.spec.labels), None)
         with store_of(data, layer, found.spec.labels, label, progress) as opened:
             return heldout.evaluate_generated(
-                found, opened, label=label, cells=cells or 200, seed=seed, progress=progress, **generating
+                found,
+                opened,
+                label=label,
+                cells=200 if cells is None else cells,
+                seed=seed,
+                progress=progress,
+                **generating,
             )
     settings = configs.Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=cells or 2000, cell_type=cell_type,  # type: ignore[arg-type]
+        rate=rate, protocol=protocol, draws=draws, cells=2000 if cells is None else cells, cell_type=cell_type,  # type: ignore[arg-type]
         repaint_steps=repaint_steps,
     )  # fmt: skip
     with store_of(data, layer, found.spec.labels, cell_type, progress) as opened:

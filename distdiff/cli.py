@@ -208,7 +208,9 @@ def _job(
     device: Annotated[str, typer.Option(help="cpu, cuda:0; auto: the GPU, if there is one.")] = "auto",
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler: its workers do it.")] = None,
     workers: Annotated[int | None, typer.Option(help="Dask workers to start here, one a GPU.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read a result again and compare its checksums.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a .zarr result again and compare its checksums.")
+    ] = False,
     repair: Annotated[bool, typer.Option("--repair", help="With --verify: compute again what is damaged.")] = False,
     overwrite: Overwrite = False,
     trust: Trust = None,
@@ -363,7 +365,7 @@ def _batch(
 ) -> None:  # fmt: skip
     """One of the tasks on files, in this process or on the workers of a cluster."""
     import distdiff
-    from distdiff import batch
+    from distdiff import batch, files
 
     load = functools.partial(distdiff.load, trust=tuple(trust or ()))
     options = {name: value for name, value in options.items() if value is not None}
@@ -383,7 +385,7 @@ def _batch(
     words = [Path(w).name if os.sep in w and "://" not in w else w for w in context.obj or [kind]]
     options |= {"command": " ".join(["distdiff", *words])}
     if scheduler is not None or workers is not None:
-        load_there = functools.partial(load, str(Path(model).absolute()) if Path(model).exists() else model)
+        load_there = functools.partial(load, str(files.absolute(model)) if Path(model).exists() else model)
         filled = batch.on_cluster(
             scheduler, kind, load_there, data, out, workers=workers, progress=shown, notify=notify, **options
         )
@@ -393,15 +395,12 @@ def _batch(
     if kind in ("impute", "complete"):
         echo(f"  {filled.molecules_added:,.0f} molecules expected in the targets")
     notes = {
-        "cells without evidence left as they were": filled.cells_without_evidence,
         f"genes unknown to the model {_unknown(kind, options.get('genes'))}": filled.genes_unknown_to_model,
         "genes of the model absent from the input": filled.genes_absent_from_input,
-        "targets in unknown genes not filled": filled.targets_of_unknown_genes,
         "cells that the model was trained on (scores on these are too good)": filled.cells_trained_on,
     }
-    for text, number in notes.items():
-        if number:
-            echo(f"  {number} {text}")
+    for text in (*filled.warnings(kind), *(f"{number} {text}" for text, number in notes.items() if number)):
+        echo(f"  {text}")
 
 
 def _unknown(kind: str, genes: Any) -> str:

@@ -31,6 +31,29 @@ class Untrusted(ValueError):
     """
 
 
+def name_list(what: str, given: Iterable[str]) -> tuple[str, ...]:
+    """A list of names; a single text, which would be a list of its letters, is refused.
+
+    Raises
+    ------
+    ValueError
+        It is a text.
+
+    Examples
+    --------
+    >>> from distdiff.component import name_list
+    >>> name_list("labels", ["cell_type"])
+    ('cell_type',)
+    >>> name_list("labels", "cell_type")
+    Traceback (most recent call last):
+        ...
+    ValueError: labels='cell_type': a list of names is wanted, such as labels=['cell_type']
+    """
+    if isinstance(given, str):
+        raise ValueError(f"{what}={given!r}: a list of names is wanted, such as {what}=[{given!r}]")
+    return tuple(given)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest known word, else the list of what is known.
 

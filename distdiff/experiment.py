@@ -95,6 +95,11 @@ def _train(config: Config, trust: Sequence[str], peers: Peers, show: bool) -> Ou
         accelerator.print = lambda *words, **options: None  # type: ignore[method-assign]
     check_world(accelerator)
     model = _new(config, store, accelerator, trust)
+    if unused := sorted(set(store.manifest.labels) - set(config.data.labels)):
+        accelerator.print(
+            f"distdiff train: the store's labels {', '.join(unused)} are not used; to generate cells by label, train "
+            f"with data.labels=[{', '.join(unused)}]"
+        )
     with owned(Path(config.train.out), main=accelerator.is_main_process):
         return _owning(config, store, model, accelerator, trust, peers, show)
 

@@ -52,6 +52,19 @@ def local(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
+def absolute(path: str | Path) -> Path:
+    """A local path from the root, without ``..``, which readers of arrays refuse; links keep their names.
+
+    Examples
+    --------
+    >>> from distdiff.files import absolute
+    >>> absolute("runs/../atlas.zarr") == absolute("atlas.zarr")
+    True
+    """
+    found = Path(path).expanduser().absolute()
+    return found.parent.resolve() / found.name if ".." in found.parent.parts else found
+
+
 @contextlib.contextmanager
 def whole(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden path beside ``target`` to write a file or folder to; rename it to ``target`` at the end.

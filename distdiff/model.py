@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,20 +37,24 @@ from distdiff.tasks.denoise import Library, denoise
 from distdiff.tasks.depths import Depth, depths_of
 from distdiff.tasks.expected import expected_columns
 from distdiff.tasks.frame import copied, framed, warn_left_out
-from distdiff.tasks.generate import check_guidance, generate, label_codes, warn_rare
+from distdiff.tasks.generate import check_guidance, generate, label_codes, one_a_cell, warn_rare
 from distdiff.tasks.impute import (
     Answer,
+    FillCounts,
     ImputationPlan,
     absent_of,
     check_draws,
+    check_options,
     chosen_layers,
     is_imputation_layer,
     mask_of,
 )
 from distdiff.tasks.latent import KEY, NOTE, latent
-from distdiff.tasks.likelihood import nats
+from distdiff.tasks.likelihood import check_ood, nats
 from distdiff.tasks.made import generated_names, record
 from distdiff.types import DataSpec
+
+log = logging.getLogger("distdiff")
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -247,6 +253,7 @@ class Model:
         kinds: dict[str, Any] = {"conditional": Conditional, "repaint": RePaint}
         if method not in kinds:
             raise ValueError(f"unknown imputation method {method!r}{nearest(method, kinds)}")
+        check_options(method, {name: signature(kind).parameters for name, kind in kinds.items()}, options)
         check_guidance(self.spec, self.required_labels, options.get("guidance", 1.0))
         if method == "conditional":
             options.setdefault("blend", None if graph else self.blend)
@@ -295,6 +302,7 @@ class Model:
                 calibrated=used is not None and bool(used.knots.numel()),
                 **({"cells_trained_on_unknown": unknown} if unknown else {}),
             ),
+            depth=self.info.get("depth"),
         )  # fmt: skip
         self.denoiser.to(reader.device).eval()
         return plan
@@ -356,7 +364,7 @@ class Model:
             solver=solver, readout=readout, jump=jump, iters=iters, sigma=sigma, graph=graph or None, seed=seed,
             use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device,
         )  # fmt: skip
-        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress}
+        wanted = {"layers": layers, "ood": check_ood(ood), "mean_only": mean_only, "progress": progress}
         return self._impute(adata, layer, mask, wanted, keep=genes, **options)
 
     def complete(
@@ -377,7 +385,9 @@ class Model:
             draws=draws, steps=steps, guidance=guidance, spacing=spacing, solver=solver, readout=readout, seed=seed,
             use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device,
         )  # fmt: skip
-        wanted = {"layers": layers, "ood": ood, "mean_only": mean_only, "progress": progress, "report": report}
+        wanted = {
+            "layers": layers, "ood": check_ood(ood), "mean_only": mean_only, "progress": progress, "report": report
+        }  # fmt: skip
         return self._impute(adata, layer, None, wanted, append=genes, **options)
 
     def _impute(
@@ -393,7 +403,7 @@ class Model:
         if statistics:
             options["statistics"] = statistics
         options["mean_only"] = wanted["mean_only"] or "draws" not in layers
-        rows = Source.from_anndata(adata, layer=layer)
+        rows = counts_of(adata, layer)
         if panel and keep is not None:  # of a panel's absent genes only those that are written
             append = absent_of(keep, rows.genes)
         shown = wanted["progress"]
@@ -429,6 +439,8 @@ class Model:
             out.layers["imputed_mask"] = sp.vstack(filled, format="csr")
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
+        for text in counts.warnings("impute"):
+            log.warning("impute: %s", text)
         about = {**plan.provenance, **dataclasses.asdict(counts), **warn_left_out(left_out, "impute")}
         record(out.uns, about, [*found, *(["imputed_mask"] if filled else [])], layer_names(out))
         return out
@@ -485,7 +497,7 @@ class Model:
                 made.append(sp.csr_matrix(received.check_answer(part.cpu().numpy(), "X", int(bar.n))))
                 bar.update(part.shape[0])
         index = pd.Index(generated_names(0, n))
-        columns = {k: [v] * n if isinstance(v, str) else list(v) for k, v in (obs or {}).items()}
+        columns = {k: one_a_cell(v, n) for k, v in (obs or {}).items()}
         frame = pd.DataFrame({k: pd.Categorical(v) for k, v in columns.items()}, index=index)
         out = ad.AnnData(sp.vstack(made, format="csr"), obs=frame, var=pd.DataFrame(index=list(self.spec.genes)))
         record(out.uns, self.provenance(task="generate", steps=steps, guidance=guidance, seed=seed), [], [])
@@ -542,8 +554,9 @@ class Model:
         out, left_out = framed(adata, layer, keep=keep) if copy else (adata, [])
         wide = keep is None and not reader.known.all()
         at = None if keep is None else columns_of(keep, reader.rows.genes)
-        parts, bounds, to = [], [], Library(reader, library, readout)
+        parts, bounds, to, counts = [], [], Library(reader, library, readout), FillCounts()
         for block in reader.blocks(progress=progress, desc="denoise"):
+            counts.add_cells(self.spec, block, self.info.get("depth"))
             new = denoise(
                 self.process, self.denoiser, block.cells, block.observed, readout=readout, depth=depth,
                 library=to.of(block),
@@ -551,16 +564,18 @@ class Model:
             answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
             answer = answer if at is None else answer[:, at]
             parts.append(sp.csr_matrix(answer) if wide and 2 * reader.known.sum() < len(reader.known) else answer)
-            if ood:
+            if check_ood(ood):
                 bounds.append(self._nats(block, ood))
         out.layers[name] = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
         if wide:
             out.var["distdiff_known"] = reader.known
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
+        for text in counts.warnings("denoise"):
+            log.warning("denoise: %s", text)
         about = self.provenance(
             task="denoise", layer=name, readout=readout, depth=depth, **to.provenance(), **reader.provenance(),
-            **warn_left_out(left_out, "denoise"),
+            cells_shallower_than_trained=counts.cells_shallower_than_trained, **warn_left_out(left_out, "denoise"),
         )  # fmt: skip
         record(out.uns, about, [name], layer_names(out))
         return out if copy else None
@@ -591,7 +606,7 @@ class Model:
             answer = reader.widen(new, block.given).cpu().numpy()
             answer = received.check_answer(answer, "deepened", block.start)
             parts.append(sp.csr_matrix(answer if at is None else answer[:, at]))
-            if ood:
+            if check_ood(ood):
                 bounds.append(self._nats(block, ood, seed))
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)
@@ -685,7 +700,7 @@ class Model:
         return sys.modules[__package__].panel(self, adata, atlas, **options)  # floors above, as certify
 
     def _reader(self, adata: AnnData, layer: str | None, options: Mapping[str, Any]) -> Reader:
-        reader = Reader(self.spec, Source.from_anndata(adata, layer=layer), **options)
+        reader = Reader(self.spec, counts_of(adata, layer), **options)
         check_labels(reader, self.required_labels)
         self.denoiser.to(reader.device).eval()
         return reader
@@ -714,6 +729,22 @@ class Model:
             "model": self.info.get("name", "unnamed"), "weights_sha256": self.info.get("weights_sha256", ""),
             "trained_on": self.info.get("data", ""), "valid_for_tests": False, **what,
         }  # fmt: skip
+
+
+def counts_of(adata: AnnData, layer: str | None) -> Source:
+    """The counts of an AnnData in memory, backed or lazy.
+
+    Raises
+    ------
+    TypeError
+        It is something else.
+    """
+    if not hasattr(adata, "obs_names"):
+        raise TypeError(
+            f"an AnnData is wanted, got {type(adata).__name__}; read a file with anndata.read_h5ad, or leave it where "
+            "it is: distdiff impute, denoise ... --data FILE"
+        )
+    return Source.from_anndata(adata, layer=layer)
 
 
 def _given(**options: Any) -> dict[str, Any]:

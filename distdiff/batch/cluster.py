@@ -25,7 +25,7 @@ from distdiff.batch.summary import Summary
 from distdiff.batch.tasks import make_task
 from distdiff.cluster import WorkerWatch, connect, explained
 from distdiff.data.store.export import named
-from distdiff.files import is_url
+from distdiff.files import absolute, is_url
 from distdiff.model import Model
 
 LOOK = 0.2
@@ -73,11 +73,11 @@ def on_cluster(
     ValueError
         Neither an address nor a number of workers, or both; what the task refuses.
     """
-    out = named(Path(out).absolute())
+    out = named(absolute(out))
     check_options(precision, batch_size, shard_cells)
     if (scheduler is None) == (workers is None):
         raise ValueError("give either the address of a dask scheduler or a number of workers to start here")
-    data = None if data is None else str(data) if is_url(data) else str(Path(data).absolute())
+    data = None if data is None else str(data) if is_url(data) else str(absolute(data))
     order = Order(kind, load, data, str(out), precision, options)
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(local_workers(workers)) if scheduler is None else scheduler

@@ -55,7 +55,7 @@ class Summary(FillCounts):
 
 def summed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sums of the counts in records of batches or shards."""
-    filled = {f.name: sum(record["filled"][f.name] for record in records) for f in fields(FillCounts)}
+    filled = {f.name: sum(record["filled"].get(f.name, 0) for record in records) for f in fields(FillCounts)}
     return {"filled": filled, **{key: sum(record[key] for record in records) for key in ("calls", "passes")}}
 
 

@@ -16,7 +16,7 @@ from distdiff.model import Model
 from distdiff.tasks import Block, Reader, check_labels, columns_of
 from distdiff.tasks.frame import warn_left_out
 from distdiff.tasks.impute import FillCounts
-from distdiff.tasks.likelihood import nats
+from distdiff.tasks.likelihood import check_ood, nats
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -116,7 +116,7 @@ class OnCells(Task):
         self, model: Model, rows: Any, reader: Reader, genes: tuple[str, ...], *, keep: Sequence[str] | None, ood: int,
         seed: int,
     ) -> None:  # fmt: skip
-        self.model, self.rows, self.reader, self.ood, self.seed = model, rows, reader, ood, seed
+        self.model, self.rows, self.reader, self.ood, self.seed = model, rows, reader, check_ood(ood), seed
         self.device = reader.device
         check_labels(reader, model.required_labels)
         self.at: np.ndarray | None = None

@@ -158,7 +158,8 @@ class Denoise(OnCells):
         """See :class:`OnCells`."""
         m, library = self.model, self.library.of(block)
         new = denoise(m.process, m.denoiser, block.cells, block.observed, library=library, **self.options)
-        return {self.layer: self.reader.widen(new)}, _all_of(new)
+        count = partial(FillCounts().add_cells, m.spec, block, m.info.get("depth"))
+        return {self.layer: self.reader.widen(new)}, count
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`Task`."""

@@ -42,8 +42,15 @@ def by_mask(mask: np.ndarray | sp.spmatrix) -> Hidden:
 
     def hidden(start: int, stop: int, counts: sp.csr_matrix) -> np.ndarray:
         part = rows[start:stop]
+        part = part.toarray() if sp.issparse(part) else np.asarray(part)
+        if part.dtype.kind == "f" and (wrong := part != np.round(part)).any():  # (NaN is not itself)
+            cell, gene = np.unravel_index(wrong.argmax(), wrong.shape)
+            raise ValueError(
+                f"the mask holds {part[cell, gene]:g} in row {start + cell}, column {gene}; true and false are wanted, "
+                "or 1 and 0"
+            )
         # in C order, for the network's sums depend on how its input lies in memory
-        return np.ascontiguousarray((part.toarray() if sp.issparse(part) else np.asarray(part)) != 0)
+        return np.ascontiguousarray(part != 0)
 
     return hidden
 

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from tqdm import tqdm
 
-from distdiff.component import nearest
+from distdiff.component import name_list, nearest
 from distdiff.data.counts import LAST_EXACT, as_counts, check_counts, dense, first_bad
 from distdiff.data.ingest.source import codes
 from distdiff.imputers.targets import Hidden
@@ -89,9 +89,7 @@ def check_names(genes: Sequence[str]) -> None:
     ValueError
         It does.
     """
-    if isinstance(genes, str):
-        raise ValueError(f"genes={genes!r}: a list of names is wanted")
-    if not len(genes):
+    if not len(genes := name_list("genes", genes)):
         raise ValueError("genes: no gene is named; leave genes= out to have all, or name some")
     seen: set[str] = set()
     for gene in genes:
@@ -101,8 +99,22 @@ def check_names(genes: Sequence[str]) -> None:
 
 
 def device_of(device: str) -> str:
-    """``auto``: the GPU where there is one; else the device as it is named."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """``auto``: the GPU where there is one; else the device as it is named.
+
+    Raises
+    ------
+    ValueError
+        No such device here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        here = ", ".join(("auto", "cpu", *(f"cuda:{i}" for i in range(gpus))))
+        raise ValueError(f"device={device!r} is not to be had here; choose one of {here}") from error
+    return device
 
 
 def at_least_one(batch_size: int) -> int:
@@ -113,6 +125,8 @@ def at_least_one(batch_size: int) -> int:
     ValueError
         There are none.
     """
+    if not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size={batch_size!r}: a whole number of cells is wanted")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 cell, got {batch_size}")
     return batch_size

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from distdiff.component import nearest
 from distdiff.denoise import Denoiser
 from distdiff.imputers import by_row
 from distdiff.process import Process
@@ -14,6 +15,9 @@ from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
 from distdiff.types import Bool, Cells, DataSpec, Float, Tensor
+
+BEYOND = ("refuse", "allow")
+"""What becomes of cells that would be deeper than the training cells were."""
 
 MOST = 1000
 """Times the depth: a cell of 2,000 molecules would have more than a cell holds."""
@@ -43,6 +47,8 @@ def deepen(
     if not 1 <= times <= MOST:
         raise ValueError(f"deepen: times must be between 1 and {MOST:,}, got {times:,g}")
     of_molecules(process, "deepening")
+    if beyond not in BEYOND:
+        raise ValueError(f"deepen: beyond={beyond!r}; it is refuse or allow{nearest(beyond, BEYOND)}")
     if beyond == "refuse":
         _check_depth(spec, cells, measured, times, depth)
     rng = by_row(cells, 1, seed, "deepen")

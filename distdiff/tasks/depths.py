@@ -35,6 +35,37 @@ Depth = float | Sequence[float] | NDArray[Any] | str | None
 """``None``: drawn. ``"free"``: what the walk gives. A number, or one a cell: molecules."""
 
 
+def shallow(
+    spec: DataSpec, counts: Float[Tensor, "b g"], observed: Tensor, depth: Mapping[str, float] | None
+) -> Tensor:
+    """Cells with fewer molecules than 99 % of the training cells had in the same genes, ``bool [b]``; not empty ones.
+
+    Parameters
+    ----------
+    observed
+        Entries that are evidence, ``bool [b g]``; ``counts`` are 0 in the others.
+    depth
+        Quantiles of the training cells' molecules, ``info["depth"]``; ``None``: they were not measured, and no cell is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from distdiff.tasks.depths import shallow
+    >>> from distdiff.types import DataSpec
+    >>> spec = DataSpec(("A", "B"), {}, np.ones(2))
+    >>> counts = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 0.0]])
+    >>> shallow(spec, counts, torch.ones(3, 2, dtype=torch.bool), {"q01": 4.0})
+    tensor([False,  True, False])
+    """
+    molecules = counts.sum(1)
+    if depth is None:
+        return torch.zeros_like(molecules, dtype=torch.bool)
+    mean = torch.as_tensor(spec.gene_mean, dtype=counts.dtype, device=counts.device)
+    share = (observed.to(counts.dtype) @ mean) / mean.sum().clamp_min(1e-12)
+    return (molecules > 0) & (molecules < depth["q01"] * share)
+
+
 def levels(n: int) -> NDArray[np.float64]:
     """Probabilities of ``n`` quantiles, ``sin^2`` of equal steps: dense at both ends, where depths are far apart.
 

@@ -154,14 +154,25 @@ def warn_left_out(names: Sequence[str], where: str) -> dict[str, list[str]]:
 
 
 def var_of(table: DataFrame, genes: Sequence[str]) -> DataFrame:
-    """Rows ``genes`` of a table of genes; a missing row for those that it does not have, in dtypes that files hold."""
+    """Rows ``genes`` of a table of genes; a missing row for those that it does not have, in dtypes that files hold.
+
+    True and false stay so, for scanpy takes no third value: false for a gene that the table does not have, which is
+    warned of.
+    """
     import pandas as pd
 
     if pd.Index(genes).isin(table.index).all():
         return table.loc[list(genes)].copy()
-    wide = {k: "boolean" for k in table.columns if table[k].dtype == bool}
-    wide |= {k: "category" for k in table.columns if table[k].dtype == object or table[k].dtype == "string"}
+    flags = [k for k in table.columns if table[k].dtype == bool]
+    wide = {k: "category" for k in table.columns if table[k].dtype == object or table[k].dtype == "string"}
     wider, name = table.astype(wide).reindex(list(genes)), table.index.name
+    for flag in flags:
+        wider[flag] = table[flag].reindex(list(genes), fill_value=False)
+    if flags:
+        log.warning(
+            "var: %s of %d added genes is False, for nothing is known; set it where that is wrong",
+            ", ".join(map(repr, flags)), len(genes) - int(pd.Index(genes).isin(table.index).sum()),
+        )  # fmt: skip
     if name in table.columns:  # files hold such a column only where it repeats the names
         if (table[name].astype(str) == table.index.astype(str)).all():
             wider[name] = list(genes)

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from distdiff.component import nearest
+from distdiff.data.ingest.source import as_text
 from distdiff.denoise import Denoiser
 from distdiff.imputers import by_row
 from distdiff.process import Process
@@ -19,6 +21,18 @@ from distdiff.tasks.depths import has_depths
 from distdiff.types import UNKNOWN, Cells, Condition, DataSpec, Float, Tensor
 
 log = logging.getLogger("distdiff")
+
+
+def one_a_cell(values: Any, n: int) -> list[str]:
+    """Names of label values: a single one for all ``n`` cells, or those given.
+
+    Examples
+    --------
+    >>> from distdiff.tasks.generate import one_a_cell
+    >>> one_a_cell("B", 2), one_a_cell([1, 2.0], 2)
+    (['B', 'B'], ['1', '2'])
+    """
+    return [as_text(value) for value in ([values] * n if np.ndim(values) == 0 else values)]
 
 
 def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) -> dict[str, torch.Tensor]:
@@ -32,9 +46,10 @@ def label_codes(spec: DataSpec, obs: Mapping[str, str | Sequence[str]], n: int) 
     found = {name: torch.full((n,), UNKNOWN) for name in spec.labels}
     for name, values in obs.items():
         if name not in spec.labels:
-            raise ValueError(f"the model was not trained with label {name!r}{nearest(name, spec.labels)}")
+            how = nearest(name, spec.labels) if spec.labels else f"; train one with data.labels=[{name}]"
+            raise ValueError(f"the model was not trained with label {name!r}{how}")
         known = {value: code for code, value in enumerate(spec.labels[name])}
-        values = [values] * n if isinstance(values, str) else list(values)
+        values = one_a_cell(values, n)
         if len(values) != n:
             raise ValueError(f"obs[{name!r}] has {len(values)} values for {n} cells")
         if unknown := [v for v in values if v not in known]:
@@ -51,7 +66,7 @@ def warn_rare(info: Mapping[str, Any], obs: Mapping[str, str | Sequence[str]]) -
     """Warn of asked label values that fewer than :data:`RARE` training cells had (``info["training"]`` of a model)."""
     counted = info.get("training", {}).get("labels", {})
     for label, values in obs.items():
-        for value in sorted({values} if isinstance(values, str) else set(values)):
+        for value in sorted(set(one_a_cell(values, 1))):
             cells = counted.get(label, {}).get(value, RARE)
             if cells < RARE:
                 log.warning(
@@ -139,6 +154,8 @@ def check_guidance(spec: DataSpec, required: Sequence[str], guidance: float) -> 
     """
     if guidance == 1:
         return
+    if not np.isfinite(guidance):
+        raise ValueError(f"guidance={guidance}: a weight is a finite number; 1 is the labels as they are")
     if not spec.labels:
         raise ValueError(f"guidance={guidance:g} needs a model trained with labels (data.labels); this one has none")
     if required:

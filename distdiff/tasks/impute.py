@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from distdiff.component import nearest
+from distdiff.component import name_list, nearest
 from distdiff.data.ingest.scan import select
 from distdiff.data.ingest.source import codes, layer_names
 from distdiff.data.masks import check_indices
@@ -22,6 +22,7 @@ from distdiff.imputers import Imputer, targets
 from distdiff.process import Process
 from distdiff.received import check_answer
 from distdiff.tasks import Block, Reader, check_names
+from distdiff.tasks.depths import shallow
 from distdiff.tasks.frame import reindex_genes
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from distdiff.data.ingest.source import Source
+    from distdiff.types import DataSpec
 
 
 LAYERS = ("mean", "draws", "mask", "sd", "ood")
@@ -59,15 +61,14 @@ def chosen_layers(
     >>> chosen_layers(["mean", "sd", "q95"], Counts())
     (('mean', 'sd', 'q95'), ['sd', 'q95'])
     """
-    if isinstance(layers, str):
-        raise ValueError(f"layers={layers!r}: a list of names is wanted, such as layers=['mean', 'sd']")
     if layers is None:
         bound = type(process).bound is not Process.bound
         asked = {"mean": True, "draws": not mean_only, "mask": not panel, "ood": bound and not mean_only}
         layers = [name for name, wanted in asked.items() if wanted]
-    layers = tuple(dict.fromkeys(layers))
+    layers = tuple(dict.fromkeys(name_list("layers", layers)))
     statistics = [name for name in layers if name not in LAYERS or name == "sd"]
-    if unknown := [name for name in statistics if name != "sd" and not name.startswith("q")]:
+    quantile = re.compile(r"q\d+(\.\d+)?")
+    if unknown := [name for name in statistics if name != "sd" and not quantile.fullmatch(name)]:
         raise ValueError(f"unknown layer {unknown[0]!r}{nearest(unknown[0], LAYERS)}; or a quantile such as q5")
     if not {"mean", "draws"} & set(layers):
         raise ValueError(f"layers {','.join(layers)}: mean or draws must be among them")
@@ -85,6 +86,7 @@ class FillCounts:
     targets: int = 0
     molecules_added: float = 0.0
     cells_without_evidence: int = 0
+    cells_shallower_than_trained: int = 0
     genes_unknown_to_model: int = 0
     genes_absent_from_input: int = 0
     targets_of_unknown_genes: int = 0
@@ -96,15 +98,45 @@ class FillCounts:
         self.cells += len(answer.filled)
         mean = next(iter(answer.layers.values()))
         added = torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64)
-        counts = torch.stack((answer.filled.sum(), (~answer.evidence).sum(), answer.unknown))
+        counts = torch.stack((answer.filled.sum(), (~answer.evidence).sum(), answer.unknown, answer.shallow))
         *numbers, molecules = torch.cat((counts.double(), added.unsqueeze(0))).tolist()  # one wait for the device
-        targets, empty, unknown = map(int, numbers)
+        targets, empty, unknown, shallow = map(int, numbers)
         self.targets += targets
         self.molecules_added += molecules
         self.cells_without_evidence += empty
+        self.cells_shallower_than_trained += shallow
         self.targets_of_unknown_genes += unknown
         self.cells_trained_on += answer.trained_on
         return self
+
+    def add_cells(self, spec: DataSpec, block: Block, depth: Mapping[str, float] | None) -> FillCounts:
+        """Count the cells of a block of which every entry is answered (``denoise``), and return itself."""
+        x = block.cells.counts
+        found = torch.stack(((x.sum(1) == 0).sum(), shallow(spec, x, block.observed, depth).sum()))
+        empty, few = map(int, found.tolist())  # one wait for the device
+        self.cells += len(x)
+        self.targets += x.numel()
+        self.cells_without_evidence += empty
+        self.cells_shallower_than_trained += few
+        return self
+
+    def warnings(self, task: str) -> list[str]:
+        """What a user should know of the answer of a task."""
+        blind = "they become an average cell" if task == "denoise" else "their targets are 0"
+        empty, unknown = self.cells_without_evidence, self.targets_of_unknown_genes
+        few = self.cells_shallower_than_trained
+        said = {
+            f"{empty} cells without evidence (no molecule, or all under the mask): {blind}": empty,
+            f"{unknown} entries to impute are of genes that the model does not know: they stay as they were": unknown,
+            f"{few} of {self.cells} cells show fewer molecules than 99 % of the training cells had in these genes: the "
+            "model never saw such cells, and its answers for them lean towards an average cell":
+                few > MANY_SHALLOW * self.cells,
+        }  # fmt: skip
+        return [text for text, wanted in said.items() if wanted]
+
+
+MANY_SHALLOW = 0.05
+"""Share of cells below the 1 % quantile of the training cells' depth that is more than chance."""
 
 
 def mask_of(
@@ -198,6 +230,8 @@ class ImputationPlan:
         Entries of ``uns['distdiff']``.
     trained
         Counts the cells of a block that the model was trained on (`distdiff.seen.counter`).
+    depth
+        Quantiles of the training cells' molecules, ``info["depth"]`` of a model.
     """
 
     reader: Reader
@@ -208,6 +242,7 @@ class ImputationPlan:
     seed: int
     provenance: dict[str, Any]
     trained: Callable[[sp.csr_matrix], int] = lambda counts: 0
+    depth: Mapping[str, float] | None = None
 
     @classmethod
     def of(
@@ -225,6 +260,7 @@ class ImputationPlan:
         progress: bool = True,
         provenance: Mapping[str, Any] = MappingProxyType({}),
         trained: Callable[[sp.csr_matrix], int] = lambda counts: 0,
+        depth: Mapping[str, float] | None = None,
     ) -> ImputationPlan:
         """Resolve targets and genes.
 
@@ -234,7 +270,7 @@ class ImputationPlan:
             Tell of clustering that takes long.
         provenance
             Entries of ``uns['distdiff']`` about the model and the method.
-        trained
+        trained, depth
             As of the class.
 
         Raises
@@ -251,7 +287,7 @@ class ImputationPlan:
             **provenance, "targets": kind, "groups": groups or "", "readout": imputer.readout, "draws": draws,
             "seed": seed, **reader.label_provenance(),
         }  # fmt: skip
-        return cls(reader, imputer, hidden, added, draws, seed, entries, trained)
+        return cls(reader, imputer, hidden, added, draws, seed, entries, trained, depth)
 
     @cached_property
     def columns(self) -> np.ndarray:
@@ -310,7 +346,9 @@ class ImputationPlan:
         if block.hidden is not None:
             wanted[:, : block.hidden.shape[1]] = block.hidden
         wanted[:, len(self.reader.columns) :] = True
-        fill = wanted & some & (columns >= 0)
+        known = columns >= 0
+        fill = wanted & some & known
+        given = torch.where(wanted & ~some & known, 0.0, given)  # what stands under a mask is nobody's answer
         order = None if self.reader.same and not self.added else columns.clamp_min(0)
 
         def whole(values: torch.Tensor, elsewhere: torch.Tensor | float) -> torch.Tensor:
@@ -323,7 +361,10 @@ class ImputationPlan:
         none = torch.zeros((), dtype=torch.int64, device=device)
         unknown = none if block.hidden is None else (block.hidden & (columns[of_input] < 0)).sum()
         trained_on = self.trained(block.counts)
-        return Answer(dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown, trained_on)
+        return Answer(
+            dict(zip(self.layers, layers, strict=True)), fill, some.squeeze(1), unknown,
+            shallow(self.reader.spec, block.cells.counts, block.observed, self.depth).sum(), trained_on,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -333,13 +374,16 @@ class Answer:
     Attributes
     ----------
     layers
-        Name -> ``float32 [n g]``, in the genes of the answer; what was no target is as given.
+        Name -> ``float32 [n g]``, in the genes of the answer; what was no target is as given, targets of cells without
+        evidence are 0.
     filled
         ``bool [n g]``: entries that were imputed.
     evidence
-        ``bool [n]``: cells that had any; the others are as given.
+        ``bool [n]``: cells that had any.
     unknown
         ``int64 []``: targets in genes that the model does not know.
+    shallow
+        ``int64 []``: cells shallower than the training cells.
     trained_on
         Cells that the model was trained on.
     """
@@ -348,6 +392,7 @@ class Answer:
     filled: torch.Tensor
     evidence: torch.Tensor
     unknown: torch.Tensor
+    shallow: torch.Tensor
     trained_on: int = 0
 
 
@@ -357,10 +402,41 @@ def check_draws(draws: int, mean_only: bool) -> None:
     Raises
     ------
     ValueError
-        ``draws`` is below 1.
+        ``draws`` is below 1, or no whole number.
     """
+    if isinstance(draws, bool) or not isinstance(draws, int | np.integer):
+        raise ValueError(f"draws={draws!r}: a whole number is wanted")
     if draws < 1 and not mean_only:
         raise ValueError(f"draws must be at least 1, got {draws}; for the posterior mean alone give mean_only=True")
+
+
+def check_options(method: str, known: Mapping[str, Iterable[str]], options: Iterable[str]) -> None:
+    """Refuse options that a method of imputation does not have.
+
+    Parameters
+    ----------
+    known
+        Methods and the names of their options.
+
+    Raises
+    ------
+    ValueError
+        There is one; the method that has it is named.
+
+    Examples
+    --------
+    >>> from distdiff.tasks.impute import check_options
+    >>> check_options("conditional", {"conditional": ["steps"], "repaint": ["steps", "jump"]}, ["jump"])
+    Traceback (most recent call last):
+        ...
+    ValueError: jump= is an option of method='repaint', not of 'conditional'
+    """
+    for name in options:
+        if name in known[method]:
+            continue
+        if others := [other for other, names in known.items() if name in names]:
+            raise ValueError(f"{name}= is an option of method={others[0]!r}, not of {method!r}")
+        raise ValueError(f"method {method!r} has no option {name!r}{nearest(name, known[method])}")
 
 
 def absent_of(genes: Sequence[str], have: Sequence[str]) -> list[str] | None:

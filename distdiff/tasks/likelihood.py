@@ -11,6 +11,19 @@ from distdiff.sampling import predictor
 from distdiff.types import Bool, Cells, Float, Tensor
 
 
+def check_ood(ood: int) -> int:
+    """Network calls of ``obs["distdiff_nats"]``, 0 for none.
+
+    Raises
+    ------
+    ValueError
+        It is below 0, or no whole number.
+    """
+    if ood != int(ood) or ood < 0:
+        raise ValueError(f"ood={ood}: give the network calls of obs['distdiff_nats'], 1 or more, or 0 for none")
+    return int(ood)
+
+
 @torch.no_grad()
 def nats(
     process: Process, denoiser: Denoiser, cells: Cells, measured: Bool[Tensor, "b g"], *, levels: int = 32,
@@ -21,7 +34,14 @@ def nats(
     With ``p = 1 - u^2`` the integral is a mean over ``levels`` strata of u, one thinning each at a random place of its
     stratum (drawn evenly in p itself, the few molecules lost near p = 1 would make its variance infinite). Genes that
     were not measured stay at p = 0 and count for nothing.
+
+    Raises
+    ------
+    ValueError
+        ``levels`` below 1.
     """
+    if levels < 1:
+        raise ValueError(f"the likelihood bound needs 1 network call or more, got levels={levels}")
     rng = by_row(cells, 1, seed, "likelihood")
     x_0 = process.enter(torch.where(measured, cells.counts, 0.0), rng=rng)
     predict = predictor(process, denoiser, cells.labels)

@@ -42,6 +42,8 @@ def measure(
     if not (isinstance(process, Counts) and process.molecules):
         return found
     cells = store.cells(held_out, labels).to(next(denoiser.parameters()).device)
+    if len(held_out) < 2:  # no variance
+        return found
     shares = {task: excess(process, denoiser, cells, share, seed) for task, share in SHARES.items()}
     found["excess"] = {"p": list(LEVELS), **shares}
     cost = nats(process, denoiser, cells, torch.ones_like(cells.counts, dtype=torch.bool), seed=seed).double()

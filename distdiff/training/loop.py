@@ -265,6 +265,10 @@ def save(run: Run) -> None:
     run.stop.saved()
 
 
+HELD = 20
+"""Numbers of 32 bits that a step keeps for every entry of its cells, at least."""
+
+
 def check(recipe: Recipe, accelerator: Accelerator) -> None:
     """Refuse what :func:`train` would, before anything is written.
 
@@ -277,7 +281,8 @@ def check(recipe: Recipe, accelerator: Accelerator) -> None:
     store, settings, processes = recipe.store, recipe.settings, accelerator.num_processes
     index, _ = _splits(recipe)
     share = settings.share(processes) if settings.batch else settings.grain
-    need, free = 4 * share * len(store.genes), psutil.virtual_memory().available
+    copies = HELD if accelerator.device.type == "cpu" else 1
+    need, free = 4 * copies * share * len(store.genes), psutil.virtual_memory().available
     if need > free:
         raise ValueError(
             f"train.{'batch' if settings.batch else 'grain'}: {share:,} cells of {len(store.genes):,} genes need "

@@ -94,7 +94,7 @@ class Build:
         if wanted.join not in ("inner", "outer"):
             raise ValueError(f"join {wanted.join!r}: 'inner' (genes in every file) or 'outer' (in any) is wanted")
         self.wanted, self.notify = wanted, notify
-        self.paths = tuple(str(Path(p).absolute()) for p in paths)
+        self.paths = tuple(str(files.absolute(p)) for p in paths)
         self.sources = [Source.open(p, wanted.layer) for p in paths]
         self.stamps = tuple(files.stamp(p) for p in self.paths)
         self.n_cells = sum(s.n_cells for s in self.sources)

@@ -114,11 +114,21 @@ class Choice:
         return np.sort(np.argsort(-score, kind="stable")[:top])
 
 
+LISTS = (".txt", ".csv", ".tsv")
+"""How files of gene names end, and no gene."""
+
+
 def file_of(genes: str | Path) -> Path | None:
     """The file that this is the path of, or None: names of many genes are longer than a path can be."""
     try:
         file = Path(genes).expanduser()
-        return file if file.is_file() else None
+        if file.is_file():
+            return file
+        if file.suffix in LISTS and "," not in str(genes):
+            raise FileNotFoundError(f"{genes} does not exist; a file of gene names, one a line, is wanted")
+        return None
+    except FileNotFoundError:
+        raise
     except (OSError, RuntimeError, ValueError):  # too long, no such home, or a zero byte
         return None
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from distdiff import files
 from distdiff.cluster import WorkerWatch, connect, explained
+from distdiff.component import name_list
 from distdiff.data.ingest.build import Build, Run, Wanted
 from distdiff.data.ingest.scan import BuildSettings, forget
 from distdiff.data.ingest.split import shares as checked_shares
@@ -156,12 +157,12 @@ def shard(
     if rounding and not counts:
         raise ValueError("rounding and measurements (counts=False) exclude each other: these keep their decimals")
     paths = [Path(path).expanduser() for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
-    out = files.local(out).absolute()
+    out = files.absolute(files.local(out))
     for path in paths:
         files.refuse_nested(out, path)
     _refuse_foreign(out)
     notify = partial(print, flush=True) if progress else lambda text: None
-    kept_labels = tuple(labels) + ((strata,) if strata and strata not in labels else ())
+    kept_labels = name_list("labels", labels) + ((strata,) if strata and strata not in labels else ())
     bounds = {"min_counts": (min_counts, 0), "min_genes": (min_genes, 0), "min_cells": (min_cells, 0),
               "max_mito": (max_mito, 100.0)}  # fmt: skip
     quality = {name: float(value) for name, (value, off) in bounds.items() if value != off}

@@ -266,7 +266,7 @@ class Source:
             if column is None:
                 raise InputError(f"{self.where}: obs has no column {key!r}{nearest(key, known)}")
             code, values = pd.factorize(pd.Series(column))
-            return np.array([*map(_as_text, values), None], dtype=object)[code]
+            return np.array([*map(as_text, values), None], dtype=object)[code]
 
     @cached_property
     def bytes_per_cell(self) -> float:
@@ -406,7 +406,15 @@ def _turned(stored: ByGene | None, path: Path, layer: str | None, folder: str | 
     return turned
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """The name of a label's value: whole numbers without decimals.
+
+    Examples
+    --------
+    >>> from distdiff.data.ingest.source import as_text
+    >>> as_text(3.0), as_text(True), as_text("B")
+    ('3', 'True', 'B')
+    """
     return f"{value:.0f}" if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
 
 

@@ -23,7 +23,7 @@ from distdiff.data.store.coding import Coded, Slots
 from distdiff.data.store.manifest import FILE, SPLITS, GroupInfo, Manifest
 from distdiff.data.store.pool import Lease, Pool, cores
 from distdiff.data.store.readers import Reader, reader_class
-from distdiff.files import is_url
+from distdiff.files import absolute, is_url
 from distdiff.types import Cells, Condition, DataSpec
 
 GROUP = 64
@@ -106,7 +106,7 @@ class CountStore:
         ValueError
             A manifest that cannot be used, a damaged array, or no such reader.
         """
-        url = remote.checked(str(path)) if is_url(path) else str(Path(path).expanduser().absolute())
+        url = remote.checked(str(path)) if is_url(path) else str(absolute(path))
         threads = threads or max(1, min(4, cores()))
         if is_url(url):
             return cls(url, _remote_manifest(url), cache_bytes, reader, threads)
