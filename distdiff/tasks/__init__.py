@@ -163,6 +163,8 @@ class Reader:
         column_of = {gene: i for i, gene in enumerate(spec.genes)}
         self.spec, self.rows, self.batch_size = spec, rows, at_least_one(batch_size)
         self._warned = False
+        if unseen not in UNSEEN:
+            raise ValueError(f"unseen={unseen!r}{nearest(unseen, UNSEEN)}")
         if not rows.n_cells:
             raise ValueError(f"{getattr(rows, 'where', 'the input')} has no cells; give an input with at least one")
         self.columns = np.array([column_of.get(g, -1) for g in rows.genes], dtype=np.int64)
@@ -302,8 +304,6 @@ class Reader:
 
 def _labels(spec: DataSpec, rows: Any, unseen: str) -> tuple[dict[str, np.ndarray], int]:
     """Codes of each label of the model, and how many values it never saw."""
-    if unseen not in UNSEEN:
-        raise ValueError(f"unseen={unseen!r}{nearest(unseen, UNSEEN)}")
     if not spec.labels:
         raise ValueError("use_labels: this model was trained without labels (data.labels), so there are none to use")
     found, total = {}, 0
