@@ -170,10 +170,10 @@ def shard(data: Data, out: str | Path, **options: Any) -> Manifest:
         try:
             return shard_files(paths, out, **options)
         except ValueError as error:  # of a file that nobody else knows
-            said = str(error)
+            text = str(error)
             for i, path in enumerate(paths):
-                said = said.replace(str(path), f"AnnData {i}" if len(paths) > 1 else "AnnData")
-            raise type(error)(said) from error
+                text = text.replace(str(path), f"AnnData {i}" if len(paths) > 1 else "AnnData")
+            raise type(error)(text) from error
 
 
 def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:

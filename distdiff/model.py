@@ -326,7 +326,8 @@ class Model:
             Where the raw counts are (default ``X``; ``"raw"`` for ``.raw.X``).
         mask
             Targets, true = to be imputed: an array or sparse matrix ``[cells, genes]`` in the order of the counts, or a
-            DataFrame or the name of a layer, which are taken by names.
+            DataFrame or the name of a layer, which are taken by names. What stands under it is not looked at; of a cell
+            that shows no molecule elsewhere the targets are 0 in every layer.
         sites, groups
             ``sites="dropout"``: zeros of genes that some cell of the same group expresses (docs/MATHS.md 8.5);
             ``groups`` is an obs column or ``"leiden"``. Without mask and sites the targets are the model's genes that
@@ -511,6 +512,9 @@ class Model:
         progress: bool = False,
     ) -> AnnData | None:  # fmt: skip
         """Denoise every count of an AnnData in one network call (docs/MATHS.md 5.4), into a layer ``denoised``.
+
+        Of cells far shallower than the training cells (and of empty ones) the answer leans towards an average cell, at
+        more molecules than they show: they are warned of, and counted in ``uns``.
 
         Parameters
         ----------
@@ -741,8 +745,8 @@ def counts_of(adata: AnnData, layer: str | None) -> Source:
     """
     if not hasattr(adata, "obs_names"):
         raise TypeError(
-            f"an AnnData is wanted, got {type(adata).__name__}; read a file with anndata.read_h5ad, or leave it where "
-            "it is: distdiff impute, denoise ... --data FILE"
+            f"an AnnData is wanted, got {type(adata).__name__}; read a file with anndata.read_h5ad; the "
+            "commands distdiff impute, denoise ... take files as they are"
         )
     return Source.from_anndata(adata, layer=layer)
 

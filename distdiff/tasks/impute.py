@@ -125,14 +125,14 @@ class FillCounts:
         blind = "they become an average cell" if task == "denoise" else "their targets are 0"
         empty, unknown = self.cells_without_evidence, self.targets_of_unknown_genes
         few = self.cells_shallower_than_trained
-        said = {
+        texts = {
             f"{empty} cells without evidence (no molecule, or all under the mask): {blind}": empty,
             f"{unknown} entries to impute are of genes that the model does not know: they stay as they were": unknown,
             f"{few} of {self.cells} cells show fewer molecules than 99 % of the training cells had in these genes: the "
             "model never saw such cells, and its answers for them lean towards an average cell":
                 few > MANY_SHALLOW * self.cells,
         }  # fmt: skip
-        return [text for text, wanted in said.items() if wanted]
+        return [text for text, wanted in texts.items() if wanted]
 
 
 MANY_SHALLOW = 0.05
@@ -434,8 +434,8 @@ def check_options(method: str, known: Mapping[str, Iterable[str]], options: Iter
     for name in options:
         if name in known[method]:
             continue
-        if others := [other for other, names in known.items() if name in names]:
-            raise ValueError(f"{name}= is an option of method={others[0]!r}, not of {method!r}")
+        if owners := [other for other, names in known.items() if name in names]:
+            raise ValueError(f"{name}= is an option of method={owners[0]!r}, not of {method!r}")
         raise ValueError(f"method {method!r} has no option {name!r}{nearest(name, known[method])}")
 
 
