@@ -169,11 +169,13 @@ def shard(data: Data, out: str | Path, **options: Any) -> Manifest:
         ]
         try:
             return shard_files(paths, out, **options)
-        except ValueError as error:  # of a file that nobody else knows
+        except ValueError as error:  # may name a file that nobody else knows
             text = str(error)
             for i, path in enumerate(paths):
                 text = text.replace(str(path), f"AnnData {i}" if len(paths) > 1 else "AnnData")
-            raise type(error)(text) from error
+            if text == str(error):
+                raise
+            raise ValueError(text) from error
 
 
 def load(model: str | Path, *, trust: Sequence[str] = ()) -> Model:
@@ -252,20 +254,15 @@ def evaluate(
     if task == "impute" and generating != {"steps": 16, "guidance": 1.0, "depth": None, "scvi": True}:
         raise ValueError("evaluate: steps, guidance, depth and scvi belong to task='generate'")
     found = model if isinstance(model, Model) else load(model, trust=trust)
+    cells = {"impute": 2000, "generate": 200}[task] if cells is None else cells
     if task == "generate":
         label = cell_type or next(iter(found.spec.labels), None)
         with store_of(data, layer, found.spec.labels, label, progress) as opened:
             return heldout.evaluate_generated(
-                found,
-                opened,
-                label=label,
-                cells=200 if cells is None else cells,
-                seed=seed,
-                progress=progress,
-                **generating,
+                found, opened, label=label, cells=cells, seed=seed, progress=progress, **generating
             )
     settings = configs.Evaluation(
-        rate=rate, protocol=protocol, draws=draws, cells=2000 if cells is None else cells, cell_type=cell_type,  # type: ignore[arg-type]
+        rate=rate, protocol=protocol, draws=draws, cells=cells, cell_type=cell_type,  # type: ignore[arg-type]
         repaint_steps=repaint_steps,
     )  # fmt: skip
     with store_of(data, layer, found.spec.labels, cell_type, progress) as opened:

@@ -61,7 +61,7 @@ def shallow(
     molecules = counts.sum(1)
     if depth is None:
         return torch.zeros_like(molecules, dtype=torch.bool)
-    mean = torch.as_tensor(spec.gene_mean, dtype=counts.dtype, device=counts.device)
+    mean = torch.as_tensor(spec.gene_mean, dtype=counts.dtype).to(counts.device, non_blocking=True)
     share = (observed.to(counts.dtype) @ mean) / mean.sum().clamp_min(1e-12)
     return (molecules > 0) & (molecules < depth["q01"] * share)
 
