@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,21 @@ def key(seed: int, *address: int | str) -> int:
     *address
         Stream name and counters, for example ``("thin", step, group)``.
 
+    Raises
+    ------
+    ValueError
+        ``seed`` is no whole number.
+
     Examples
     --------
     >>> from distdiff.rng import key
     >>> key(0, "noise", 1) == key(0, "noise", 1), key(0, "noise", 1) == key(0, "noise", 2)
     (True, False)
     """
-    text = "/".join([str(int(seed)), *map(str, address)])
+    try:
+        text = "/".join([str(operator.index(seed)), *map(str, address)])
+    except TypeError:
+        raise ValueError(f"seed={seed!r}: a whole number is wanted") from None
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 

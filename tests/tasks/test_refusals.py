@@ -82,6 +82,7 @@ WRONG = [
     ("impute", {"method": "repaint", "readout": "log1p"}, r"readout= is an option of method='conditional'"),
     ("impute", {"draws": 1.5}, r"draws=1\.5: a whole number is wanted"),
     ("impute", {"draws": "3"}, "draws='3': a whole number is wanted"),
+    *((task, {"seed": 1.5}, r"seed=1\.5: a whole number is wanted") for task in ("impute", "deepen", "generate")),
     ("impute", {"layers": ["qq"]}, "unknown layer 'qq'"),
     ("impute", {"layers": "mean"}, r"layers='mean': a list of names is wanted"),
     *((task, {"batch_size": 2.5}, r"batch_size=2\.5: a whole number of cells") for task in CALLS),
