@@ -80,6 +80,11 @@ def start(bias: Tensor) -> None:
         nn.init.normal_(bias[:, 2:], std=0.05)
 
 
+APART = 0.5
+"""Standard deviation of the first embeddings of labels: values that start alike are told apart too late where they are
+many (109 cell types in docs/ANSWERS.md)."""
+
+
 class Conditioning(nn.Module):
     """Covariates, depth and the level of thinning -> one vector per cell ``[b d]``.
 
@@ -101,7 +106,7 @@ class Conditioning(nn.Module):
         self.names = tuple(spec.labels)
         self.tables = nn.ModuleList(nn.Embedding(len(spec.labels[name]), width) for name in self.names)
         for table in self.tables:
-            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.normal_(table.weight, std=APART)  # type: ignore[arg-type]
         self.register_buffer("freqs", math.pi * 2.0 ** torch.arange(n_freqs, dtype=torch.float32) / 4)
         self.project = nn.Sequential(nn.Linear(2 * n_freqs + 3, width), nn.SiLU(), nn.Linear(width, width))
 

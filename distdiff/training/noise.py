@@ -15,6 +15,9 @@ from distdiff.training.settings import Training
 from distdiff.training.times import Times
 from distdiff.types import Cells, Condition, Tensor
 
+WITHHELD = 0.6
+"""Share of imputation's cells that go without their labels, at least: a user's cells do, unless they are to be used."""
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -65,11 +68,15 @@ class Noise:
         p, timed = self.survival.draw(self.process.schedule, t, cells.counts.shape[1], rng=rng)
         x_0 = self.process.enter(cells.counts, rng=rng)
         x = self.process.forward(x_0, 1.0, p, rng=rng)
-        labels = cells.labels.drop(rng.uniform(n) < self.settings.label_dropout)
+        imputed = (p == 1).any(1)
+        withheld = self.settings.label_dropout
+        labels = cells.labels.drop(
+            rng.uniform(n) < torch.where(imputed, withheld and max(withheld, WITHHELD), withheld)
+        )
         weight = torch.where(timed, weight, 1.0).squeeze(1)
         if self.shares is not None:
             label, shares = self.shares
-            weight = torch.where((p == 1).any(1), weight * shares[cells.labels.labels[label]], weight)
+            weight = torch.where(imputed, weight * shares[cells.labels.labels[label]], weight)
         return Noised(x_0, x, p, labels, t, weight, timed.squeeze(1))
 
 

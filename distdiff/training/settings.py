@@ -72,7 +72,8 @@ class Training:
         Validations in a row, worse than the best by more than chance, after which training stops; it and ``cells`` may
         change when a run is continued, and the learning rate then follows the new length.
     label_dropout
-        Share of cells trained without their labels (guidance needs some; CountsDiff, section 3.4).
+        Share of cells trained without their labels (guidance needs some; CountsDiff, section 3.4); of cells with
+        evidence and targets, as imputation has them, at least .6, for it goes without labels by default. 0: of none.
     precision
         ``auto``: bf16 where the device is a GPU that has it, else float32; ``fp16`` scales its losses; ``tf32`` is
         float32 whose matrix products a GPU may round to 10 bits.

@@ -360,6 +360,25 @@ def test_what_the_network_sees_is_the_same_for_any_number_of_ranks(atlas, proces
         assert all(torch.equal(a, b) for a, b in zip(one, seen(world), strict=True))
 
 
+@pytest.mark.parametrize(("asked", "imputed", "drawn"), [(0.2, 0.6, 0.2), (0.8, 0.8, 0.8), (0.0, 0.0, 0.0)])
+def test_cells_that_are_imputed_mostly_go_without_labels(atlas, asked, imputed, drawn):
+    """As a user's cells do; those drawn from nothing keep theirs, and 0 withholds none."""
+    from distdiff.model import Model
+    from distdiff.training.times import Times
+
+    store, n = CountStore.open(atlas), 4096
+    settings = Training(batch=n, grain=n, label_dropout=asked)
+    model = Model.new(store.spec(("cell_type",)), {"kind": "counts"}, {"kind": "mlp", "width": 8, "depth": 1})
+    noise = Noise(model.process, Survival(), Times("uniform", n, 0, torch.device("cpu")), settings)
+    seen = noise.draw(store.cells(np.arange(n) % 100, ("cell_type",)), 0, 0)
+    evidence, without = (seen.p == 1).any(1), seen.cond.labels["cell_type"] < 0
+    assert without[evidence].float().mean() == pytest.approx(imputed, abs=0.03)
+    assert without[~evidence].float().mean() == pytest.approx(drawn, abs=0.04)
+    assert model.denoiser.condition.tables[0].weight.detach().std() == pytest.approx(
+        1, abs=0.5
+    )  # told apart from the start
+
+
 def test_a_run_that_goes_on_elsewhere_has_a_best_model_all_the_same(atlas, tmp_path, monkeypatch):
     """Its best weights stayed in the first folder, and no later validation is better."""
     experiment.train(make(atlas, tmp_path / "first"))
