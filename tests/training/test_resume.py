@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distdiff import experiment
-from distdiff.training import checkpoint, engine, stop
+from distdiff.training import checkpoint, engine, machine, stop
 from tests.training import processes
 from tests.training.test_loop import assert_equal, final, make
 
@@ -99,12 +99,12 @@ def test_killed_at_random_moments_also_while_saving(atlas, tmp_path, kills, step
 def test_the_loss_scale_of_fp16_goes_on_too(atlas, tmp_path, monkeypatch):
     """A scaler on the CPU (accelerate has one on GPUs alone) whose scale doubles every seventh step."""
 
-    class Scaled(experiment.Accelerator):
+    class Scaled(machine.Accelerator):
         def __init__(self, **options):
             super().__init__(**options)
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=7)
 
-    monkeypatch.setattr(experiment, "Accelerator", Scaled)
+    monkeypatch.setattr(machine, "Accelerator", Scaled)
     experiment.train(make(atlas, tmp_path / "whole", **SHORT))
     with monkeypatch.context() as patch:
         calls = iter(range(1, 99))
