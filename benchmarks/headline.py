@@ -1,7 +1,7 @@
 """Are the quickstart's headlines luck? The same experiment over several seeds (split, weights, masks, draws).
 
     python benchmarks/headline.py --seeds 5 --out benchmarks/results/headline.json [--data FILE.h5ad --cell-type KEY]
-    python benchmarks/headline.py page benchmarks/results/headline.json
+    python benchmarks/headline.py page benchmarks/results/headline_baron.json
 
 For each seed: shard with that split, train, evaluate on the held-out cells. Prints and stores, for the three headline
 metrics, every row's mean over seeds, and how often each row was first.
