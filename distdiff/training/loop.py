@@ -241,7 +241,7 @@ def validate(run: Run) -> None:
     averages = {**means, **{name: cells.mean() for name, cells in scored.items()}}
     numbers, by_cell = read(averages, scored[progress.judge])  # the only wait for the device
     if numbers.pop("bad"):
-        run.window.check(accelerator, run.writer.folder)
+        run.window.check(accelerator, run.writer)
     numbers["cells_per_second"] = run.window.speed(run.recipe.settings.batch)
     run.window = Window(progress.step, accelerator.device)
     progress.record(numbers, run.cells_seen, by_cell)
@@ -255,7 +255,7 @@ def validate(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint, unless a loss or a gradient since the last log is not finite."""
     accelerator, progress = run.accelerator, run.progress
-    run.window.check(accelerator, run.writer.folder)
+    run.window.check(accelerator, run.writer)
     progress.times = run.noise.times.state(accelerator)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     run.writer.save(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
-from distdiff.training import checkpoint
+from distdiff.training.checkpoint import Writer, latest
 from distdiff.training.settings import Training
 from distdiff.types import Tensor
 
@@ -73,7 +73,7 @@ def not_finite(accelerator: Accelerator, losses: list[Tensor], norms: list[Tenso
 
 
 def check_finite(
-    accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor], rows: list[Tensor], first: int, folder: Path
+    accelerator: Accelerator, losses: list[Tensor], norms: list[Tensor], rows: list[Tensor], first: int, writer: Writer
 ) -> None:
     """Stop all processes if a loss or a gradient of the steps from ``first`` on is not finite.
 
@@ -82,8 +82,8 @@ def check_finite(
     losses, norms, rows
         For each step the losses of this process's cells ``[b]``, the gradient's norm, the store's rows ``int64 [b]``
         (on the CPU).
-    folder
-        Where the checkpoint to go back to is.
+    writer
+        Of checkpoints; the one that it is still writing is waited for, to go back to it.
 
     Raises
     ------
@@ -100,8 +100,13 @@ def check_finite(
     named = sorted(gather_object(mine))
     what = "the loss" if bad[0, at] else "the gradient (of finite losses)"
     few = ", ".join(map(str, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-    way = f"train.resume={checkpoint.latest(folder) or 'never'}"
+    way = [Path()]
+    if accelerator.is_main_process:  # which publishes them
+        with contextlib.suppress(OSError):
+            writer.wait()
+        way = [latest(writer.folder) or Path("never")]
+    broadcast_object_list(way)
     raise FloatingPointError(
         f"{what} is not finite at step {first + at}, rows {few} of the store: look at these cells, or go back with "
-        f"{way} and a smaller optim.lr"
+        f"train.resume={way[0]} and a smaller optim.lr"
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from distdiff.training.checkpoint import Writer
 from distdiff.training.trouble import check_finite, not_finite
 from distdiff.types import Cells, Tensor
 
@@ -31,9 +31,9 @@ class Window:
         self.norms.append(norm)
         self.rows.append(rows)
 
-    def check(self, accelerator: Accelerator, folder: Path) -> None:
+    def check(self, accelerator: Accelerator, writer: Writer) -> None:
         """Stop if a loss or a gradient is not finite; waits for the device."""
-        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, folder)
+        check_finite(accelerator, self.losses, self.norms, self.rows, self.start, writer)
 
     def means(self, accelerator: Accelerator, waited: float) -> dict[str, Tensor]:
         """Means over processes and steps: loss, gradient norm, share of time ``waited`` for cells.

@@ -16,7 +16,7 @@ from distdiff import config as configs
 from distdiff import experiment
 from distdiff.data.feed.loader import Loading
 from distdiff.data.store.store import CountStore
-from distdiff.training import losses
+from distdiff.training import checkpoint, losses
 from tests.training import processes
 from tests.training.test_loop import make
 
@@ -50,6 +50,22 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_the_cell_and_th
     assert f"not finite at step 6, rows {bad} of the store" in (said := words.pop())
     assert f"go back with train.resume={back} and a smaller optim.lr" in said
     assert [p.name for p in back.parent.iterdir()] == [back.name]
+
+
+def test_the_way_back_is_the_checkpoint_that_is_still_being_written(atlas, tmp_path, monkeypatch):
+    real, write = losses.of_cells, checkpoint.Writer._write
+
+    def poisoned(*args, **law):
+        return real(*args, **law) * (float("nan") if args[-2] == 6 else 1.0)
+
+    def slow(self, *args):
+        time.sleep(1)
+        write(self, *args)
+
+    monkeypatch.setattr(losses, "of_cells", poisoned)
+    monkeypatch.setattr(checkpoint.Writer, "_write", slow)
+    with pytest.raises(FloatingPointError, match=r"step 6, .* go back with train\.resume=.*step-000000004 and"):
+        experiment.train(make(atlas, tmp_path / "run", checkpoint_cells=128))
 
 
 def test_after_a_loss_that_is_not_finite_a_smaller_rate_goes_on_from_the_checkpoint(atlas, tmp_path):
