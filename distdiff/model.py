@@ -546,6 +546,7 @@ class Model:
         AnnData or None
             The layer is float32, CSR where that is smaller.
         """
+        ood = check_ood(ood)
         reader = self._reader(
             adata, layer, _given(use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
         )
@@ -568,7 +569,7 @@ class Model:
             answer = received.check_answer(reader.widen(new).cpu().numpy(), name, block.start)
             answer = answer if at is None else answer[:, at]
             parts.append(sp.csr_matrix(answer) if wide and 2 * reader.known.sum() < len(reader.known) else answer)
-            if check_ood(ood):
+            if ood:
                 bounds.append(self._nats(block, ood))
         out.layers[name] = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
         if wide:
@@ -596,6 +597,7 @@ class Model:
         than the cells the model was trained on, unless ``beyond="allow"``. ``genes``: those of the result (default: all
         of the input's); ``ood`` and the other options are those of :meth:`impute`.
         """
+        ood = check_ood(ood)
         reader = self._reader(
             adata, layer, _given(use_labels=use_labels, unseen=unseen, batch_size=batch_size, device=device)
         )
@@ -610,7 +612,7 @@ class Model:
             answer = reader.widen(new, block.given).cpu().numpy()
             answer = received.check_answer(answer, "deepened", block.start)
             parts.append(sp.csr_matrix(answer if at is None else answer[:, at]))
-            if check_ood(ood):
+            if ood:
                 bounds.append(self._nats(block, ood, seed))
         if bounds:
             out.obs["distdiff_nats"] = np.concatenate(bounds)

@@ -14,6 +14,7 @@ from distdiff.process import Process
 from distdiff.process.counts import of_molecules
 from distdiff.process.schedule import levels
 from distdiff.sampling import predictor, sample
+from distdiff.tasks.depths import share_of
 from distdiff.types import Bool, Cells, DataSpec, Float, Tensor
 
 BEYOND = ("refuse", "allow")
@@ -66,9 +67,8 @@ def _check_depth(
             "this model does not say how deep its training cells were (info['depth']), so it cannot tell how far; "
             "give beyond='allow' to deepen all the same"
         )
-    mean = torch.as_tensor(spec.gene_mean, device=measured.device)
-    share = (measured * mean).sum(1) / mean.sum().clamp_min(1e-12)
-    asked, most = torch.where(measured, cells.counts, 0.0).sum(1) * times, depth["q99"] * share
+    asked = torch.where(measured, cells.counts, 0.0).sum(1) * times
+    most = depth["q99"] * share_of(spec, measured)
     if bool((asked > most).any()):  # (waits for a GPU: a refusal must come before the answer)
         worst = int((asked / most.clamp_min(1e-12)).argmax())
         raise ValueError(

@@ -35,6 +35,27 @@ Depth = float | Sequence[float] | NDArray[Any] | str | None
 """``None``: drawn. ``"free"``: what the walk gives. A number, or one a cell: molecules."""
 
 
+def share_of(spec: DataSpec, observed: Tensor) -> Tensor:
+    """Share of an average training cell's molecules that lie in the observed genes of each cell, ``float32 [b]``.
+
+    Parameters
+    ----------
+    observed
+        ``bool [b g]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from distdiff.tasks.depths import share_of
+    >>> from distdiff.types import DataSpec
+    >>> share_of(DataSpec(("A", "B"), {}, np.array([3.0, 1.0], np.float32)), torch.tensor([[True, False]]))
+    tensor([0.7500])
+    """
+    mean = torch.as_tensor(spec.gene_mean, dtype=torch.float32).to(observed.device, non_blocking=True)
+    return (observed * mean).sum(1) / mean.sum().clamp_min(1e-12)
+
+
 def shallow(
     spec: DataSpec, counts: Float[Tensor, "b g"], observed: Tensor, depth: Mapping[str, float] | None
 ) -> Tensor:
@@ -61,9 +82,7 @@ def shallow(
     molecules = counts.sum(1)
     if depth is None:
         return torch.zeros_like(molecules, dtype=torch.bool)
-    mean = torch.as_tensor(spec.gene_mean, dtype=counts.dtype).to(counts.device, non_blocking=True)
-    share = (observed.to(counts.dtype) @ mean) / mean.sum().clamp_min(1e-12)
-    return (molecules > 0) & (molecules < depth["q01"] * share)
+    return (molecules > 0) & (molecules < depth["q01"] * share_of(spec, observed))
 
 
 def levels(n: int) -> NDArray[np.float64]:

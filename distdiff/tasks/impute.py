@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LAYERS = ("mean", "draws", "mask", "sd", "ood")
 """What an imputation can write, besides quantiles (``q5``)."""
 
+QUANTILE = r"q\d+(\.\d+)?"
+"""Pattern of a quantile's name."""
+
 
 def chosen_layers(
     layers: Sequence[str] | None, process: Process, *, method: str = "conditional", mean_only: bool = False,
@@ -67,8 +70,7 @@ def chosen_layers(
         layers = [name for name, wanted in asked.items() if wanted]
     layers = tuple(dict.fromkeys(name_list("layers", layers)))
     statistics = [name for name in layers if name not in LAYERS or name == "sd"]
-    quantile = re.compile(r"q\d+(\.\d+)?")
-    if unknown := [name for name in statistics if name != "sd" and not quantile.fullmatch(name)]:
+    if unknown := [name for name in statistics if name != "sd" and not re.fullmatch(QUANTILE, name)]:
         raise ValueError(f"unknown layer {unknown[0]!r}{nearest(unknown[0], LAYERS)}; or a quantile such as q5")
     if not {"mean", "draws"} & set(layers):
         raise ValueError(f"layers {','.join(layers)}: mean or draws must be among them")
@@ -100,11 +102,11 @@ class FillCounts:
         added = torch.where(answer.filled, mean, 0.0).sum(dtype=torch.float64)
         counts = torch.stack((answer.filled.sum(), (~answer.evidence).sum(), answer.unknown, answer.shallow))
         *numbers, molecules = torch.cat((counts.double(), added.unsqueeze(0))).tolist()  # one wait for the device
-        targets, empty, unknown, shallow = map(int, numbers)
+        targets, empty, unknown, few = map(int, numbers)
         self.targets += targets
         self.molecules_added += molecules
         self.cells_without_evidence += empty
-        self.cells_shallower_than_trained += shallow
+        self.cells_shallower_than_trained += few
         self.targets_of_unknown_genes += unknown
         self.cells_trained_on += answer.trained_on
         return self
@@ -450,7 +452,7 @@ def is_imputation_layer(layer: str) -> bool:
     return bool(_LAYER.fullmatch(layer))
 
 
-_LAYER = re.compile(r"imputed(_(draw\d+|mean|mask|sd|median|log1p|log1p_cp10k|q\d+(\.\d+)?))?")
+_LAYER = re.compile(rf"imputed(_(draw\d+|mean|mask|sd|median|log1p|log1p_cp10k|{QUANTILE}))?")
 
 
 def _absent(known: Sequence[str], have: set[str], asked: Sequence[str] | None) -> tuple[str, ...]:
